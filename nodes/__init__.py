@@ -1,0 +1,15 @@
+"""What a user sees: one file per node. The only half of the pack that imports ComfyUI."""
+
+from comfy_api.latest import ComfyExtension, io
+
+from .load_diffusion_model import SPLoadDiffusionModel
+from .sp_config import SPConfigNode
+
+
+class SequenceParallelExtension(ComfyExtension):
+    async def get_node_list(self) -> list[type[io.ComfyNode]]:
+        return [SPConfigNode, SPLoadDiffusionModel]
+
+
+async def comfy_entrypoint() -> SequenceParallelExtension:
+    return SequenceParallelExtension()

@@ -1,0 +1,104 @@
+"""Builds ComfyUI's own MODEL around a network that lives in the workers.
+
+ComfyUI's `BaseModel` keeps conditioning, sampling, latent format and CFG; only its `diffusion_model` is replaced, by a
+proxy whose parameters have no data. So every sampler, guider, scheduler and ModelSampling node works unchanged.
+"""
+
+from __future__ import annotations
+
+import comfy.model_detection
+import comfy.model_management
+import comfy.utils
+import torch
+
+from ..parallel.config import Layout, SequenceParallelConfig, resolve
+from ..parallel.errors import UnsupportedError
+from ..parallel.host.recipe import Inspected, Recipe, inspect
+from ..parallel.host.remote_model import RemoteModel
+from .proxy import ProxyDiffusionModel
+from .shell_patcher import SequenceParallelPatcher
+
+WEIGHT_DTYPES = {
+    "default": None,
+    "fp8_e4m3fn": torch.float8_e4m3fn,
+    "fp8_e4m3fn_fast": torch.float8_e4m3fn,
+    "fp8_e5m2": torch.float8_e5m2,
+}
+"""The choices of ComfyUI's own loader."""
+
+
+def load_native_model(path: str, weight_dtype: str, config: SequenceParallelConfig) -> SequenceParallelPatcher:
+    """A MODEL for the checkpoint at `path`. Reads the file's header only, and starts no process.
+
+    Args:
+        path: checkpoint file or diffusers folder.
+        weight_dtype: a key of WEIGHT_DTYPES.
+        config: devices and degrees.
+
+    Raises:
+        ConfigError, CheckpointError, UnsupportedError: with a message for the user.
+    """
+    if weight_dtype == "fp8_e4m3fn_fast":
+        raise UnsupportedError("weight_dtype fp8_e4m3fn_fast is not supported yet; use fp8_e4m3fn or default")
+    layout = resolve(config)
+    inspected = inspect(path)
+    worker_device = torch.device(layout.devices[0].name)
+
+    network = _meta_state_dict(inspected)
+    model_config = comfy.model_detection.model_config_from_unet(network, "", metadata=inspected.source.metadata or None)
+    if model_config is None:
+        raise UnsupportedError(f"{path}: this ComfyUI does not recognise the model")
+
+    # The same choice of dtypes as comfy.sd.load_diffusion_model_state_dict makes.
+    supported = list(model_config.supported_inference_dtypes)
+    storage = WEIGHT_DTYPES[weight_dtype] or comfy.model_management.unet_dtype(
+        model_params=comfy.utils.calculate_parameters(network),
+        supported_dtypes=supported,
+        weight_dtype=comfy.utils.weight_dtype(network),
+    )
+    manual_cast = comfy.model_management.unet_manual_cast(storage, worker_device, supported)
+    model_config.set_inference_dtype(storage, manual_cast)
+
+    recipe = Recipe(path=path, weight_dtype=storage, compute_dtype=manual_cast or storage, config=config)
+    remote = RemoteModel(recipe, inspected)
+
+    model_config.unet_config["disable_unet_model_creation"] = True
+    model = model_config.get_model(network, "")
+    model.diffusion_model = ProxyDiffusionModel(
+        remote, model_config.process_unet_state_dict(dict(network)), model_config.unet_config, storage
+    )
+    # Each device holds its share of the activations only; ComfyUI decides by this whether cond and uncond fit together.
+    model.memory_usage_factor /= layout.sp_degree
+
+    load_device = comfy.model_management.get_torch_device()
+    return SequenceParallelPatcher(
+        model,
+        load_device=load_device,
+        offload_device=comfy.model_management.unet_offload_device(),
+        size=_expected_bytes(inspected, recipe) if _uses(layout, load_device) else 1,
+    )
+
+
+def _meta_state_dict(inspected: Inspected) -> dict[str, torch.Tensor]:
+    """The network as ComfyUI's detection wants to see it: its own tensor names, without data."""
+    if inspected.source.is_diffusers:
+        shapes = inspected.adapter.native_tensors(inspected.model_config)
+        dtype = next(iter(inspected.source.tensors.values())).dtype
+        return {name: torch.empty(shape, dtype=dtype, device="meta") for name, shape in shapes.items()}
+    return {
+        name: torch.empty(info.shape, dtype=info.dtype, device="meta")
+        for name, info in inspected.source.tensors.items()
+    }
+
+
+def _uses(layout: Layout, device: torch.device) -> bool:
+    """Whether a worker shares the device that ComfyUI's memory management watches."""
+    name = device.type if device.index is None else f"{device.type}:{device.index}"
+    return name in {worker.name for worker in layout.devices}
+
+
+def _expected_bytes(inspected: Inspected, recipe: Recipe) -> int:
+    """Bytes of weights that one worker will hold."""
+    fp8 = recipe.weight_dtype.itemsize == 1
+    dtype = recipe.weight_dtype if fp8 else recipe.compute_dtype
+    return sum(torch.Size(info.shape).numel() for info in inspected.source.tensors.values()) * dtype.itemsize

@@ -1,0 +1,85 @@
+"""The stand-in for ComfyUI's network: parameters without data, and a forward that runs in the workers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import comfy.model_management
+import comfy.patcher_extension
+import torch
+from torch import Tensor, nn
+
+from ..parallel.errors import WorkerOutOfMemoryError
+from ..parallel.host.remote_model import RemoteModel
+from .refusals import refuse_transformer_options, refuse_value
+
+
+class ProxyDiffusionModel(nn.Module):
+    """Has the parameter names and the few attributes that ComfyUI and its nodes read; computes nothing here.
+
+    Args:
+        remote: the model in the workers.
+        parameters: ComfyUI's names → tensors on the meta device.
+        unet_config: as ComfyUI's detection found it; its values can be read as attributes.
+        dtype: of the weights, as ComfyUI chose it.
+    """
+
+    def __init__(
+        self, remote: RemoteModel, parameters: Mapping[str, Tensor], unet_config: Mapping[str, Any], dtype: torch.dtype
+    ):
+        super().__init__()
+        self.remote = remote
+        self.dtype = dtype
+        for name in ("in_channels", "out_channels", "patch_size", "hidden_size", "num_heads"):
+            if name in unet_config:
+                setattr(self, name, unet_config[name])
+        for name, tensor in parameters.items():
+            *path, leaf = name.split(".")
+            module: nn.Module = self
+            for part in path:
+                if part not in module._modules:
+                    module.add_module(part, nn.Module())
+                module = module._modules[part]  # type: ignore[assignment]
+            module.register_parameter(leaf, nn.Parameter(tensor, requires_grad=False))
+
+    @torch.compiler.disable
+    def forward(
+        self,
+        x: Tensor,
+        timestep: Tensor,
+        context: Tensor | None = None,
+        control: Any = None,
+        transformer_options: dict[str, Any] | None = None,
+        **conditioning: Any,
+    ) -> Tensor:
+        """As ComfyUI's networks: called by `BaseModel`, runs the wrappers that nodes such as EasyCache have set."""
+        options = {} if transformer_options is None else transformer_options
+        wrappers = comfy.patcher_extension.get_all_wrappers(comfy.patcher_extension.WrappersMP.DIFFUSION_MODEL, options)
+        executor = comfy.patcher_extension.WrapperExecutor.new_class_executor(self._forward, self, wrappers)
+        return executor.execute(x, timestep, context, control, options, **conditioning)
+
+    def _forward(
+        self,
+        x: Tensor,
+        timestep: Tensor,
+        context: Tensor | None,
+        control: Any,
+        transformer_options: dict[str, Any],
+        **conditioning: Any,
+    ) -> Tensor:
+        refuse_transformer_options(transformer_options)
+        tensors = {}
+        for name, value in {"context": context, "control": control, **conditioning}.items():
+            if value is None:
+                continue
+            if not isinstance(value, Tensor):
+                raise refuse_value(name, value)
+            tensors[name] = value
+        try:
+            return self.remote.step(
+                x, timestep, tensors, poll=comfy.model_management.throw_exception_if_processing_interrupted
+            )
+        except WorkerOutOfMemoryError as error:
+            # ComfyUI's own kind, so that it frees memory and shows its advice.
+            raise comfy.model_management.OOM_EXCEPTION(str(error)) from error

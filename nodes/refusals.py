@@ -1,0 +1,58 @@
+"""What cannot work when the network's blocks run in other processes, refused by the name of the node that asked for it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from ..parallel.errors import UnsupportedError
+
+_WHO = "Load Diffusion Model (SP)"
+
+_OPTIONS = {
+    "patches": "a block patch",
+    "patches_replace": "a block replacement",
+    "optimized_attention_override": "an attention override",
+    "rope_options": "changed position embeddings",
+}
+
+
+def refuse(what: str, instead: str = "use Load Diffusion Model for this graph, or remove the node") -> UnsupportedError:
+    """The error for a feature that cannot reach the workers."""
+    return UnsupportedError(f"{what} cannot be used with {_WHO}; {instead}")
+
+
+def refuse_value(name: str, value: Any) -> UnsupportedError:
+    """The error for a conditioning input that is no tensor, e.g. ControlNet's residuals."""
+    if name == "control":
+        return refuse("ControlNet", "remove Apply ControlNet")
+    return refuse(f"the conditioning input {name!r} ({type(value).__name__})", "remove the node that adds it")
+
+
+def refuse_transformer_options(options: Mapping[str, Any]) -> None:
+    """Refuses code that nodes want to run inside the network's blocks.
+
+    Raises:
+        UnsupportedError: naming the node where its function tells, else the kind of patch.
+    """
+    for option, what in _OPTIONS.items():
+        value = options.get(option)
+        if not value:
+            continue
+        nodes = sorted({name for function in _functions(value) if (name := _node_of(function))})
+        raise refuse(f"{', '.join(nodes)} ({what})" if nodes else f"{what} ({option})")
+
+
+def _functions(value: Any) -> list[Any]:
+    """The callables in a nest of dicts and lists."""
+    if isinstance(value, Mapping):
+        return [function for part in value.values() for function in _functions(part)]
+    if isinstance(value, list | tuple):
+        return [function for part in value for function in _functions(part)]
+    return [value] if callable(value) else []
+
+
+def _node_of(function: Any) -> str:
+    """`SkipLayerGuidanceDiT.execute.<locals>.skip` → `SkipLayerGuidanceDiT`."""
+    name = getattr(function, "__qualname__", type(function).__qualname__)
+    return name.partition(".")[0].removeprefix("<lambda>")

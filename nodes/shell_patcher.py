@@ -1,0 +1,140 @@
+"""ComfyUI's handle on a model whose weights are in the workers: loading, unloading, sizes, and what is refused."""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any, NoReturn
+
+import comfy.hooks
+import comfy.model_management
+import comfy.model_patcher
+import comfy.utils
+
+from ..parallel.errors import WorkerOutOfMemoryError
+from ..parallel.host.remote_model import RemoteModel
+from .refusals import refuse, refuse_transformer_options
+
+
+class SequenceParallelPatcher(comfy.model_patcher.ModelPatcher):
+    """A ModelPatcher that moves no tensors: it asks the workers to load and to free.
+
+    `clone` is inherited, so clones share the model, as ComfyUI expects.
+    """
+
+    def __init__(self, model: Any, load_device: Any, offload_device: Any, size: int = 0, **options: Any):
+        super().__init__(model, load_device, offload_device, size, **options)
+        if not hasattr(model, "sequence_parallel_finalizer"):
+            # ComfyUI does not call `detach` on models that it drops from its cache.
+            model.sequence_parallel_finalizer = weakref.finalize(model, _forget, model.diffusion_model.remote)
+            model.sequence_parallel_finalizer.atexit = False
+
+    @property
+    def remote(self) -> RemoteModel:
+        return self.model.diffusion_model.remote
+
+    # --- residency: called by ComfyUI's memory management -----------------------------------------------------------
+
+    def partially_load(self, device_to: Any, extra_memory: int = 0, force_patch_weights: bool = False) -> int:
+        """Runs before every sampling: brings the weights back if they went, whatever the reason. All or nothing."""
+        self._refuse_patches()
+        with self.use_ejected(skip_and_inject_on_exit_only=True):
+            self.unpatch_model(self.offload_device, unpatch_weights=False)
+            self.patch_model(load_weights=False)
+        before = self.loaded_size()
+        try:
+            self._load()
+        except WorkerOutOfMemoryError as error:
+            raise comfy.model_management.OOM_EXCEPTION(str(error)) from error
+        self.model.device = device_to
+        self.model.model_loaded_weight_memory = self.model_size()
+        self.model.current_weight_patches_uuid = self.patches_uuid
+        return self.loaded_size() - before
+
+    def _load(self) -> None:
+        bar: comfy.utils.ProgressBar | None = None
+
+        def progress(done: int, total: int) -> None:
+            nonlocal bar
+            bar = bar or comfy.utils.ProgressBar(total)
+            bar.update_absolute(done, total)
+
+        self.remote.ensure_loaded(
+            poll=comfy.model_management.throw_exception_if_processing_interrupted, on_progress=progress
+        )
+
+    def partially_unload(self, device_to: Any, memory_to_free: int = 0, force_patch_weights: bool = False) -> int:
+        freed = self.loaded_size()
+        self.detach()
+        return freed
+
+    def unpatch_model(self, device_to: Any = None, unpatch_weights: bool = True) -> None:
+        if unpatch_weights:
+            self.remote.unload()
+            self.model.model_loaded_weight_memory = 0
+            self.model.current_weight_patches_uuid = None
+            self.model.device = self.offload_device
+        super().unpatch_model(None, unpatch_weights=False)
+
+    def load(self, *args: Any, **kwargs: Any) -> None:
+        self._load()
+
+    def lowvram_patch_counter(self) -> int:
+        return 0
+
+    def get_ram_usage(self) -> int:
+        """The server's own memory holds no weight."""
+        return 0
+
+    def pre_run(self) -> None:
+        refuse_transformer_options(self.model_options.get("transformer_options", {}))
+        super().pre_run()
+
+    def cleanup(self) -> None:
+        """After every sampling: takes object patches (e.g. ModelSampling's) off the model that all clones share.
+
+        ComfyUI leaves them until the next load; until then a graph without the patch would still see it.
+        """
+        super().cleanup()
+        self.unpatch_model(unpatch_weights=False)
+
+    # --- refused by name --------------------------------------------------------------------------------------------
+
+    def _refuse_patches(self) -> None:
+        for name in self.object_patches:
+            if name == "manual_cast_dtype":
+                raise refuse("ModelComputeDtype", "choose the dtype with ComfyUI's command line, or remove the node")
+            if name.startswith("diffusion_model"):
+                raise refuse(f"a patch of the network's {name.partition('.')[2] or 'forward'!r}")
+
+    def add_patches(self, patches: Any, strength_patch: float = 1.0, strength_model: float = 1.0) -> NoReturn:
+        raise refuse("a LoRA or another weight patch", "remove the LoRA loader; support for it is planned")
+
+    def add_hook_patches(self, *args: Any, **kwargs: Any) -> NoReturn:
+        raise refuse("a LoRA hook", "remove the hook node")
+
+    def register_all_hook_patches(self, hooks: Any, target_dict: Any, model_options: Any = None, registered: Any = None):
+        if hooks.get_type(comfy.hooks.EnumHookType.Weight):
+            raise refuse("a weight hook", "remove the hook node")
+        return super().register_all_hook_patches(hooks, target_dict, model_options, registered)
+
+    def add_weight_wrapper(self, name: str, function: Any) -> NoReturn:
+        raise refuse("training or a weight wrapper")
+
+    def get_key_patches(self, filter_prefix: str | None = None) -> NoReturn:
+        raise refuse("model merging, extraction or saving")
+
+    def model_state_dict_for_saving(self, *args: Any, **kwargs: Any) -> NoReturn:
+        raise refuse("saving the model")
+
+    def state_dict_for_saving(self, *args: Any, **kwargs: Any) -> NoReturn:
+        raise refuse("saving the model")
+
+    def deepclone_multigpu(self, *args: Any, **kwargs: Any) -> NoReturn:
+        raise refuse("MultiGPU CFG Split", "remove it: the workers use all devices already")
+
+    def patch_weight_to_device(self, *args: Any, **kwargs: Any) -> NoReturn:
+        raise refuse("patching a weight")
+
+
+def _forget(remote: RemoteModel) -> None:
+    remote.release()

@@ -1,0 +1,94 @@
+"""SP Config: which devices, and how they share the work."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from comfy_api.latest import io
+
+from ..parallel.config import ATTENTION_KERNELS, WEIGHTS_MODES, SequenceParallelConfig, resolve
+from ..parallel.errors import EngineError
+
+SPConfig = io.Custom("SP_CONFIG")
+
+_MAX_DEGREE = 64
+
+
+class SPConfigNode(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        def degree(name: str, tooltip: str) -> io.Input:
+            return io.Int.Input(name, default=0, min=0, max=_MAX_DEGREE, tooltip=f"{tooltip} 0 chooses; 1 is off.")
+
+        return io.Schema(
+            node_id="SPConfig",
+            display_name="SP Config",
+            category="sequence parallel",
+            description=(
+                "Devices and degrees for the (SP) loaders. The defaults use every GPU. The product of the degrees"
+                " must be the number of devices."
+            ),
+            inputs=[
+                io.String.Input(
+                    "devices",
+                    default="auto",
+                    tooltip="One worker process per device, e.g. cuda:0,cuda:1 or cpu,cpu. cuda:0*2,cuda:1*1 gives"
+                    " the first GPU twice the work. auto: every visible GPU.",
+                ),
+                degree("ulysses_degree", "Ranks that exchange attention heads for tokens (Ulysses)."),
+                degree("ring_degree", "Ranks that pass keys and values around a ring. Not available yet above 1."),
+                degree("cfg_degree", "2: cond and uncond run side by side. Not available yet above 1."),
+                degree("dp_degree", "Groups that share the samples of a batch. Not available yet above 1."),
+                io.Combo.Input(
+                    "weights",
+                    options=list(WEIGHTS_MODES),
+                    default="auto",
+                    tooltip="Where weights live. replicate: a whole copy on each device. shard and offload are not"
+                    " available yet. auto: replicate.",
+                ),
+                io.Combo.Input(
+                    "attention",
+                    options=list(ATTENTION_KERNELS),
+                    default="auto",
+                    tooltip="Attention kernel in the workers. auto and sdpa: PyTorch's choice. cudnn and flash need a"
+                    " CUDA device. sage is not available yet.",
+                ),
+            ],
+            outputs=[SPConfig.Output(display_name="sp_config")],
+        )
+
+    @classmethod
+    def validate_inputs(
+        cls,
+        devices: str = "auto",
+        ulysses_degree: int = 0,
+        ring_degree: int = 0,
+        cfg_degree: int = 0,
+        dp_degree: int = 0,
+        weights: str = "auto",
+        attention: str = "auto",
+    ) -> bool | str:
+        """Flags a wrong setting before anything is queued. Inputs that come from other nodes are checked later."""
+        try:
+            _configuration(
+                devices=devices,
+                ulysses_degree=ulysses_degree,
+                ring_degree=ring_degree,
+                cfg_degree=cfg_degree,
+                dp_degree=dp_degree,
+                weights=weights,
+                attention=attention,
+            )
+        except EngineError as error:
+            return str(error)
+        return True
+
+    @classmethod
+    def execute(cls, **settings: Any) -> io.NodeOutput:
+        return io.NodeOutput(_configuration(**settings))
+
+
+def _configuration(**settings: Any) -> SequenceParallelConfig:
+    config = SequenceParallelConfig(**settings)
+    resolve(config)
+    return config

@@ -1,0 +1,133 @@
+"""What a family must say of itself, and what the worker hands it for a step."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from ..checkpoints.source import Source, TensorInfo
+from ..plan import SequencePlan
+
+Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""Joint attention over all ranks: this rank's tokens [B, S_r, H, D] of q, k and v → its tokens of the result."""
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """Where (a part of) a checkpoint tensor goes."""
+
+    name: str
+    """Parameter of the diffusers model."""
+    take: Callable[[Tensor], Tensor] = lambda tensor: tensor
+    """The part, as a view where possible."""
+
+
+class StepContext(ABC):
+    """The ranks, as an adapter sees them during one step."""
+
+    rank: int
+
+    @abstractmethod
+    def plan(self, streams: tuple[int, ...], heads: int) -> SequencePlan:
+        """The split of a joint sequence of these stream lengths."""
+
+    @abstractmethod
+    def attention(self, plan: SequencePlan) -> Attention:
+        """Joint attention under `plan`."""
+
+    @abstractmethod
+    def enter_block(self, plan: SequencePlan) -> None:
+        """To be called before each transformer block: a sign of life, and where Cancel takes effect.
+
+        Raises:
+            StepCancelled: the host asked to stop; raised on all ranks before the same block.
+        """
+
+
+class Adapter(ABC):
+    """A model family. Stateless: one instance serves every model of the family."""
+
+    family: ClassVar[str]
+    """Key in the registry, and the family's name in messages."""
+    repeated_blocks: ClassVar[tuple[str, ...]]
+    """Attribute names of the module lists that hold the transformer blocks."""
+
+    @classmethod
+    @abstractmethod
+    def detect(cls, tensors: Mapping[str, TensorInfo]) -> bool:
+        """Whether a single-file checkpoint with these tensors is of this family."""
+
+    @classmethod
+    @abstractmethod
+    def detect_diffusers(cls, config: Mapping[str, Any]) -> bool:
+        """Whether a diffusers folder with this `config.json` is of this family."""
+
+    @abstractmethod
+    def model_config(self, source: Source) -> dict[str, Any]:
+        """Arguments of the diffusers model class, from shapes alone (or the folder's config.json).
+
+        Raises:
+            UnsupportedError: a variant that this adapter would compute wrongly.
+        """
+
+    @abstractmethod
+    def build(self, config: Mapping[str, Any]) -> nn.Module:
+        """The diffusers model; called under `torch.device("meta")`, so it costs no memory."""
+
+    @abstractmethod
+    def pieces(self, name: str, shape: tuple[int, ...], config: Mapping[str, Any]) -> list[Piece]:
+        """Parameters of the diffusers model that the checkpoint tensor `name` becomes."""
+
+    @abstractmethod
+    def native_tensors(self, config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+        """Names and shapes of the family's single-file checkpoint in ComfyUI's own layout."""
+
+    @abstractmethod
+    def check_inputs(self, config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> int:
+        """Checks the inputs of a step before any work; returns the latent's token count.
+
+        Args:
+            config: as `model_config` gave it.
+            shapes: name → shape of every tensor of the step: `x`, `timestep` and the conditioning.
+
+        Raises:
+            UnsupportedError: an input that this adapter does not know, or cannot honour.
+        """
+
+    @abstractmethod
+    def prepare(self, conditioning: Mapping[str, Tensor]) -> Any:
+        """Work that depends on the conditioning alone (e.g. trimming padding), done once per prompt.
+
+        Args:
+            conditioning: name → tensor on this rank's device, floating-point ones in the compute dtype.
+        """
+
+    @abstractmethod
+    def step(
+        self,
+        model: nn.Module,
+        x: Tensor,
+        timestep: Tensor,
+        prepared: Any,
+        out: Tensor,
+        context: StepContext,
+    ) -> None:
+        """Runs the network on this rank's tokens and writes its part of the prediction.
+
+        Args:
+            model: the diffusers model, on this rank's device.
+            x: the whole latent as ComfyUI hands it to its own network; shared memory, only this rank's part is read.
+            timestep: as ComfyUI hands it over, fp32, on this rank's device.
+            prepared: what `prepare` returned.
+            out: the whole prediction in shared memory; only this rank's part is written.
+            context: the ranks.
+        """
+
+    @abstractmethod
+    def example(self, config: Mapping[str, Any], world_size: int, dtype: torch.dtype) -> dict[str, Tensor]:
+        """A small random step (`x`, `timestep`, conditioning) for the self-check, uneven on purpose."""

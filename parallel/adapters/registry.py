@@ -1,0 +1,39 @@
+"""The families this engine knows. Adding one: a new file beside this one, and a line here (see CONTRIBUTING.md)."""
+
+from __future__ import annotations
+
+from ..checkpoints.source import Source
+from ..errors import UnsupportedError
+from .base import Adapter
+from .hunyuan_video import HunyuanVideoAdapter
+
+FAMILIES: dict[str, type[Adapter]] = {
+    adapter.family: adapter
+    for adapter in (HunyuanVideoAdapter,)
+}  # fmt: skip
+
+
+def adapter_for(source: Source) -> Adapter:
+    """The adapter of a checkpoint's family.
+
+    Raises:
+        UnsupportedError: no family recognises the checkpoint.
+    """
+    _refuse_quantised(source)
+    for adapter in FAMILIES.values():
+        if source.config is not None:
+            if adapter.detect_diffusers(source.config):
+                return adapter()
+        elif adapter.detect(source.tensors):
+            return adapter()
+    what = source.config.get("_class_name") if source.config is not None else "its tensor names are of no known family"
+    raise UnsupportedError(f"{source.path} is not supported yet ({what}); supported families: {', '.join(FAMILIES)}")
+
+
+def _refuse_quantised(source: Source) -> None:
+    for name in source.tensors:
+        if name == "scaled_fp8" or name.endswith((".scale_weight", ".weight_scale", ".comfy_quant")):
+            raise UnsupportedError(
+                f"{source.path} is a scaled-fp8 or mixed-precision checkpoint (tensor {name!r}), which is not supported"
+                " yet; use the bf16, fp16 or plain fp8 file of the model"
+            )

@@ -1,0 +1,173 @@
+"""What a user asks for (`SequenceParallelConfig`) and what that means on this machine (`Layout`)."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from math import prod
+
+import torch
+
+from .errors import ConfigError
+
+WEIGHTS_MODES = ("auto", "replicate", "shard", "offload")
+ATTENTION_KERNELS = ("auto", "sdpa", "cudnn", "flash", "sage")
+
+_DEVICE = re.compile(r"(?P<type>[a-z]+)(:(?P<index>\d+))?(\*(?P<weight>\d+(\.\d+)?))?")
+
+
+@dataclass(kw_only=True, slots=True, frozen=True)
+class WorkerDevice:
+    """One worker's device."""
+
+    name: str
+    """`cpu` or `cuda:N`, N counted as the ComfyUI process counts its visible GPUs."""
+    weight: float = 1.0
+    """Relative speed: a worker of weight 2 owns twice the tokens and heads of a worker of weight 1."""
+
+    @property
+    def type(self) -> str:
+        return self.name.partition(":")[0]
+
+
+@dataclass(kw_only=True, slots=True, frozen=True)
+class SequenceParallelConfig:
+    """The SP Config node as data. Nothing is looked up on the machine yet."""
+
+    devices: str = "auto"
+    """Comma-separated devices, one worker each: `cuda:0,cuda:1`, `cpu,cpu`, `cuda:0*2,cuda:1*1` (relative speeds);
+    `auto` is every visible GPU, or one CPU worker on a machine without a GPU."""
+    ulysses_degree: int = 0
+    """Ranks among which attention exchanges heads for tokens. 0 chooses; 1 switches it off."""
+    ring_degree: int = 0
+    """Ranks among which keys and values travel in a ring. 0 chooses; 1 switches it off."""
+    cfg_degree: int = 0
+    """2 runs cond and uncond side by side. 0 chooses; 1 switches it off."""
+    dp_degree: int = 0
+    """Groups among which the samples of a batch are spread. 0 chooses; 1 switches it off."""
+    weights: str = "auto"
+    """Where weights live: `replicate` (a copy per device), `shard`, `offload`, or `auto`."""
+    attention: str = "auto"
+    """Attention kernel: `sdpa`, `cudnn`, `flash`, `sage`, or `auto`."""
+
+    def __post_init__(self) -> None:
+        for knob in ("ulysses_degree", "ring_degree", "cfg_degree", "dp_degree"):
+            value = getattr(self, knob)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+                raise ConfigError(f"{knob} is {value!r}; allowed are 0 (choose automatically), 1 (off) or more ranks")
+        _require_choice("weights", self.weights, WEIGHTS_MODES)
+        _require_choice("attention", self.attention, ATTENTION_KERNELS)
+        parse_devices(self.devices)
+
+
+@dataclass(kw_only=True, slots=True, frozen=True)
+class Layout:
+    """A validated plan of processes: which devices, and how the ranks form the axes (dp, cfg, ring, ulysses)."""
+
+    devices: tuple[WorkerDevice, ...]
+    ulysses_degree: int
+    ring_degree: int
+    cfg_degree: int
+    dp_degree: int
+    weights: str
+    attention: str
+    reason: str
+    """One sentence for the log: why the automatic parts were chosen so."""
+
+    @property
+    def world_size(self) -> int:
+        return len(self.devices)
+
+    @property
+    def sp_degree(self) -> int:
+        """Ranks that share one sequence."""
+        return self.ulysses_degree * self.ring_degree
+
+    @property
+    def device_type(self) -> str:
+        return self.devices[0].type
+
+    def describe(self) -> str:
+        names = ",".join(d.name if d.weight == 1 else f"{d.name}*{d.weight:g}" for d in self.devices)
+        return (
+            f"{names}: ulysses {self.ulysses_degree} × ring {self.ring_degree} × cfg {self.cfg_degree}"
+            f" × dp {self.dp_degree} ({self.reason})"
+        )
+
+
+def parse_devices(text: str) -> tuple[WorkerDevice, ...] | None:
+    """Reads a device list; None stands for `auto`.
+
+    Raises:
+        ConfigError: the text is not a device list.
+    """
+    allowed = "allowed are 'auto' or a comma-separated list of cuda:N or cpu, each with an optional *speed"
+    if not isinstance(text, str) or not text.strip():
+        raise ConfigError(f"devices is {text!r}; {allowed}")
+    if text.strip().lower() == "auto":
+        return None
+    devices = []
+    for item in text.split(","):
+        match = _DEVICE.fullmatch(re.sub(r"\s", "", item).lower())
+        if match is None or match["type"] not in ("cpu", "cuda"):
+            raise ConfigError(f"devices has the item {item.strip()!r}; {allowed}")
+        if match["type"] == "cuda" and match["index"] is None:
+            raise ConfigError(f"devices has the item {item.strip()!r}; name the GPU, e.g. cuda:0")
+        weight = float(match["weight"] or 1)
+        if weight <= 0:
+            raise ConfigError(f"devices has the item {item.strip()!r}; the speed after * must be above 0")
+        name = "cpu" if match["type"] == "cpu" else f"cuda:{int(match['index'])}"
+        devices.append(WorkerDevice(name=name, weight=weight))
+    kinds = sorted({device.type for device in devices})
+    if len(kinds) > 1:
+        raise ConfigError(f"devices is {text!r}; CPU and GPU workers cannot share one sequence, use one kind")
+    names = [device.name for device in devices if device.type == "cuda"]
+    for name in names:
+        if names.count(name) > 1:
+            raise ConfigError(f"devices names {name} {names.count(name)} times; a GPU can hold one worker")
+    return tuple(devices)
+
+
+def resolve(config: SequenceParallelConfig) -> Layout:
+    """Fits the request to this machine.
+
+    Raises:
+        ConfigError: a device does not exist, or the degrees' product is not the number of devices.
+        UnsupportedError is not used here: a degree that this version cannot honour is a ConfigError too.
+    """
+    devices = parse_devices(config.devices)
+    reason = "as asked"
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if devices is None:
+        devices = tuple(WorkerDevice(name=f"cuda:{i}") for i in range(gpus)) or (WorkerDevice(name="cpu"),)
+        reason = f"auto: {gpus} visible GPUs" if gpus else "auto: no GPU is visible, so one CPU worker"
+    for device in devices:
+        if device.type == "cuda" and int(device.name.partition(":")[2]) >= gpus:
+            exist = ", ".join(f"cuda:{i}" for i in range(gpus)) or "no GPU (only cpu)"
+            raise ConfigError(f"devices names {device.name}, which this machine does not have; it has {exist}")
+
+    world = len(devices)
+    for knob in ("ring_degree", "cfg_degree", "dp_degree"):
+        value = getattr(config, knob)
+        if value > 1:
+            raise ConfigError(f"{knob} is {value}; this version supports 0 or 1 there (only Ulysses is available yet)")
+    if config.weights not in ("auto", "replicate"):
+        raise ConfigError(f"weights is {config.weights!r}; this version supports 'auto' and 'replicate'")
+    degrees = {
+        "dp_degree": config.dp_degree or 1,
+        "cfg_degree": config.cfg_degree or 1,
+        "ring_degree": config.ring_degree or 1,
+        "ulysses_degree": config.ulysses_degree or world,
+    }
+    if prod(degrees.values()) != world:
+        factors = " × ".join(f"{name} {value}" for name, value in degrees.items())
+        raise ConfigError(
+            f"{factors} = {prod(degrees.values())}, but devices {config.devices!r} are {world} workers;"
+            f" the product must be {world} (0 chooses a degree automatically)"
+        )
+    return Layout(devices=devices, **degrees, weights="replicate", attention=config.attention, reason=reason)
+
+
+def _require_choice(knob: str, value: object, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ConfigError(f"{knob} is {value!r}; allowed are {', '.join(allowed)}")

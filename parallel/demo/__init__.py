@@ -1,0 +1,1 @@
+"""Try the engine without ComfyUI, without a download and without a GPU."""

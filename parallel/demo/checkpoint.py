@@ -1,0 +1,117 @@
+"""Tiny random checkpoints in the file layouts that users have, for the demo and the tests."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+
+from ..adapters.base import Adapter
+from ..adapters.hunyuan_video import HEAD_DIM, HunyuanVideoAdapter
+
+# ComfyUI's names → Tencent's names; the opposite of the adapter's table.
+_ORIGINAL = [
+    (r"^(txt_in\.t_embedder|time_in|guidance_in)\.in_layer\.", r"\1.mlp.0."),
+    (r"^(txt_in\.t_embedder|time_in|guidance_in)\.out_layer\.", r"\1.mlp.2."),
+    (r"^txt_in\.c_embedder\.in_layer\.", "txt_in.c_embedder.linear_1."),
+    (r"^txt_in\.c_embedder\.out_layer\.", "txt_in.c_embedder.linear_2."),
+    (r"_attn\.qkv\.", "_attn_qkv."),
+    (r"_attn\.proj\.", "_attn_proj."),
+    (r"_attn\.norm\.query_norm\.", "_attn_q_norm."),
+    (r"_attn\.norm\.key_norm\.", "_attn_k_norm."),
+    (r"\.norm\.query_norm\.", ".q_norm."),
+    (r"\.norm\.key_norm\.", ".k_norm."),
+    (r"_mod\.lin\.", "_mod.linear."),
+    (r"\.modulation\.lin\.", ".modulation.linear."),
+    (r"mlp\.0\.", "mlp.fc1."),
+    (r"mlp\.2\.", "mlp.fc2."),
+]
+
+
+def tiny_config(
+    *, heads: int, depth: int, depth_single: int, context_dim: int, in_channels: int, guidance: bool
+) -> dict[str, Any]:
+    """Configuration of a small HunyuanVideo; ComfyUI fixes the head size at 128 and the pooled text at 768."""
+    return {
+        "in_channels": in_channels,
+        "out_channels": 16,
+        "num_attention_heads": heads,
+        "attention_head_dim": HEAD_DIM,
+        "num_layers": depth,
+        "num_single_layers": depth_single,
+        "num_refiner_layers": 2,
+        "patch_size": 2,
+        "patch_size_t": 1,
+        "guidance_embeds": guidance,
+        "text_embed_dim": context_dim,
+        "pooled_projection_dim": 768,
+    }
+
+
+def random_tensors(adapter: Adapter, config: dict[str, Any], seed: int) -> dict[str, torch.Tensor]:
+    """Random weights of a sensible size in ComfyUI's names: N(0, 1/√fan_in), norms near 1, biases near 0.
+
+    NumPy's RandomState stream is frozen for good, so a seed gives the same weights with every version.
+    """
+    random = np.random.RandomState(seed)
+    tensors = {}
+    for name, shape in adapter.native_tensors(config).items():
+        values = random.standard_normal(shape).astype(np.float32)
+        if len(shape) > 1:
+            values *= np.prod(shape[1:]) ** -0.5
+        else:
+            values *= 0.1
+            if "norm" in name and name.endswith(".weight"):
+                values += 1
+        tensors[name] = torch.from_numpy(values)
+    return tensors
+
+
+def write_tiny_hunyuan_video(
+    path: str | Path,
+    *,
+    seed: int = 0,
+    heads: int = 2,
+    depth: int = 1,
+    depth_single: int = 1,
+    context_dim: int = 64,
+    in_channels: int = 16,
+    guidance: bool = True,
+    dtype: torch.dtype = torch.float32,
+    names: str = "comfyui",
+    prefix: str = "",
+) -> dict[str, Any]:
+    """Writes a random HunyuanVideo of hidden size heads × 128 as a single safetensors file.
+
+    Args:
+        names: `comfyui`, or `original` for Tencent's names.
+        prefix: put before every name, e.g. `model.diffusion_model.`.
+
+    Returns:
+        The model's configuration.
+    """
+    if names not in ("comfyui", "original"):
+        raise ValueError(f"names is {names!r}; allowed are comfyui, original")
+    config = tiny_config(
+        heads=heads,
+        depth=depth,
+        depth_single=depth_single,
+        context_dim=context_dim,
+        in_channels=in_channels,
+        guidance=guidance,
+    )
+    tensors = random_tensors(HunyuanVideoAdapter(), config, seed)
+    if names == "original":
+        tensors = {_original_name(name): tensor for name, tensor in tensors.items()}
+    save_file({prefix + name: tensor.to(dtype) for name, tensor in tensors.items()}, str(path))
+    return config
+
+
+def _original_name(name: str) -> str:
+    for pattern, replacement in _ORIGINAL:
+        name = re.sub(pattern, replacement, name)
+    return name

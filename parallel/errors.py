@@ -1,0 +1,47 @@
+"""What can go wrong, each with a message a user can act on."""
+
+from __future__ import annotations
+
+
+class EngineError(RuntimeError):
+    """Base class of every error that the engine raises on purpose."""
+
+
+class ConfigError(EngineError, ValueError):
+    """A setting is not usable. The message names the knob, the value received and what is allowed."""
+
+
+class CheckpointError(EngineError):
+    """A checkpoint file is missing, damaged, or not what its family's adapter expects."""
+
+
+class UnsupportedError(EngineError, NotImplementedError):
+    """A family, input or option that this engine would compute wrongly or not at all, refused by name."""
+
+
+class WorkerError(EngineError):
+    """A worker failed while it ran an operation.
+
+    Attributes:
+        rank: rank of the failing worker.
+        remote_type: class name of the exception in the worker.
+        remote_traceback: the worker's traceback, every line prefixed with its rank.
+    """
+
+    def __init__(self, message: str, *, rank: int, remote_type: str = "", remote_traceback: str = ""):
+        super().__init__(message)
+        self.rank = rank
+        self.remote_type = remote_type
+        self.remote_traceback = remote_traceback
+
+
+class WorkerOutOfMemoryError(WorkerError):
+    """A worker's device ran out of memory."""
+
+
+class WorkerDiedError(WorkerError):
+    """A worker process ended, was killed, or stopped answering."""
+
+
+class StepCancelled(EngineError):
+    """Raised inside a worker, on every rank at the same block, when the host asked to stop."""

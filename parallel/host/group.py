@@ -1,0 +1,504 @@
+"""A group of worker processes, one per device: started once, called many times, ended together.
+
+Threads: one supervisor per group starts the processes and reads everything they say; it blocks in `select`, so an idle
+group costs no CPU. Calls run in the caller's thread, which waits in short slices so that it can be cancelled.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import itertools
+import json
+import logging
+import os
+import selectors
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..config import Layout, WorkerDevice
+from ..errors import EngineError, WorkerDiedError, WorkerError, WorkerOutOfMemoryError
+from ..wire.channel import Channel, ChannelClosed, Message
+from ..wire.control import SIZE as CONTROL_SIZE
+from ..wire.control import ControlPage
+from ..wire.shared import Segment
+
+log = logging.getLogger("sequence_parallel")
+
+Poll = Callable[[], None]
+"""Called every ≤ 100 ms in the caller's thread while a call runs; raising cancels the call."""
+Progress = Callable[[int, int], None]
+"""Called in the caller's thread with (done, total)."""
+
+_BOOT = Path(__file__).resolve().parent.parent / "worker" / "boot.py"
+_SLICE_S = 0.05
+_START_TIMEOUT_S = 180.0
+_STUCK_AFTER_S = 600.0
+"""No rank has given a sign of life for so long: one of them hangs. Covers the compilation of a first step."""
+_DRAIN_TIMEOUT_S = 60.0
+_GRACE_S = 1.0
+"""How long peers of a failed rank may take to report, before the group is ended."""
+
+
+@dataclass(slots=True)
+class _Worker:
+    rank: int
+    device: WorkerDevice
+    process: subprocess.Popen[bytes]
+    channel: Channel
+    ready: bool = False
+    gone: bool = False
+    memory: int = 0
+    """Bytes in use when it last answered."""
+    last_lines: deque[str] = field(default_factory=lambda: deque(maxlen=30))
+
+    def describe(self) -> str:
+        return f"worker rank {self.rank} ({self.device.name}, pid {self.process.pid})"
+
+
+@dataclass(slots=True)
+class _Call:
+    """An operation that every rank is to answer."""
+
+    number: int
+    operation: str
+    replies: dict[int, Message] = field(default_factory=dict)
+    order: list[int] = field(default_factory=list)
+    progress: dict[int, tuple[int, int]] = field(default_factory=dict)
+
+
+class WorkerGroup:
+    """The worker processes of one layout.
+
+    Args:
+        layout: devices and degrees.
+        threads: CPU threads of each worker; by default an equal share of the cores that this process may use.
+
+    Attributes:
+        generation: changes with every group, so that a model knows whether its weights went with an older one.
+    """
+
+    _generations = itertools.count(1)
+
+    def __init__(self, layout: Layout, threads: int | None = None):
+        self.layout = layout
+        self._threads = threads or _threads_per_worker(layout)
+        self.generation = next(self._generations)
+        self._workers: list[_Worker] = []
+        self._control = ControlPage.create()
+        self._segments: dict[str, Segment] = {}
+        self._announce: dict[str, Segment] = {}
+        self._call_lock = threading.RLock()
+        self._changed = threading.Condition()
+        self._call: _Call | None = None
+        self._numbers = itertools.count(1)
+        self._posted: deque[Message] = deque()
+        self._failure: WorkerError | None = None
+        self._closing = False
+        self._store = ""
+        self._wake_read, self._wake_write = os.pipe()
+        self._supervisor = threading.Thread(target=self._supervise, name="sequence-parallel", daemon=True)
+
+    # --- life ---------------------------------------------------------------------------------------------------
+
+    def start(self, poll: Poll | None = None) -> None:
+        """Starts the processes and waits until they have met.
+
+        Raises:
+            WorkerDiedError: a worker could not start; the message ends with its last lines of output.
+        """
+        began = time.monotonic()
+        self._store = tempfile.mkdtemp(prefix="sequence-parallel-")
+        self._supervisor.start()
+        atexit.register(self.stop)
+        try:
+            while not self._when(lambda: sum(w.ready for w in self._workers) == self.layout.world_size):
+                if poll is not None:
+                    poll()
+                if time.monotonic() - began > _START_TIMEOUT_S:
+                    late = [w.describe() for w in self._workers if not w.ready]
+                    raise WorkerDiedError(f"{', '.join(late)} did not start within {_START_TIMEOUT_S:g} s", rank=0)
+        except BaseException:
+            self.stop()
+            raise
+        shutil.rmtree(self._store, ignore_errors=True)
+        log.info("workers started in %.1f s on %s", time.monotonic() - began, self.layout.describe())
+
+    @property
+    def alive(self) -> bool:
+        """Whether all workers have met and none has failed."""
+        running = sum(worker.ready and not worker.gone for worker in self._workers)
+        return self._failure is None and not self._closing and running == self.layout.world_size
+
+    @property
+    def pids(self) -> list[int]:
+        return [worker.process.pid for worker in self._workers]
+
+    def stop(self) -> None:
+        """Ends the processes. Safe to call again, and from any thread."""
+        with self._changed:
+            if self._closing:
+                return
+            self._closing = True
+        atexit.unregister(self.stop)
+        for worker in self._workers:
+            with contextlib.suppress(ChannelClosed):
+                worker.channel.send({"op": "stop"})
+        self._end_processes()
+        self._wake()
+        if self._supervisor.ident is not None and threading.current_thread() is not self._supervisor:
+            self._supervisor.join(timeout=10)
+        shutil.rmtree(self._store, ignore_errors=True)
+        for segment in self._segments.values():
+            segment.close()
+        self._control.close()
+        os.close(self._wake_read)
+        os.close(self._wake_write)
+
+    # --- shared memory ------------------------------------------------------------------------------------------
+
+    def segment(self, name: str, size: int) -> Segment:
+        """The group's segment `name` with room for at least `size` bytes; workers learn of it with the next call."""
+        current = self._segments.get(name)
+        if current is None or current.size < size:
+            segment = Segment.create(name, size)
+            self._segments[name] = self._announce[name] = segment
+            if current is not None:
+                current.close()
+            return segment
+        return current
+
+    # --- calls --------------------------------------------------------------------------------------------------
+
+    def call(
+        self, operation: str, message: Message, *, poll: Poll | None = None, on_progress: Progress | None = None
+    ) -> list[dict[str, Any]]:
+        """Runs an operation on every rank and waits for all answers.
+
+        If `poll` raises, the workers are asked to stop and the exception goes on at once; the next call first waits
+        until they have.
+
+        Returns:
+            Each rank's result.
+
+        Raises:
+            WorkerError: a rank failed. Unless all ranks failed alike, the group has been ended.
+        """
+        with self._call_lock:
+            self.settle(poll)
+            call = self._send(operation, message)
+            told = (0, 0)
+            beats: tuple[int, ...] = ()
+            last_sign = time.monotonic()
+            while not self._when(lambda: len(call.replies) == len(self._workers) or self._failed_reply(call)):
+                if poll is not None:
+                    try:
+                        poll()
+                    except BaseException:
+                        self._control.request_cancel()  # `settle` collects the answers
+                        raise
+                if on_progress is not None and (slowest := self._slowest(call)) != told:
+                    told = slowest
+                    on_progress(*told)
+                if (now := self._control.beats(len(self._workers))) != beats:
+                    beats, last_sign = now, time.monotonic()
+                elif time.monotonic() - last_sign > _STUCK_AFTER_S:
+                    self._fail_stuck(call, beats)
+            if self._failed_reply(call):
+                self._raise_failed(call)
+            if on_progress is not None and (slowest := self._slowest(call)) != told:
+                on_progress(*slowest)
+            self._call = None
+            return [call.replies[rank]["result"] for rank in range(len(self._workers))]
+
+    def post(self, operation: str, message: Message) -> None:
+        """Asks every rank for an operation without waiting for an answer.
+
+        Takes no lock, so that a finalizer may call it in the middle of anything.
+        """
+        self._posted.append({"op": operation, "id": 0, "segments": [], **message})
+        self._wake()
+
+    def _slowest(self, call: _Call) -> tuple[int, int]:
+        return min(call.progress.values()) if len(call.progress) == len(self._workers) else (0, 0)
+
+    def _send(self, operation: str, message: Message) -> _Call:
+        self._raise_failure()
+        self._control.reset(len(self._workers))
+        self._call = call = _Call(next(self._numbers), operation)
+        announced, self._announce = self._announce, {}
+        segments = [{"name": name, "size": segment.size} for name, segment in announced.items()]
+        fds = tuple(segment.fileno() for segment in announced.values())
+        frame = {"op": operation, "id": call.number, "segments": segments, **message}
+        for worker in self._workers:
+            with contextlib.suppress(ChannelClosed):  # the supervisor sees it too, and says why
+                worker.channel.send(frame, fds)
+        return call
+
+    def settle(self, poll: Poll | None = None) -> None:
+        """Waits until a cancelled call has really ended; shared memory is not to be touched before."""
+        call, began = self._call, time.monotonic()
+        if call is None:
+            return
+        while not self._when(lambda: len(call.replies) == len(self._workers)):
+            if poll is not None:
+                poll()
+            if time.monotonic() - began > _DRAIN_TIMEOUT_S:
+                self._fail_stuck(call, self._control.beats(len(self._workers)))
+        self._call = None
+
+    def _when(self, condition: Callable[[], bool]) -> bool:
+        """Waits a slice of time for the condition.
+
+        Raises:
+            WorkerError: a worker has died meanwhile.
+        """
+        with self._changed:
+            done = self._changed.wait_for(lambda: condition() or self._failure is not None, timeout=_SLICE_S)
+        if not condition():
+            self._raise_failure()
+        return done
+
+    @staticmethod
+    def _failed_reply(call: _Call) -> bool:
+        return any(not reply["ok"] for reply in call.replies.values())
+
+    def _raise_failed(self, call: _Call) -> None:
+        """Turns failed replies into an exception; ends the group unless every rank failed alike."""
+        with self._changed:
+            self._changed.wait_for(lambda: len(call.replies) == len(self._workers), timeout=_GRACE_S)
+        failed = [rank for rank in call.order if not call.replies[rank]["ok"]]
+        errors = [call.replies[rank]["error"] for rank in failed]
+        alike = len(failed) == len(self._workers) and len({(e["type"], e["message"]) for e in errors}) == 1
+        # Peers of a failed rank report broken connections; the one that broke first has the cause.
+        first = min(range(len(failed)), key=lambda i: (not errors[i]["expected"], not errors[i]["out_of_memory"], i))
+        error = self._remote_error(self._workers[failed[first]], call.operation, errors[first], alike)
+        for rank, detail in zip(failed, errors, strict=True):
+            log.error("%s", _prefixed(rank, detail["traceback"]))
+        if alike:
+            self._call = None
+        else:
+            self._failure = error
+            self.stop()
+        raise error
+
+    def _remote_error(self, worker: _Worker, operation: str, error: dict[str, Any], alike: bool) -> WorkerError:
+        kind = WorkerOutOfMemoryError if error["out_of_memory"] else WorkerError
+        if error["expected"] and alike:
+            text = error["message"]
+        else:
+            text = f"{worker.describe()} failed in '{operation}': {error['type']}: {error['message']}"
+            text += f" (memory in use there: {worker.memory / 2**20:.0f} MiB)"
+        if error["out_of_memory"]:
+            text += ". Use a smaller size or fewer frames, more devices, or an fp8 weight_dtype"
+        if not alike:
+            text += ". The workers were stopped; the next prompt starts fresh ones"
+        return kind(
+            text, rank=worker.rank, remote_type=error["type"], remote_traceback=_prefixed(worker.rank, error["traceback"])
+        )
+
+    def _fail_stuck(self, call: _Call, beats: tuple[int, ...]) -> None:
+        silent = [w for w in self._workers if w.rank not in call.replies]
+        worker = min(silent, key=lambda w: beats[w.rank])
+        self._failure = WorkerDiedError(
+            f"{worker.describe()} stopped answering in '{call.operation}'."
+            " The workers were stopped; the next prompt starts fresh ones",
+            rank=worker.rank,
+        )
+        failure = self._failure
+        self.stop()
+        raise failure
+
+    def _raise_failure(self) -> None:
+        if self._failure is not None:
+            failure = self._failure
+            self.stop()
+            raise failure
+        if self._closing:
+            raise EngineError("the workers were stopped")
+
+    # --- supervisor thread --------------------------------------------------------------------------------------
+
+    def _supervise(self) -> None:
+        """Starts the workers, then reads what they say until the group ends.
+
+        The processes are started by this thread because they die with the thread that started them.
+        """
+        try:
+            with selectors.DefaultSelector() as selector:
+                selector.register(self._wake_read, selectors.EVENT_READ, None)
+                for rank, device in enumerate(self.layout.devices):
+                    worker = self._spawn(rank, device)
+                    assert worker.process.stdout is not None
+                    self._workers.append(worker)
+                    selector.register(worker.channel, selectors.EVENT_READ, (worker, self._on_message))
+                    selector.register(worker.process.stdout, selectors.EVENT_READ, (worker, self._on_output))
+                self._listen(selector)
+        except Exception as error:
+            log.exception("the supervisor of the workers failed")
+            self._fail(WorkerDiedError(f"the workers could not be supervised: {error}", rank=len(self._workers)))
+        for worker in self._workers:
+            worker.channel.close()
+            assert worker.process.stdout is not None
+            worker.process.stdout.close()
+
+    def _listen(self, selector: selectors.BaseSelector) -> None:
+        while not self._closing:
+            for key, _ in selector.select():
+                if key.data is None:
+                    os.read(self._wake_read, 64)
+                    self._send_posted()
+                    continue
+                worker, handler = key.data
+                if not handler(worker):
+                    selector.unregister(key.fileobj)
+
+    def _send_posted(self) -> None:
+        while self._posted:
+            message = self._posted.popleft()
+            for worker in self._workers:
+                with contextlib.suppress(ChannelClosed):
+                    worker.channel.send(message)
+
+    def _spawn(self, rank: int, device: WorkerDevice) -> _Worker:
+        ours, theirs = socket.socketpair()
+        settings = {
+            "fd": theirs.fileno(),
+            "host_pid": os.getpid(),
+            "rank": rank,
+            "world_size": self.layout.world_size,
+            "weights": [d.weight for d in self.layout.devices],
+            "device": device.name,
+            "attention": self.layout.attention,
+            "store": str(Path(self._store) / "store"),
+            "threads": self._threads,
+        }
+        environment = os.environ | {
+            "OMP_NUM_THREADS": str(self._threads),
+            "OMP_WAIT_POLICY": "PASSIVE",  # spinning threads of one worker would steal the cores of another
+            "GLOO_SOCKET_IFNAME": "lo",
+            "NCCL_SOCKET_IFNAME": "lo",
+            "HF_HUB_OFFLINE": "1",
+            "PYTHONUNBUFFERED": "1",
+        }
+        flags = ["-s"] if sys.flags.no_user_site else []
+        try:
+            process = subprocess.Popen(
+                [sys.executable, *flags, str(_BOOT), json.dumps(settings)],
+                pass_fds=(theirs.fileno(),),
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                env=environment,
+            )
+        finally:
+            theirs.close()
+        assert process.stdout is not None
+        os.set_blocking(process.stdout.fileno(), False)
+        worker = _Worker(rank, device, process, Channel(ours))
+        with contextlib.suppress(ChannelClosed):
+            page = {"segments": [{"name": "control", "size": CONTROL_SIZE}], "op": "attach", "id": 0}
+            worker.channel.send(page, (self._control.fileno(),))
+        return worker
+
+    def _on_message(self, worker: _Worker) -> bool:
+        try:
+            message, fds = worker.channel.receive()
+        except ChannelClosed:
+            self._on_end(worker)
+            return False
+        for fd in fds:
+            os.close(fd)
+        with self._changed:
+            if message.get("event") == "ready":
+                worker.ready = True
+            elif message.get("event") == "log":
+                log.log(message["level"], "[rank %d] %s", worker.rank, message["text"])
+            elif message.get("event") == "progress":
+                if self._call is not None:
+                    self._call.progress[worker.rank] = (message["done"], message["total"])
+            else:
+                worker.memory = message["memory"]
+                if self._call is not None and message["id"] == self._call.number:
+                    self._call.replies[worker.rank] = message
+                    self._call.order.append(worker.rank)
+            self._changed.notify_all()
+        return True
+
+    def _on_output(self, worker: _Worker) -> bool:
+        assert worker.process.stdout is not None
+        text = os.read(worker.process.stdout.fileno(), 65536)
+        for line in text.decode(errors="replace").splitlines():
+            worker.last_lines.append(line)
+            log.debug("[rank %d] %s", worker.rank, line)
+        return bool(text)
+
+    def _on_end(self, worker: _Worker) -> None:
+        """A worker's socket closed: unless the group is ending, the worker died."""
+        worker.gone = True
+        if self._closing:
+            return
+        with contextlib.suppress(BlockingIOError, OSError):
+            self._on_output(worker)
+        try:
+            code = worker.process.wait(timeout=5)
+        except subprocess.TimeoutExpired:
+            worker.process.kill()
+            code = worker.process.wait()
+        how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+        text = f"{worker.describe()} {how}"
+        if self._call is not None:
+            text += f" during '{self._call.operation}'"
+        if worker.memory:
+            text += f"; it had {worker.memory / 2**20:.0f} MiB in use"
+        if code == -signal.SIGKILL:
+            text += "; if nobody ended it, the system ran out of memory (see dmesg)"
+        elif not worker.ready and worker.last_lines:
+            text += "; its last lines:\n" + "\n".join(worker.last_lines)
+        self._fail(WorkerDiedError(text + ". The next prompt starts fresh workers", rank=worker.rank))
+
+    def _fail(self, failure: WorkerError) -> None:
+        with self._changed:
+            if self._failure is None:
+                self._failure = failure
+            self._changed.notify_all()
+        for worker in self._workers:  # peers would wait for the dead rank in a collective
+            with contextlib.suppress(OSError):
+                worker.process.kill()
+        log.error("%s", failure)
+
+    def _end_processes(self) -> None:
+        """Lets idle workers leave by themselves, ends the others."""
+        deadline = time.monotonic() + (0.0 if self._failure is not None or self._call is not None else 2.0)
+        for worker in self._workers:
+            try:
+                worker.process.wait(timeout=max(0.0, deadline - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                worker.process.kill()
+        for worker in self._workers:
+            worker.process.wait()
+
+    def _wake(self) -> None:
+        with contextlib.suppress(OSError):
+            os.write(self._wake_write, b"x")
+
+
+def _threads_per_worker(layout: Layout) -> int:
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    share = max(1, cores // layout.world_size)
+    return share if layout.device_type == "cpu" else min(4, share)  # a GPU worker only reads files and launches kernels
+
+
+def _prefixed(rank: int, text: str) -> str:
+    return "\n".join(f"[rank {rank}] {line}" for line in text.rstrip().splitlines())

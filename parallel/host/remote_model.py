@@ -1,0 +1,203 @@
+"""A model in the workers, as the host holds it: load, step, unload."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+from collections import OrderedDict
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import WorkerError
+from ..plan import SequencePlan
+from ..wire.shared import Segment, TensorRef, lay_out
+from . import running
+from .group import Poll, Progress, WorkerGroup
+from .recipe import Inspected, Recipe, inspect
+
+log = logging.getLogger("sequence_parallel")
+
+_MODELS = itertools.count(1)
+_KEPT_CONDITIONING = 16
+"""Tensors kept per model in each worker: prompt and negative prompt, a few of each."""
+
+
+class RemoteModel:
+    """One recipe, and where its weights are now.
+
+    The weights may come and go (eviction, a crash, another layout): `ensure_loaded` brings them back.
+
+    Args:
+        recipe: what to load.
+        inspected: the checkpoint's header, if it has been read already.
+        group: run on this group instead of the shared one of the recipe's configuration.
+    """
+
+    def __init__(self, recipe: Recipe, inspected: Inspected | None = None, group: WorkerGroup | None = None):
+        self.recipe = recipe
+        self.inspected = inspected or inspect(recipe.path)
+        self.name = f"model-{next(_MODELS)}"
+        self.nbytes = 0
+        """Bytes of weights that one worker holds; 0 when not loaded."""
+        self._own_group = group
+        self._group: WorkerGroup | None = None
+        self._generation = 0
+        self._conditioning = _SentConditioning(self.name)
+
+    @property
+    def loaded(self) -> bool:
+        """Whether the workers hold the weights."""
+        return self._group is not None and self._group.alive and self._group.generation == self._generation
+
+    @property
+    def group(self) -> WorkerGroup | None:
+        return self._group
+
+    def ensure_loaded(self, poll: Poll | None = None, on_progress: Progress | None = None) -> int:
+        """Starts workers and loads the weights unless both have been done.
+
+        Returns:
+            Bytes of weights on one worker.
+
+        Raises:
+            WorkerError: loading failed.
+        """
+        group = self._own_group or running.acquire(self.recipe.config, poll)
+        if self.loaded and group is self._group:
+            return self.nbytes
+        message = {"model": self.name, "recipe": self.recipe.to_json()}
+        self._group, self._generation = None, 0
+        results = group.call("load", message, poll=poll, on_progress=on_progress)
+        self._group, self._generation = group, group.generation
+        self._conditioning.clear()
+        self.nbytes = max(result["nbytes"] for result in results)
+        log.info("%s: %.0f MiB of weights on each of %d workers", self.recipe.path, self.nbytes / 2**20, len(results))
+        return self.nbytes
+
+    def unload(self) -> None:
+        """Frees the weights in the workers; the processes stay."""
+        group, was_loaded = self._group, self.loaded
+        self._group, self._generation, self.nbytes = None, 0, 0
+        self._conditioning.clear()
+        if group is not None and was_loaded:
+            try:
+                group.call("unload", {"model": self.name})
+            except WorkerError as error:  # the weights have gone with the workers
+                log.warning("%s", error)
+
+    def release(self) -> None:
+        """As `unload`, without waiting: for a finalizer, which may run in the middle of anything."""
+        if self._group is not None and self.loaded:
+            self._group.post("unload", {"model": self.name})
+        self._group, self._generation = None, 0
+
+    def check(self, x: Tensor, timestep: Tensor, conditioning: Mapping[str, Tensor]) -> None:
+        """Everything that can be told before any work.
+
+        Raises:
+            UnsupportedError: an input that the family cannot honour.
+            ConfigError: more ranks than tokens.
+        """
+        shapes = {"x": x.shape, "timestep": timestep.shape, **{name: t.shape for name, t in conditioning.items()}}
+        config = self.inspected.model_config
+        tokens = self.inspected.adapter.check_inputs(config, {name: tuple(shape) for name, shape in shapes.items()})
+        if self._group is not None:
+            SequencePlan((tokens,), 1, tuple(d.weight for d in self._group.layout.devices))
+
+    def step(
+        self, x: Tensor, timestep: Tensor, conditioning: Mapping[str, Tensor], *, poll: Poll | None = None
+    ) -> Tensor:
+        """The network's prediction for one step.
+
+        Args:
+            x: latent as ComfyUI hands it to its own network, [B, C, T, H, W], in the compute dtype.
+            timestep: as ComfyUI hands it over.
+            conditioning: name → tensor; only what changed since an earlier step travels.
+            poll: see `WorkerGroup.call`.
+
+        Returns:
+            The prediction, on x's device, in x's dtype.
+
+        Raises:
+            WorkerError: a worker failed; the weights are gone unless `loaded` still says otherwise.
+        """
+        self.check(x, timestep, conditioning)
+        group = self._group
+        assert group is not None and self.loaded, "call ensure_loaded first"
+        group.settle(poll)
+        out_shape = (x.shape[0], self.inspected.model_config["out_channels"], *x.shape[2:])
+        refs, size = lay_out("step", [(x.shape, x.dtype), (timestep.shape, timestep.dtype), (out_shape, x.dtype)])
+        segment = group.segment("step", size)
+        for tensor, ref in ((x, refs[0]), (timestep, refs[1])):
+            segment.tensor(ref).copy_(tensor)
+        keys, put, drop = self._conditioning.update(conditioning, group)
+        message: dict[str, Any] = {
+            "model": self.name,
+            "inputs": {"x": refs[0].to_json(), "timestep": refs[1].to_json()},
+            "conditioning": keys,
+            "put": put,
+            "drop": drop,
+            "out": refs[2].to_json(),
+        }
+        try:
+            group.call("step", message, poll=poll)
+        except BaseException:
+            self._conditioning.clear()  # what the workers hold now is unknown: send it again
+            raise
+        return _copy_out(segment, refs[2], x.device)
+
+
+class _SentConditioning:
+    """Which tensors the workers hold, by content: ComfyUI makes new tensors of the same values at every step."""
+
+    def __init__(self, model: str):
+        self._model = model
+        self._sent: OrderedDict[str, Tensor] = OrderedDict()
+        self._numbers = itertools.count(1)
+        self._stale: list[str] = []
+
+    def clear(self) -> None:
+        self._stale += self._sent
+        self._sent.clear()
+
+    def update(
+        self, conditioning: Mapping[str, Tensor], group: WorkerGroup
+    ) -> tuple[dict[str, str], dict[str, Any], list[str]]:
+        """Finds what is new and writes it to shared memory.
+
+        Returns:
+            name → key for this step; key → place of the tensors to take over; keys to forget.
+        """
+        keys: dict[str, str] = {}
+        new: dict[str, Tensor] = {}
+        for name, tensor in conditioning.items():
+            key = next((key for key, sent in self._sent.items() if _same(sent, tensor)), None)
+            if key is None:
+                key = f"{self._model}/{next(self._numbers)}"
+                new[key] = self._sent[key] = tensor.detach().clone()
+            self._sent.move_to_end(key)
+            keys[name] = key
+        drop, self._stale = self._stale, []
+        while len(self._sent) > max(_KEPT_CONDITIONING, len(keys)):
+            drop.append(self._sent.popitem(last=False)[0])
+        put: dict[str, Any] = {}
+        if new:
+            refs, size = lay_out("conditioning", [(tensor.shape, tensor.dtype) for tensor in new.values()])
+            segment = group.segment("conditioning", size)
+            for (key, tensor), ref in zip(new.items(), refs, strict=True):
+                segment.tensor(ref).copy_(tensor)
+                put[key] = ref.to_json()
+        return keys, put, drop
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    return a.shape == b.shape and a.dtype == b.dtype and a.device == b.device and torch.equal(a, b)
+
+
+def _copy_out(segment: Segment, ref: TensorRef, device: torch.device) -> Tensor:
+    """A copy that the next step cannot overwrite."""
+    shared = segment.tensor(ref)
+    return shared.clone() if device.type == "cpu" else shared.to(device)

@@ -1,0 +1,1 @@
+"""What travels between the host and its workers: JSON messages, shared memory, one page of control words."""

@@ -1,0 +1,122 @@
+"""Shared memory that cannot be left behind, and the tensors in it.
+
+A segment is an anonymous memory file (memfd): it has no name, so there is nothing to unlink; the kernel frees it when
+the last process that holds it ends, however it ends. It does not count against the size of /dev/shm either, which is
+64 MB in a default container.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor
+
+ALIGNMENT = 64
+"""Bytes; tensors start on a cache line."""
+
+_DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in (
+    torch.float64, torch.float32, torch.float16, torch.bfloat16,
+    torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool,
+)}  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class TensorRef:
+    """Where a tensor lies in a segment: plain data, so that it can be put in a message."""
+
+    segment: str
+    offset: int
+    shape: tuple[int, ...]
+    dtype: str
+
+    @property
+    def nbytes(self) -> int:
+        return prod(self.shape) * _DTYPES[self.dtype].itemsize
+
+    def to_json(self) -> dict[str, Any]:
+        return {"segment": self.segment, "offset": self.offset, "shape": list(self.shape), "dtype": self.dtype}
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> TensorRef:
+        if data["dtype"] not in _DTYPES:
+            raise ValueError(f"dtype {data['dtype']!r} cannot travel through shared memory")
+        return cls(data["segment"], data["offset"], tuple(data["shape"]), data["dtype"])
+
+
+class Segment:
+    """A piece of shared memory, mapped in this process."""
+
+    def __init__(self, name: str, fd: int, size: int):
+        """Maps `size` bytes of `fd`, which the segment owns from here on."""
+        self.name = name
+        self.size = size
+        self._fd = fd
+        self._map = mmap.mmap(fd, size)
+
+    @classmethod
+    def create(cls, name: str, size: int) -> Segment:
+        """A new, zeroed segment of at least `size` bytes."""
+        size = max(ALIGNMENT, size)
+        if hasattr(os, "memfd_create"):
+            fd = os.memfd_create(f"sequence-parallel:{name}", os.MFD_CLOEXEC)
+        else:  # not Linux: a file that has no name from the first moment
+            with tempfile.TemporaryFile() as file:
+                fd = os.dup(file.fileno())
+        os.ftruncate(fd, size)
+        return cls(name, fd, size)
+
+    def fileno(self) -> int:
+        return self._fd
+
+    def words(self) -> memoryview:
+        """The segment as 64-bit integers."""
+        return memoryview(self._map).cast("q")
+
+    def tensor(self, ref: TensorRef) -> Tensor:
+        """The tensor at `ref`: it aliases the shared memory and keeps the mapping alive.
+
+        Raises:
+            ValueError: `ref` reaches outside the segment.
+        """
+        if ref.offset < 0 or ref.offset + ref.nbytes > self.size:
+            raise ValueError(f"{ref} reaches outside segment {self.name!r} of {self.size} bytes")
+        dtype = _DTYPES[ref.dtype]
+        if not prod(ref.shape):
+            return torch.empty(ref.shape, dtype=dtype)
+        flat = torch.frombuffer(self._map, dtype=dtype, count=prod(ref.shape), offset=ref.offset)
+        return flat.view(ref.shape)
+
+    def close(self) -> None:
+        """Drops this process's descriptor; the mapping goes when the last tensor on it goes."""
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """`torch.float32` → `float32`.
+
+    Raises:
+        ValueError: the dtype cannot travel through shared memory.
+    """
+    name = str(dtype).removeprefix("torch.")
+    if name not in _DTYPES:
+        raise ValueError(f"a {name} tensor cannot travel through shared memory; allowed are {', '.join(_DTYPES)}")
+    return name
+
+
+def lay_out(segment: str, tensors: Sequence[tuple[Sequence[int], torch.dtype]]) -> tuple[list[TensorRef], int]:
+    """Places tensors of the given shapes and dtypes one after the other; returns their places and the bytes needed."""
+    refs, offset = [], 0
+    for shape, dtype in tensors:
+        ref = TensorRef(segment, offset, tuple(shape), dtype_name(dtype))
+        refs.append(ref)
+        offset += -(-ref.nbytes // ALIGNMENT) * ALIGNMENT
+    return refs, offset

@@ -1,0 +1,249 @@
+"""A worker's life: join the group, then answer the host's messages one after the other until it says stop or dies."""
+
+from __future__ import annotations
+
+import ctypes
+import faulthandler
+import gc
+import logging
+import os
+import queue
+import resource
+import signal
+import socket
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from ..attention import kernels
+from ..errors import EngineError, StepCancelled
+from ..wire.channel import Channel, ChannelClosed, Message
+from ..wire.control import SIZE as CONTROL_SIZE
+from ..wire.control import ControlPage
+from ..wire.shared import Segment, TensorRef
+from .ranks import ParallelContext, SoloContext, join
+from .resident import ResidentModel
+
+
+
+_PR_SET_PDEATHSIG = 1
+_PROGRESS_INTERVAL_S = 0.1
+
+
+class Worker:
+    """The state of one rank.
+
+    Args:
+        channel: to the host.
+        rank, world_size: place in the group.
+        weights: relative speed of each rank.
+        device: this rank's device.
+        attention: kernel name, see `config.ATTENTION_KERNELS`.
+        store: path of the file store by which the ranks meet.
+    """
+
+    def __init__(
+        self,
+        channel: Channel,
+        *,
+        rank: int,
+        world_size: int,
+        weights: tuple[float, ...],
+        device: torch.device,
+        attention: str,
+        store: str,
+    ):
+        self._channel = channel
+        self._rank = rank
+        self._world_size = world_size
+        self._weights = weights
+        self._device = device
+        self._kernel = kernels.select(attention, device)
+        self._group = join(rank, world_size, device, store)
+        self._segments: dict[str, Segment] = {}
+        self._control: ControlPage | None = None
+        self._models: dict[str, ResidentModel] = {}
+        self._checked: set[tuple[str, torch.dtype]] = set()
+        self._operations: dict[str, Callable[[Message], dict[str, Any]]] = {
+            "load": self._load,
+            "unload": self._unload,
+            "step": self._step,
+            "echo": self._echo,
+        }
+
+    def run(self, inbox: queue.Queue[tuple[Message, list[int]]]) -> None:
+        """Answers messages until `stop`."""
+        while True:
+            message, fds = inbox.get()
+            if message["op"] == "stop":
+                return
+            if message["op"] == "attach":
+                self._attach(message["segments"], fds)
+                continue
+            try:
+                self._attach(message["segments"], fds)
+                result = self._operations[message["op"]](message)
+                reply = {"ok": True, "result": result}
+            except StepCancelled:
+                reply = {"ok": True, "result": None, "cancelled": True}
+            except BaseException as error:
+                reply = {"ok": False, "error": self._describe(error)}
+            self._channel.send({"id": message["id"], "memory": self._memory(), **reply})
+
+    # --- operations ---------------------------------------------------------------------------------------------
+
+    def _load(self, message: Message) -> dict[str, Any]:
+        """Makes a model resident; the self-check runs the first time a family is used in a dtype."""
+        self._models.pop(message["model"], None)
+        told = time.monotonic()
+
+        def progress(done: int, total: int) -> None:
+            nonlocal told
+            assert self._control is not None
+            self._control.beat(self._rank)
+            if self._control.cancel_requested:
+                raise StepCancelled("stopped while loading")
+            if time.monotonic() - told > _PROGRESS_INTERVAL_S or done == total:
+                told = time.monotonic()
+                self._channel.send({"event": "progress", "done": done, "total": total})
+
+        with torch.no_grad():
+            model = ResidentModel(message["recipe"], self._device, progress)
+            self._models[message["model"]] = model
+        return {"nbytes": model.nbytes, "family": model.adapter.family}
+
+    def _unload(self, message: Message) -> dict[str, Any]:
+        self._models.pop(message["model"], None)
+        gc.collect()
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()
+        else:
+            ctypes.CDLL(None).malloc_trim(0)
+        return {}
+
+    def _step(self, message: Message) -> dict[str, Any]:
+        model = self._models[message["model"]]
+        inputs = {name: self._tensor(ref) for name, ref in message["inputs"].items()}
+        model.drop_conditioning(message["drop"])
+        for key, ref in message["put"].items():
+            model.put_conditioning(key, self._tensor(ref))
+        with torch.no_grad():
+            self._check(model)
+            model.step(
+                inputs["x"], inputs["timestep"], message["conditioning"], self._tensor(message["out"]), self._context()
+            )
+        return {}
+
+    def _echo(self, message: Message) -> dict[str, Any]:
+        """Writes this rank's share of the input to the output: the cost of a remote call without a model."""
+        x, out = self._tensor(message["inputs"]["x"]).flatten(), self._tensor(message["out"]).flatten()
+        share = -(-x.numel() // self._world_size)
+        mine = slice(self._rank * share, (self._rank + 1) * share)
+        out[mine].copy_(x[mine])
+        return {}
+
+    # --- parts --------------------------------------------------------------------------------------------------
+
+    def _check(self, model: ResidentModel) -> None:
+        """Split against alone, before a family's first step in a dtype; all ranks are here together."""
+        key = (model.adapter.family, model.compute_dtype)
+        if self._world_size > 1 and key not in self._checked:
+            model.self_check(self._context(), SoloContext(self._kernel), self._world_size)
+            self._checked.add(key)
+
+    def _context(self) -> ParallelContext:
+        assert self._control is not None
+        return ParallelContext(self._rank, self._weights, self._group, self._kernel, self._control, self._device)
+
+    def _tensor(self, ref: dict[str, Any]) -> torch.Tensor:
+        place = TensorRef.from_json(ref)
+        return self._segments[place.segment].tensor(place)
+
+    def _attach(self, announced: list[dict[str, Any]], fds: list[int]) -> None:
+        """Maps segments that the host shares for the first time, or in a new size."""
+        for entry, fd in zip(announced, fds, strict=True):
+            segment = Segment(entry["name"], fd, entry["size"])
+            if segment.name == "control":
+                assert segment.size == CONTROL_SIZE
+                self._control = ControlPage(segment)
+                continue
+            if old := self._segments.pop(segment.name, None):
+                old.close()
+            self._segments[segment.name] = segment
+
+    def _memory(self) -> int:
+        """Bytes in use: of the GPU by this process, or resident memory on a CPU."""
+        if self._device.type == "cuda":
+            return torch.cuda.memory_reserved(self._device)
+        return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+
+    def _describe(self, error: BaseException) -> dict[str, Any]:
+        out_of_memory = isinstance(error, torch.OutOfMemoryError | MemoryError)
+        return {
+            "type": type(error).__name__,
+            "message": str(error),
+            "traceback": traceback.format_exc(),
+            "expected": isinstance(error, EngineError),
+            "out_of_memory": out_of_memory or "out of memory" in str(error).lower(),
+        }
+
+
+class _ToHost(logging.Handler):
+    """Sends this worker's own log records to the host, which logs them with the rank."""
+
+    def __init__(self, channel: Channel):
+        super().__init__()
+        self._channel = channel
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._channel.send({"event": "log", "level": record.levelno, "text": self.format(record)})
+
+
+def main(settings: dict[str, Any]) -> None:
+    """Entry point of the process; `settings` come from `host.group`."""
+    faulthandler.enable()
+    # Ended with the host, also by SIGKILL. The host's end of the socket closing says the same (see _listen);
+    # this one works even while the interpreter is busy.
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != settings["host_pid"]:
+        sys.exit("the host is gone")
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C in a terminal reaches us too; the host decides
+    torch.set_num_threads(settings["threads"])
+    device = torch.device(settings["device"])
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+
+    channel = Channel(socket.socket(fileno=settings["fd"]))
+    root = logging.getLogger("sequence_parallel")
+    root.setLevel(logging.INFO)
+    root.addHandler(_ToHost(channel))
+    inbox: queue.Queue[tuple[Message, list[int]]] = queue.Queue()
+    threading.Thread(target=_listen, args=(channel, inbox), name="listen", daemon=True).start()
+    worker = Worker(
+        channel,
+        rank=settings["rank"],
+        world_size=settings["world_size"],
+        weights=tuple(settings["weights"]),
+        device=device,
+        attention=settings["attention"],
+        store=settings["store"],
+    )
+    channel.send({"event": "ready", "pid": os.getpid()})
+    worker.run(inbox)
+    dist.destroy_process_group()
+
+
+def _listen(channel: Channel, inbox: queue.Queue[tuple[Message, list[int]]]) -> None:
+    """Reads the host's messages while the main thread computes, and leaves at once when the host is gone."""
+    while True:
+        try:
+            inbox.put(channel.receive())
+        except ChannelClosed:
+            os._exit(0)

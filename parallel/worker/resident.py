@@ -1,0 +1,151 @@
+"""A model whose weights are on this worker's device."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..adapters import registry
+from ..adapters.base import Adapter, StepContext
+from ..checkpoints.source import Source, TensorInfo, open_source
+from ..errors import CheckpointError, UnsupportedError
+from .ranks import SoloContext
+
+Progress = Callable[[int, int], None]
+"""Called with bytes read and bytes in total; may raise StepCancelled."""
+
+_FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
+
+
+class ResidentModel:
+    """Weights of one recipe, loaded, and the conditioning that its prompts have sent.
+
+    Args:
+        recipe: `path`, `weight_dtype` (storage) and `compute_dtype`, see `host.recipe.Recipe`.
+        device: where the weights go.
+        progress: called after each tensor.
+
+    Raises:
+        CheckpointError: the file does not fit the family's model.
+        UnsupportedError: the family is not supported.
+    """
+
+    def __init__(self, recipe: Mapping[str, Any], device: torch.device, progress: Progress):
+        source = open_source(recipe["path"])
+        self.adapter: Adapter = registry.adapter_for(source)
+        self.config = self.adapter.model_config(source)
+        self.device = device
+        self.compute_dtype: torch.dtype = getattr(torch, recipe["compute_dtype"])
+        storage: torch.dtype = getattr(torch, recipe["weight_dtype"])
+        with torch.device("meta"):
+            self.model = self.adapter.build(self.config)
+        self._load(source, storage, progress)
+        self.model.eval().requires_grad_(False)
+        if storage in _FP8:
+            _keep_fp8(self.model, storage, self.compute_dtype)
+        self._conditioning: dict[str, Tensor] = {}
+        self._prepared: tuple[tuple[tuple[str, str], ...], Any] | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of weights on the device."""
+        return sum(p.nbytes for p in self.model.parameters())
+
+    def put_conditioning(self, key: str, tensor: Tensor) -> None:
+        """Keeps a copy on the device; floating-point tensors in the compute dtype."""
+        dtype = self.compute_dtype if tensor.is_floating_point() else tensor.dtype
+        self._conditioning[key] = tensor.to(self.device, dtype, copy=True)
+
+    def drop_conditioning(self, keys: list[str]) -> None:
+        for key in keys:
+            self._conditioning.pop(key, None)
+        self._prepared = None
+
+    def step(self, x: Tensor, timestep: Tensor, keys: Mapping[str, str], out: Tensor, context: StepContext) -> None:
+        """Runs the network on this rank's part; `keys` names the conditioning, see `Adapter.step`."""
+        wanted = tuple(sorted(keys.items()))
+        if self._prepared is None or self._prepared[0] != wanted:
+            conditioning = {name: self._conditioning[key] for name, key in wanted}
+            self._prepared = (wanted, self.adapter.prepare(conditioning))
+        timestep = timestep.to(self.device)
+        self.adapter.step(self.model, x, timestep, self._prepared[1], out, context)
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)  # the result lies in shared memory when the host hears of it
+
+    def self_check(self, context: StepContext, solo: SoloContext, world_size: int) -> None:
+        """Runs a small uneven step on all ranks and again on this rank alone, and compares this rank's part.
+
+        Raises:
+            UnsupportedError: they differ, so the family's split is wrong with these library versions.
+        """
+        inputs = self.adapter.example(self.config, world_size, self.compute_dtype)
+        x, timestep = inputs.pop("x"), inputs.pop("timestep").to(self.device)
+        prepared = self.adapter.prepare({name: tensor.to(self.device) for name, tensor in inputs.items()})
+        untouched = 2.0**20
+        ours = torch.full(_output_shape(self.config, x), untouched, dtype=x.dtype)
+        alone = ours.clone()
+        self.adapter.step(self.model, x, timestep, prepared, ours, context)
+        self.adapter.step(self.model, x, timestep, prepared, alone, solo)
+        mine = ours != untouched
+        difference = (ours - alone)[mine].abs().max() / alone.abs().max() if mine.any() else torch.tensor(0.0)
+        allowed = 1e-4 if self.compute_dtype == torch.float32 else 0.05
+        if not difference <= allowed:
+            raise UnsupportedError(
+                f"{self.adapter.family} failed its self-check: split over {world_size} ranks, the prediction differs"
+                f" by {difference:.2g} (relative; allowed {allowed:g}) from one rank's. Please report this with your"
+                f" versions of torch ({torch.__version__}) and diffusers."
+            )
+
+    def _load(self, source: Source, storage: torch.dtype, progress: Progress) -> None:
+        """Fills the model's parameters from the file, one tensor at a time."""
+        expected = dict(self.model.named_parameters())
+        missing = set(expected)
+        total = sum(_nbytes(info) for info in source.tensors.values())
+        done = 0
+        with source.reader() as read:
+            for name, info in source.tensors.items():
+                pieces = self.adapter.pieces(name, info.shape, self.config) if not source.is_diffusers else None
+                tensor = read(name)
+                for target, part in [(name, tensor)] if pieces is None else [(p.name, p.take(tensor)) for p in pieces]:
+                    if target not in expected:
+                        raise CheckpointError(f"{source.path}: tensor {name!r} has no place in {self.adapter.family}")
+                    if part.shape != expected[target].shape:
+                        raise CheckpointError(
+                            f"{source.path}: tensor {name!r} gives {target} the shape {list(part.shape)},"
+                            f" but {self.adapter.family} needs {list(expected[target].shape)}"
+                        )
+                    # ComfyUI rounds weights to the storage dtype first; so do we, to get its results.
+                    value = part.to(self.device, storage).to(self.compute_dtype, copy=part.device == self.device)
+                    _assign(self.model, target, value)
+                    missing.discard(target)
+                done += _nbytes(info)
+                progress(done, total)
+        if missing:
+            some = ", ".join(sorted(missing)[:3])
+            raise CheckpointError(f"{source.path} lacks {len(missing)} tensors of {self.adapter.family}, e.g. {some}")
+
+
+def _assign(model: nn.Module, name: str, value: Tensor) -> None:
+    parent, _, leaf = name.rpartition(".")
+    model.get_submodule(parent)._parameters[leaf] = nn.Parameter(value, requires_grad=False)
+
+
+def _keep_fp8(model: nn.Module, storage: torch.dtype, compute: torch.dtype) -> None:
+    """Keeps the blocks' large weights in fp8 and casts each for the time of its use."""
+    from diffusers.hooks import apply_layerwise_casting
+
+    apply_layerwise_casting(model, storage, compute, skip_modules_pattern=("x_embedder",))
+
+
+def _nbytes(info: TensorInfo) -> int:
+    count = 1
+    for size in info.shape:
+        count *= size
+    return count * info.dtype.itemsize
+
+
+def _output_shape(config: Mapping[str, Any], x: Tensor) -> tuple[int, ...]:
+    return (x.shape[0], config["out_channels"], *x.shape[2:])
