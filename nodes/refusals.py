@@ -1,4 +1,4 @@
-"""What cannot work when the network's blocks run in other processes, refused by the name of the node that asked for it."""
+"""What cannot work when the network's blocks run in other processes, refused by the name of the node that wants it."""
 
 from __future__ import annotations
 

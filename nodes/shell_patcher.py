@@ -112,7 +112,9 @@ class SequenceParallelPatcher(comfy.model_patcher.ModelPatcher):
     def add_hook_patches(self, *args: Any, **kwargs: Any) -> NoReturn:
         raise refuse("a LoRA hook", "remove the hook node")
 
-    def register_all_hook_patches(self, hooks: Any, target_dict: Any, model_options: Any = None, registered: Any = None):
+    def register_all_hook_patches(
+        self, hooks: Any, target_dict: Any, model_options: Any = None, registered: Any = None
+    ):
         if hooks.get_type(comfy.hooks.EnumHookType.Weight):
             raise refuse("a weight hook", "remove the hook node")
         return super().register_all_hook_patches(hooks, target_dict, model_options, registered)
@@ -121,7 +123,7 @@ class SequenceParallelPatcher(comfy.model_patcher.ModelPatcher):
         raise refuse("training or a weight wrapper")
 
     def get_key_patches(self, filter_prefix: str | None = None) -> NoReturn:
-        raise refuse("model merging, extraction or saving")
+        raise refuse("merging, extracting or saving the model (e.g. ModelMergeSimple)")
 
     def model_state_dict_for_saving(self, *args: Any, **kwargs: Any) -> NoReturn:
         raise refuse("saving the model")

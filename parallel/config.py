@@ -147,12 +147,6 @@ def resolve(config: SequenceParallelConfig) -> Layout:
             raise ConfigError(f"devices names {device.name}, which this machine does not have; it has {exist}")
 
     world = len(devices)
-    for knob in ("ring_degree", "cfg_degree", "dp_degree"):
-        value = getattr(config, knob)
-        if value > 1:
-            raise ConfigError(f"{knob} is {value}; this version supports 0 or 1 there (only Ulysses is available yet)")
-    if config.weights not in ("auto", "replicate"):
-        raise ConfigError(f"weights is {config.weights!r}; this version supports 'auto' and 'replicate'")
     degrees = {
         "dp_degree": config.dp_degree or 1,
         "cfg_degree": config.cfg_degree or 1,
@@ -165,6 +159,12 @@ def resolve(config: SequenceParallelConfig) -> Layout:
             f"{factors} = {prod(degrees.values())}, but devices {config.devices!r} are {world} workers;"
             f" the product must be {world} (0 chooses a degree automatically)"
         )
+    for knob in ("ring_degree", "cfg_degree", "dp_degree"):
+        value = getattr(config, knob)
+        if value > 1:
+            raise ConfigError(f"{knob} is {value}; this version supports 0 or 1 there (only Ulysses is available yet)")
+    if config.weights not in ("auto", "replicate"):
+        raise ConfigError(f"weights is {config.weights!r}; this version supports 'auto' and 'replicate'")
     return Layout(devices=devices, **degrees, weights="replicate", attention=config.attention, reason=reason)
 
 

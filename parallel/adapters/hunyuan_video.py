@@ -1,4 +1,4 @@
-"""HunyuanVideo (https://arxiv.org/abs/2412.03603): joint attention over video and text, dual- then single-stream blocks.
+"""HunyuanVideo (https://arxiv.org/abs/2412.03603): joint attention of video and text, dual- then single-stream blocks.
 
 The mathematics is ComfyUI's, on diffusers' modules. Both streams are split over the ranks, so the block functions here
 take this rank's video rows and text rows (possibly none) instead of diffusers' slicing by text length.
@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from ..attention.rope import Rope, rope, rotate
 from ..checkpoints.source import Source, TensorInfo
 from ..errors import CheckpointError, UnsupportedError
 from .base import Adapter, Attention, Piece, StepContext
@@ -34,7 +35,12 @@ _DEFAULTS = {
 }  # fmt: skip
 
 _MARKERS = ("txt_in.individual_token_refiner.blocks.0.norm1.weight", "img_in.proj.weight", "vector_in.in_layer.weight")
-_OTHER_FAMILIES = ("cond_type_embedding.weight", "byt5_in.fc1.weight", "vision_in.proj.0.weight", "time_r_in.in_layer.weight")
+_OTHER_FAMILIES = (
+    "cond_type_embedding.weight",
+    "byt5_in.fc1.weight",
+    "vision_in.proj.0.weight",
+    "time_r_in.in_layer.weight",
+)
 
 # Tencent's names → ComfyUI's names (the same table as ComfyUI's own loader, by meaning).
 _TENCENT = [
@@ -327,15 +333,15 @@ class HunyuanVideoAdapter(Adapter):
         parts = [part.to(device, weight.dtype) for part in read_tokens(x, v0, v1, patch)]
         tokens = torch.cat(parts, dim=1) if parts else weight.new_empty(x.shape[0], 0, weight.shape[1])
         video = F.linear(tokens, weight, m.x_embedder.proj.bias)
-        rope = _rope(v0, v1, t1 - t0, grid, device)
+        table = _rope(v0, v1, t1 - t0, grid, device)
 
         for block in m.transformer_blocks:
             context.enter_block(plan)
-            video, text = _dual_stream_block(block, video, text, temb, rope, attend)
+            video, text = _dual_stream_block(block, video, text, temb, table, attend)
         hidden = torch.cat([video, text], dim=1)
         for block in m.single_transformer_blocks:
             context.enter_block(plan)
-            hidden = _single_stream_block(block, hidden, temb, rope, attend)
+            hidden = _single_stream_block(block, hidden, temb, table, attend)
 
         prediction = m.proj_out(m.norm_out(hidden[:, : v1 - v0], temb))
         write_tokens(prediction, out, v0, v1, patch)
@@ -347,7 +353,7 @@ def _count(shapes: Mapping[str, Any], prefix: str) -> int:
 
 
 def _modulation(m: Any, timestep: Tensor, prompts: _Prompts) -> Tensor:
-    """The vector [B, hidden] that modulates every block: timestep, pooled text and guidance, summed in ComfyUI's order."""
+    """The vector [B, hidden] that modulates every block: timestep, pooled text, guidance, summed in ComfyUI's order."""
     embed, dtype = m.time_text_embed, prompts.pooled.dtype
     vector = embed.timestep_embedder(embed.time_proj(timestep).to(dtype)) + embed.text_embedder(prompts.pooled)
     if embed.guidance_embedder is not None and prompts.guidance is not None:
@@ -365,18 +371,12 @@ def _refined_text(m: Any, timestep: Tensor, prompts: _Prompts) -> Tensor:
     return refiner.token_refiner(hidden, temb, None) if hidden.shape[1] else hidden
 
 
-def _rope(start: int, stop: int, text: int, grid: Grid, device: torch.device) -> tuple[Tensor, Tensor]:
-    """cos and sin [S_r, head_dim] for video tokens [start, stop) and `text` text tokens, which are not rotated."""
-    from diffusers.models.embeddings import get_1d_rotary_pos_embed
-
+def _rope(start: int, stop: int, text: int, grid: Grid, device: torch.device) -> Rope:
+    """For video tokens [start, stop), then `text` text tokens, which are not rotated."""
     _, height, width = grid
     index = torch.arange(start, stop, device=device)
     positions = (index // (height * width), index // width % height, index % width)
-    axes = [
-        get_1d_rotary_pos_embed(dim, position.float(), ROPE_THETA, use_real=True)
-        for dim, position in zip(ROPE_AXES, positions, strict=True)
-    ]
-    cos, sin = (torch.cat(parts, dim=1) for parts in zip(*axes, strict=True))
+    cos, sin = rope(positions, ROPE_AXES, ROPE_THETA)
     return F.pad(cos, (0, 0, 0, text), value=1.0), F.pad(sin, (0, 0, 0, text))
 
 
@@ -384,12 +384,6 @@ def _heads(x: Tensor, norm: Any = None) -> Tensor:
     """[B, S, H·D] → [B, S, H, D], RMS-normalised per head as ComfyUI does it (epsilon of the dtype)."""
     x = rearrange(x, "b s (h d) -> b s h d", d=HEAD_DIM)
     return x if norm is None else F.rms_norm(x, (HEAD_DIM,), norm.weight)
-
-
-def _rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
-    from diffusers.models.embeddings import apply_rotary_emb
-
-    return apply_rotary_emb(x, rope, sequence_dim=1)
 
 
 def _joint_qkv(attn: Any, video: Tensor, text: Tensor) -> tuple[Tensor, ...]:
@@ -410,14 +404,14 @@ def _joint_qkv(attn: Any, video: Tensor, text: Tensor) -> tuple[Tensor, ...]:
 
 
 def _dual_stream_block(
-    block: Any, video: Tensor, text: Tensor, temb: Tensor, rope: tuple[Tensor, Tensor], attend: Attention
+    block: Any, video: Tensor, text: Tensor, temb: Tensor, table: Rope, attend: Attention
 ) -> tuple[Tensor, Tensor]:
     """video [B, n, hidden], text [B, m, hidden] → the same; m may be 0 on this rank, and then costs nothing."""
     video_in, *video_gates = block.norm1(video, emb=temb)
     has_text = bool(text.shape[1])
     text_in, *text_gates = block.norm1_context(text, emb=temb) if has_text else (text,)
     q, k, v = _joint_qkv(block.attn, video_in, text_in)
-    out = attend(_rotate(q, rope), _rotate(k, rope), v).flatten(2)
+    out = attend(rotate(q, table), rotate(k, table), v).flatten(2)
     video = _residuals(video, block.attn.to_out[0](out[:, : video.shape[1]]), video_gates, block.norm2, block.ff)
     if has_text:
         attended = block.attn.to_add_out(out[:, video.shape[1] :])
@@ -431,13 +425,11 @@ def _residuals(x: Tensor, attended: Tensor, gates: list[Tensor], norm: nn.Module
     return x + mlp(norm(x) * (1 + scale[:, None]) + shift[:, None]) * gate_mlp[:, None]
 
 
-def _single_stream_block(
-    block: Any, hidden: Tensor, temb: Tensor, rope: tuple[Tensor, Tensor], attend: Attention
-) -> Tensor:
+def _single_stream_block(block: Any, hidden: Tensor, temb: Tensor, table: Rope, attend: Attention) -> Tensor:
     """hidden [B, S_r, hidden]: both streams in one; only RoPE tells them apart."""
     normed, gate = block.norm(hidden, emb=temb)
     attn = block.attn
     q, k, v = _heads(attn.to_q(normed), attn.norm_q), _heads(attn.to_k(normed), attn.norm_k), _heads(attn.to_v(normed))
-    out = attend(_rotate(q, rope), _rotate(k, rope), v).flatten(2)
+    out = attend(rotate(q, table), rotate(k, table), v).flatten(2)
     mlp = block.act_mlp(block.proj_mlp(normed))
     return hidden + gate[:, None] * block.proj_out(torch.cat([out, mlp], dim=2))

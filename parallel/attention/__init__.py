@@ -1,1 +1,1 @@
-"""Attention over a sequence that is spread over ranks: exchange (who sends what) apart from kernel (what is computed)."""
+"""Attention over a sequence that is spread over ranks: the exchange (who sends what) apart from the kernel."""

@@ -27,8 +27,8 @@ _ORIGINAL = [
     (r"\.norm\.key_norm\.", ".k_norm."),
     (r"_mod\.lin\.", "_mod.linear."),
     (r"\.modulation\.lin\.", ".modulation.linear."),
-    (r"mlp\.0\.", "mlp.fc1."),
-    (r"mlp\.2\.", "mlp.fc2."),
+    (r"(_mlp|\.\d+\.mlp)\.0\.", r"\1.fc1."),
+    (r"(_mlp|\.\d+\.mlp)\.2\.", r"\1.fc2."),
 ]
 
 

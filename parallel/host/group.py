@@ -305,7 +305,10 @@ class WorkerGroup:
         if not alike:
             text += ". The workers were stopped; the next prompt starts fresh ones"
         return kind(
-            text, rank=worker.rank, remote_type=error["type"], remote_traceback=_prefixed(worker.rank, error["traceback"])
+            text,
+            rank=worker.rank,
+            remote_type=error["type"],
+            remote_traceback=_prefixed(worker.rank, error["traceback"]),
         )
 
     def _fail_stuck(self, call: _Call, beats: tuple[int, ...]) -> None:

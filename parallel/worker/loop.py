@@ -31,8 +31,6 @@ from ..wire.shared import Segment, TensorRef
 from .ranks import ParallelContext, SoloContext, join
 from .resident import ResidentModel
 
-
-
 _PR_SET_PDEATHSIG = 1
 _PROGRESS_INTERVAL_S = 0.1
 

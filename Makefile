@@ -1,0 +1,39 @@
+# Every target that runs Python first brings .venv up to date, which takes no time when nothing changed.
+# Arguments go through ARGS: make test ARGS="tests/unit -k plan"
+
+.DEFAULT_GOAL := help
+PY := .venv/bin/python
+ARGS ?=
+
+.PHONY: help demo doctor bench test lint format venv clean
+
+help: ## Show this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' Makefile
+
+demo: venv ## Sample on one worker and on all of them, and compare (ARGS="--json")
+	@$(PY) -m parallel demo $(ARGS)
+
+doctor: venv ## Check this machine and say which plan it gets (ARGS="--json")
+	@$(PY) -m parallel doctor $(ARGS)
+
+bench: venv ## Measure attention, or ARGS="step"
+	@$(PY) -m parallel bench $(or $(ARGS),attention)
+
+test: venv ## Run the tests; the last lines say what was skipped and why
+	@$(PY) -m pytest $(ARGS)
+
+lint: venv ## ruff and mypy
+	@$(PY) -m ruff check .
+	@$(PY) -m ruff format --check .
+	@$(PY) -m mypy
+
+format: venv ## Let ruff fix and format the code
+	@$(PY) -m ruff check --fix .
+	@$(PY) -m ruff format .
+
+venv:
+	@.ci/make-venv
+
+clean: ## Remove caches and what demo and bench wrote (.venv stays)
+	@rm -rf .mypy_cache .pytest_cache .ruff_cache .hypothesis output build dist
+	@find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +

@@ -1,0 +1,126 @@
+"""The demo: a tiny random HunyuanVideo, sampled by all workers and by one, step by step in turn.
+
+Random weights make a picture of noise; what it shows is that both give the same noise, and how long each takes.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import tempfile
+from functools import partial
+from itertools import pairwise
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from ..config import Layout, SequenceParallelConfig, resolve
+from ..errors import ConfigError
+from ..host.group import WorkerGroup
+from ..host.recipe import Recipe
+from ..host.remote_model import RemoteModel
+from ..measure import QuietRounds
+from .checkpoint import write_tiny_hunyuan_video
+from .picture import decode_in_tiles, write_animation
+
+_LATENT = (1, 16, 5, 32, 48)  # 17 frames of 256 × 384 pixels: 1920 tokens
+_TEXT_TOKENS, _TEXT_VALID, _TEXT_WIDTH = 32, 21, 64
+_SHIFT = 7.0
+"""HunyuanVideo's flow shift in ComfyUI."""
+
+
+def run_demo(*, devices: str, steps: int, output: str) -> tuple[dict[str, Any], str]:
+    """Runs the demo.
+
+    Args:
+        devices: as in SP Config; `auto` is every GPU, or two CPU workers.
+        steps: denoising steps that are timed; one more warms up.
+        output: path of the animated file.
+
+    Returns:
+        The measured figures, and the same as a table.
+    """
+    if steps < 1:
+        raise ConfigError(f"steps is {steps}; allowed are 1 or more")
+    if devices == "auto" and not torch.cuda.is_available():
+        devices = "cpu,cpu"
+    layout = resolve(SequenceParallelConfig(devices=devices))
+    alone = resolve(SequenceParallelConfig(devices=layout.devices[0].name))
+    with tempfile.TemporaryDirectory(prefix="sequence-parallel-demo-") as folder:
+        path = Path(folder) / "tiny_hunyuan_video.safetensors"
+        print(f"writing a tiny random HunyuanVideo in ComfyUI's file layout: {path.name}", file=sys.stderr)
+        write_tiny_hunyuan_video(path, heads=4, depth=2, depth_single=4, context_dim=_TEXT_WIDTH)
+        print(f"starting 1 + {layout.world_size} workers on {layout.device_type}", file=sys.stderr)
+        latents, seconds = _sample(path, alone, layout, steps)
+    difference = (latents[0] - latents[1]).abs().max().item()
+    print("decoding in tiles", file=sys.stderr)
+    file = write_animation(decode_in_tiles(latents[1]), Path(output))
+
+    single, parallel = (median(times) * steps for times in seconds)
+    result = {
+        "workers": layout.world_size,
+        "device": layout.device_type,
+        "threads_per_process": 1,
+        "steps": steps,
+        "wall_s_single": round(single, 3),
+        "wall_s_parallel": round(parallel, 3),
+        "speedup": round(single / parallel, 3),
+        "max_abs_diff": difference,
+        "output": str(file),
+    }
+    return result, _table(result)
+
+
+def _sample(path: Path, alone: Layout, layout: Layout, steps: int) -> tuple[list[Tensor], list[list[float]]]:
+    """Both latents, and the seconds of each step: [alone, parallel]. One thread in every process."""
+    groups = [WorkerGroup(alone, threads=1), WorkerGroup(layout, threads=1)]
+    try:
+        models = []
+        for group in groups:
+            group.start()
+            config = SequenceParallelConfig(devices=",".join(device.name for device in group.layout.devices))
+            recipe = Recipe(path=str(path), weight_dtype=torch.float32, compute_dtype=torch.float32, config=config)
+            models.append(RemoteModel(recipe, group=group))
+            models[-1].ensure_loaded()
+        generator = torch.Generator().manual_seed(0)
+        noise = torch.randn(_LATENT, generator=generator)
+        conditioning = {
+            "context": torch.randn(1, _TEXT_TOKENS, _TEXT_WIDTH, generator=generator),
+            "y": torch.randn(1, 768, generator=generator),
+            "guidance": torch.tensor([6.0]),
+            "attention_mask": (torch.arange(_TEXT_TOKENS)[None] < _TEXT_VALID).long(),
+        }
+        for model in models:  # warms up: the self-check, and the conditioning crosses
+            model.step(noise, torch.tensor([1000.0]), conditioning)
+        times = torch.linspace(1, 0, steps + 1)
+        sigmas = _SHIFT * times / (1 + (_SHIFT - 1) * times)
+        latents = [noise.clone(), noise.clone()]
+        seconds: list[list[float]] = [[], []]
+        quiet = QuietRounds([os.getpid(), *(pid for group in groups for pid in group.pids)])
+        for now, following in tqdm(pairwise(sigmas), total=steps, desc="sampling", unit="step"):
+            runs = [
+                partial(model.step, x, 1000 * now[None], conditioning) for model, x in zip(models, latents, strict=True)
+            ]
+            for i, (velocity, taken) in enumerate(quiet.run(runs)):
+                seconds[i].append(taken)
+                latents[i] = latents[i] + (following - now) * velocity
+        return latents, seconds
+    finally:
+        for group in groups:
+            group.stop()
+
+
+def _table(result: dict[str, Any]) -> str:
+    rows = [
+        ("", "1 worker", f"{result['workers']} workers"),
+        (f"seconds for {result['steps']} steps", f"{result['wall_s_single']:.2f}", f"{result['wall_s_parallel']:.2f}"),
+        ("speed-up", "1.00", f"{result['speedup']:.2f}"),
+        ("max |difference|", "", f"{result['max_abs_diff']:.1e}"),
+    ]
+    lines = [f"{name:24} {one:>12} {many:>12}" for name, one, many in rows]
+    lines.append(f"{result['device']}, one thread per process, median step × steps; clip: {result['output']}")
+    return "\n".join(lines)

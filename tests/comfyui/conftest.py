@@ -1,0 +1,9 @@
+from tests.comfyui.fixtures import (  # noqa: F401
+    installation,
+    model_files,
+    native_server,
+    server,
+    start_server,
+)
+
+collect_ignore = ["test_pack"]

@@ -1,0 +1,88 @@
+"""Fixtures shared by the tests that need a real ComfyUI."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.comfyui.installation import PACK_NAME, REPOSITORY, Installation, find_installation
+from tests.comfyui.model_files import write_model_files
+from tests.comfyui.server import ComfyServer
+
+TEST_PACK = Path(__file__).parent / "test_pack"
+PACKS = {PACK_NAME: REPOSITORY, "sp-test-pack": TEST_PACK}
+_SHARED_SERVER = pytest.StashKey[ComfyServer]()
+_MODELS = pytest.StashKey[Path]()
+
+ServerFactory = Callable[..., ComfyServer]
+
+
+@pytest.fixture(scope="session")
+def installation() -> Installation:
+    """ComfyUI and its Python, or a skip."""
+    found, reason = find_installation()
+    if found is None:
+        pytest.skip(reason)
+    return found
+
+
+@pytest.fixture(scope="session")
+def model_files(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A models folder, written once for all servers of the session."""
+    stash = request.config.stash
+    if _MODELS not in stash:
+        models = tmp_path_factory.mktemp("models")
+        for name in ("diffusion_models", "loras"):
+            (models / name).mkdir()
+        write_model_files(models)
+        stash[_MODELS] = models
+    return stash[_MODELS]
+
+
+@pytest.fixture(scope="session")
+def start_server(
+    installation: Installation, model_files: Path, tmp_path_factory: pytest.TempPathFactory
+) -> ServerFactory:
+    """Makes servers, not started yet; arguments are ComfyUI's. Use them in a `with` statement."""
+
+    def make(*arguments: str) -> ComfyServer:
+        base = tmp_path_factory.mktemp("comfyui")
+        for folder in model_files.iterdir():
+            (base / "models").mkdir(exist_ok=True)
+            (base / "models" / folder.name).symlink_to(folder, target_is_directory=True)
+        return ComfyServer(installation, base, PACKS, ("--preview-method", "latent2rgb", *arguments))
+
+    return make
+
+
+@pytest.fixture
+def native_server(request: pytest.FixtureRequest, start_server: ServerFactory) -> Iterator[ComfyServer]:
+    """One server for the whole session, the browser tests included; a lost or stuck one is replaced.
+
+    What it logs during a test is shown when the test fails.
+    """
+    stash = request.config.stash
+    if _SHARED_SERVER not in stash or not stash[_SHARED_SERVER].alive:
+        stash[_SHARED_SERVER] = start_server().__enter__()
+        request.config.add_cleanup(stash[_SHARED_SERVER].close)
+    shared = stash[_SHARED_SERVER]
+    start = len(shared.log())
+    yield shared
+    request.node.add_report_section("teardown", "ComfyUI log", shared.log()[start:])
+    if not shared.settle():
+        shared.close()
+
+
+@pytest.fixture
+def server(native_server: ComfyServer) -> ComfyServer:
+    """The shared server with this pack's nodes."""
+    require_pack(native_server)
+    return native_server
+
+
+def require_pack(server: ComfyServer) -> None:
+    if not server.has_node("SPLoadDiffusionModel"):
+        lines = [line for line in server.log().splitlines() if "0.0 seconds" not in line]
+        pytest.fail(f"{PACK_NAME} did not load in ComfyUI:\n" + "\n".join(lines[-60:]), pytrace=False)

@@ -1,0 +1,151 @@
+"""Graphs in ComfyUI's API format: the same setting with the native loader or with the pack's."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from itertools import count
+from typing import Any
+
+from tests.comfyui.server import Graph
+
+Link = list[Any]
+ModelNode = tuple[str, tuple[tuple[str, Any], ...]]
+
+OUTPUT = "latent"
+
+
+@dataclass(frozen=True)
+class Swapped:
+    """The SP Config that replaces the native loader; 0 and "auto" leave the choice to the pack."""
+
+    devices: str = "cpu,cpu"
+    ulysses_degree: int = 0
+    ring_degree: int = 0
+    cfg_degree: int = 0
+    dp_degree: int = 0
+    weights: str = "auto"
+    attention: str = "auto"
+
+
+@dataclass(frozen=True)
+class Text:
+    """A prompt of `tokens` tokens, of which the first `valid` count (all when None)."""
+
+    seed: int = 11
+    tokens: int = 8
+    valid: int | None = None
+    guidance: float = 6.0
+
+
+@dataclass(frozen=True)
+class Setting:
+    """All that decides the result of a sampling graph."""
+
+    checkpoint: str = "tiny.safetensors"
+    width: int = 64
+    height: int = 48
+    length: int = 5
+    batch: int = 1
+    seed: int = 7
+    steps: int = 3
+    cfg: float = 1.0
+    sampler: str = "euler"
+    scheduler: str = "simple"
+    chain: str = "ksampler"  # or "basic_guider", "cfg_guider": SamplerCustomAdvanced with that guider
+    positive: Text = Text()
+    negative: Text = Text(seed=12)
+    model_nodes: tuple[ModelNode, ...] = ()  # nodes between the loader and the sampler
+
+    @property
+    def tokens(self) -> int:
+        """Latent tokens of one sample in the transformer."""
+        return (self.width // 16) * (self.height // 16) * ((self.length - 1) // 4 + 1)
+
+
+_seeds = count(1000)
+
+
+def fresh(setting: Setting, **changes: Any) -> Setting:
+    """A setting with a seed that nothing used before, so that ComfyUI cannot answer from its cache."""
+    return replace(setting, seed=next(_seeds), **changes)
+
+
+def model_node(class_type: str, **inputs: Any) -> ModelNode:
+    """A node that takes a model and returns a model, e.g. model_node("ModelSamplingSD3", shift=3.0)."""
+    return class_type, tuple(inputs.items())
+
+
+class GraphBuilder:
+    """Collects nodes; `add` returns the link to the node's first output."""
+
+    def __init__(self) -> None:
+        self.graph: Graph = {}
+
+    def add(self, class_type: str, node_id: str | None = None, **inputs: Any) -> Link:
+        node_id = node_id or str(len(self.graph) + 1)
+        self.graph[node_id] = {"class_type": class_type, "inputs": inputs}
+        return [node_id, 0]
+
+    def add_loader(self, checkpoint: str, swapped: Swapped | None) -> Link:
+        if swapped is None:
+            return self.add("UNETLoader", unet_name=checkpoint, weight_dtype="default")
+        config = self.add("SPConfig", **vars(swapped))
+        return self.add("SPLoadDiffusionModel", unet_name=checkpoint, weight_dtype="default", sp_config=config)
+
+    def add_text(self, text: Text) -> Link:
+        return self.add(
+            "SPTestConditioning",
+            seed=text.seed,
+            tokens=text.tokens,
+            valid_tokens=text.tokens if text.valid is None else text.valid,
+            width=64,
+            pooled_width=768,
+            guidance=text.guidance,
+        )
+
+
+def sampling_graph(setting: Setting, swapped: Swapped | None = None) -> Graph:
+    """Loader, model nodes, sampler and SaveLatent (node id OUTPUT)."""
+    builder = GraphBuilder()
+    model = builder.add_loader(setting.checkpoint, swapped)
+    for class_type, inputs in setting.model_nodes:
+        model = builder.add(class_type, model=model, **dict(inputs))
+    add_sampling(builder, setting, model)
+    return builder.graph
+
+
+def add_sampling(builder: GraphBuilder, setting: Setting, model: Link) -> None:
+    """Everything behind the model."""
+    positive, negative = builder.add_text(setting.positive), builder.add_text(setting.negative)
+    size = {"width": setting.width, "height": setting.height, "length": setting.length}
+    latent = builder.add("EmptyHunyuanLatentVideo", batch_size=setting.batch, **size)
+    if setting.chain == "ksampler":
+        samples = builder.add(
+            "KSampler",
+            model=model,
+            seed=setting.seed,
+            steps=setting.steps,
+            cfg=setting.cfg,
+            sampler_name=setting.sampler,
+            scheduler=setting.scheduler,
+            positive=positive,
+            negative=negative,
+            latent_image=latent,
+            denoise=1.0,
+        )
+    else:
+        if setting.chain == "basic_guider":
+            guider = builder.add("BasicGuider", model=model, conditioning=positive)
+        else:
+            guider = builder.add("CFGGuider", model=model, positive=positive, negative=negative, cfg=setting.cfg)
+        samples = builder.add(
+            "SamplerCustomAdvanced",
+            noise=builder.add("RandomNoise", noise_seed=setting.seed),
+            guider=guider,
+            sampler=builder.add("KSamplerSelect", sampler_name=setting.sampler),
+            sigmas=builder.add(
+                "BasicScheduler", model=model, scheduler=setting.scheduler, steps=setting.steps, denoise=1.0
+            ),
+            latent_image=latent,
+        )
+    builder.add("SaveLatent", node_id=OUTPUT, samples=samples, filename_prefix="latents/test")

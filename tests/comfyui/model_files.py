@@ -1,0 +1,98 @@
+"""The model files that the tests need: tiny checkpoints, a LoRA, and files that must be refused."""
+
+from __future__ import annotations
+
+import json
+import struct
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+TINY = "tiny.safetensors"
+DEEP = "deep.safetensors"  # many blocks: long steps made of short parts, and weights large enough to see in memory
+TRUNCATED = "truncated.safetensors"
+CORRUPT_HEADER = "corrupt_header.safetensors"
+FLUX_LIKE = "flux_like.safetensors"
+SD_LIKE = "sd_like.safetensors"
+AURA_FLOW_LIKE = "aura_flow_like.safetensors"
+ORIGINAL_NAMES = "original_names.safetensors"  # Tencent's own parameter names, with the prefix of full checkpoints
+NO_GUIDANCE = "no_guidance.safetensors"
+LORA = "tiny_lora.safetensors"
+
+
+def write_model_files(models: Path) -> None:
+    """Fill a ComfyUI models folder."""
+    from parallel.demo.checkpoint import write_tiny_hunyuan_video
+
+    folder = models / "diffusion_models"
+    write_tiny_hunyuan_video(folder / TINY)
+    write_tiny_hunyuan_video(folder / DEEP, seed=1, depth=8, depth_single=24)
+    write_tiny_hunyuan_video(folder / ORIGINAL_NAMES, seed=2, names="original", prefix="model.diffusion_model.")
+    write_tiny_hunyuan_video(folder / NO_GUIDANCE, seed=3, guidance=False)
+    content = (folder / TINY).read_bytes()
+    (folder / TRUNCATED).write_bytes(content[: len(content) * 2 // 3])
+    (folder / CORRUPT_HEADER).write_bytes(struct.pack("<Q", 64) + b"{this is no JSON".ljust(64) + bytes(64))
+    _write_zeros(folder / FLUX_LIKE, _FLUX_SHAPES)
+    _write_zeros(folder / SD_LIKE, _SD_SHAPES)
+    _write_zeros(folder / AURA_FLOW_LIKE, _AURA_FLOW_SHAPES)
+    _write_lora(models / "loras" / LORA, folder / TINY)
+
+
+def file_bytes(models: Path, name: str) -> int:
+    return (models / "diffusion_models" / name).stat().st_size
+
+
+def _write_zeros(path: Path, shapes: dict[str, tuple[int, ...]]) -> None:
+    save_file({name: torch.zeros(shape) for name, shape in shapes.items()}, path)
+
+
+def _write_lora(path: Path, checkpoint: Path, rank: int = 4) -> None:
+    """A LoRA on the first double block, large enough to change the result."""
+    key = "double_blocks.0.img_attn.qkv"
+    rows, columns = _read_shapes(checkpoint)[f"{key}.weight"]
+    generator = torch.Generator().manual_seed(5)
+    save_file(
+        {
+            f"diffusion_model.{key}.lora_down.weight": torch.randn(rank, columns, generator=generator) * 0.1,
+            f"diffusion_model.{key}.lora_up.weight": torch.randn(rows, rank, generator=generator) * 0.1,
+        },
+        path,
+    )
+
+
+def _read_shapes(path: Path) -> dict[str, list[int]]:
+    with path.open("rb") as file:
+        (size,) = struct.unpack("<Q", file.read(8))
+        header = json.loads(file.read(size))
+    return {name: entry["shape"] for name, entry in header.items() if name != "__metadata__"}
+
+
+# Just the keys by which ComfyUI tells these families, with tiny shapes. It recognises the first and the last one.
+_FLUX_SHAPES = {
+    "img_in.weight": (128, 64),
+    "img_in.bias": (128,),
+    "txt_in.weight": (128, 32),
+    "time_in.in_layer.weight": (128, 256),
+    "vector_in.in_layer.weight": (128, 768),
+    "guidance_in.in_layer.weight": (128, 256),
+    "double_blocks.0.img_attn.norm.key_norm.scale": (128,),
+    "double_blocks.0.img_attn.norm.query_norm.scale": (128,),
+    "double_blocks.0.img_attn.qkv.weight": (384, 128),
+    "single_blocks.0.linear1.weight": (896, 128),
+    "final_layer.linear.weight": (64, 128),
+}
+_SD_SHAPES = {
+    "model.diffusion_model.input_blocks.0.0.weight": (32, 4, 3, 3),
+    "model.diffusion_model.input_blocks.0.0.bias": (32,),
+    "model.diffusion_model.time_embed.0.weight": (128, 32),
+    "model.diffusion_model.middle_block.1.proj_in.weight": (32, 32, 1, 1),
+    "model.diffusion_model.out.2.weight": (4, 32, 3, 3),
+}
+_AURA_FLOW_SHAPES = {
+    "cond_seq_linear.weight": (64, 32),
+    "positional_encoding": (1, 16, 64),
+    "register_tokens": (1, 8, 64),
+    "double_layers.0.attn.w1q.weight": (64, 64),
+    "single_layers.0.attn.w1q.weight": (64, 64),
+}

@@ -1,0 +1,114 @@
+"""One swapped loader node, the same seed: the same latent."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from tests.comfyui.graphs import Setting, Swapped, Text, fresh, model_node, sampling_graph
+from tests.comfyui.latents import relative_difference, sample
+from tests.comfyui.model_files import NO_GUIDANCE, ORIGINAL_NAMES
+from tests.comfyui.server import ComfyServer
+
+pytestmark = pytest.mark.comfyui
+
+TOLERANCE = 1e-4
+DEVICES = ("cpu", "cpu,cpu", "cpu,cpu,cpu")
+SHORT = Text(seed=12, tokens=5)
+MASKED = Text(tokens=8, valid=5)
+ODD = Setting(width=48, height=80, length=9)
+BIG = Setting(width=256, height=384, length=33, steps=4)
+# From the first to the last step: EasyCache takes other bounds from the shift of whichever model sampled before.
+EASY_CACHE = model_node("EasyCache", reuse_threshold=0.8, start_percent=0.0, end_percent=1.0, verbose=False)
+
+# ComfyUI itself fails on a mask with more than one sample in a call, so masks are compared at batch 1.
+CASES = {
+    "euler": Setting(),
+    "dpmpp_2m": Setting(sampler="dpmpp_2m", scheduler="sgm_uniform", steps=4),
+    "basic_guider": Setting(chain="basic_guider"),
+    "cfg_guider": Setting(chain="cfg_guider", cfg=4.0),
+    "cfg_equal_prompts": Setting(cfg=4.0),
+    "cfg_unequal_prompts": Setting(cfg=4.0, negative=SHORT),
+    "masked": Setting(positive=MASKED),
+    "cfg_masked": Setting(cfg=4.0, positive=MASKED, negative=SHORT),
+    "one_text_token": Setting(positive=Text(tokens=1)),
+    "batch_2": Setting(batch=2),
+    "batch_2_cfg": Setting(batch=2, cfg=4.0, negative=SHORT),
+    "odd_tokens": ODD,
+    "shift": Setting(model_nodes=(model_node("ModelSamplingSD3", shift=3.0),)),
+    "easy_cache": Setting(steps=8, model_nodes=(EASY_CACHE,)),
+}
+
+Reference = Callable[[Setting], torch.Tensor]
+
+
+@pytest.fixture(scope="module")
+def native_latents() -> dict[Setting, torch.Tensor]:
+    return {}
+
+
+@pytest.fixture
+def reference(server: ComfyServer, native_latents: dict[Setting, torch.Tensor]) -> Reference:
+    """The native latent of a setting, sampled once."""
+
+    def get(setting: Setting) -> torch.Tensor:
+        if setting not in native_latents:
+            native_latents[setting] = sample(server, setting)
+        return native_latents[setting]
+
+    return get
+
+
+def test_odd_case_is_odd() -> None:
+    assert ODD.tokens % 2 == 1 and ODD.tokens % 3 == 0
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("devices", DEVICES)
+def test_same_latent(server: ComfyServer, reference: Reference, devices: str, name: str) -> None:
+    actual = sample(server, CASES[name], Swapped(devices=devices))
+    assert relative_difference(actual, reference(CASES[name])) <= TOLERANCE
+
+
+@pytest.mark.parametrize("checkpoint", [ORIGINAL_NAMES, NO_GUIDANCE])
+def test_same_latent_from_other_checkpoints(server: ComfyServer, reference: Reference, checkpoint: str) -> None:
+    setting = Setting(checkpoint=checkpoint)
+    assert relative_difference(sample(server, setting, Swapped()), reference(setting)) <= TOLERANCE
+
+
+@pytest.mark.parametrize(
+    ("name", "swapped"),
+    [
+        pytest.param("masked", Swapped(ulysses_degree=2), id="ulysses"),
+        pytest.param("masked", Swapped(ring_degree=2), id="ring"),
+        pytest.param("cfg_unequal_prompts", Swapped(cfg_degree=2), id="cfg"),
+        pytest.param("batch_2", Swapped(dp_degree=2), id="dp"),
+        pytest.param("odd_tokens", Swapped(devices="cpu,cpu,cpu,cpu", ulysses_degree=2, ring_degree=2), id="hybrid"),
+    ],
+)
+def test_same_latent_with_explicit_degrees(
+    server: ComfyServer, reference: Reference, name: str, swapped: Swapped
+) -> None:
+    assert relative_difference(sample(server, CASES[name], swapped), reference(CASES[name])) <= TOLERANCE
+
+
+def test_the_workers_do_the_work(server: ComfyServer, reference: Reference) -> None:
+    """Both workers compute; ComfyUI's own process hardly does."""
+    sample(server, fresh(Setting()), Swapped())  # start-up is not to be counted
+    workers = server.workers()
+    before = {worker: worker.cpu_seconds for worker in workers}
+    own = server.process.cpu_seconds
+    actual = sample(server, BIG, Swapped())
+    own = server.process.cpu_seconds - own
+    gained = sorted((worker.cpu_seconds - before[worker] for worker in workers), reverse=True)
+    assert len(gained) >= 2 and gained[1] > 0.25, f"CPU seconds of the workers: {gained}"
+    assert sum(gained) > 3 * own, f"workers {gained} s, server {own} s of CPU time"
+    assert gained[1] > gained[0] / 3, f"one worker did most of the work: {gained}"
+    assert relative_difference(actual, reference(BIG)) <= TOLERANCE
+
+
+def test_the_graph_of_a_swapped_loader_differs_in_the_loader_only() -> None:
+    native, swapped = sampling_graph(Setting()), sampling_graph(Setting(), Swapped())
+    classes = [sorted(node["class_type"] for node in graph.values()) for graph in (native, swapped)]
+    assert set(classes[1]) - set(classes[0]) == {"SPConfig", "SPLoadDiffusionModel"}
+    assert set(classes[0]) - set(classes[1]) == {"UNETLoader"}
