@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from math import prod
+from math import inf, prod
 
 import torch
 
@@ -114,8 +114,8 @@ def parse_devices(text: str) -> tuple[WorkerDevice, ...] | None:
         if match["type"] == "cuda" and match["index"] is None:
             raise ConfigError(f"devices has the item {item.strip()!r}; name the GPU, e.g. cuda:0")
         weight = float(match["weight"] or 1)
-        if weight <= 0:
-            raise ConfigError(f"devices has the item {item.strip()!r}; the speed after * must be above 0")
+        if not 0 < weight < inf:
+            raise ConfigError(f"devices has the item {item.strip()!r}; the speed after * must be above 0 and finite")
         name = "cpu" if match["type"] == "cpu" else f"cuda:{int(match['index'])}"
         devices.append(WorkerDevice(name=name, weight=weight))
     kinds = sorted({device.type for device in devices})

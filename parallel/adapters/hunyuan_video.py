@@ -34,6 +34,14 @@ _DEFAULTS = {
     "text_embed_dim": 4096, "pooled_projection_dim": 768,
 }  # fmt: skip
 
+# Values of a diffusers config.json that the mathematics here takes for granted.
+_FIXED = {
+    "attention_head_dim": HEAD_DIM,
+    "qk_norm": "rms_norm",
+    "rope_theta": ROPE_THETA,
+    "rope_axes_dim": list(ROPE_AXES),
+}
+
 _MARKERS = ("txt_in.individual_token_refiner.blocks.0.norm1.weight", "img_in.proj.weight", "vector_in.in_layer.weight")
 _OTHER_FAMILIES = (
     "cond_type_embedding.weight",
@@ -150,6 +158,11 @@ class HunyuanVideoAdapter(Adapter):
             config = _DEFAULTS | {key: value for key, value in source.config.items() if not key.startswith("_")}
             if config.get("image_condition_type") == "token_replace":
                 raise UnsupportedError(f"{source.path}: the token-replace image-to-video variant is not supported yet")
+            for key, needed in _FIXED.items():
+                if (value := config.get(key, needed)) != needed:
+                    raise UnsupportedError(
+                        f"{source.path}: {key} is {value} in config.json; only {needed} is supported"
+                    )
             return config
         shapes = {_rename(name, _TENCENT): info.shape for name, info in source.tensors.items()}
         try:
@@ -266,6 +279,11 @@ class HunyuanVideoAdapter(Adapter):
                 f"the text conditioning has the shape {list(context)}; this checkpoint needs"
                 f" [batch, tokens, {config['text_embed_dim']}]: is it from HunyuanVideo's text encoder?"
             )
+        if len(shapes["y"]) != 2 or shapes["y"][1] < config["pooled_projection_dim"]:
+            raise UnsupportedError(
+                f"the pooled conditioning has the shape {list(shapes['y'])}; this checkpoint needs"
+                f" [batch, {config['pooled_projection_dim']}]: is it from CLIP-L?"
+            )
         if len(shapes["timestep"]) != 1:
             raise UnsupportedError(f"HunyuanVideo needs one timestep per sample; got {list(shapes['timestep'])}")
         return prod(size // step for size, step in zip(x[2:], patch, strict=True))
@@ -355,7 +373,8 @@ def _count(shapes: Mapping[str, Any], prefix: str) -> int:
 def _modulation(m: Any, timestep: Tensor, prompts: _Prompts) -> Tensor:
     """The vector [B, hidden] that modulates every block: timestep, pooled text, guidance, summed in ComfyUI's order."""
     embed, dtype = m.time_text_embed, prompts.pooled.dtype
-    vector = embed.timestep_embedder(embed.time_proj(timestep).to(dtype)) + embed.text_embedder(prompts.pooled)
+    pooled = prompts.pooled[:, : m.config.pooled_projection_dim]  # of a wider one ComfyUI, too, takes the first part
+    vector = embed.timestep_embedder(embed.time_proj(timestep).to(dtype)) + embed.text_embedder(pooled)
     if embed.guidance_embedder is not None and prompts.guidance is not None:
         # ComfyUI scales the guidance in its own dtype: 6.0 in bf16 becomes 6016, and that is what its results show.
         scaled = (prompts.guidance * 1000).float().expand(vector.shape[0])

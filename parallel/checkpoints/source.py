@@ -120,15 +120,12 @@ def _open_folder(path: Path) -> Source:
     config_file = path / "config.json"
     if not config_file.exists():
         raise CheckpointError(f"{path} is a folder without config.json; a diffusers transformer folder has one")
-    try:
-        config = json.loads(config_file.read_text())
-    except ValueError as error:
-        raise CheckpointError(f"{config_file} is not valid JSON ({error})") from error
+    config = _read_json(config_file)
     shards = sorted(file for file in path.iterdir() if file.suffix in SAFETENSORS)
     if not shards:
         raise CheckpointError(f"{path} holds no safetensors file")
     for index in path.glob("*.safetensors.index.json"):
-        wanted = set(json.loads(index.read_text()).get("weight_map", {}).values())
+        wanted = set(_read_json(index).get("weight_map", {}).values())
         if missing := sorted(wanted - {file.name for file in shards}):
             raise CheckpointError(f"{path} is incomplete: {', '.join(missing)} named in {index.name} is missing")
         shards = [file for file in shards if file.name in wanted]
@@ -139,6 +136,16 @@ def _open_folder(path: Path) -> Source:
             tensors[name] = info
             files[name] = (str(shard), name)
     return Source(path=str(path), tensors=tensors, metadata={}, config=config, files=files)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text())
+    except ValueError as error:
+        raise CheckpointError(f"{path} is not valid JSON ({error})") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path} holds a JSON {type(content).__name__} where an object is needed")
+    return content
 
 
 def _header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
@@ -168,7 +175,10 @@ def _load_pickled(path: str) -> dict[str, Tensor]:
         loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:
         raise CheckpointError(f"{path} cannot be read with torch.load(weights_only=True): {error}") from error
-    loaded = loaded.get("state_dict", loaded)
+    if isinstance(loaded, dict):
+        loaded = loaded.get("state_dict", loaded)
+    if not isinstance(loaded, dict):
+        raise CheckpointError(f"{path} holds no dictionary of tensors, but a {type(loaded).__name__}")
     return {name: value for name, value in loaded.items() if isinstance(value, Tensor)}
 
 

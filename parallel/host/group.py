@@ -47,6 +47,8 @@ _START_TIMEOUT_S = 180.0
 _STUCK_AFTER_S = 600.0
 """No rank has given a sign of life for so long: one of them hangs. Covers the compilation of a first step."""
 _DRAIN_TIMEOUT_S = 60.0
+_LEAVE_S = 2.0
+"""How long idle workers may take to end by themselves."""
 _GRACE_S = 1.0
 """How long peers of a failed rank may take to report, before the group is ended."""
 
@@ -247,15 +249,26 @@ class WorkerGroup:
         return call
 
     def settle(self, poll: Poll | None = None) -> None:
-        """Waits until a cancelled call has really ended; shared memory is not to be touched before."""
+        """Waits until a cancelled call has really ended; shared memory is not to be touched before.
+
+        Raises:
+            WorkerError: the group has failed, now or earlier.
+        """
         call, began = self._call, time.monotonic()
         if call is None:
+            self._raise_failure()
             return
-        while not self._when(lambda: len(call.replies) == len(self._workers)):
+        while not self._when(lambda: len(call.replies) == len(self._workers) or self._failed_reply(call)):
             if poll is not None:
                 poll()
             if time.monotonic() - began > _DRAIN_TIMEOUT_S:
                 self._fail_stuck(call, self._control.beats(len(self._workers)))
+        if self._failed_reply(call):
+            try:
+                self._raise_failed(call)
+            except WorkerError:  # an error that left the group usable was the cancelled prompt's affair
+                if not self.alive:
+                    raise
         self._call = None
 
     def _when(self, condition: Callable[[], bool]) -> bool:
@@ -342,6 +355,8 @@ class WorkerGroup:
             with selectors.DefaultSelector() as selector:
                 selector.register(self._wake_read, selectors.EVENT_READ, None)
                 for rank, device in enumerate(self.layout.devices):
+                    if self._closing:
+                        break
                     worker = self._spawn(rank, device)
                     assert worker.process.stdout is not None
                     self._workers.append(worker)
@@ -352,6 +367,8 @@ class WorkerGroup:
             log.exception("the supervisor of the workers failed")
             self._fail(WorkerDiedError(f"the workers could not be supervised: {error}", rank=len(self._workers)))
         for worker in self._workers:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                worker.process.wait(timeout=2 * _LEAVE_S)  # they die with this thread, so it stays until they have left
             worker.channel.close()
             assert worker.process.stdout is not None
             worker.process.stdout.close()
@@ -483,7 +500,8 @@ class WorkerGroup:
 
     def _end_processes(self) -> None:
         """Lets idle workers leave by themselves, ends the others."""
-        deadline = time.monotonic() + (0.0 if self._failure is not None or self._call is not None else 2.0)
+        patience = 0.0 if self._failure is not None or self._call is not None else _LEAVE_S
+        deadline = time.monotonic() + patience
         for worker in self._workers:
             try:
                 worker.process.wait(timeout=max(0.0, deadline - time.monotonic()))

@@ -33,6 +33,8 @@ from .resident import ResidentModel
 
 _PR_SET_PDEATHSIG = 1
 _PROGRESS_INTERVAL_S = 0.1
+_OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "cannot allocate memory")
+"""What errors of CUDA's, PyTorch's and the system's allocators say, whatever their class."""
 
 
 class Worker:
@@ -184,12 +186,13 @@ class Worker:
 
     def _describe(self, error: BaseException) -> dict[str, Any]:
         out_of_memory = isinstance(error, torch.OutOfMemoryError | MemoryError)
+        out_of_memory = out_of_memory or any(words in str(error).lower() for words in _OUT_OF_MEMORY)
         return {
             "type": type(error).__name__,
             "message": str(error),
             "traceback": traceback.format_exc(),
             "expected": isinstance(error, EngineError),
-            "out_of_memory": out_of_memory or "out of memory" in str(error).lower(),
+            "out_of_memory": out_of_memory,
         }
 
 
@@ -236,6 +239,8 @@ def main(settings: dict[str, Any]) -> None:
     channel.send({"event": "ready", "pid": os.getpid()})
     worker.run(inbox)
     dist.destroy_process_group()
+    sys.stdout.flush()
+    os._exit(0)  # taking down an interpreter with all its modules costs seconds on a busy machine
 
 
 def _listen(channel: Channel, inbox: queue.Queue[tuple[Message, list[int]]]) -> None:

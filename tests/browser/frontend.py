@@ -38,13 +38,18 @@ _REPLACE_LARGE_MODELS = """
     }
     for (const node of graph.nodes.filter((node) => node.type.startsWith('CLIPTextEncode'))) {
         const random = add('SPTestConditioning', conditioning)
+        random.pos = [...node.pos]
         for (const id of [...(node.outputs[0].links ?? [])]) {
             const link = graph.links.get(id)
             random.connect(0, graph.getNodeById(link.target_id), link.target_slot)
         }
     }
     const samplers = graph.nodes.filter((node) => /Sampler/.test(node.type) && node.outputs?.[0]?.type === 'LATENT')
-    for (const node of samplers) node.connect(0, add('SaveLatent', { filename_prefix: 'latents/browser' }), 0)
+    for (const node of samplers) {
+        const save = add('SaveLatent', { filename_prefix: 'latents/browser' })
+        save.pos = [node.pos[0] + node.size[0] + 60, node.pos[1]]
+        node.connect(0, save, 0)
+    }
     const large = ['CLIP', 'VAE', 'IMAGE', 'VIDEO', 'CLIP_VISION']
     for (const node of graph.nodes.filter((node) => slots(node).some((type) => large.includes(type))))
         graph.remove(node)
@@ -66,7 +71,9 @@ class FrontEnd:
         self.page.on("console", self._note_console_error)
         _skip_the_tutorial(server)
         self.page.goto(server.url)
-        self.page.wait_for_function("window.app?.vueAppReady && window.app.extensionManager", timeout=60_000)
+        # The start-up ends by opening a default workflow, in place of whatever was opened before that.
+        ready = "window.app?.vueAppReady && window.app.extensionManager?.workflow?.activeWorkflow"
+        self.page.wait_for_function(ready, timeout=60_000)
 
     def close(self) -> None:
         self.page.close()
@@ -135,6 +142,15 @@ class FrontEnd:
     def queue(self) -> bool:
         """Press Run; whether the server took the prompt."""
         return self.page.evaluate("window.app.queuePrompt(0)")
+
+    def error_details(self) -> str:
+        """All that the message about a failed or refused prompt leads to."""
+        self.page.get_by_role("button", name="View details").first.click()
+        self._let_messages_appear()
+        for button in self.page.get_by_role("button", name="Info for").all():
+            button.click()
+        self._let_messages_appear()
+        return self.text()
 
     def run(self, timeout: float = 90.0) -> dict[str, Any]:
         """Press Run and wait for the end; the prompt's entry in the server's history."""

@@ -220,6 +220,7 @@ class ComfyServer:
         self.post("/interrupt")
 
     def free(self, unload_models: bool = True, free_memory: bool = True) -> None:
+        """Takes effect between prompts; just after a prompt it can take ComfyUI ten seconds to look."""
         self.post("/free", {"unload_models": unload_models, "free_memory": free_memory})
 
     def settle(self, timeout: float = 10.0) -> bool:

@@ -122,11 +122,12 @@ def test_free_gives_the_memory_back(server: ComfyServer) -> None:
     before = total_resident_bytes(server.workers())
     server.free(unload_models=True, free_memory=False)
     least = file_bytes(server.models, DEEP)  # of the two copies
-    wait_until(lambda: before - total_resident_bytes(server.workers()) > least, timeout=10)
+    wait_until(lambda: before - total_resident_bytes(server.workers()) > least, timeout=20)
     freed = before - total_resident_bytes(server.workers())
     assert freed > least, f"/free gave back {freed / 1e6:.0f} MB of two copies of {least / 1e6:.0f} MB"
     sample(server, fresh(setting), TWO)
-    server.free()
+    server.free()  # this prompt's own result is not to come from ComfyUI's cache
+    sample(server, fresh(setting), TWO)
     assert relative_difference(sample(server, setting, TWO), first) <= 1e-5
 
 

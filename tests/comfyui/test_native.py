@@ -1,9 +1,12 @@
 """The harness itself: native graphs run, and the settings that parity tests compare are not all alike."""
 
+import re
+
 import pytest
 
 from tests.comfyui.graphs import Setting, Text, sampling_graph
 from tests.comfyui.latents import relative_difference, sample
+from tests.comfyui.model_files import DEEP, NO_GUIDANCE, ORIGINAL_NAMES, TINY
 from tests.comfyui.server import ComfyServer
 
 pytestmark = pytest.mark.comfyui
@@ -30,6 +33,13 @@ def test_native_sampling_is_repeatable(native_server: ComfyServer) -> None:
 )
 def test_inputs_reach_the_model(native_server: ComfyServer, other: Setting) -> None:
     assert relative_difference(sample(native_server, other), sample(native_server, BASE)) > 1e-3
+
+
+@pytest.mark.parametrize("checkpoint", [TINY, DEEP, ORIGINAL_NAMES, NO_GUIDANCE])
+def test_checkpoints_are_whole(native_server: ComfyServer, checkpoint: str) -> None:
+    """Else ComfyUI samples with weights that it never set, and says so in the log only."""
+    sample(native_server, Setting(checkpoint=checkpoint, steps=1))
+    assert not re.search("unet (missing|unexpected)", native_server.log())
 
 
 def test_validation_errors_are_reported(native_server: ComfyServer) -> None:

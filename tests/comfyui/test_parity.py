@@ -5,7 +5,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from tests.comfyui.graphs import Setting, Swapped, Text, fresh, model_node, sampling_graph
+from tests.comfyui.graphs import Setting, Swapped, Text, fresh, model_node
 from tests.comfyui.latents import relative_difference, sample
 from tests.comfyui.model_files import NO_GUIDANCE, ORIGINAL_NAMES
 from tests.comfyui.server import ComfyServer
@@ -16,7 +16,7 @@ TOLERANCE = 1e-4
 DEVICES = ("cpu", "cpu,cpu", "cpu,cpu,cpu")
 SHORT = Text(seed=12, tokens=5)
 MASKED = Text(tokens=8, valid=5)
-ODD = Setting(width=48, height=80, length=9)
+ODD = Setting(width=48, height=80, length=9)  # 45 tokens
 BIG = Setting(width=256, height=384, length=33, steps=4)
 # From the first to the last step: EasyCache takes other bounds from the shift of whichever model sampled before.
 EASY_CACHE = model_node("EasyCache", reuse_threshold=0.8, start_percent=0.0, end_percent=1.0, verbose=False)
@@ -39,6 +39,8 @@ CASES = {
     "easy_cache": Setting(steps=8, model_nodes=(EASY_CACHE,)),
 }
 
+LATER = pytest.mark.xfail(reason="not available yet", strict=True)
+
 Reference = Callable[[Setting], torch.Tensor]
 
 
@@ -59,8 +61,8 @@ def reference(server: ComfyServer, native_latents: dict[Setting, torch.Tensor]) 
     return get
 
 
-def test_odd_case_is_odd() -> None:
-    assert ODD.tokens % 2 == 1 and ODD.tokens % 3 == 0
+def test_easy_cache_case_skips_steps(reference: Reference) -> None:
+    assert relative_difference(reference(CASES["easy_cache"]), reference(Setting(steps=8))) > 1e-2
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -80,10 +82,12 @@ def test_same_latent_from_other_checkpoints(server: ComfyServer, reference: Refe
     ("name", "swapped"),
     [
         pytest.param("masked", Swapped(ulysses_degree=2), id="ulysses"),
-        pytest.param("masked", Swapped(ring_degree=2), id="ring"),
-        pytest.param("cfg_unequal_prompts", Swapped(cfg_degree=2), id="cfg"),
-        pytest.param("batch_2", Swapped(dp_degree=2), id="dp"),
-        pytest.param("odd_tokens", Swapped(devices="cpu,cpu,cpu,cpu", ulysses_degree=2, ring_degree=2), id="hybrid"),
+        pytest.param("masked", Swapped(ring_degree=2), id="ring", marks=LATER),
+        pytest.param("cfg_unequal_prompts", Swapped(cfg_degree=2), id="cfg", marks=LATER),
+        pytest.param("batch_2", Swapped(dp_degree=2), id="dp", marks=LATER),
+        pytest.param(
+            "odd_tokens", Swapped(devices="cpu,cpu,cpu,cpu", ulysses_degree=2, ring_degree=2), id="hybrid", marks=LATER
+        ),
     ],
 )
 def test_same_latent_with_explicit_degrees(
@@ -105,10 +109,3 @@ def test_the_workers_do_the_work(server: ComfyServer, reference: Reference) -> N
     assert sum(gained) > 3 * own, f"workers {gained} s, server {own} s of CPU time"
     assert gained[1] > gained[0] / 3, f"one worker did most of the work: {gained}"
     assert relative_difference(actual, reference(BIG)) <= TOLERANCE
-
-
-def test_the_graph_of_a_swapped_loader_differs_in_the_loader_only() -> None:
-    native, swapped = sampling_graph(Setting()), sampling_graph(Setting(), Swapped())
-    classes = [sorted(node["class_type"] for node in graph.values()) for graph in (native, swapped)]
-    assert set(classes[1]) - set(classes[0]) == {"SPConfig", "SPLoadDiffusionModel"}
-    assert set(classes[0]) - set(classes[1]) == {"UNETLoader"}

@@ -24,6 +24,10 @@ def refusal(server: ComfyServer, graph: Graph) -> PromptResult:
     assert result.seconds < 5
     assert not set(server.workers()) - workers, "processes were started for a prompt that cannot run"
     assert len(result.message) < 2000, "the message is too long to read"
+    texts = [line.partition(" - ")[2] or line for line in result.message.splitlines()]
+    assert len(set(texts)) == len(texts), (
+        f"the same text is shown {len(texts) - len(set(texts)) + 1} times: {texts[-1]}"
+    )
     return result
 
 

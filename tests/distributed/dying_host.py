@@ -1,0 +1,30 @@
+"""A host process that is killed in the middle of a step: `python -m tests.distributed.dying_host CHECKPOINT`.
+
+Prints the workers' process ids as JSON, then "busy" when steps are running.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import threading
+from pathlib import Path
+
+from parallel.config import SequenceParallelConfig, resolve
+from parallel.host.group import WorkerGroup
+from tests.distributed.tiny_models import Inputs, loaded, recipe_of
+
+
+def main(checkpoint: str) -> None:
+    group = WorkerGroup(resolve(SequenceParallelConfig(devices="cpu,cpu")), threads=1)
+    group.start()
+    print(json.dumps(group.pids), flush=True)
+    with loaded(group, recipe_of(Path(checkpoint))) as model:
+        model.step(*Inputs().make())
+        threading.Timer(0.3, print, ["busy"], {"flush": True}).start()
+        while True:
+            model.step(*Inputs(frames=4, height=64, width=64).make())
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

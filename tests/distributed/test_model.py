@@ -1,0 +1,239 @@
+"""A whole step of tiny HunyuanVideos: any number of workers gives what one gives, and what diffusers' model gives."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from parallel.errors import CheckpointError, ConfigError, UnsupportedError, WorkerError
+from parallel.host.recipe import Recipe
+from parallel.host.remote_model import RemoteModel
+from parallel.worker.resident import ResidentModel
+from tests.distributed.tiny_models import (
+    Inputs,
+    Model,
+    StartGroup,
+    TinyModels,
+    loaded,
+    recipe_of,
+    relative_difference,
+)
+
+MANY = ("cpu,cpu", "cpu*3,cpu,cpu", "cpu,cpu,cpu,cpu")
+SPLIT_TOLERANCE = 1e-5
+STOCK_TOLERANCE = 1e-4
+PADDED = Inputs(valid=(5,))
+
+MODELS = {
+    # one checkpoint, loaded once
+    "even": Model(),
+    "odd_tokens": Model(inputs=Inputs(frames=3, height=10, width=6, text=7)),
+    "padded_text": Model(inputs=PADDED),
+    "padding_first": Model(inputs=Inputs(valid=(5,), padding_first=True)),
+    "one_text_token": Model(inputs=Inputs(text=1)),
+    "mostly_text": Model(inputs=Inputs(frames=1, height=4, width=4, text=40)),
+    "batch_2": Model(inputs=Inputs(batch=2)),
+    "batch_2_equal_masks": Model(inputs=Inputs(batch=2, valid=(5, 5))),
+    "batch_2_unequal_masks": Model(inputs=Inputs(batch=2, valid=(5, 8), frames=3, height=6)),
+    # others
+    "one_head": Model({"heads": 1}, PADDED),
+    "three_heads": Model({"heads": 3}, PADDED),
+    "four_heads": Model({"heads": 4}, PADDED),
+    "several_blocks": Model({"depth": 2, "depth_single": 3, "seed": 4}, PADDED),
+    "original_names": Model({"names": "original"}, PADDED),
+    "prefix": Model({"prefix": "model.diffusion_model."}, PADDED),
+    "original_names_and_prefix": Model({"names": "original", "prefix": "model.model."}, PADDED),
+    "no_guidance": Model({"guidance": False}, PADDED),
+    "image_to_video": Model({"in_channels": 33}, Inputs(channels=33, valid=(5,))),
+    "bf16_file": Model({"dtype": torch.bfloat16}, PADDED),
+    "fp8_storage": Model({}, PADDED, torch.float8_e4m3fn),
+}
+
+
+class Predictions:
+    """Each model's prediction on each device list, computed when it is first asked for.
+
+    A group keeps one model loaded until another one is asked for.
+    """
+
+    def __init__(self, start_group: StartGroup, tiny_models: TinyModels):
+        self._start_group, self._tiny_models = start_group, tiny_models
+        self._known: dict[tuple[str, str], Tensor] = {}
+        self._loaded: dict[str, RemoteModel] = {}
+
+    def __call__(self, name: str, devices: str) -> Tensor:
+        if (name, devices) not in self._known:
+            model = MODELS[name]
+            recipe = recipe_of(self._tiny_models.path(**model.checkpoint), model.weight_dtype)
+            self._known[name, devices] = self._model(devices, recipe).step(*model.inputs.make())
+        return self._known[name, devices]
+
+    def _model(self, devices: str, recipe: Recipe) -> RemoteModel:
+        if devices not in self._loaded or self._loaded[devices].recipe != recipe:
+            if devices in self._loaded:
+                self._loaded[devices].unload()
+            self._loaded[devices] = RemoteModel(recipe, group=self._start_group(devices))
+            self._loaded[devices].ensure_loaded()
+        return self._loaded[devices]
+
+    def unload(self) -> None:
+        for model in self._loaded.values():
+            model.unload()
+
+
+@pytest.fixture(scope="module")
+def predict(start_group: StartGroup, tiny_models: TinyModels) -> Iterator[Predictions]:
+    predictions = Predictions(start_group, tiny_models)
+    yield predictions
+    predictions.unload()
+
+
+@pytest.mark.parametrize("devices", MANY)
+@pytest.mark.parametrize("name", MODELS)
+def test_many_workers_give_what_one_gives(predict: Predictions, name: str, devices: str):
+    assert relative_difference(predict(name, devices), predict(name, "cpu")) <= SPLIT_TOLERANCE
+
+
+@pytest.mark.parametrize("name", ["original_names", "prefix", "original_names_and_prefix"])
+def test_the_dialect_of_a_checkpoint_does_not_matter(predict: Predictions, name: str):
+    assert torch.equal(predict(name, "cpu"), predict("padded_text", "cpu"))
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        ("even", "padded_text"),
+        ("padded_text", "padding_first"),
+        ("padded_text", "bf16_file"),
+        ("padded_text", "fp8_storage"),
+        ("padded_text", "several_blocks"),
+        ("padded_text", "no_guidance"),
+    ],
+)
+def test_what_differs_shows(predict: Predictions, first: str, second: str):
+    """The comparisons here would notice an ignored mask, dtype, weight or guidance."""
+    assert relative_difference(predict(first, "cpu"), predict(second, "cpu")) > 10 * SPLIT_TOLERANCE
+
+
+def test_a_sample_of_a_batch_equals_the_sample_alone(predict: Predictions, start_group: StartGroup, tiny_models):
+    """Unequal texts neither attend to padding nor to each other."""
+    x, timestep, conditioning = MODELS["batch_2_unequal_masks"].inputs.make()
+    with loaded(start_group("cpu"), recipe_of(tiny_models.path())) as remote:
+        for i in range(2):
+            row = slice(i, i + 1)
+            single = remote.step(x[row], timestep[row], {name: tensor[row] for name, tensor in conditioning.items()})
+            batched = predict("batch_2_unequal_masks", "cpu,cpu")[row]
+            assert relative_difference(batched, single) <= SPLIT_TOLERANCE
+
+
+@pytest.mark.parametrize(
+    ("checkpoint", "inputs"),
+    [
+        ({}, Inputs(valid=(8,))),
+        ({"heads": 3, "depth": 2, "depth_single": 2}, Inputs(frames=3, height=10, width=6, valid=(8, 8), batch=2)),
+        ({"guidance": False}, Inputs(valid=(8,))),
+        ({"in_channels": 33}, Inputs(channels=33, valid=(8,))),
+    ],
+)
+def test_one_worker_gives_what_diffusers_gives(
+    start_group: StartGroup, tiny_models: TinyModels, checkpoint: dict, inputs: Inputs
+):
+    """Without padding: diffusers takes the text's mean over valid tokens only, ComfyUI and this engine over all."""
+    path = tiny_models.path(**checkpoint)
+    resident = {"path": str(path), "weight_dtype": "float32", "compute_dtype": "float32"}
+    stock = ResidentModel(resident, torch.device("cpu"), lambda done, total: None).model
+    assert type(stock).__name__ == "HunyuanVideoTransformer3DModel"
+    x, timestep, conditioning = inputs.make()
+    with torch.no_grad():
+        (expected,) = stock(
+            x,
+            timestep,
+            conditioning["context"],
+            conditioning["attention_mask"],
+            conditioning["y"],
+            conditioning["guidance"] * 1000 if stock.config.guidance_embeds else None,
+            return_dict=False,
+        )
+    with loaded(start_group("cpu"), recipe_of(path)) as remote:
+        assert relative_difference(remote.step(x, timestep, conditioning), expected) <= STOCK_TOLERANCE
+
+
+def test_two_models_side_by_side(start_group: StartGroup, tiny_models: TinyModels, predict: Predictions):
+    group = start_group("cpu,cpu")
+    first, second = MODELS["padded_text"], MODELS["several_blocks"]
+    with (
+        loaded(group, recipe_of(tiny_models.path(**first.checkpoint))) as a,
+        loaded(group, recipe_of(tiny_models.path(**second.checkpoint))) as b,
+    ):
+        for _ in range(2):
+            assert torch.equal(a.step(*first.inputs.make()), predict("padded_text", "cpu,cpu"))
+            assert torch.equal(b.step(*second.inputs.make()), predict("several_blocks", "cpu,cpu"))
+
+
+def test_a_result_is_not_overwritten_by_the_next_step(start_group: StartGroup, tiny_models: TinyModels):
+    with loaded(start_group("cpu,cpu"), recipe_of(tiny_models.path())) as remote:
+        first = remote.step(*PADDED.make())
+        kept = first.clone()
+        second = remote.step(*Inputs(valid=(5,), seed=7).make())
+    assert torch.equal(first, kept)
+    assert not torch.equal(first, second)
+
+
+def test_sizes_may_change_from_step_to_step(start_group: StartGroup, tiny_models: TinyModels):
+    sizes = [Inputs(), Inputs(frames=4, height=16, width=16), Inputs(frames=1, height=4, width=6), Inputs()]
+    with loaded(start_group("cpu,cpu"), recipe_of(tiny_models.path())) as remote:
+        results = [remote.step(*inputs.make()) for inputs in sizes]
+    with loaded(start_group("cpu"), recipe_of(tiny_models.path())) as remote:
+        for inputs, result in zip(sizes, results, strict=True):
+            assert relative_difference(result, remote.step(*inputs.make())) <= SPLIT_TOLERANCE
+    assert torch.equal(results[0], results[-1])
+
+
+# --- refusals: named, before any work, and the workers stay usable ------------------------------------------------
+
+
+def test_more_workers_than_tokens_are_refused(start_group: StartGroup, tiny_models: TinyModels):
+    group = start_group("cpu,cpu,cpu,cpu")
+    with loaded(group, recipe_of(tiny_models.path())) as remote:
+        with pytest.raises(ConfigError, match=r"devices gives 4 ranks, but this latent has only 2 tokens"):
+            remote.step(*Inputs(frames=1, height=2, width=4).make())
+        assert remote.step(*Inputs().make()).isfinite().all()
+
+
+def test_an_unknown_input_is_refused(start_group: StartGroup, tiny_models: TinyModels):
+    x, timestep, conditioning = Inputs().make()
+    with loaded(start_group("cpu,cpu"), recipe_of(tiny_models.path())) as remote:
+        with pytest.raises(UnsupportedError, match="cannot use the input guiding_frame_index"):
+            remote.step(x, timestep, conditioning | {"guiding_frame_index": torch.zeros(1)})
+        assert remote.step(x, timestep, conditioning).isfinite().all()
+
+
+def test_an_error_of_all_workers_alike_leaves_them_running(start_group: StartGroup, tiny_models: TinyModels):
+    group = start_group("cpu,cpu")
+    x, timestep, conditioning = PADDED.make()
+    pids = group.pids
+    with loaded(group, recipe_of(tiny_models.path())) as remote:
+        with pytest.raises(WorkerError, match=r"^attention_mask is floating-point") as caught:
+            remote.step(x, timestep, conditioning | {"attention_mask": conditioning["attention_mask"].float()})
+        assert caught.value.remote_type == "UnsupportedError"
+        assert remote.step(x, timestep, conditioning).isfinite().all()
+    assert group.pids == pids
+
+
+def test_a_checkpoint_that_the_workers_cannot_load(start_group: StartGroup, tiny_models: TinyModels, tmp_path):
+    """The header looks right, the content is not: found by the workers."""
+    tensors = load_file(tiny_models.path())
+    del tensors["single_blocks.0.linear2.bias"]
+    save_file(tensors, tmp_path / "lost.safetensors")
+    group = start_group("cpu,cpu")
+    with (
+        pytest.raises(WorkerError, match=r"lost.safetensors lacks 1 tensors") as caught,
+        loaded(group, recipe_of(tmp_path / "lost.safetensors")),
+    ):
+        pass
+    assert caught.value.remote_type == CheckpointError.__name__
+    assert group.alive

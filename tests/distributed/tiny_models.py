@@ -1,0 +1,106 @@
+"""Tiny checkpoints, and the inputs of one step for them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from parallel.config import SequenceParallelConfig
+from parallel.demo.checkpoint import write_tiny_hunyuan_video
+from parallel.host.group import WorkerGroup
+from parallel.host.recipe import Recipe
+from parallel.host.remote_model import RemoteModel
+
+StartGroup = Callable[[str], WorkerGroup]
+TEXT_WIDTH = 64
+
+
+class TinyModels:
+    """A folder of checkpoints; asking twice for the same one writes it once."""
+
+    def __init__(self, folder: Path):
+        self._folder = folder
+        self._written: dict[str, Path] = {}
+
+    def path(self, **options: Any) -> Path:
+        """The checkpoint that `write_tiny_hunyuan_video` makes of these options."""
+        key = repr(sorted(options.items()))
+        if key not in self._written:
+            path = self._folder / f"{len(self._written)}.safetensors"
+            write_tiny_hunyuan_video(path, **options)
+            self._written[key] = path
+        return self._written[key]
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Sizes of one step's inputs."""
+
+    frames: int = 2
+    height: int = 8
+    width: int = 8
+    channels: int = 16
+    text: int = 8
+    valid: tuple[int, ...] | None = None
+    """Valid text tokens of each sample; None sends no mask."""
+    padding_first: bool = False
+    batch: int = 1
+    seed: int = 0
+
+    def make(self) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """x, timestep, conditioning."""
+        generator = torch.Generator().manual_seed(self.seed)
+
+        def random(*shape: int) -> Tensor:
+            return torch.randn(shape, generator=generator)
+
+        conditioning = {
+            "context": random(self.batch, self.text, TEXT_WIDTH),
+            "y": random(self.batch, 768),
+            "guidance": torch.full((self.batch,), 6.0),
+        }
+        if self.valid is not None:
+            mask = (torch.arange(self.text)[None] < torch.tensor(self.valid)[:, None]).long()
+            conditioning["attention_mask"] = mask.flip(1) if self.padding_first else mask
+        x = random(self.batch, self.channels, self.frames, self.height, self.width)
+        return x, torch.linspace(900, 300, self.batch), conditioning
+
+
+@dataclass(frozen=True)
+class Model:
+    """A checkpoint, the step it is asked for, and how it is loaded."""
+
+    checkpoint: dict[str, Any] = field(default_factory=dict)
+    """Options of `write_tiny_hunyuan_video`."""
+    inputs: Inputs = field(default_factory=Inputs)
+    weight_dtype: torch.dtype = torch.float32
+
+
+def recipe_of(path: Path, weight_dtype: torch.dtype = torch.float32) -> Recipe:
+    return Recipe(
+        path=str(path), weight_dtype=weight_dtype, compute_dtype=torch.float32, config=SequenceParallelConfig()
+    )
+
+
+@contextmanager
+def loaded(group: WorkerGroup, recipe: Recipe) -> Iterator[RemoteModel]:
+    """The model on this group, for the time of the `with` block."""
+    model = RemoteModel(recipe, group=group)
+    model.ensure_loaded()
+    try:
+        yield model
+    finally:
+        model.unload()
+
+
+def relative_difference(actual: Tensor, expected: Tensor) -> float:
+    """max|a − b| / max|b|."""
+    assert actual.shape == expected.shape
+    assert actual.isfinite().all()
+    return ((actual - expected).abs().max() / expected.abs().max()).item()

@@ -1,0 +1,118 @@
+"""Writes the golden files of this folder with a real ComfyUI, on the CPU in fp32:
+
+    COMFYUI_PATH=… python tests/golden/make_golden.py
+
+Run it when a case is added, or when a newer ComfyUI gives other results on purpose; the files are committed.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+COMFYUI = Path(os.environ.get("COMFYUI_PATH", Path.home() / "comfy" / "ComfyUI"))
+REPOSITORY = Path(__file__).resolve().parents[2]
+# This repository comes last: its `nodes` and `tests` folders would hide ComfyUI's.
+sys.path[:] = [str(Path(__file__).parent), str(COMFYUI), *sys.path[1:], str(REPOSITORY)]
+
+import comfy.options  # noqa: E402
+
+comfy.options.enable_args_parsing(False)
+from comfy.cli_args import args  # noqa: E402
+
+args.cpu = True
+
+import comfy.sample  # noqa: E402
+import comfy.samplers  # noqa: E402
+import comfy.sd  # noqa: E402
+import comfyui_version  # noqa: E402
+import torch  # noqa: E402
+import vectors  # noqa: E402
+from torch import Tensor  # noqa: E402
+
+from parallel.demo.checkpoint import write_tiny_hunyuan_video  # noqa: E402
+
+TEXT_WIDTH = 64
+# name → options of the checkpoint, sizes of the inputs
+FORWARDS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "padded_text": ({"seed": 1}, {"valid": 5}),
+    "odd_tokens": ({"seed": 2, "depth_single": 2}, {"frames": 3, "height": 10, "width": 6, "text": 7}),
+    "batch_2": ({"seed": 3, "heads": 1}, {"batch": 2}),
+    "no_guidance": ({"seed": 4, "guidance": False}, {"valid": 6}),
+    "image_to_video": ({"seed": 5, "in_channels": 33}, {"channels": 33, "valid": 7}),
+    "original_names": ({"seed": 6, "names": "original", "prefix": "model.diffusion_model."}, {"valid": 3}),
+    "three_heads": ({"seed": 7, "heads": 3}, {"text": 20, "valid": 17}),
+}
+TRAJECTORY = ({"seed": 8, "depth": 2, "depth_single": 2}, {"valid": 5})
+STEPS = 4
+
+
+def inputs(
+    *,
+    frames: int = 2,
+    height: int = 8,
+    width: int = 8,
+    channels: int = 16,
+    text: int = 8,
+    valid: int = 0,
+    batch: int = 1,
+) -> dict[str, Tensor]:
+    """`valid` is the number of text tokens that are no padding; 0 makes no mask."""
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator)
+
+    tensors = {
+        "x": random(batch, channels, frames, height, width),
+        "timestep": torch.linspace(850, 250, batch),
+        "context": random(batch, text, TEXT_WIDTH),
+        "y": random(batch, 768),
+        "guidance": torch.full((batch,), 6.0),
+    }
+    if valid:
+        tensors["attention_mask"] = (torch.arange(text) < valid).long().repeat(batch, 1)
+    return tensors
+
+
+def forward(patcher: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """One call of ComfyUI's network."""
+    network = patcher.model.diffusion_model
+    assert next(network.parameters()).dtype == torch.float32
+    conditioning = {name: tensor for name, tensor in tensors.items() if name not in ("x", "timestep")}
+    return tensors | {"expected": network(tensors["x"], tensors["timestep"], **conditioning)}
+
+
+def trajectory(patcher: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """KSampler, euler, simple, without CFG: from noise to the latent that a graph would get."""
+    conditioning = {name: tensors[name] for name in ("context", "y", "guidance", "attention_mask")}
+    prompt = [[
+        conditioning["context"],
+        {"pooled_output": conditioning["y"], "guidance": 6.0, "attention_mask": conditioning["attention_mask"]},
+    ]]  # fmt: skip
+    noise, empty = tensors["x"], torch.zeros_like(tensors["x"])
+    sampler = comfy.samplers.KSampler(patcher, STEPS, torch.device("cpu"), "euler", "simple", 1.0)
+    latent = comfy.sample.sample(patcher, noise, STEPS, 1.0, "euler", "simple", prompt, prompt, empty, seed=0)
+    return conditioning | {"noise": noise, "sigmas": sampler.sigmas, "expected": latent}
+
+
+@torch.no_grad()
+def main() -> None:
+    made_by = f"ComfyUI {comfyui_version.__version__}, torch {torch.__version__}, {platform.machine()}"
+    cases = {name: (*case, forward) for name, case in FORWARDS.items()}
+    cases["trajectory"] = (*TRAJECTORY, trajectory)
+    for name, (options, sizes, run) in cases.items():
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "tiny.safetensors"
+            write_tiny_hunyuan_video(path, **options)
+            patcher = comfy.sd.load_diffusion_model(str(path))
+            vectors.write(name, vectors.Golden(options, vectors.digest(path), made_by, run(patcher, inputs(**sizes))))
+        print(name)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,184 @@
+"""What a user may write into SP Config, and what an unusable setting is told."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from parallel.config import Layout, SequenceParallelConfig, WorkerDevice, parse_devices, resolve
+from parallel.errors import ConfigError
+
+
+@pytest.fixture
+def gpus(monkeypatch: pytest.MonkeyPatch):
+    """Pretends that this machine has so many GPUs."""
+
+    def pretend(count: int) -> None:
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: count > 0)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+
+    return pretend
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("cpu", [("cpu", 1)]),
+        ("cpu,cpu", [("cpu", 1), ("cpu", 1)]),
+        ("cpu:3", [("cpu", 1)]),
+        ("cuda:0,cuda:1", [("cuda:0", 1), ("cuda:1", 1)]),
+        ("cuda:1,cuda:0", [("cuda:1", 1), ("cuda:0", 1)]),
+        ("cuda:0*2", [("cuda:0", 2)]),
+        (" CUDA:0 * 2 , cuda:11*0.5", [("cuda:0", 2), ("cuda:11", 0.5)]),
+        ("cuda:007", [("cuda:7", 1)]),
+    ],
+)
+def test_device_lists(text: str, expected: list[tuple[str, float]]):
+    assert parse_devices(text) == tuple(WorkerDevice(name=name, weight=weight) for name, weight in expected)
+
+
+@pytest.mark.parametrize("text", ["auto", " Auto "])
+def test_auto_is_left_to_the_machine(text: str):
+    assert parse_devices(text) is None
+
+
+@pytest.mark.parametrize(
+    ("text", "offender"),
+    [
+        ("", "''"),
+        ("  ", "'  '"),
+        ("cpu,", "''"),
+        ("cuda:0,,cuda:1", "''"),
+        ("cuda", "'cuda'"),
+        ("gpu:0", "'gpu:0'"),
+        ("mps", "'mps'"),
+        ("cuda:x", "'cuda:x'"),
+        ("cuda:-1", "'cuda:-1'"),
+        ("cuda:0;cuda:1", "'cuda:0;cuda:1'"),
+        ("0,1", "'0'"),
+        ("auto,cpu", "'auto'"),
+        ("cuda:0*", "'cuda:0*'"),
+        ("cuda:0*fast", "'cuda:0*fast'"),
+        ("cuda:0*-1", "'cuda:0*-1'"),
+        ("cuda:0*0", "'cuda:0*0'"),
+        ("cpu*0.0", "'cpu*0.0'"),
+        pytest.param("cpu*" + "9" * 400, "'cpu*9", id="infinite"),
+        ("cuda:0,cuda:0", "cuda:0"),
+        ("cpu,cuda:0", "'cpu,cuda:0'"),
+    ],
+)
+def test_an_unusable_device_list_is_named(text: str, offender: str):
+    with pytest.raises(ConfigError) as caught:
+        SequenceParallelConfig(devices=text)
+    assert str(caught.value).startswith("devices ")
+    assert offender in str(caught.value)
+    assert isinstance(caught.value, ValueError)
+
+
+@pytest.mark.parametrize("value", [None, 2, ["cpu"]])
+def test_devices_must_be_text(value: object):
+    with pytest.raises(ConfigError, match=r"^devices is .*allowed are"):
+        SequenceParallelConfig(devices=value)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("knob", ["ulysses_degree", "ring_degree", "cfg_degree", "dp_degree"])
+@pytest.mark.parametrize("value", [-1, 1.5, "2", True, None])
+def test_a_degree_must_be_a_count(knob: str, value: object):
+    with pytest.raises(ConfigError) as caught:
+        SequenceParallelConfig(**{knob: value})  # type: ignore[arg-type]
+    assert str(caught.value).startswith(f"{knob} is {value!r}; allowed are 0")
+
+
+@pytest.mark.parametrize(
+    ("knob", "choices"),
+    [
+        ("weights", ["auto", "replicate", "shard", "offload"]),
+        ("attention", ["auto", "sdpa", "cudnn", "flash", "sage"]),
+    ],
+)
+def test_a_choice_that_does_not_exist_lists_those_that_do(knob: str, choices: list[str]):
+    with pytest.raises(ConfigError) as caught:
+        SequenceParallelConfig(**{knob: "fastest"})
+    assert str(caught.value) == f"{knob} is 'fastest'; allowed are {', '.join(choices)}"
+    for choice in choices:
+        SequenceParallelConfig(**{knob: choice})
+
+
+def test_auto_takes_every_gpu(gpus):
+    gpus(3)
+    layout = resolve(SequenceParallelConfig())
+    assert [device.name for device in layout.devices] == ["cuda:0", "cuda:1", "cuda:2"]
+    assert (layout.world_size, layout.sp_degree, layout.ulysses_degree, layout.device_type) == (3, 3, 3, "cuda")
+    assert "3 visible GPUs" in layout.describe()
+
+
+def test_auto_without_a_gpu_is_one_cpu_worker_and_says_so(gpus):
+    gpus(0)
+    layout = resolve(SequenceParallelConfig())
+    assert [device.name for device in layout.devices] == ["cpu"]
+    assert "no GPU is visible" in layout.describe()
+
+
+def test_a_layout_keeps_order_and_speeds(gpus):
+    gpus(2)
+    layout = resolve(SequenceParallelConfig(devices="cuda:1*2,cuda:0"))
+    assert [(device.name, device.weight) for device in layout.devices] == [("cuda:1", 2.0), ("cuda:0", 1.0)]
+    assert layout.describe().startswith("cuda:1*2,cuda:0: ulysses 2 ")
+
+
+@pytest.mark.parametrize(("count", "exist"), [(0, "no GPU (only cpu)"), (2, "cuda:0, cuda:1")])
+def test_a_gpu_that_does_not_exist_is_named_with_those_that_do(gpus, count: int, exist: str):
+    gpus(count)
+    with pytest.raises(ConfigError) as caught:
+        resolve(SequenceParallelConfig(devices="cuda:5"))
+    assert "cuda:5" in str(caught.value)
+    assert str(caught.value).endswith(f"it has {exist}")
+
+
+@pytest.mark.parametrize("degree", [0, 3])
+def test_ulysses_degree_is_the_number_of_workers(degree: int):
+    layout = resolve(SequenceParallelConfig(devices="cpu,cpu,cpu", ulysses_degree=degree))
+    assert layout == Layout(
+        devices=(WorkerDevice(name="cpu"),) * 3,
+        ulysses_degree=3,
+        ring_degree=1,
+        cfg_degree=1,
+        dp_degree=1,
+        weights="replicate",
+        attention="auto",
+        reason="as asked",
+    )
+
+
+@pytest.mark.parametrize(
+    "degrees",
+    [
+        {"ulysses_degree": 1},
+        {"ulysses_degree": 3},
+        {"ulysses_degree": 2, "ring_degree": 3},
+        {"ulysses_degree": 4, "cfg_degree": 2},
+        {"dp_degree": 4},
+    ],
+)
+def test_a_wrong_product_prints_every_factor(degrees: dict[str, int]):
+    """4 workers."""
+    with pytest.raises(ConfigError) as caught:
+        resolve(SequenceParallelConfig(devices="cpu,cpu,cpu,cpu", **degrees))
+    message = str(caught.value)
+    for knob in ("ulysses_degree", "ring_degree", "cfg_degree", "dp_degree"):
+        value = degrees.get(knob) or (4 if knob == "ulysses_degree" else 1)
+        assert f"{knob} {value}" in message
+    assert "'cpu,cpu,cpu,cpu' are 4 workers" in message
+    assert "must be 4" in message
+
+
+@pytest.mark.parametrize("knob", ["ring_degree", "cfg_degree", "dp_degree"])
+def test_an_axis_that_this_version_lacks_is_refused_and_not_ignored(knob: str):
+    with pytest.raises(ConfigError, match=f"{knob} is 2; this version supports 0 or 1"):
+        resolve(SequenceParallelConfig(devices="cpu,cpu", ulysses_degree=1, **{knob: 2}))
+
+
+@pytest.mark.parametrize("weights", ["shard", "offload"])
+def test_a_weights_mode_that_this_version_lacks_is_refused(weights: str):
+    with pytest.raises(ConfigError, match=f"weights is '{weights}'; this version supports"):
+        resolve(SequenceParallelConfig(devices="cpu", weights=weights))

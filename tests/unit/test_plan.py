@@ -1,0 +1,167 @@
+"""Who owns which tokens and heads."""
+
+from __future__ import annotations
+
+from fractions import Fraction
+from itertools import pairwise
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from parallel.errors import ConfigError
+from parallel.plan import SequencePlan, ranges, shares
+
+WEIGHTS = st.lists(
+    st.one_of(st.integers(1, 9).map(float), st.floats(0.01, 100, allow_nan=False)), min_size=1, max_size=8
+)
+
+
+@st.composite
+def plans(draw: st.DrawFn) -> SequencePlan:
+    weights = tuple(draw(WEIGHTS))
+    video = draw(st.integers(len(weights), 500))
+    others = draw(st.lists(st.integers(0, 40), max_size=2))
+    return SequencePlan((video, *others), draw(st.integers(1, 30)), weights)
+
+
+# --- shares and ranges --------------------------------------------------------------------------------------------
+
+
+@given(total=st.integers(0, 100_000), weights=WEIGHTS)
+def test_shares_are_within_one_of_the_ideal(total: int, weights: list[float]):
+    result = shares(total, weights)
+    assert sum(result) == total
+    scale = sum(Fraction(w) for w in weights)
+    for share, weight in zip(result, weights, strict=True):
+        assert share >= 0
+        assert abs(share - Fraction(weight) * total / scale) < 1
+    assert result == shares(total, list(weights))
+
+
+@given(extra=st.integers(0, 200), minimum=st.integers(0, 3), weights=WEIGHTS)
+def test_nobody_gets_less_than_the_minimum(extra: int, minimum: int, weights: list[float]):
+    total = minimum * len(weights) + extra
+    result = shares(total, weights, minimum)
+    assert sum(result) == total
+    assert min(result) >= minimum
+    free = shares(total, weights)
+    for share, unlimited in zip(result, free, strict=True):  # the minimum is paid for by those who have more
+        assert share == minimum if unlimited <= minimum else minimum <= share <= unlimited
+
+
+@given(total=st.integers(0, 10_000), ranks=st.integers(1, 16))
+def test_equal_weights_give_equal_shares_the_first_ranks_take_the_rest(total: int, ranks: int):
+    each, rest = divmod(total, ranks)
+    assert shares(total, [1.0] * ranks) == (each + 1,) * rest + (each,) * (ranks - rest)
+
+
+@pytest.mark.parametrize(
+    ("total", "weights", "minimum", "expected"),
+    [
+        (12, [2, 1], 0, (8, 4)),
+        (4, [1, 1, 1], 0, (2, 1, 1)),
+        (10, [3, 1, 1], 0, (6, 2, 2)),
+        (3, [100, 1, 1], 1, (1, 1, 1)),
+        (5, [100, 1, 1], 1, (3, 1, 1)),
+        (1, [1, 2], 0, (0, 1)),
+        (0, [1, 1], 0, (0, 0)),
+        (10, [0.1, 0.2], 0, (3, 7)),
+    ],
+)
+def test_shares_by_example(total: int, weights: list[float], minimum: int, expected: tuple[int, ...]):
+    assert shares(total, weights, minimum) == expected
+
+
+def test_too_little_for_everybody_is_refused():
+    with pytest.raises(ConfigError, match="3 cannot be split over 2 ranks with at least 2 each"):
+        shares(3, [1, 1], minimum=2)
+
+
+@given(st.lists(st.integers(0, 50), min_size=1, max_size=8))
+def test_ranges_are_contiguous(sizes: list[int]):
+    result = ranges(sizes)
+    assert [stop - start for start, stop in result] == sizes
+    assert result[0][0] == 0
+    assert all(left[1] == right[0] for left, right in pairwise(result))
+
+
+# --- the plan -----------------------------------------------------------------------------------------------------
+
+
+@given(plans())
+def test_every_token_and_head_has_one_owner(plan: SequencePlan):
+    assert [i for start, stop in plan.token_ranges for i in range(start, stop)] == list(range(sum(plan.streams)))
+    assert [i for start, stop in plan.head_ranges for i in range(start, stop)] == list(range(plan.heads))
+    assert min(plan.tokens) >= 1
+    assert plan.tokens == shares(sum(plan.streams), plan.weights, minimum=1)
+    assert plan.local_heads == shares(plan.heads, plan.weights)
+
+
+@given(plans())
+def test_stream_ranges_partition_each_stream(plan: SequencePlan):
+    for stream, length in enumerate(plan.streams):
+        owned = [plan.stream_ranges(rank)[stream] for rank in range(plan.world_size)]
+        assert [i for start, stop in owned for i in range(start, stop)] == list(range(length))
+    for rank in range(plan.world_size):
+        assert sum(stop - start for start, stop in plan.stream_ranges(rank)) == plan.tokens[rank]
+
+
+@given(plans())
+def test_all_ranks_compute_the_same_plan(plan: SequencePlan):
+    again = SequencePlan(tuple(plan.streams), plan.heads, tuple(float(str(w)) for w in plan.weights))
+    assert again == plan
+    assert (again.token_ranges, again.head_ranges) == (plan.token_ranges, plan.head_ranges)
+
+
+@given(plans())
+def test_the_leader_is_the_first_rank_with_a_head(plan: SequencePlan):
+    assert plan.local_heads[plan.leader] > 0
+    assert not any(plan.local_heads[: plan.leader])
+
+
+def test_text_lies_behind_the_video():
+    plan = SequencePlan((10, 5), 4, (1.0, 1.0, 1.0))
+    assert [plan.stream_ranges(rank) for rank in range(3)] == [
+        ((0, 5), (0, 0)),
+        ((5, 10), (0, 0)),
+        ((10, 10), (0, 5)),
+    ]
+
+
+def test_fewer_heads_than_ranks():
+    plan = SequencePlan((8, 2), 2, (1.0, 1.0, 1.0, 1.0))
+    assert plan.local_heads == (1, 1, 0, 0)
+    assert plan.leader == 0
+
+
+def test_the_leader_need_not_be_rank_0():
+    plan = SequencePlan((8,), 1, (1.0, 3.0))
+    assert plan.local_heads == (0, 1)
+    assert plan.leader == 1
+
+
+@pytest.mark.parametrize("text", [0, 100])
+def test_fewer_video_tokens_than_ranks_are_refused(text: int):
+    with pytest.raises(ConfigError) as caught:
+        SequencePlan((2, text), 24, (1.0, 1.0, 1.0))
+    message = str(caught.value)
+    assert message.startswith("devices gives 3 ranks")
+    assert "only 2 tokens" in message
+    assert "use fewer devices or a larger size" in message
+
+
+@given(plans(), st.integers(1, 3), st.sampled_from([64, 128]), st.sampled_from([2, 4]))
+def test_exchange_bytes_count_what_others_get(plan: SequencePlan, batch: int, head_dim: int, itemsize: int):
+    one_head_of_one_token = batch * head_dim * itemsize
+    sent = [0] * plan.world_size
+    for sender in range(plan.world_size):
+        for receiver in range(plan.world_size):
+            if sender != receiver:
+                sent[sender] += 3 * plan.tokens[sender] * plan.local_heads[receiver] * one_head_of_one_token
+                sent[sender] += plan.tokens[receiver] * plan.local_heads[sender] * one_head_of_one_token
+    assert [plan.exchange_bytes(rank, batch, head_dim, itemsize) for rank in range(plan.world_size)] == sent
+
+
+def test_one_rank_sends_nothing():
+    assert SequencePlan((8, 3), 4, (1.0,)).exchange_bytes(0, 1, 128, 4) == 0
