@@ -36,9 +36,14 @@ class SPConfigNode(io.ComfyNode):
                     " the first GPU twice the work. auto: every visible GPU.",
                 ),
                 degree("ulysses_degree", "Ranks that exchange attention heads for tokens (Ulysses)."),
-                degree("ring_degree", "Ranks that pass keys and values around a ring. Not available yet above 1."),
-                degree("cfg_degree", "2: cond and uncond run side by side. Not available yet above 1."),
-                degree("dp_degree", "Groups that share the samples of a batch. Not available yet above 1."),
+                degree(
+                    "ring_degree",
+                    "Ranks that pass keys and values around a ring; more traffic than Ulysses, but no limit by heads.",
+                ),
+                degree(
+                    "cfg_degree", "2: cond and uncond run side by side, each on half of the devices. No gain at CFG 1."
+                ),
+                degree("dp_degree", "Groups of devices that share the samples of a batch."),
                 io.Combo.Input(
                     "weights",
                     options=list(WEIGHTS_MODES),
@@ -51,7 +56,7 @@ class SPConfigNode(io.ComfyNode):
                     options=list(ATTENTION_KERNELS),
                     default="auto",
                     tooltip="Attention kernel in the workers. auto and sdpa: PyTorch's choice. cudnn and flash need a"
-                    " CUDA device. sage is not available yet.",
+                    " CUDA device, sage also the package sageattention (8-bit: results differ slightly).",
                 ),
             ],
             outputs=[SPConfig.Output(display_name="sp_config")],

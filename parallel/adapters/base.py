@@ -10,11 +10,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from ..attention.joint import JointAttention
 from ..checkpoints.source import Source, TensorInfo
 from ..plan import SequencePlan
-
-Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""Joint attention over all ranks: this rank's tokens [B, S_r, H, D] of q, k and v → its tokens of the result."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,13 +29,14 @@ class StepContext(ABC):
     """The ranks, as an adapter sees them during one step."""
 
     rank: int
+    """Among the ranks that share the sequence."""
 
     @abstractmethod
     def plan(self, streams: tuple[int, ...], heads: int) -> SequencePlan:
         """The split of a joint sequence of these stream lengths."""
 
     @abstractmethod
-    def attention(self, plan: SequencePlan) -> Attention:
+    def attention(self, plan: SequencePlan) -> JointAttention:
         """Joint attention under `plan`."""
 
     @abstractmethod

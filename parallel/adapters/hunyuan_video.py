@@ -17,10 +17,11 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from ..attention.joint import JointAttention
 from ..attention.rope import Rope, rope, rotate
 from ..checkpoints.source import Source, TensorInfo
 from ..errors import CheckpointError, UnsupportedError
-from .base import Adapter, Attention, Piece, StepContext
+from .base import Adapter, Piece, StepContext
 from .patches import Grid, read_tokens, write_tokens
 
 HEAD_DIM = 128
@@ -404,7 +405,7 @@ def _joint_qkv(attn: Any, video: Tensor, text: Tensor) -> tuple[Tensor, ...]:
 
 
 def _dual_stream_block(
-    block: Any, video: Tensor, text: Tensor, temb: Tensor, table: Rope, attend: Attention
+    block: Any, video: Tensor, text: Tensor, temb: Tensor, table: Rope, attend: JointAttention
 ) -> tuple[Tensor, Tensor]:
     """video [B, n, hidden], text [B, m, hidden] → the same; m may be 0 on this rank, and then costs nothing."""
     video_in, *video_gates = block.norm1(video, emb=temb)
@@ -425,11 +426,11 @@ def _residuals(x: Tensor, attended: Tensor, gates: list[Tensor], norm: nn.Module
     return x + mlp(norm(x) * (1 + scale[:, None]) + shift[:, None]) * gate_mlp[:, None]
 
 
-def _single_stream_block(block: Any, hidden: Tensor, temb: Tensor, table: Rope, attend: Attention) -> Tensor:
+def _single_stream_block(block: Any, hidden: Tensor, temb: Tensor, table: Rope, attend: JointAttention) -> Tensor:
     """hidden [B, S_r, hidden]: both streams in one; only RoPE tells them apart."""
     normed, gate = block.norm(hidden, emb=temb)
     attn = block.attn
     q, k, v = _heads(attn.to_q(normed), attn.norm_q), _heads(attn.to_k(normed), attn.norm_k), _heads(attn.to_v(normed))
-    out = attend(rotate(q, table), rotate(k, table), v).flatten(2)
-    mlp = block.act_mlp(block.proj_mlp(normed))
-    return hidden + gate[:, None] * block.proj_out(torch.cat([out, mlp], dim=2))
+    # The first half of the MLP does not need the attention: it runs while tokens and heads are exchanged.
+    out, mlp = attend.with_work(rotate(q, table), rotate(k, table), v, lambda: block.act_mlp(block.proj_mlp(normed)))
+    return hidden + gate[:, None] * block.proj_out(torch.cat([out.flatten(2), mlp], dim=2))
