@@ -38,11 +38,9 @@ class SPConfigNode(io.ComfyNode):
                 degree("ulysses_degree", "Ranks that exchange attention heads for tokens (Ulysses)."),
                 degree(
                     "ring_degree",
-                    "Ranks that pass keys and values around a ring; more traffic than Ulysses, but no limit by heads.",
+                    "Ranks that pass keys and values around a ring; for more ranks than heads.",
                 ),
-                degree(
-                    "cfg_degree", "2: cond and uncond run side by side, each on half of the devices. No gain at CFG 1."
-                ),
+                degree("cfg_degree", "2: cond and uncond side by side, each on half of the devices."),
                 degree("dp_degree", "Groups of devices that share the samples of a batch."),
                 io.Combo.Input(
                     "weights",
