@@ -61,37 +61,19 @@ class SPConfigNode(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(
-        cls,
-        devices: str = "auto",
-        ulysses_degree: int = 0,
-        ring_degree: int = 0,
-        cfg_degree: int = 0,
-        dp_degree: int = 0,
-        weights: str = "auto",
-        attention: str = "auto",
-    ) -> bool | str:
-        """Flags a wrong setting before anything is queued. Inputs that come from other nodes are checked later."""
+    def validate_inputs(cls, devices: str = "auto") -> bool | str:
+        """Flags wrong devices before anything is queued.
+
+        Only this input is named here: ComfyUI repeats the answer for each that is. `execute` checks the rest.
+        """
         try:
-            _configuration(
-                devices=devices,
-                ulysses_degree=ulysses_degree,
-                ring_degree=ring_degree,
-                cfg_degree=cfg_degree,
-                dp_degree=dp_degree,
-                weights=weights,
-                attention=attention,
-            )
+            resolve(SequenceParallelConfig(devices=devices))
         except EngineError as error:
             return str(error)
         return True
 
     @classmethod
     def execute(cls, **settings: Any) -> io.NodeOutput:
-        return io.NodeOutput(_configuration(**settings))
-
-
-def _configuration(**settings: Any) -> SequenceParallelConfig:
-    config = SequenceParallelConfig(**settings)
-    resolve(config)
-    return config
+        config = SequenceParallelConfig(**settings)
+        resolve(config)
+        return io.NodeOutput(config)

@@ -98,6 +98,10 @@ class Adapter(ABC):
             UnsupportedError: an input that this adapter does not know, or cannot honour.
         """
 
+    def output_shape(self, config: Mapping[str, Any], x_shape: tuple[int, ...]) -> tuple[int, ...]:
+        """Shape of the prediction for a latent of `x_shape`."""
+        return (x_shape[0], config["out_channels"], *x_shape[2:])
+
     @abstractmethod
     def prepare(self, conditioning: Mapping[str, Tensor]) -> Any:
         """Work that depends on the conditioning alone (e.g. trimming padding), done once per prompt.

@@ -163,7 +163,7 @@ class RemoteModel:
         shapes: list[tuple[Sequence[int], torch.dtype]] = []
         for request in requests:
             x, timestep = request.x, request.timestep
-            out_shape = (x.shape[0], self.inspected.model_config["out_channels"], *x.shape[2:])
+            out_shape = self.inspected.adapter.output_shape(self.inspected.model_config, tuple(x.shape))
             shapes += [(x.shape, x.dtype), (timestep.shape, timestep.dtype), (out_shape, x.dtype)]
         refs, size = lay_out("step", shapes)
         segment = group.segment("step", size)

@@ -93,7 +93,7 @@ class ResidentModel:
         x, timestep = inputs.pop("x"), inputs.pop("timestep").to(self.device)
         prepared = self.adapter.prepare({name: tensor.to(self.device) for name, tensor in inputs.items()})
         untouched = 2.0**20
-        ours = torch.full(_output_shape(self.config, x), untouched, dtype=x.dtype)
+        ours = torch.full(self.adapter.output_shape(self.config, tuple(x.shape)), untouched, dtype=x.dtype)
         alone = ours.clone()
         self.adapter.step(self.model, x, timestep, prepared, ours, context)
         self.adapter.step(self.model, x, timestep, prepared, alone, solo)
@@ -153,7 +153,3 @@ def _nbytes(info: TensorInfo) -> int:
     for size in info.shape:
         count *= size
     return count * info.dtype.itemsize
-
-
-def _output_shape(config: Mapping[str, Any], x: Tensor) -> tuple[int, ...]:
-    return (x.shape[0], config["out_channels"], *x.shape[2:])
