@@ -11,6 +11,7 @@ from torch import Tensor
 from ..plan import SequencePlan
 from .kernels import Kernel
 from .ring import RingAttention
+from .traffic import Traffic
 from .ulysses import Local, UlyssesAttention
 
 T = TypeVar("T")
@@ -46,13 +47,18 @@ def joint_attention(
     ring: dist.ProcessGroup | None,
     kernel: Kernel,
     pipeline: int = 1,
+    traffic: Traffic | None = None,
 ) -> JointAttention:
-    """The attention of `plan` for `rank`; the groups are needed where their degree is above 1."""
+    """The attention of `plan` for `rank`; the groups are needed where their degree is above 1.
+
+    What is sent is added to `traffic`.
+    """
+    traffic = traffic or Traffic()
     local: Local = kernel
     if plan.ring_degree > 1:
         assert ring is not None
-        local = RingAttention(plan.chunks, rank // plan.ulysses_degree, ring, kernel)
+        local = RingAttention(plan.chunks, rank // plan.ulysses_degree, ring, kernel, traffic)
     if plan.ulysses_degree == 1:
         return Unexchanged(local)
     assert ulysses is not None
-    return UlyssesAttention(plan, rank, ulysses, local, pipeline)
+    return UlyssesAttention(plan, rank, ulysses, local, pipeline, traffic)

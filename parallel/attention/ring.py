@@ -16,6 +16,7 @@ from torch import Tensor
 
 from .kernels import Kernel
 from .merge import merge
+from .traffic import Traffic
 
 
 class RingAttention:
@@ -26,13 +27,22 @@ class RingAttention:
         index: this rank's place in the ring.
         group: the ring's process group.
         kernel: must give log-sum-exp.
+        traffic: counts what is sent.
     """
 
-    def __init__(self, chunks: Sequence[int], index: int, group: dist.ProcessGroup, kernel: Kernel):
+    def __init__(
+        self,
+        chunks: Sequence[int],
+        index: int,
+        group: dist.ProcessGroup,
+        kernel: Kernel,
+        traffic: Traffic | None = None,
+    ):
         self.chunks = tuple(chunks)
         self.index = index
         self.group = group
         self.kernel = kernel
+        self.traffic = traffic or Traffic()
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """q, k, v: [B, H, S_i, D] → [B, H, S_i, D]."""
@@ -67,6 +77,7 @@ class _Ring(torch.autograd.Function):
             if done + 1 < rounds:
                 coming = held.new_empty(2, batch, heads, ring.size_after(done + 1), dim)
                 works = ring.exchange(held, coming)
+                ring.traffic.add(held.nbytes)
             part, part_lse = ring.kernel.with_lse(q, held[0], held[1])
             if out is None or lse is None:
                 out, lse = part.to(torch.float32, copy=True), part_lse

@@ -57,6 +57,8 @@ class RemoteModel:
         self.name = f"model-{next(_MODELS)}"
         self.nbytes = 0
         """Bytes of weights that one worker holds; 0 when not loaded."""
+        self.last_step: list[dict[str, Any]] = []
+        """What each rank said of the last step: `seconds`, `collectives` and `bytes_sent` to other ranks."""
         self._layout = resolve(recipe.config)
         self._told_degrees: Degrees | None = None
         self._own_group = group
@@ -179,7 +181,7 @@ class RemoteModel:
             "model": self.name, "degrees": asdict(degrees), "requests": plain, "put": put, "drop": drop,
         }  # fmt: skip
         try:
-            group.call("step", message, poll=poll)
+            self.last_step = group.call("step", message, poll=poll)
         except BaseException:
             self._conditioning.clear()  # what the workers hold now is unknown: send it again
             raise

@@ -23,14 +23,16 @@ import torch
 import torch.distributed as dist
 
 from ..attention import kernels
+from ..attention.joint import joint_attention
 from ..degrees import Degrees
 from ..errors import EngineError, StepCancelled
 from ..mesh import Mesh
-from ..plan import share_of
+from ..plan import SequencePlan, share_of
 from ..wire.channel import Channel, ChannelClosed, Message
 from ..wire.control import SIZE as CONTROL_SIZE
 from ..wire.control import ControlPage
 from ..wire.shared import Segment, TensorRef
+from .measurement import counted, measure_attention
 from .ranks import ParallelContext, Ranks, SoloContext, join
 from .resident import ResidentModel
 
@@ -74,6 +76,7 @@ class Worker:
             "unload": self._unload,
             "step": self._step,
             "echo": self._echo,
+            "attention": self._attention,
         }
 
     def run(self, inbox: queue.Queue[tuple[Message, list[int]]]) -> None:
@@ -134,8 +137,10 @@ class Worker:
             model.put_conditioning(key, self._tensor(ref))
         assert self._control is not None
         mesh = self._ranks.mesh(Degrees(**message["degrees"]))
-        with torch.no_grad():
+        with torch.no_grad(), counted() as traffic:
             self._check(model, mesh)
+            traffic.collectives = traffic.bytes_sent = 0
+            began = time.perf_counter()
             context = ParallelContext(self._ranks, mesh, self._control)
             requests = message["requests"]
             batches = [request["x"]["shape"][0] for request in requests]
@@ -145,7 +150,8 @@ class Worker:
                     model.step(x, timestep, request["conditioning"], rows, out, context)
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)  # the result lies in shared memory when the host hears of it
-        return {}
+        seconds = time.perf_counter() - began
+        return {"seconds": seconds, "collectives": traffic.collectives, "bytes_sent": traffic.bytes_sent}
 
     def _echo(self, message: Message) -> dict[str, Any]:
         """Writes this rank's share of the input to the output: the cost of a remote call without a model."""
@@ -154,6 +160,25 @@ class Worker:
         mine = slice(self._rank * share, (self._rank + 1) * share)
         out[mine].copy_(x[mine])
         return {}
+
+    def _attention(self, message: Message) -> dict[str, Any]:
+        """One attention on random data, for the benchmarks."""
+        mesh = self._ranks.mesh(Degrees(**message["degrees"]))
+        plan = SequencePlan(
+            tuple(message["streams"]), message["heads"], mesh.members(self._ranks.weights), mesh.degrees.ring
+        )
+        kernel = self._ranks.kernel
+        return measure_attention(
+            plan,
+            mesh.sp_rank,
+            joint_attention(plan, mesh.sp_rank, mesh.ulysses, mesh.ring, kernel, message["pipeline"]),
+            kernel,
+            batch=message["batch"],
+            head_dim=message["head_dim"],
+            dtype=getattr(torch, message["dtype"]),
+            device=self._device,
+            check=message.get("check", False),
+        )
 
     # --- parts --------------------------------------------------------------------------------------------------
 
