@@ -24,6 +24,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..plan import Range, SequencePlan, ranges, shares
+from .traffic import Traffic
 
 T = TypeVar("T")
 
@@ -40,12 +41,22 @@ class UlyssesAttention:
         group: the Ulysses process group, a row of the plan.
         local: attention between the two exchanges.
         pipeline: chunks of heads; fewer where a rank has fewer heads.
+        traffic: counts what is sent.
     """
 
-    def __init__(self, plan: SequencePlan, rank: int, group: dist.ProcessGroup, local: Local, pipeline: int = 1):
+    def __init__(
+        self,
+        plan: SequencePlan,
+        rank: int,
+        group: dist.ProcessGroup,
+        local: Local,
+        pipeline: int = 1,
+        traffic: Traffic | None = None,
+    ):
         row = plan.row(rank)
         self.group = group
         self.local = local
+        self.traffic = traffic or Traffic()
         self.heads = plan.heads
         self.position = rank - row.start
         self.tokens = plan.tokens[row]
@@ -90,6 +101,7 @@ class UlyssesAttention:
             packed = piece.view(tokens, batch, 3, last - first, dim)
             for i, x in enumerate((q, k, v)):
                 packed[:, :, i] = x[:, :, first:last].transpose(0, 1)
+        self.traffic.add((send.numel() - sent[self.position]) * send.element_size())
         first, last = heads[self.position]
         return _Arrival(send, sent, [n * (last - first) * per_head for n in self.tokens], self.group)
 
@@ -100,7 +112,9 @@ class UlyssesAttention:
         # SDPA returns [B, S, H, D] memory seen as [B, H, S, D], so for B = 1 this reshape is free.
         send = out.permute(2, 0, 1, 3).reshape(-1)
         received = [tokens * batch * (last - first) * dim for first, last in heads]
-        return _Arrival(send, [n * batch * local * dim for n in self.tokens], received, self.group)
+        sent = [n * batch * local * dim for n in self.tokens]
+        self.traffic.add((send.numel() - sent[self.position]) * send.element_size())
+        return _Arrival(send, sent, received, self.group)
 
     def _attend(self, received: Tensor, heads: list[Range], batch: int, dim: int) -> Tensor:
         first, last = heads[self.position]

@@ -12,7 +12,6 @@ import torch
 import torch.distributed as dist
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from ..attention.joint import joint_attention
 from ..attention.kernels import select
 from ..degrees import RequestedDegrees
 from ..errors import ConfigError
@@ -39,10 +38,9 @@ def bench_share(work: Workload, world_size: int, rank: int) -> tuple[dict[str, A
         mesh = Mesh.build(degrees, device.type)
         plan = SequencePlan((work.tokens, work.text), work.heads, (1.0,) * world_size, degrees.ring)
         kernel = select("auto", device)
-        attend = joint_attention(plan, mesh.sp_rank, mesh.ulysses, mesh.ring, kernel, work.pipeline)
         times = [
             measure_attention(
-                plan, mesh.sp_rank, attend, kernel,
+                plan, mesh.sp_rank, mesh.ulysses, mesh.ring, kernel, pipeline=work.pipeline,
                 batch=work.batch, head_dim=work.head_dim, dtype=work.dtype, device=device, check=False,
             )
             for _ in range(work.rounds + 1)

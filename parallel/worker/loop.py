@@ -16,6 +16,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,6 @@ import torch
 import torch.distributed as dist
 
 from ..attention import kernels
-from ..attention.joint import joint_attention
 from ..degrees import Degrees
 from ..errors import EngineError, StepCancelled
 from ..mesh import Mesh
@@ -32,7 +32,7 @@ from ..wire.channel import Channel, ChannelClosed, Message
 from ..wire.control import SIZE as CONTROL_SIZE
 from ..wire.control import ControlPage
 from ..wire.shared import Segment, TensorRef
-from .measurement import counted, measure_attention
+from .measurement import measure_attention
 from .ranks import ParallelContext, Ranks, SoloContext, join
 from .resident import ResidentModel
 
@@ -137,9 +137,8 @@ class Worker:
             model.put_conditioning(key, self._tensor(ref))
         assert self._control is not None
         mesh = self._ranks.mesh(Degrees(**message["degrees"]))
-        with torch.no_grad(), counted() as traffic:
+        with torch.no_grad():
             self._check(model, mesh)
-            traffic.collectives = traffic.bytes_sent = 0
             began = time.perf_counter()
             context = ParallelContext(self._ranks, mesh, self._control)
             requests = message["requests"]
@@ -150,8 +149,7 @@ class Worker:
                     model.step(x, timestep, request["conditioning"], rows, out, context)
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)  # the result lies in shared memory when the host hears of it
-        seconds = time.perf_counter() - began
-        return {"seconds": seconds, "collectives": traffic.collectives, "bytes_sent": traffic.bytes_sent}
+        return {"seconds": time.perf_counter() - began, **asdict(context.traffic)}
 
     def _echo(self, message: Message) -> dict[str, Any]:
         """Writes this rank's share of the input to the output: the cost of a remote call without a model."""
@@ -167,12 +165,13 @@ class Worker:
         plan = SequencePlan(
             tuple(message["streams"]), message["heads"], mesh.members(self._ranks.weights), mesh.degrees.ring
         )
-        kernel = self._ranks.kernel
         return measure_attention(
             plan,
             mesh.sp_rank,
-            joint_attention(plan, mesh.sp_rank, mesh.ulysses, mesh.ring, kernel, message["pipeline"]),
-            kernel,
+            mesh.ulysses,
+            mesh.ring,
+            self._ranks.kernel,
+            pipeline=message["pipeline"],
             batch=message["batch"],
             head_dim=message["head_dim"],
             dtype=getattr(torch, message["dtype"]),

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from ..adapters.base import StepContext
 from ..attention.joint import JointAttention, Unexchanged, joint_attention
 from ..attention.kernels import Kernel
+from ..attention.traffic import Traffic
 from ..degrees import Degrees
 from ..errors import StepCancelled
 from ..mesh import Mesh
@@ -78,6 +79,7 @@ class ParallelContext(StepContext):
         self._device = ranks.device
         self._control = control
         self._block = 0
+        self.traffic = Traffic()
         self._events: collections.deque[torch.cuda.Event] = collections.deque()
 
     def plan(self, streams: tuple[int, ...], heads: int) -> SequencePlan:
@@ -85,7 +87,9 @@ class ParallelContext(StepContext):
 
     def attention(self, plan: SequencePlan) -> JointAttention:
         long = self._device.type == "cuda" and sum(plan.streams) >= _PIPELINE_FROM
-        return joint_attention(plan, self.rank, self._mesh.ulysses, self._mesh.ring, self._kernel, 2 if long else 1)
+        return joint_attention(
+            plan, self.rank, self._mesh.ulysses, self._mesh.ring, self._kernel, 2 if long else 1, self.traffic
+        )
 
     def enter_block(self, plan: SequencePlan) -> None:
         run_ahead = 0
