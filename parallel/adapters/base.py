@@ -75,8 +75,8 @@ class Adapter(ABC):
         """
 
     @abstractmethod
-    def build(self, config: Mapping[str, Any]) -> nn.Module:
-        """The diffusers model; called under `torch.device("meta")`, so it costs no memory."""
+    def model_class(self) -> Callable[..., nn.Module]:
+        """The diffusers model's class, imported here and not before: that takes seconds, and the host needs no model."""
 
     @abstractmethod
     def pieces(self, name: str, shape: tuple[int, ...], config: Mapping[str, Any]) -> list[Piece]:

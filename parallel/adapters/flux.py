@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from math import prod
 from typing import Any, ClassVar
 
@@ -61,10 +61,10 @@ class FluxAdapter(Adapter):
         except KeyError as error:
             raise CheckpointError(f"{source.path} looks like FLUX.1, but is incomplete: {error}") from error
 
-    def build(self, config: Mapping[str, Any]) -> nn.Module:
+    def model_class(self) -> Callable[..., nn.Module]:
         from diffusers.models.transformers.transformer_flux import FluxTransformer2DModel
 
-        return FluxTransformer2DModel(**config)
+        return FluxTransformer2DModel
 
     def pieces(self, name: str, shape: tuple[int, ...], config: Mapping[str, Any]) -> list[Piece]:
         name = f"{name.removesuffix('.scale')}.weight" if name.endswith("_norm.scale") else name

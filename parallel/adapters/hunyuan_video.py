@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from math import prod
 from typing import Any, ClassVar
@@ -127,10 +127,10 @@ class HunyuanVideoAdapter(Adapter):
         except (KeyError, ValueError) as error:
             raise CheckpointError(f"{source.path} looks like HunyuanVideo, but is incomplete: {error}") from error
 
-    def build(self, config: Mapping[str, Any]) -> nn.Module:
+    def model_class(self) -> Callable[..., nn.Module]:
         from diffusers.models.transformers.transformer_hunyuan_video import HunyuanVideoTransformer3DModel
 
-        return HunyuanVideoTransformer3DModel(**config)
+        return HunyuanVideoTransformer3DModel
 
     def pieces(self, name: str, shape: tuple[int, ...], config: Mapping[str, Any]) -> list[Piece]:
         hidden = config["num_attention_heads"] * HEAD_DIM

@@ -41,8 +41,9 @@ class ResidentModel:
         self.device = device
         self.compute_dtype: torch.dtype = getattr(torch, recipe["compute_dtype"])
         storage: torch.dtype = getattr(torch, recipe["weight_dtype"])
-        with torch.device("meta"):
-            self.model = self.adapter.build(self.config)
+        model_class = self.adapter.model_class()
+        with torch.device("meta"):  # no memory until a weight is read
+            self.model = model_class(**self.config)
         self._load(source, storage, progress)
         self.model.eval().requires_grad_(False)
         if storage in _FP8:
