@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
 from dataclasses import dataclass
 
@@ -144,6 +145,13 @@ def resolve(config: SequenceParallelConfig) -> Layout:
 
     if config.weights not in ("auto", "replicate"):
         raise ConfigError(f"weights is {config.weights!r}; this version supports 'auto' and 'replicate'")
+    if config.attention not in ("auto", "sdpa") and devices[0].type != "cuda":
+        raise ConfigError(f"attention is {config.attention!r}, which needs CUDA devices; on the CPU use auto or sdpa")
+    if config.attention == "sage" and importlib.util.find_spec("sageattention") is None:
+        raise ConfigError(
+            "attention is 'sage', but the package sageattention is not installed in this Python;"
+            " install it, or use auto, sdpa, cudnn or flash"
+        )
     degrees = RequestedDegrees(
         world_size=len(devices),
         dp=config.dp_degree,

@@ -76,7 +76,7 @@ class Adapter(ABC):
 
     @abstractmethod
     def model_class(self) -> Callable[..., nn.Module]:
-        """The diffusers model's class, imported here and not before: that takes seconds, and the host needs no model."""
+        """The diffusers model's class. Imported here and not before: it takes seconds, and the host needs no model."""
 
     @abstractmethod
     def pieces(self, name: str, shape: tuple[int, ...], config: Mapping[str, Any]) -> list[Piece]:
