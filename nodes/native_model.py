@@ -10,6 +10,7 @@ import comfy.model_detection
 import comfy.model_management
 import comfy.utils
 import torch
+from comfy.patcher_extension import WrappersMP
 
 from ..parallel.config import Layout, SequenceParallelConfig, resolve
 from ..parallel.errors import UnsupportedError
@@ -17,6 +18,7 @@ from ..parallel.host.recipe import Inspected, Recipe, inspect
 from ..parallel.host.remote_model import RemoteModel
 from .proxy import ProxyDiffusionModel
 from .shell_patcher import SequenceParallelPatcher
+from .side_by_side import side_by_side
 
 WEIGHT_DTYPES = {
     "default": None,
@@ -68,15 +70,17 @@ def load_native_model(path: str, weight_dtype: str, config: SequenceParallelConf
         remote, model_config.process_unet_state_dict(dict(network)), model_config.unet_config, storage
     )
     # Each device holds its share of the activations only; ComfyUI decides by this whether cond and uncond fit together.
-    model.memory_usage_factor /= layout.sp_degree
+    model.memory_usage_factor /= layout.world_size
 
     load_device = comfy.model_management.get_torch_device()
-    return SequenceParallelPatcher(
+    patcher = SequenceParallelPatcher(
         model,
         load_device=load_device,
         offload_device=comfy.model_management.unet_offload_device(),
         size=_expected_bytes(inspected, recipe) if _uses(layout, load_device) else 1,
     )
+    patcher.add_wrapper_with_key(WrappersMP.CALC_COND_BATCH, "sequence_parallel", side_by_side)
+    return patcher
 
 
 def _meta_state_dict(inspected: Inspected) -> dict[str, torch.Tensor]:

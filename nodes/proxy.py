@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from ..parallel.errors import WorkerOutOfMemoryError
-from ..parallel.host.remote_model import RemoteModel
+from ..parallel.host.remote_model import RemoteModel, StepRequest
 from .refusals import refuse_transformer_options, refuse_value
+from .side_by_side import LookAhead, Recorded
 
 
 class ProxyDiffusionModel(nn.Module):
@@ -31,6 +32,7 @@ class ProxyDiffusionModel(nn.Module):
         super().__init__()
         self.remote = remote
         self.dtype = dtype
+        self.look_ahead = LookAhead(remote)
         for name in ("in_channels", "out_channels", "patch_size", "hidden_size", "num_heads"):
             if name in unet_config:
                 setattr(self, name, unet_config[name])
@@ -55,6 +57,8 @@ class ProxyDiffusionModel(nn.Module):
     ) -> Tensor:
         """As ComfyUI's networks: called by `BaseModel`, runs the wrappers that nodes such as EasyCache have set."""
         options = {} if transformer_options is None else transformer_options
+        if self.look_ahead.recording:
+            raise Recorded(self._request(x, timestep, context=context, control=control, **conditioning))
         wrappers = comfy.patcher_extension.get_all_wrappers(comfy.patcher_extension.WrappersMP.DIFFUSION_MODEL, options)
         executor = comfy.patcher_extension.WrapperExecutor.new_class_executor(self._forward, self, wrappers)
         return executor.execute(x, timestep, context, control, options, **conditioning)
@@ -69,17 +73,31 @@ class ProxyDiffusionModel(nn.Module):
         **conditioning: Any,
     ) -> Tensor:
         refuse_transformer_options(transformer_options)
+        request = self._request(x, timestep, context=context, control=control, **conditioning)
+        if (early := self.look_ahead.take(request)) is not None:
+            return early
+        running = transformer_options.get("cond_or_uncond", [0])
+        requests = [request, *self.look_ahead.others(running)]
+        conditions = len(set(running)) + len(requests) - 1
+        try:
+            predictions = self.remote.steps(
+                requests,
+                conditions=conditions,
+                poll=comfy.model_management.throw_exception_if_processing_interrupted,
+            )
+        except WorkerOutOfMemoryError as error:
+            # ComfyUI's own kind, so that it frees memory and shows its advice.
+            raise comfy.model_management.OOM_EXCEPTION(str(error)) from error
+        self.look_ahead.keep(requests[1:], predictions[1:])
+        return predictions[0]
+
+    @staticmethod
+    def _request(x: Tensor, timestep: Tensor, **conditioning: Any) -> StepRequest:
         tensors = {}
-        for name, value in {"context": context, "control": control, **conditioning}.items():
+        for name, value in conditioning.items():
             if value is None:
                 continue
             if not isinstance(value, Tensor):
                 raise refuse_value(name, value)
             tensors[name] = value
-        try:
-            return self.remote.step(
-                x, timestep, tensors, poll=comfy.model_management.throw_exception_if_processing_interrupted
-            )
-        except WorkerOutOfMemoryError as error:
-            # ComfyUI's own kind, so that it frees memory and shows its advice.
-            raise comfy.model_management.OOM_EXCEPTION(str(error)) from error
+        return StepRequest(x, timestep, tensors)

@@ -107,7 +107,7 @@ class SequenceParallelPatcher(comfy.model_patcher.ModelPatcher):
                 raise refuse(f"a patch of the network's {name.partition('.')[2] or 'forward'!r}")
 
     def add_patches(self, patches: Any, strength_patch: float = 1.0, strength_model: float = 1.0) -> NoReturn:
-        raise refuse("a LoRA or another weight patch", "remove the LoRA loader; support for it is planned")
+        raise refuse("a LoRA, a merge or another weight patch", "remove that node; support for LoRA is planned")
 
     def add_hook_patches(self, *args: Any, **kwargs: Any) -> NoReturn:
         raise refuse("a LoRA hook", "remove the hook node")

@@ -36,9 +36,12 @@ class SPConfigNode(io.ComfyNode):
                     " the first GPU twice the work. auto: every visible GPU.",
                 ),
                 degree("ulysses_degree", "Ranks that exchange attention heads for tokens (Ulysses)."),
-                degree("ring_degree", "Ranks that pass keys and values around a ring. Not available yet above 1."),
-                degree("cfg_degree", "2: cond and uncond run side by side. Not available yet above 1."),
-                degree("dp_degree", "Groups that share the samples of a batch. Not available yet above 1."),
+                degree(
+                    "ring_degree",
+                    "Ranks that pass keys and values around a ring; for more ranks than heads.",
+                ),
+                degree("cfg_degree", "2: cond and uncond side by side, each on half of the devices."),
+                degree("dp_degree", "Groups of devices that share the samples of a batch."),
                 io.Combo.Input(
                     "weights",
                     options=list(WEIGHTS_MODES),
@@ -51,44 +54,26 @@ class SPConfigNode(io.ComfyNode):
                     options=list(ATTENTION_KERNELS),
                     default="auto",
                     tooltip="Attention kernel in the workers. auto and sdpa: PyTorch's choice. cudnn and flash need a"
-                    " CUDA device. sage is not available yet.",
+                    " CUDA device, sage also the package sageattention (8-bit: results differ slightly).",
                 ),
             ],
             outputs=[SPConfig.Output(display_name="sp_config")],
         )
 
     @classmethod
-    def validate_inputs(
-        cls,
-        devices: str = "auto",
-        ulysses_degree: int = 0,
-        ring_degree: int = 0,
-        cfg_degree: int = 0,
-        dp_degree: int = 0,
-        weights: str = "auto",
-        attention: str = "auto",
-    ) -> bool | str:
-        """Flags a wrong setting before anything is queued. Inputs that come from other nodes are checked later."""
+    def validate_inputs(cls, devices: str = "auto") -> bool | str:
+        """Flags wrong devices before anything is queued.
+
+        Only this input is named here: ComfyUI repeats the answer for each that is. `execute` checks the rest.
+        """
         try:
-            _configuration(
-                devices=devices,
-                ulysses_degree=ulysses_degree,
-                ring_degree=ring_degree,
-                cfg_degree=cfg_degree,
-                dp_degree=dp_degree,
-                weights=weights,
-                attention=attention,
-            )
+            resolve(SequenceParallelConfig(devices=devices))
         except EngineError as error:
             return str(error)
         return True
 
     @classmethod
     def execute(cls, **settings: Any) -> io.NodeOutput:
-        return io.NodeOutput(_configuration(**settings))
-
-
-def _configuration(**settings: Any) -> SequenceParallelConfig:
-    config = SequenceParallelConfig(**settings)
-    resolve(config)
-    return config
+        config = SequenceParallelConfig(**settings)
+        resolve(config)
+        return io.NodeOutput(config)

@@ -1,4 +1,4 @@
-"""Front door of the engine: `python -m parallel demo|doctor`."""
+"""Front door of the engine: `python -m parallel demo|doctor|bench`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import os
 import sys
 from typing import Any
 
-from .errors import EngineError
+from .errors import ConfigError, EngineError
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -25,6 +25,24 @@ def main(arguments: list[str] | None = None) -> int:
     demo.add_argument("--steps", type=int, default=6, help="denoising steps (default 6)")
     demo.add_argument("--output", default="output/demo.webp", help="animated file to write")
     commands.add_parser("doctor", parents=[common], help="check this machine and start the workers once")
+
+    bench = commands.add_parser("bench", parents=[common], help="time the exchange, or a step of a tiny model")
+    bench.add_argument("what", choices=("attention", "step"))
+    for name, default, text in (
+        ("tokens", 8192, "tokens of the latent"),
+        ("text", 64, "tokens of the text"),
+        ("heads", 2, "attention heads"),
+        ("batch", 1, "samples"),
+        ("pipeline", 1, "chunks of heads that overlap exchange and kernel (attention only)"),
+        ("rounds", 5, "timed rounds"),
+        ("ulysses-degree", 0, "0 chooses"),
+        ("ring-degree", 0, "0 chooses"),
+        ("share-of", 0, "measure one rank of a world of this size on one device, without peers (attention only)"),
+        ("rank", 0, "which rank, with --share-of"),
+    ):
+        bench.add_argument(f"--{name}", type=int, default=default, help=f"{text} (default {default})")
+    bench.add_argument("--layers", default="8+8", help="dual- and single-stream blocks (step only, default 8+8)")
+    bench.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
 
     options = parser.parse_args(arguments)
     logging.basicConfig(
@@ -49,10 +67,34 @@ def _run(options: argparse.Namespace) -> tuple[dict[str, Any], str, int]:
         from .demo.run import run_demo
 
         return (*run_demo(devices=options.devices, steps=options.steps, output=options.output), 0)
+    if options.command == "bench":
+        return (*_bench(options), 0)
     from .doctor import examine
 
     result, text = examine(options.devices)
     return result, text, 0 if result["ok"] else 1
+
+
+def _bench(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
+    import torch
+
+    from .bench.run import Workload, bench_attention, bench_step
+
+    try:
+        dual, single = (int(part) for part in options.layers.split("+"))
+    except ValueError:
+        raise ConfigError(f"layers is {options.layers!r}; give dual+single, e.g. 8+8") from None
+    names = ("devices", "tokens", "text", "heads", "batch", "pipeline", "rounds", "ulysses_degree", "ring_degree")
+    workload = Workload(
+        **{name: getattr(options, name) for name in names}, layers=(dual, single), dtype=getattr(torch, options.dtype)
+    )
+    if options.what == "step":
+        return bench_step(workload)
+    if options.share_of:
+        from .bench.share import bench_share
+
+        return bench_share(workload, options.share_of, options.rank)
+    return bench_attention(workload)
 
 
 if __name__ == "__main__":

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
 from dataclasses import dataclass
-from math import inf, prod
+from math import inf
 
 import torch
 
+from .degrees import RequestedDegrees
 from .errors import ConfigError
 
 WEIGHTS_MODES = ("auto", "replicate", "shard", "offload")
@@ -62,37 +64,34 @@ class SequenceParallelConfig:
 
 @dataclass(kw_only=True, slots=True, frozen=True)
 class Layout:
-    """A validated plan of processes: which devices, and how the ranks form the axes (dp, cfg, ring, ulysses)."""
+    """What was asked for, on this machine's devices. The degrees may differ from step to step, see `choose`."""
 
     devices: tuple[WorkerDevice, ...]
-    ulysses_degree: int
-    ring_degree: int
-    cfg_degree: int
-    dp_degree: int
+    degrees: RequestedDegrees
     weights: str
     attention: str
     reason: str
-    """One sentence for the log: why the automatic parts were chosen so."""
+    """Why these devices, for the log."""
 
     @property
     def world_size(self) -> int:
         return len(self.devices)
 
     @property
-    def sp_degree(self) -> int:
-        """Ranks that share one sequence."""
-        return self.ulysses_degree * self.ring_degree
-
-    @property
     def device_type(self) -> str:
         return self.devices[0].type
 
+    @property
+    def speeds(self) -> tuple[float, ...]:
+        """Relative speed of each rank."""
+        return tuple(device.weight for device in self.devices)
+
+    def same_workers(self, other: Layout) -> bool:
+        """Whether one group of processes serves both: degrees are no property of the processes."""
+        return self.devices == other.devices and self.attention == other.attention
+
     def describe(self) -> str:
-        names = ",".join(d.name if d.weight == 1 else f"{d.name}*{d.weight:g}" for d in self.devices)
-        return (
-            f"{names}: ulysses {self.ulysses_degree} × ring {self.ring_degree} × cfg {self.cfg_degree}"
-            f" × dp {self.dp_degree} ({self.reason})"
-        )
+        return ",".join(d.name if d.weight == 1 else f"{d.name}*{d.weight:g}" for d in self.devices)
 
 
 def parse_devices(text: str) -> tuple[WorkerDevice, ...] | None:
@@ -132,8 +131,7 @@ def resolve(config: SequenceParallelConfig) -> Layout:
     """Fits the request to this machine.
 
     Raises:
-        ConfigError: a device does not exist, or the degrees' product is not the number of devices.
-        UnsupportedError is not used here: a degree that this version cannot honour is a ConfigError too.
+        ConfigError: a device does not exist, or the degrees' product cannot be the number of devices.
     """
     devices = parse_devices(config.devices)
     reason = "as asked"
@@ -146,26 +144,23 @@ def resolve(config: SequenceParallelConfig) -> Layout:
             exist = ", ".join(f"cuda:{i}" for i in range(gpus)) or "no GPU (only cpu)"
             raise ConfigError(f"devices names {device.name}, which this machine does not have; it has {exist}")
 
-    world = len(devices)
-    degrees = {
-        "dp_degree": config.dp_degree or 1,
-        "cfg_degree": config.cfg_degree or 1,
-        "ring_degree": config.ring_degree or 1,
-        "ulysses_degree": config.ulysses_degree or world,
-    }
-    if prod(degrees.values()) != world:
-        factors = " × ".join(f"{name} {value}" for name, value in degrees.items())
-        raise ConfigError(
-            f"{factors} = {prod(degrees.values())}, but devices {config.devices!r} are {world} workers;"
-            f" the product must be {world} (0 chooses a degree automatically)"
-        )
-    for knob in ("ring_degree", "cfg_degree", "dp_degree"):
-        value = getattr(config, knob)
-        if value > 1:
-            raise ConfigError(f"{knob} is {value}; this version supports 0 or 1 there (only Ulysses is available yet)")
     if config.weights not in ("auto", "replicate"):
         raise ConfigError(f"weights is {config.weights!r}; this version supports 'auto' and 'replicate'")
-    return Layout(devices=devices, **degrees, weights="replicate", attention=config.attention, reason=reason)
+    if config.attention not in ("auto", "sdpa") and devices[0].type != "cuda":
+        raise ConfigError(f"attention is {config.attention!r}, which needs CUDA devices; on the CPU use auto or sdpa")
+    if config.attention == "sage" and importlib.util.find_spec("sageattention") is None:
+        raise ConfigError(
+            "attention is 'sage', but the package sageattention is not installed in this Python;"
+            " install it, or use auto, sdpa, cudnn or flash"
+        )
+    degrees = RequestedDegrees(
+        world_size=len(devices),
+        dp=config.dp_degree,
+        cfg=config.cfg_degree,
+        ring=config.ring_degree,
+        ulysses=config.ulysses_degree,
+    )
+    return Layout(devices=devices, degrees=degrees, weights="replicate", attention=config.attention, reason=reason)
 
 
 def _require_choice(knob: str, value: object, allowed: tuple[str, ...]) -> None:

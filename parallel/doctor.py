@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.metadata
 import os
 import platform
@@ -14,6 +15,9 @@ from .config import Layout, SequenceParallelConfig, resolve
 from .errors import ConfigError, EngineError
 from .host.group import WorkerGroup
 from .wire.shared import lay_out
+
+_HEADS = 24
+"""HunyuanVideo's and FLUX's attention heads: the plan shown is theirs, without CFG."""
 
 
 def examine(devices: str) -> tuple[dict[str, Any], str]:
@@ -28,7 +32,8 @@ def examine(devices: str) -> tuple[dict[str, Any], str]:
     def plan() -> str:
         nonlocal layout
         layout = resolve(SequenceParallelConfig(devices=devices))
-        return layout.describe()
+        degrees, why = layout.degrees.choose(conditions=1, heads=_HEADS)
+        return f"{layout.describe()} ({layout.reason}): {degrees} ({why})"
 
     def workers() -> str:
         assert layout is not None
@@ -48,11 +53,11 @@ def examine(devices: str) -> tuple[dict[str, Any], str]:
             checks.append({"name": name, "ok": False, "detail": str(error)})
             break
     ok = all(check["ok"] for check in checks)
-    degrees = ("dp_degree", "cfg_degree", "ring_degree", "ulysses_degree")
+    degrees = layout.degrees.choose(conditions=1, heads=_HEADS)[0] if layout else None
     result = {
         "ok": ok,
         "checks": checks,
-        "plan": {name: getattr(layout, name) for name in degrees} if layout else None,
+        "plan": dataclasses.asdict(degrees) if degrees else None,
         "reason": layout.reason if ok and layout else checks[-1]["detail"],
     }
     return result, "\n".join(f"{'ok  ' if c['ok'] else 'FAIL'} {c['name']}: {c['detail']}" for c in checks)

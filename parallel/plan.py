@@ -53,15 +53,33 @@ def ranges(sizes: Sequence[int]) -> tuple[Range, ...]:
     return tuple(zip([0, *ends[:-1]], ends, strict=True))
 
 
+def spread(samples: int, groups: int) -> tuple[Range, ...]:
+    """The samples of each group: contiguous, as equal as possible; a group may get none."""
+    return ranges(shares(samples, [1.0] * groups))
+
+
+def share_of(batches: Sequence[int], group: int, groups: int) -> list[slice]:
+    """The samples of each request that are `group`'s, when all requests' samples are spread in their order."""
+    start, stop = spread(sum(batches), groups)[group]
+    return [
+        slice(min(max(start, first), last) - first, min(max(stop, first), last) - first)
+        for first, last in ranges(batches)
+    ]
+
+
 @dataclass(frozen=True, slots=True)
 class SequencePlan:
     """The split of one joint attention over the ranks of a sequence-parallel group.
+
+    With a ring, the ranks form `ring_degree` rows of Ulysses groups: each row owns a contiguous chunk of the sequence,
+    and ranks of the same column own the same heads, whose keys and values travel around the column's ring.
 
     Args:
         streams: token counts of the joint sequence's streams in order, e.g. (video, text). The first must have at
             least one token per rank; the others may be empty.
         heads: attention heads.
         weights: relative speed of each rank.
+        ring_degree: rows.
 
     Raises:
         ConfigError: fewer tokens than ranks.
@@ -70,6 +88,7 @@ class SequencePlan:
     streams: tuple[int, ...]
     heads: int
     weights: tuple[float, ...]
+    ring_degree: int = 1
     token_ranges: tuple[Range, ...] = field(init=False)
     """Each rank's tokens of the joint sequence."""
     head_ranges: tuple[Range, ...] = field(init=False)
@@ -77,17 +96,24 @@ class SequencePlan:
 
     def __post_init__(self) -> None:
         world = len(self.weights)
+        assert world % self.ring_degree == 0, "rows of equal length"
         if self.streams[0] < world:
             raise ConfigError(
-                f"devices gives {world} ranks, but this latent has only {self.streams[0]} tokens;"
+                f"devices gives {world} ranks to one sequence, but this latent has only {self.streams[0]} tokens;"
                 f" at least one token per rank is needed: use fewer devices or a larger size"
             )
+        columns = [sum(self.weights[c :: self.ulysses_degree]) for c in range(self.ulysses_degree)]
+        heads = ranges(shares(self.heads, columns))
         object.__setattr__(self, "token_ranges", ranges(shares(sum(self.streams), self.weights, minimum=1)))
-        object.__setattr__(self, "head_ranges", ranges(shares(self.heads, self.weights)))
+        object.__setattr__(self, "head_ranges", heads * self.ring_degree)
 
     @property
     def world_size(self) -> int:
         return len(self.weights)
+
+    @property
+    def ulysses_degree(self) -> int:
+        return self.world_size // self.ring_degree
 
     @property
     def tokens(self) -> tuple[int, ...]:
@@ -98,9 +124,20 @@ class SequencePlan:
         return tuple(stop - start for start, stop in self.head_ranges)
 
     @property
+    def chunks(self) -> tuple[int, ...]:
+        """Tokens of each row: the sequence as the ring sees it."""
+        width = self.ulysses_degree
+        return tuple(sum(self.tokens[row * width : (row + 1) * width]) for row in range(self.ring_degree))
+
+    @property
     def leader(self) -> int:
         """A rank that owns a head, so that no rank can finish an attention before the leader has joined it."""
         return next(rank for rank, heads in enumerate(self.local_heads) if heads)
+
+    def row(self, rank: int) -> slice:
+        """The ranks of `rank`'s Ulysses group."""
+        start = rank // self.ulysses_degree * self.ulysses_degree
+        return slice(start, start + self.ulysses_degree)
 
     def stream_ranges(self, rank: int) -> tuple[Range, ...]:
         """The rank's tokens within each stream, counted from that stream's start; empty ranges are (n, n)."""
@@ -112,8 +149,14 @@ class SequencePlan:
         return tuple(local)
 
     def exchange_bytes(self, rank: int, batch: int, head_dim: int, itemsize: int) -> int:
-        """Bytes that `rank` sends to other ranks in one attention: q, k, v out and the result back."""
+        """Bytes that `rank` sends to other ranks in one attention.
+
+        Ulysses: q, k, v out and the result back, within the row. Ring: keys and values of every chunk but the next
+        row's own pass through this rank once.
+        """
         tokens, heads = self.tokens[rank], self.local_heads[rank]
+        row = rank // self.ulysses_degree
         scatter = 3 * tokens * (self.heads - heads)
-        gather = (sum(self.streams) - tokens) * heads
-        return (scatter + gather) * batch * head_dim * itemsize
+        gather = (self.chunks[row] - tokens) * heads
+        ring = 2 * (sum(self.chunks) - self.chunks[(row + 1) % self.ring_degree]) * heads if self.ring_degree > 1 else 0
+        return (scatter + gather + ring) * batch * head_dim * itemsize

@@ -10,11 +10,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from ..attention.joint import JointAttention
 from ..checkpoints.source import Source, TensorInfo
 from ..plan import SequencePlan
-
-Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""Joint attention over all ranks: this rank's tokens [B, S_r, H, D] of q, k and v → its tokens of the result."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,13 +29,14 @@ class StepContext(ABC):
     """The ranks, as an adapter sees them during one step."""
 
     rank: int
+    """Among the ranks that share the sequence."""
 
     @abstractmethod
     def plan(self, streams: tuple[int, ...], heads: int) -> SequencePlan:
         """The split of a joint sequence of these stream lengths."""
 
     @abstractmethod
-    def attention(self, plan: SequencePlan) -> Attention:
+    def attention(self, plan: SequencePlan) -> JointAttention:
         """Joint attention under `plan`."""
 
     @abstractmethod
@@ -76,8 +75,8 @@ class Adapter(ABC):
         """
 
     @abstractmethod
-    def build(self, config: Mapping[str, Any]) -> nn.Module:
-        """The diffusers model; called under `torch.device("meta")`, so it costs no memory."""
+    def model_class(self) -> Callable[..., nn.Module]:
+        """The diffusers model's class. Imported here and not before: it takes seconds, and the host needs no model."""
 
     @abstractmethod
     def pieces(self, name: str, shape: tuple[int, ...], config: Mapping[str, Any]) -> list[Piece]:
@@ -98,6 +97,10 @@ class Adapter(ABC):
         Raises:
             UnsupportedError: an input that this adapter does not know, or cannot honour.
         """
+
+    def output_shape(self, config: Mapping[str, Any], x_shape: tuple[int, ...]) -> tuple[int, ...]:
+        """Shape of the prediction for a latent of `x_shape`."""
+        return (x_shape[0], config["out_channels"], *x_shape[2:])
 
     @abstractmethod
     def prepare(self, conditioning: Mapping[str, Tensor]) -> Any:

@@ -1,29 +1,24 @@
-"""HunyuanVideo (https://arxiv.org/abs/2412.03603): joint attention of video and text, dual- then single-stream blocks.
-
-The mathematics is ComfyUI's, on diffusers' modules. Both streams are split over the ranks, so the block functions here
-take this rank's video rows and text rows (possibly none) instead of diffusers' slicing by text length.
-"""
+"""HunyuanVideo (https://arxiv.org/abs/2412.03603): text-to-video, and image-to-video by concatenated channels."""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from math import prod
 from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
 from torch import Tensor, nn
 
-from ..attention.rope import Rope, rope, rotate
+from ..attention.rope import Rope, rope
 from ..checkpoints.source import Source, TensorInfo
 from ..errors import CheckpointError, UnsupportedError
-from .base import Adapter, Attention, Piece, StepContext
+from . import two_stream
+from .base import Adapter, Piece, StepContext
 from .patches import Grid, read_tokens, write_tokens
+from .two_stream import HEAD_DIM, Shapes, rename
 
-HEAD_DIM = 128
 ROPE_AXES = (16, 56, 56)
 ROPE_THETA = 256.0
 
@@ -69,59 +64,19 @@ _TENCENT = [
     (r"\.scale$", ".weight"),
 ]
 
-# ComfyUI's names → diffusers' names, for tensors that keep their shape.
+# ComfyUI's names → diffusers' names, beside those of the blocks.
 _RENAMED = [
     (r"^img_in\.proj$", "x_embedder.proj"),
-    (r"^time_in\.", "time_text_embed.timestep_embedder."),
-    (r"^vector_in\.", "time_text_embed.text_embedder."),
-    (r"^guidance_in\.", "time_text_embed.guidance_embedder."),
     (r"^txt_in\.input_embedder$", "context_embedder.proj_in"),
     (r"^txt_in\.t_embedder\.", "context_embedder.time_text_embed.timestep_embedder."),
     (r"^txt_in\.c_embedder\.", "context_embedder.time_text_embed.text_embedder."),
     (r"^txt_in\.individual_token_refiner\.blocks\.(\d+)\.", r"context_embedder.token_refiner.refiner_blocks.\1."),
-    (r"^final_layer\.linear$", "proj_out"),
-    (r"^double_blocks\.", "transformer_blocks."),
-    (r"^single_blocks\.", "single_transformer_blocks."),
-    (r"\.in_layer$", ".linear_1"),
-    (r"\.out_layer$", ".linear_2"),
     (r"\.adaLN_modulation\.1$", ".norm_out.linear"),
     (r"\.self_attn\.proj$", ".attn.to_out.0"),
-    (r"\.img_mod\.lin$", ".norm1.linear"),
-    (r"\.txt_mod\.lin$", ".norm1_context.linear"),
-    (r"\.img_attn\.norm\.query_norm$", ".attn.norm_q"),
-    (r"\.img_attn\.norm\.key_norm$", ".attn.norm_k"),
-    (r"\.txt_attn\.norm\.query_norm$", ".attn.norm_added_q"),
-    (r"\.txt_attn\.norm\.key_norm$", ".attn.norm_added_k"),
-    (r"\.img_attn\.proj$", ".attn.to_out.0"),
-    (r"\.txt_attn\.proj$", ".attn.to_add_out"),
-    (r"\.modulation\.lin$", ".norm.linear"),
-    (r"\.norm\.query_norm$", ".attn.norm_q"),
-    (r"\.norm\.key_norm$", ".attn.norm_k"),
-    (r"\.linear2$", ".proj_out"),
-    (r"\.img_mlp\.0$", ".ff.net.0.proj"),
-    (r"\.img_mlp\.2$", ".ff.net.2"),
-    (r"\.txt_mlp\.0$", ".ff_context.net.0.proj"),
-    (r"\.txt_mlp\.2$", ".ff_context.net.2"),
     (r"\.mlp\.0$", ".ff.net.0.proj"),
     (r"\.mlp\.2$", ".ff.net.2"),
+    *two_stream.RENAMED,
 ]
-
-# Fused projections and the parameters that their thirds become.
-_FUSED_QKV = {
-    ".img_attn.qkv": (".attn.to_q", ".attn.to_k", ".attn.to_v"),
-    ".txt_attn.qkv": (".attn.add_q_proj", ".attn.add_k_proj", ".attn.add_v_proj"),
-    ".self_attn.qkv": (".attn.to_q", ".attn.to_k", ".attn.to_v"),
-}
-
-
-def _rename(name: str, table: list[tuple[str, str]]) -> str:
-    for pattern, replacement in table:
-        name = re.sub(pattern, replacement, name)
-    return name
-
-
-def _rows(start: int, stop: int):
-    return lambda tensor: tensor[start:stop]
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,7 +101,7 @@ class HunyuanVideoAdapter(Adapter):
 
     @classmethod
     def detect(cls, tensors: Mapping[str, TensorInfo]) -> bool:
-        names = {_rename(name, _TENCENT) for name in tensors}
+        names = {rename(name, _TENCENT) for name in tensors}
         return all(marker in names for marker in _MARKERS) and not any(other in names for other in _OTHER_FAMILIES)
 
     @classmethod
@@ -158,13 +113,9 @@ class HunyuanVideoAdapter(Adapter):
             config = _DEFAULTS | {key: value for key, value in source.config.items() if not key.startswith("_")}
             if config.get("image_condition_type") == "token_replace":
                 raise UnsupportedError(f"{source.path}: the token-replace image-to-video variant is not supported yet")
-            for key, needed in _FIXED.items():
-                if (value := config.get(key, needed)) != needed:
-                    raise UnsupportedError(
-                        f"{source.path}: {key} is {value} in config.json; only {needed} is supported"
-                    )
+            two_stream.require(source, _FIXED)
             return config
-        shapes = {_rename(name, _TENCENT): info.shape for name, info in source.tensors.items()}
+        shapes = {rename(name, _TENCENT): info.shape for name, info in source.tensors.items()}
         try:
             hidden, in_channels, *patch = shapes["img_in.proj.weight"]
             patch_t, patch_h, _ = patch
@@ -173,9 +124,9 @@ class HunyuanVideoAdapter(Adapter):
                 "out_channels": shapes["final_layer.linear.weight"][0] // prod(patch),
                 "num_attention_heads": hidden // HEAD_DIM,
                 "attention_head_dim": HEAD_DIM,
-                "num_layers": _count(shapes, "double_blocks"),
-                "num_single_layers": _count(shapes, "single_blocks"),
-                "num_refiner_layers": _count(shapes, "txt_in.individual_token_refiner.blocks"),
+                "num_layers": two_stream.count(shapes, "double_blocks"),
+                "num_single_layers": two_stream.count(shapes, "single_blocks"),
+                "num_refiner_layers": two_stream.count(shapes, "txt_in.individual_token_refiner.blocks"),
                 "patch_size": patch_h,
                 "patch_size_t": patch_t,
                 "guidance_embeds": "guidance_in.in_layer.weight" in shapes,
@@ -185,75 +136,40 @@ class HunyuanVideoAdapter(Adapter):
         except (KeyError, ValueError) as error:
             raise CheckpointError(f"{source.path} looks like HunyuanVideo, but is incomplete: {error}") from error
 
-    def build(self, config: Mapping[str, Any]) -> nn.Module:
+    def model_class(self) -> Callable[..., nn.Module]:
         from diffusers.models.transformers.transformer_hunyuan_video import HunyuanVideoTransformer3DModel
 
-        return HunyuanVideoTransformer3DModel(**config)
+        return HunyuanVideoTransformer3DModel
 
     def pieces(self, name: str, shape: tuple[int, ...], config: Mapping[str, Any]) -> list[Piece]:
-        stem, _, leaf = _rename(name, _TENCENT).rpartition(".")
-        if stem == "final_layer.adaLN_modulation.1":  # (shift, scale) → (scale, shift)
-            half = shape[0] // 2
-            return [Piece(f"norm_out.linear.{leaf}", lambda tensor: torch.cat([tensor[half:], tensor[:half]]))]
-        for fused, parts in _FUSED_QKV.items():
-            if stem.endswith(fused):
-                base = _rename(stem.removesuffix(fused) + ".", _RENAMED).removesuffix(".")
-                third = shape[0] // 3
-                return [Piece(f"{base}{p}.{leaf}", _rows(i * third, (i + 1) * third)) for i, p in enumerate(parts)]
-        if stem.endswith(".linear1"):  # q, k, v and the first half of the MLP in one projection
-            base = _rename(stem.removesuffix(".linear1") + ".", _RENAMED).removesuffix(".")
-            hidden = config["num_attention_heads"] * config["attention_head_dim"]
-            parts = (".attn.to_q", ".attn.to_k", ".attn.to_v")
-            pieces = [Piece(f"{base}{p}.{leaf}", _rows(i * hidden, (i + 1) * hidden)) for i, p in enumerate(parts)]
-            return [*pieces, Piece(f"{base}.proj_mlp.{leaf}", _rows(3 * hidden, shape[0]))]
-        return [Piece(f"{_rename(stem, _RENAMED)}.{leaf}")]
+        hidden = config["num_attention_heads"] * HEAD_DIM
+        return two_stream.pieces(rename(name, _TENCENT), shape, hidden, _RENAMED)
 
-    def native_tensors(self, config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-        heads, head_dim = config["num_attention_heads"], config["attention_head_dim"]
-        d, mlp = heads * head_dim, int(heads * head_dim * config.get("mlp_ratio", 4.0))
+    def native_tensors(self, config: Mapping[str, Any]) -> Shapes:
+        d, text = config["num_attention_heads"] * HEAD_DIM, config["text_embed_dim"]
         patch = (config["patch_size_t"], config["patch_size"], config["patch_size"])
-        text = config["text_embed_dim"]
-        linear: dict[str, tuple[int, ...]] = {
+        linear, rms_norms = two_stream.block_tensors(config)
+        linear |= {
             "txt_in.input_embedder": (d, text),
             "txt_in.c_embedder.in_layer": (d, text),
             "txt_in.c_embedder.out_layer": (d, d),
-            "vector_in.in_layer": (d, config["pooled_projection_dim"]),
-            "vector_in.out_layer": (d, d),
+            "txt_in.t_embedder.in_layer": (d, 256),
+            "txt_in.t_embedder.out_layer": (d, d),
             "final_layer.linear": (config["out_channels"] * prod(patch), d),
-            "final_layer.adaLN_modulation.1": (2 * d, d),
         }
-        for embedder in ("time_in", "txt_in.t_embedder", *(["guidance_in"] if config["guidance_embeds"] else [])):
-            linear[f"{embedder}.in_layer"] = (d, 256)
-            linear[f"{embedder}.out_layer"] = (d, d)
-        norms: dict[str, int] = {}
+        layer_norms: Shapes = {}
         for i in range(config["num_refiner_layers"]):
             block = f"txt_in.individual_token_refiner.blocks.{i}"
             linear |= {f"{block}.self_attn.qkv": (3 * d, d), f"{block}.self_attn.proj": (d, d)}
             linear |= {f"{block}.mlp.0": (4 * d, d), f"{block}.mlp.2": (d, 4 * d)}
             linear[f"{block}.adaLN_modulation.1"] = (2 * d, d)
-            norms |= {f"{block}.norm1": d, f"{block}.norm2": d}
-        for i in range(config["num_layers"]):
-            for stream in ("img", "txt"):
-                block = f"double_blocks.{i}.{stream}"
-                linear |= {f"{block}_attn.qkv": (3 * d, d), f"{block}_attn.proj": (d, d)}
-                linear |= {f"{block}_mlp.0": (mlp, d), f"{block}_mlp.2": (d, mlp), f"{block}_mod.lin": (6 * d, d)}
-                norms |= {f"{block}_attn.norm.query_norm": head_dim, f"{block}_attn.norm.key_norm": head_dim}
-        for i in range(config["num_single_layers"]):
-            block = f"single_blocks.{i}"
-            linear |= {f"{block}.linear1": (3 * d + mlp, d), f"{block}.linear2": (d, d + mlp)}
-            linear[f"{block}.modulation.lin"] = (3 * d, d)
-            norms |= {f"{block}.norm.query_norm": head_dim, f"{block}.norm.key_norm": head_dim}
-        tensors: dict[str, tuple[int, ...]] = {
+            layer_norms |= {f"{block}.norm1": (d,), f"{block}.norm2": (d,)}
+        return {
             "img_in.proj.weight": (d, config["in_channels"], *patch),
             "img_in.proj.bias": (d,),
+            **two_stream.with_biases(linear | layer_norms),
+            **{f"{name}.weight": (size,) for name, size in rms_norms.items()},
         }
-        for name, shape in linear.items():
-            tensors |= {f"{name}.weight": shape, f"{name}.bias": shape[:1]}
-        for name, size in norms.items():
-            tensors[f"{name}.weight"] = (size,)
-            if name.startswith("txt_in."):  # LayerNorm; the query and key norms are RMSNorm, without bias
-                tensors[f"{name}.bias"] = (size,)
-        return tensors
 
     # --- inputs -------------------------------------------------------------------------------------------------
 
@@ -342,44 +258,17 @@ class HunyuanVideoAdapter(Adapter):
         patch: Grid = (config.patch_size_t, config.patch_size, config.patch_size)
         grid: Grid = tuple(size // p for size, p in zip(x.shape[2:], patch, strict=True))  # type: ignore[assignment]
         plan = context.plan((prod(grid), prompts.text.shape[1]), config.num_attention_heads)
-        attend = context.attention(plan)
         (v0, v1), (t0, t1) = plan.stream_ranges(context.rank)
 
-        temb = _modulation(m, timestep, prompts)
+        temb = two_stream.modulation(m.time_text_embed, timestep, prompts.pooled, prompts.guidance)
         text = _refined_text(m, timestep, prompts)[:, t0:t1]
         weight = m.x_embedder.proj.weight.flatten(1)
-        parts = [part.to(device, weight.dtype) for part in read_tokens(x, v0, v1, patch)]
-        tokens = torch.cat(parts, dim=1) if parts else weight.new_empty(x.shape[0], 0, weight.shape[1])
-        video = F.linear(tokens, weight, m.x_embedder.proj.bias)
-        table = _rope(v0, v1, t1 - t0, grid, device)
-
-        for block in m.transformer_blocks:
-            context.enter_block(plan)
-            video, text = _dual_stream_block(block, video, text, temb, table, attend)
-        hidden = torch.cat([video, text], dim=1)
-        for block in m.single_transformer_blocks:
-            context.enter_block(plan)
-            hidden = _single_stream_block(block, hidden, temb, table, attend)
-
-        prediction = m.proj_out(m.norm_out(hidden[:, : v1 - v0], temb))
-        write_tokens(prediction, out, v0, v1, patch)
-
-
-def _count(shapes: Mapping[str, Any], prefix: str) -> int:
-    pattern = re.compile(rf"{re.escape(prefix)}\.(\d+)\.")
-    return 1 + max((int(match[1]) for match in map(pattern.match, shapes) if match), default=-1)
-
-
-def _modulation(m: Any, timestep: Tensor, prompts: _Prompts) -> Tensor:
-    """The vector [B, hidden] that modulates every block: timestep, pooled text, guidance, summed in ComfyUI's order."""
-    embed, dtype = m.time_text_embed, prompts.pooled.dtype
-    pooled = prompts.pooled[:, : m.config.pooled_projection_dim]  # of a wider one ComfyUI, too, takes the first part
-    vector = embed.timestep_embedder(embed.time_proj(timestep).to(dtype)) + embed.text_embedder(pooled)
-    if embed.guidance_embedder is not None and prompts.guidance is not None:
-        # ComfyUI scales the guidance in its own dtype: 6.0 in bf16 becomes 6016, and that is what its results show.
-        scaled = (prompts.guidance * 1000).float().expand(vector.shape[0])
-        vector = vector + embed.guidance_embedder(embed.time_proj(scaled).to(dtype))
-    return vector
+        video = F.linear(read_tokens(x, v0, v1, patch, weight), weight, m.x_embedder.proj.bias)
+        table = two_stream.rope_with_text(_rope(v0, v1, grid, device), t1 - t0)
+        video = two_stream.run_blocks(
+            m, video, text, temb, table, context.attention(plan), lambda: context.enter_block(plan)
+        )
+        write_tokens(m.proj_out(m.norm_out(video, temb)), out, v0, v1, patch)
 
 
 def _refined_text(m: Any, timestep: Tensor, prompts: _Prompts) -> Tensor:
@@ -390,65 +279,8 @@ def _refined_text(m: Any, timestep: Tensor, prompts: _Prompts) -> Tensor:
     return refiner.token_refiner(hidden, temb, None) if hidden.shape[1] else hidden
 
 
-def _rope(start: int, stop: int, text: int, grid: Grid, device: torch.device) -> Rope:
-    """For video tokens [start, stop), then `text` text tokens, which are not rotated."""
+def _rope(start: int, stop: int, grid: Grid, device: torch.device) -> Rope:
+    """For video tokens [start, stop)."""
     _, height, width = grid
     index = torch.arange(start, stop, device=device)
-    positions = (index // (height * width), index // width % height, index % width)
-    cos, sin = rope(positions, ROPE_AXES, ROPE_THETA)
-    return F.pad(cos, (0, 0, 0, text), value=1.0), F.pad(sin, (0, 0, 0, text))
-
-
-def _heads(x: Tensor, norm: Any = None) -> Tensor:
-    """[B, S, H·D] → [B, S, H, D], RMS-normalised per head as ComfyUI does it (epsilon of the dtype)."""
-    x = rearrange(x, "b s (h d) -> b s h d", d=HEAD_DIM)
-    return x if norm is None else F.rms_norm(x, (HEAD_DIM,), norm.weight)
-
-
-def _joint_qkv(attn: Any, video: Tensor, text: Tensor) -> tuple[Tensor, ...]:
-    """q, k, v [B, S_r, H, D] of this rank's video rows, then text rows."""
-    own = (
-        _heads(attn.to_q(video), attn.norm_q),
-        _heads(attn.to_k(video), attn.norm_k),
-        _heads(attn.to_v(video)),
-    )
-    if not text.shape[1]:
-        return own
-    added = (
-        _heads(attn.add_q_proj(text), attn.norm_added_q),
-        _heads(attn.add_k_proj(text), attn.norm_added_k),
-        _heads(attn.add_v_proj(text)),
-    )
-    return tuple(torch.cat([x, y], dim=1) for x, y in zip(own, added, strict=True))
-
-
-def _dual_stream_block(
-    block: Any, video: Tensor, text: Tensor, temb: Tensor, table: Rope, attend: Attention
-) -> tuple[Tensor, Tensor]:
-    """video [B, n, hidden], text [B, m, hidden] → the same; m may be 0 on this rank, and then costs nothing."""
-    video_in, *video_gates = block.norm1(video, emb=temb)
-    has_text = bool(text.shape[1])
-    text_in, *text_gates = block.norm1_context(text, emb=temb) if has_text else (text,)
-    q, k, v = _joint_qkv(block.attn, video_in, text_in)
-    out = attend(rotate(q, table), rotate(k, table), v).flatten(2)
-    video = _residuals(video, block.attn.to_out[0](out[:, : video.shape[1]]), video_gates, block.norm2, block.ff)
-    if has_text:
-        attended = block.attn.to_add_out(out[:, video.shape[1] :])
-        text = _residuals(text, attended, text_gates, block.norm2_context, block.ff_context)
-    return video, text
-
-
-def _residuals(x: Tensor, attended: Tensor, gates: list[Tensor], norm: nn.Module, mlp: nn.Module) -> Tensor:
-    gate_attention, shift, scale, gate_mlp = gates
-    x = x + attended * gate_attention[:, None]
-    return x + mlp(norm(x) * (1 + scale[:, None]) + shift[:, None]) * gate_mlp[:, None]
-
-
-def _single_stream_block(block: Any, hidden: Tensor, temb: Tensor, table: Rope, attend: Attention) -> Tensor:
-    """hidden [B, S_r, hidden]: both streams in one; only RoPE tells them apart."""
-    normed, gate = block.norm(hidden, emb=temb)
-    attn = block.attn
-    q, k, v = _heads(attn.to_q(normed), attn.norm_q), _heads(attn.to_k(normed), attn.norm_k), _heads(attn.to_v(normed))
-    out = attend(rotate(q, table), rotate(k, table), v).flatten(2)
-    mlp = block.act_mlp(block.proj_mlp(normed))
-    return hidden + gate[:, None] * block.proj_out(torch.cat([out, mlp], dim=2))
+    return rope((index // (height * width), index // width % height, index % width), ROPE_AXES, ROPE_THETA)

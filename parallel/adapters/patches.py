@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from math import prod
 
+import torch
 from einops import rearrange
 from torch import Tensor
 
@@ -40,18 +41,23 @@ def _scale(box: tuple[slice, slice, slice], patch: Grid) -> tuple[slice, ...]:
     return tuple(slice(s.start * p, s.stop * p) for s, p in zip(box, patch, strict=True))
 
 
-def read_tokens(x: Tensor, start: int, stop: int, patch: Grid) -> Iterator[Tensor]:
-    """Patches [start, stop) of x [B, C, T, H, W], one [B, n, C·pt·ph·pw] tensor per box."""
+def read_tokens(x: Tensor, start: int, stop: int, patch: Grid, like: Tensor) -> Tensor:
+    """Patches [start, stop) of x [B, C, T, H, W] as [B, stop − start, C·pt·ph·pw], with device and dtype of `like`."""
     grid = tuple(size // p for size, p in zip(x.shape[2:], patch, strict=True))
     pt, ph, pw = patch
+    parts = [x.new_empty(x.shape[0], 0, x.shape[1] * pt * ph * pw).to(like)]
     for box in boxes(start, stop, grid):  # type: ignore[arg-type]
-        part = x[(slice(None), slice(None), *_scale(box, patch))]
-        yield rearrange(part, "b c (t pt) (h ph) (w pw) -> b (t h w) (c pt ph pw)", pt=pt, ph=ph, pw=pw)
+        part = x[(slice(None), slice(None), *_scale(box, patch))].to(like)
+        parts.append(rearrange(part, "b c (t pt) (h ph) (w pw) -> b (t h w) (c pt ph pw)", pt=pt, ph=ph, pw=pw))
+    return torch.cat(parts, dim=1)
 
 
 def write_tokens(tokens: Tensor, out: Tensor, start: int, stop: int, patch: Grid) -> None:
-    """Writes tokens [B, stop − start, C·pt·ph·pw] to their place in out [B, C, T, H, W]."""
-    grid = tuple(size // p for size, p in zip(out.shape[2:], patch, strict=True))
+    """Writes tokens [B, stop − start, C·pt·ph·pw] to their place in out [B, C, T, H, W].
+
+    Where the size is no multiple of the patch, the last patches are cut off at the edge.
+    """
+    grid = tuple(-(-size // p) for size, p in zip(out.shape[2:], patch, strict=True))
     pt, ph, pw = patch
     done = 0
     for box in boxes(start, stop, grid):  # type: ignore[arg-type]
@@ -62,5 +68,6 @@ def write_tokens(tokens: Tensor, out: Tensor, start: int, stop: int, patch: Grid
             "b (t h w) (c pt ph pw) -> b c (t pt) (h ph) (w pw)",
             t=t, h=h, w=w, pt=pt, ph=ph, pw=pw,
         )  # fmt: skip
-        out[(slice(None), slice(None), *_scale(box, patch))].copy_(part)
+        place = out[(slice(None), slice(None), *_scale(box, patch))]
+        place.copy_(part[:, :, : place.shape[2], : place.shape[3], : place.shape[4]])
         done += count

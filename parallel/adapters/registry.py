@@ -5,11 +5,12 @@ from __future__ import annotations
 from ..checkpoints.source import Source
 from ..errors import UnsupportedError
 from .base import Adapter
+from .flux import FluxAdapter
 from .hunyuan_video import HunyuanVideoAdapter
 
 FAMILIES: dict[str, type[Adapter]] = {
     adapter.family: adapter
-    for adapter in (HunyuanVideoAdapter,)
+    for adapter in (HunyuanVideoAdapter, FluxAdapter)
 }  # fmt: skip
 
 

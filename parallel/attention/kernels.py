@@ -1,41 +1,129 @@
-"""Attention kernels behind one signature: `kernel(q, k, v) -> out`, all [B, H, S, D], no mask, not causal."""
+"""Attention kernels behind one interface. All tensors are [B, H, S, D]; no mask, not causal.
+
+A kernel is called as `kernel(q, k, v) -> out`. For a ring it also gives `with_lse`, the result with the log-sum-exp of
+each query's scores, by which partial results over different keys are merged.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
+import contextlib
+import logging
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from ..errors import ConfigError
+from ..errors import UnsupportedError
 
-Kernel = Callable[[Tensor, Tensor, Tensor], Tensor]
+log = logging.getLogger("sequence_parallel")
 
-
-def _sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    return F.scaled_dot_product_attention(q, k, v)
+_HALF = (torch.float16, torch.bfloat16)
 
 
-def _sdpa_backend(backend: SDPBackend, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    with sdpa_kernel(backend):
-        return F.scaled_dot_product_attention(q, k, v)
+class Kernel(ABC):
+    """Local attention of this rank's queries with the given keys."""
+
+    name: ClassVar[str]
+
+    @abstractmethod
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Attention; the result has q's shape."""
+
+    @abstractmethod
+    def with_lse(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Attention, and the log-sum-exp [B, H, S_q] of the scaled scores in fp32."""
+
+    def backward(
+        self, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Gradients of q, k, v for keys that are a part of those behind `out` and `lse`.
+
+        Raises:
+            UnsupportedError: no backward of this kind for this kernel and device.
+        """
+        raise UnsupportedError(f"gradients through ring attention are not available with the kernel {self.name!r}")
+
+
+class Sdpa(Kernel):
+    """PyTorch's own kernels; on CUDA it may choose among those listed, in this order."""
+
+    name = "sdpa"
+
+    def __init__(self, backends: Sequence[SDPBackend] | None = None):
+        self._backends = list(backends) if backends else None
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        allowed = sdpa_kernel(self._backends, set_priority=True) if self._backends else contextlib.nullcontext()
+        with allowed:
+            return F.scaled_dot_product_attention(q, k, v)
+
+    def with_lse(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        if q.device.type == "cpu":
+            return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v)
+        if q.dtype in _HALF:
+            return torch.ops.aten._scaled_dot_product_flash_attention(q, k, v)[:2]
+        out, lse, *_ = torch.ops.aten._scaled_dot_product_efficient_attention(q, k, v, None, True)
+        return out, lse[..., : q.shape[2]]  # padded to a multiple of 32
+
+    def backward(
+        self, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        if q.device.type != "cpu":
+            return super().backward(grad, q, k, v, out, lse)
+        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(grad, q, k, v, out, lse, 0.0, False)
+
+
+class Cudnn(Sdpa):
+    name = "cudnn"
+
+    def __init__(self) -> None:
+        super().__init__([SDPBackend.CUDNN_ATTENTION])
+
+    def with_lse(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        out, lse, *_ = torch.ops.aten._scaled_dot_product_cudnn_attention(q, k, v, None, True)
+        return out, lse.reshape(q.shape[:3])
+
+
+class Sage(Kernel):
+    """SageAttention (https://arxiv.org/abs/2410.02367): 8-bit scores, so results differ slightly. Opt-in only."""
+
+    name = "sage"
+
+    def __init__(self) -> None:
+        from sageattention import sageattn
+
+        self._sageattn = sageattn
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return self._sageattn(q, k, v, tensor_layout="HND", is_causal=False)
+
+    def with_lse(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        out, lse = self._sageattn(q, k, v, tensor_layout="HND", is_causal=False, return_lse=True)
+        return out, lse
 
 
 def select(name: str, device: torch.device) -> Kernel:
     """The kernel that `SPConfig.attention` asks for.
 
-    `auto` and `sdpa` let PyTorch choose among its own kernels.
+    `auto` lets PyTorch choose, with cuDNN first from compute capability 9.0 on, where it is the fastest of its exact
+    kernels; `sdpa` is PyTorch's default order.
 
-    Raises:
-        ConfigError: the kernel does not exist on this device, or is not installed.
+    That it exists on this device has been checked by `config.resolve`.
     """
-    if name in ("auto", "sdpa"):
-        return _sdpa
     if name == "sage":
-        raise ConfigError("attention is 'sage', which this version does not offer yet; use auto, sdpa, cudnn or flash")
-    if device.type != "cuda":
-        raise ConfigError(f"attention is {name!r}, which needs a CUDA device; on {device.type} use auto or sdpa")
-    return partial(_sdpa_backend, {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION}[name])
+        return Sage()
+    if name == "cudnn":
+        return Cudnn()
+    if name == "flash":
+        return Sdpa([SDPBackend.FLASH_ATTENTION])
+    if name == "auto" and device.type == "cuda":
+        order = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+        if torch.cuda.get_device_capability(device) >= (9, 0):
+            order.insert(0, SDPBackend.CUDNN_ATTENTION)
+        log.info("attention auto: PyTorch SDPA, in the order %s", ", ".join(backend.name for backend in order))
+        return Sdpa(order)
+    return Sdpa()

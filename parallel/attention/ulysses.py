@@ -9,18 +9,27 @@ local tokens of S, and H_r local heads of H:
 
 Tokens lead the layout, so the pieces of the senders land in order and the received buffer needs no copy: the kernel
 reads it through strides.
+
+Pipelined, the heads are cut into chunks, each with two collectives of its own: while the kernel works on chunk i, chunk
+i + 1 is on its way in and chunk i − 1 on its way back.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..plan import SequencePlan
-from .kernels import Kernel
+from ..plan import Range, SequencePlan, ranges, shares
+from .traffic import Traffic
+
+T = TypeVar("T")
+
+Local = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""[B, H, S, D] ×3 → [B, H, S, D]: a kernel, or a ring of them."""
 
 
 class UlyssesAttention:
@@ -28,57 +37,145 @@ class UlyssesAttention:
 
     Args:
         plan: the split, the same on every rank.
-        rank: this process's rank within `group`.
-        group: the sequence-parallel process group.
-        kernel: local attention, [B, H, S, D] each.
+        rank: this process's rank in the plan.
+        group: the Ulysses process group, a row of the plan.
+        local: attention between the two exchanges.
+        pipeline: chunks of heads; fewer where a rank has fewer heads.
+        traffic: counts what is sent.
     """
 
-    def __init__(self, plan: SequencePlan, rank: int, group: dist.ProcessGroup, kernel: Kernel):
-        self.plan = plan
-        self.rank = rank
+    def __init__(
+        self,
+        plan: SequencePlan,
+        rank: int,
+        group: dist.ProcessGroup,
+        local: Local,
+        pipeline: int = 1,
+        traffic: Traffic | None = None,
+    ):
+        row = plan.row(rank)
         self.group = group
-        self.kernel = kernel
+        self.local = local
+        self.traffic = traffic or Traffic()
+        self.heads = plan.heads
+        self.position = rank - row.start
+        self.tokens = plan.tokens[row]
+        pipeline = max(1, min(pipeline, *plan.local_heads[row]))
+        # For each chunk, the heads of each rank of the row.
+        self.chunks: list[list[Range]] = [[] for _ in range(pipeline)]
+        for start, stop in plan.head_ranges[row]:
+            for chunk, (first, last) in zip(self.chunks, ranges(shares(stop - start, [1] * pipeline)), strict=True):
+                chunk.append((start + first, start + last))
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """q, k, v: this rank's tokens with all heads, [B, S_r, H, D]. Returns the same shape."""
-        q, k, v = self._tokens_to_heads(q, k, v)
-        out = self.kernel(q, k, v) if q.shape[1] else torch.empty_like(q, memory_format=torch.contiguous_format)
-        return self._heads_to_tokens(out)
+        return self.with_work(q, k, v, _nothing)[0]
 
-    def _tokens_to_heads(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """[B, S_r, H, D] ×3 → [B, H_r, S, D] ×3 (strided views of one buffer)."""
+    def with_work(self, q: Tensor, k: Tensor, v: Tensor, work: Callable[[], T]) -> tuple[Tensor, T]:
+        """As a call, and runs `work` while the first exchange is under way."""
+        if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
+            return self._differentiable(q, k, v), work()
         batch, tokens, _, dim = q.shape
-        plan, per_head = self.plan, batch * 3 * dim
-        send = q.new_empty(tokens * plan.heads * per_head)
-        sent = [tokens * heads * per_head for heads in plan.local_heads]
-        for piece, (first, last) in zip(send.split(sent), plan.head_ranges, strict=True):
+        coming: _Arrival | None = self._scatter(q, k, v, self.chunks[0])
+        result = work()
+        returning: list[_Arrival] = []
+        for i, heads in enumerate(self.chunks):
+            assert coming is not None
+            arrived = coming
+            coming = self._scatter(q, k, v, self.chunks[i + 1]) if i + 1 < len(self.chunks) else None
+            returning.append(self._gather(self._attend(arrived.wait(), heads, batch, dim), heads))
+        out = q.new_empty(tokens, batch, self.heads, dim)
+        for heads, arrival in zip(self.chunks, returning, strict=True):
+            pieces = arrival.wait().split([tokens * batch * (last - first) * dim for first, last in heads])
+            for piece, (first, last) in zip(pieces, heads, strict=True):
+                out[:, :, first:last] = piece.view(tokens, batch, last - first, dim)
+        return out.transpose(0, 1), result
+
+    def _scatter(self, q: Tensor, k: Tensor, v: Tensor, heads: list[Range]) -> _Arrival:
+        """Starts [B, S_r, H, D] ×3 → [S, B, 3, H_r, D], flat."""
+        batch, tokens, _, dim = q.shape
+        per_head = batch * 3 * dim
+        sent = [tokens * (last - first) * per_head for first, last in heads]
+        send = q.new_empty(sum(sent))
+        for piece, (first, last) in zip(send.split(sent), heads, strict=True):
             packed = piece.view(tokens, batch, 3, last - first, dim)
             for i, x in enumerate((q, k, v)):
                 packed[:, :, i] = x[:, :, first:last].transpose(0, 1)
-        heads = plan.local_heads[self.rank]
-        received = _all_to_all(send, sent, [n * heads * per_head for n in plan.tokens], self.group)
-        q, k, v = received.view(sum(plan.tokens), batch, 3, heads, dim).permute(2, 1, 3, 0, 4)
-        return q, k, v
+        self.traffic.add((send.numel() - sent[self.position]) * send.element_size())
+        first, last = heads[self.position]
+        return _Arrival(send, sent, [n * (last - first) * per_head for n in self.tokens], self.group)
 
-    def _heads_to_tokens(self, out: Tensor) -> Tensor:
-        """[B, H_r, S, D] → [B, S_r, H, D]."""
-        batch, heads, _, dim = out.shape
-        plan, tokens = self.plan, self.plan.tokens[self.rank]
+    def _gather(self, out: Tensor, heads: list[Range]) -> _Arrival:
+        """Starts [B, H_r, S, D] → [S_r, B, H_j, D] of each rank j, flat."""
+        batch, local, _, dim = out.shape
+        tokens = self.tokens[self.position]
         # SDPA returns [B, S, H, D] memory seen as [B, H, S, D], so for B = 1 this reshape is free.
         send = out.permute(2, 0, 1, 3).reshape(-1)
-        received = _all_to_all(
-            send,
-            [n * batch * heads * dim for n in plan.tokens],
-            [tokens * batch * n * dim for n in plan.local_heads],
+        received = [tokens * batch * (last - first) * dim for first, last in heads]
+        sent = [n * batch * local * dim for n in self.tokens]
+        self.traffic.add((send.numel() - sent[self.position]) * send.element_size())
+        return _Arrival(send, sent, received, self.group)
+
+    def _attend(self, received: Tensor, heads: list[Range], batch: int, dim: int) -> Tensor:
+        first, last = heads[self.position]
+        q, k, v = received.view(sum(self.tokens), batch, 3, last - first, dim).permute(2, 1, 3, 0, 4)
+        return self.local(q, k, v) if last > first else q.contiguous()
+
+    def _differentiable(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """The same exchange through autograd, in one chunk."""
+        batch, tokens, _, dim = q.shape
+        heads = [(first[0], last[1]) for first, last in zip(self.chunks[0], self.chunks[-1], strict=True)]
+        packed = torch.stack((q, k, v), dim=2).transpose(0, 1)  # [S_r, B, 3, H, D]
+        pieces = [packed[:, :, :, first:last].flatten() for first, last in heads]
+        mine = heads[self.position][1] - heads[self.position][0]
+        received = _AllToAll.apply(
+            torch.cat(pieces),
+            [piece.numel() for piece in pieces],
+            [n * batch * 3 * mine * dim for n in self.tokens],
             self.group,
         )
-        pieces = received.split([tokens * batch * n * dim for n in plan.local_heads])
-        shaped = [p.view(tokens, batch, n, dim) for p, n in zip(pieces, plan.local_heads, strict=True)]
+        out = self._attend(received, heads, batch, dim).permute(2, 0, 1, 3).flatten()
+        back = [tokens * batch * (last - first) * dim for first, last in heads]
+        returned = _AllToAll.apply(out, [n * batch * mine * dim for n in self.tokens], back, self.group)
+        shaped = [
+            piece.view(tokens, batch, last - first, dim)
+            for piece, (first, last) in zip(returned.split(back), heads, strict=True)
+        ]
         return torch.cat(shaped, dim=2).transpose(0, 1)
 
 
-def _all_to_all(send: Tensor, sent: Sequence[int], received: Sequence[int], group: dist.ProcessGroup) -> Tensor:
-    """Flat all-to-all with the given element counts per rank."""
-    out = send.new_empty(sum(received))
-    dist.all_to_all_single(out, send, list(received), list(sent), group=group)
-    return out
+class _Arrival:
+    """A flat all-to-all under way; `wait` gives the received elements, ordered by sender."""
+
+    def __init__(self, send: Tensor, sent: Sequence[int], received: Sequence[int], group: dist.ProcessGroup):
+        self._send = send  # must outlive the transfer
+        self._received = send.new_empty(sum(received))
+        self._work = dist.all_to_all_single(
+            self._received, send, list(received), list(sent), group=group, async_op=True
+        )
+
+    def wait(self) -> Tensor:
+        self._work.wait()
+        return self._received
+
+
+class _AllToAll(torch.autograd.Function):
+    """A flat all-to-all; its gradient travels the opposite way."""
+
+    @staticmethod
+    def forward(ctx: Any, send: Tensor, sent: list[int], received: list[int], group: dist.ProcessGroup) -> Tensor:
+        ctx.sizes = (sent, received, group)
+        out = send.new_empty(sum(received))
+        dist.all_to_all_single(out, send.contiguous(), received, sent, group=group)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        sent, received, group = ctx.sizes
+        out = grad.new_empty(sum(sent))
+        dist.all_to_all_single(out, grad.contiguous(), sent, received, group=group)
+        return out, None, None, None
+
+
+def _nothing() -> None:
+    return None

@@ -11,7 +11,9 @@ import torch
 from safetensors.torch import save_file
 
 from ..adapters.base import Adapter
-from ..adapters.hunyuan_video import HEAD_DIM, HunyuanVideoAdapter
+from ..adapters.flux import FluxAdapter
+from ..adapters.hunyuan_video import HunyuanVideoAdapter
+from ..adapters.two_stream import HEAD_DIM
 
 # ComfyUI's names → Tencent's names; the opposite of the adapter's table.
 _ORIGINAL = [
@@ -107,6 +109,34 @@ def write_tiny_hunyuan_video(
     tensors = random_tensors(HunyuanVideoAdapter(), config, seed)
     if names == "original":
         tensors = {_original_name(name): tensor for name, tensor in tensors.items()}
+    save_file({prefix + name: tensor.to(dtype) for name, tensor in tensors.items()}, str(path))
+    return config
+
+
+def write_tiny_flux(
+    path: str | Path,
+    *,
+    seed: int = 0,
+    heads: int = 2,
+    depth: int = 1,
+    depth_single: int = 1,
+    context_dim: int = 64,
+    guidance: bool = True,
+    dtype: torch.dtype = torch.float32,
+    prefix: str = "",
+) -> dict[str, Any]:
+    """Writes a random FLUX.1 of hidden size heads × 128 as a single safetensors file; returns its configuration."""
+    config = {
+        "in_channels": 64,
+        "out_channels": 64,
+        "num_attention_heads": heads,
+        "num_layers": depth,
+        "num_single_layers": depth_single,
+        "guidance_embeds": guidance,
+        "joint_attention_dim": context_dim,
+        "pooled_projection_dim": 768,
+    }
+    tensors = random_tensors(FluxAdapter(), config, seed)
     save_file({prefix + name: tensor.to(dtype) for name, tensor in tensors.items()}, str(path))
     return config
 

@@ -13,12 +13,10 @@ import json
 import logging
 import os
 import selectors
-import shutil
 import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from collections import deque
@@ -108,7 +106,7 @@ class WorkerGroup:
         self._posted: deque[Message] = deque()
         self._failure: WorkerError | None = None
         self._closing = False
-        self._store = ""
+        self._store = os.memfd_create("sequence-parallel:store")
         self._wake_read, self._wake_write = os.pipe()
         self._supervisor = threading.Thread(target=self._supervise, name="sequence-parallel", daemon=True)
 
@@ -121,7 +119,6 @@ class WorkerGroup:
             WorkerDiedError: a worker could not start; the message ends with its last lines of output.
         """
         began = time.monotonic()
-        self._store = tempfile.mkdtemp(prefix="sequence-parallel-")
         self._supervisor.start()
         atexit.register(self.stop)
         try:
@@ -134,7 +131,6 @@ class WorkerGroup:
         except BaseException:
             self.stop()
             raise
-        shutil.rmtree(self._store, ignore_errors=True)
         log.info("workers started in %.1f s on %s", time.monotonic() - began, self.layout.describe())
 
     @property
@@ -161,7 +157,7 @@ class WorkerGroup:
         self._wake()
         if self._supervisor.ident is not None and threading.current_thread() is not self._supervisor:
             self._supervisor.join(timeout=10)
-        shutil.rmtree(self._store, ignore_errors=True)
+        os.close(self._store)
         for segment in self._segments.values():
             segment.close()
         self._control.close()
@@ -397,11 +393,10 @@ class WorkerGroup:
             "fd": theirs.fileno(),
             "host_pid": os.getpid(),
             "rank": rank,
-            "world_size": self.layout.world_size,
-            "weights": [d.weight for d in self.layout.devices],
+            "weights": self.layout.speeds,
             "device": device.name,
             "attention": self.layout.attention,
-            "store": str(Path(self._store) / "store"),
+            "store": self._store,
             "threads": self._threads,
         }
         environment = os.environ | {
@@ -416,7 +411,7 @@ class WorkerGroup:
         try:
             process = subprocess.Popen(
                 [sys.executable, *flags, str(_BOOT), json.dumps(settings)],
-                pass_fds=(theirs.fileno(),),
+                pass_fds=(theirs.fileno(), self._store),
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,

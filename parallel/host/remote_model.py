@@ -5,12 +5,15 @@ from __future__ import annotations
 import itertools
 import logging
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..config import resolve
+from ..degrees import Degrees
 from ..errors import WorkerError
 from ..plan import SequencePlan
 from ..wire.shared import Segment, TensorRef, lay_out
@@ -23,6 +26,18 @@ log = logging.getLogger("sequence_parallel")
 _MODELS = itertools.count(1)
 _KEPT_CONDITIONING = 16
 """Tensors kept per model in each worker: prompt and negative prompt, a few of each."""
+
+
+@dataclass(frozen=True, slots=True)
+class StepRequest:
+    """One call of the network."""
+
+    x: Tensor
+    """Latent as ComfyUI hands it to its own network, e.g. [B, C, T, H, W], in the compute dtype."""
+    timestep: Tensor
+    """As ComfyUI hands it over."""
+    conditioning: Mapping[str, Tensor]
+    """Input name → tensor; only what changed since an earlier step travels."""
 
 
 class RemoteModel:
@@ -42,6 +57,10 @@ class RemoteModel:
         self.name = f"model-{next(_MODELS)}"
         self.nbytes = 0
         """Bytes of weights that one worker holds; 0 when not loaded."""
+        self.last_step: list[dict[str, Any]] = []
+        """What each rank said of the last step: `seconds`, `collectives` and `bytes_sent` to other ranks."""
+        self._layout = resolve(recipe.config)
+        self._told_degrees: Degrees | None = None
         self._own_group = group
         self._group: WorkerGroup | None = None
         self._generation = 0
@@ -94,60 +113,79 @@ class RemoteModel:
             self._group.post("unload", {"model": self.name})
         self._group, self._generation = None, 0
 
-    def check(self, x: Tensor, timestep: Tensor, conditioning: Mapping[str, Tensor]) -> None:
+    def check(self, request: StepRequest, degrees: Degrees) -> None:
         """Everything that can be told before any work.
 
         Raises:
             UnsupportedError: an input that the family cannot honour.
             ConfigError: more ranks than tokens.
         """
-        shapes = {"x": x.shape, "timestep": timestep.shape, **{name: t.shape for name, t in conditioning.items()}}
-        config = self.inspected.model_config
-        tokens = self.inspected.adapter.check_inputs(config, {name: tuple(shape) for name, shape in shapes.items()})
-        if self._group is not None:
-            SequencePlan((tokens,), 1, tuple(d.weight for d in self._group.layout.devices))
+        shapes = {"x": request.x.shape, "timestep": request.timestep.shape}
+        shapes |= {name: tensor.shape for name, tensor in request.conditioning.items()}
+        inspected = self.inspected
+        tokens = inspected.adapter.check_inputs(inspected.model_config, {n: tuple(s) for n, s in shapes.items()})
+        SequencePlan((tokens,), 1, (1.0,) * degrees.sp)
+
+    def degrees(self, conditions: int) -> Degrees:
+        """How a step with so many conditions is split; a change is logged."""
+        heads = self.inspected.model_config["num_attention_heads"]
+        degrees, reason = self._layout.degrees.choose(conditions=conditions, heads=heads)
+        if degrees != self._told_degrees:
+            self._told_degrees = degrees
+            log.info("plan on %s: %s (%s)", self._layout.describe(), degrees, reason)
+        return degrees
 
     def step(
         self, x: Tensor, timestep: Tensor, conditioning: Mapping[str, Tensor], *, poll: Poll | None = None
     ) -> Tensor:
-        """The network's prediction for one step.
+        """One request, see `steps`."""
+        return self.steps([StepRequest(x, timestep, conditioning)], poll=poll)[0]
+
+    def steps(self, requests: Sequence[StepRequest], *, conditions: int = 1, poll: Poll | None = None) -> list[Tensor]:
+        """The network's predictions for requests that may run side by side.
 
         Args:
-            x: latent as ComfyUI hands it to its own network, [B, C, T, H, W], in the compute dtype.
-            timestep: as ComfyUI hands it over.
-            conditioning: name → tensor; only what changed since an earlier step travels.
+            requests: each a call of the network.
+            conditions: how many of cond and uncond are in the requests.
             poll: see `WorkerGroup.call`.
 
         Returns:
-            The prediction, on x's device, in x's dtype.
+            The predictions, on x's device, in x's dtype.
 
         Raises:
+            ConfigError, UnsupportedError: before any work.
             WorkerError: a worker failed; the weights are gone unless `loaded` still says otherwise.
         """
-        self.check(x, timestep, conditioning)
+        degrees = self.degrees(conditions)
+        for request in requests:
+            self.check(request, degrees)
         group = self._group
         assert group is not None, "call ensure_loaded first"
         group.settle(poll)
-        out_shape = (x.shape[0], self.inspected.model_config["out_channels"], *x.shape[2:])
-        refs, size = lay_out("step", [(x.shape, x.dtype), (timestep.shape, timestep.dtype), (out_shape, x.dtype)])
+        shapes: list[tuple[Sequence[int], torch.dtype]] = []
+        for request in requests:
+            x, timestep = request.x, request.timestep
+            out_shape = self.inspected.adapter.output_shape(self.inspected.model_config, tuple(x.shape))
+            shapes += [(x.shape, x.dtype), (timestep.shape, timestep.dtype), (out_shape, x.dtype)]
+        refs, size = lay_out("step", shapes)
         segment = group.segment("step", size)
-        for tensor, ref in ((x, refs[0]), (timestep, refs[1])):
-            segment.tensor(ref).copy_(tensor)
-        keys, put, drop = self._conditioning.update(conditioning, group)
-        message: dict[str, Any] = {
-            "model": self.name,
-            "inputs": {"x": refs[0].to_json(), "timestep": refs[1].to_json()},
-            "conditioning": keys,
-            "put": put,
-            "drop": drop,
-            "out": refs[2].to_json(),
-        }
+        keys, put, drop = self._conditioning.update([request.conditioning for request in requests], group)
+        plain = []
+        for i, request in enumerate(requests):
+            x_ref, timestep_ref, out_ref = refs[3 * i : 3 * i + 3]
+            segment.tensor(x_ref).copy_(request.x)
+            segment.tensor(timestep_ref).copy_(request.timestep)
+            places = {"x": x_ref.to_json(), "timestep": timestep_ref.to_json(), "out": out_ref.to_json()}
+            plain.append({**places, "conditioning": keys[i]})
+        message = {
+            "model": self.name, "degrees": asdict(degrees), "requests": plain, "put": put, "drop": drop,
+        }  # fmt: skip
         try:
-            group.call("step", message, poll=poll)
+            self.last_step = group.call("step", message, poll=poll)
         except BaseException:
             self._conditioning.clear()  # what the workers hold now is unknown: send it again
             raise
-        return _copy_out(segment, refs[2], x.device)
+        return [_copy_out(segment, refs[3 * i + 2], request.x.device) for i, request in enumerate(requests)]
 
 
 class _SentConditioning:
@@ -164,24 +202,26 @@ class _SentConditioning:
         self._sent.clear()
 
     def update(
-        self, conditioning: Mapping[str, Tensor], group: WorkerGroup
-    ) -> tuple[dict[str, str], dict[str, Any], list[str]]:
+        self, wanted: Sequence[Mapping[str, Tensor]], group: WorkerGroup
+    ) -> tuple[list[dict[str, str]], dict[str, Any], list[str]]:
         """Finds what is new and writes it to shared memory.
 
         Returns:
-            name → key for this step; key → place of the tensors to take over; keys to forget.
+            For each request, name → key; key → place of the tensors to take over; keys to forget.
         """
-        keys: dict[str, str] = {}
+        keys: list[dict[str, str]] = []
         new: dict[str, Tensor] = {}
-        for name, tensor in conditioning.items():
-            key = next((key for key, sent in self._sent.items() if _same(sent, tensor)), None)
-            if key is None:
-                key = f"{self._model}/{next(self._numbers)}"
-                new[key] = self._sent[key] = tensor.detach().clone()
-            self._sent.move_to_end(key)
-            keys[name] = key
+        for conditioning in wanted:
+            keys.append({})
+            for name, tensor in conditioning.items():
+                key = next((key for key, sent in self._sent.items() if _same(sent, tensor)), None)
+                if key is None:
+                    key = f"{self._model}/{next(self._numbers)}"
+                    new[key] = self._sent[key] = tensor.detach().clone()
+                self._sent.move_to_end(key)
+                keys[-1][name] = key
         drop, self._stale = self._stale, []
-        while len(self._sent) > max(_KEPT_CONDITIONING, len(keys)):
+        while len(self._sent) > max(_KEPT_CONDITIONING, sum(map(len, keys))):
             drop.append(self._sent.popitem(last=False)[0])
         put: dict[str, Any] = {}
         if new:

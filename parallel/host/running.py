@@ -26,7 +26,7 @@ def acquire(config: SequenceParallelConfig, poll: Poll | None = None) -> WorkerG
     layout = resolve(config)
     with _lock:
         for group in list(_groups):
-            if group.alive and group.layout == layout:
+            if group.alive and group.layout.same_workers(layout):
                 return group
             if not group.alive or _share_a_device(group.layout, layout):
                 group.stop()

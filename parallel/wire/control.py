@@ -4,7 +4,8 @@ Stopping must be agreed: a rank that stops before a block while a peer enters it
 that block's collective. So only the *leader* looks at the host's wish. At the start of block b it publishes "stop at
 block b + 1 + run-ahead" before it joins block b's collectives. Another rank reads that word at the start of its blocks.
 It cannot start block b + 1 before block b's collectives are complete, which need the leader, who has published by
-then; hence all ranks stop at the same block, and it costs no collective.
+then; hence all ranks stop at the same block, and it costs no collective. Groups of ranks that
+work on different samples have a word each.
 
 `run-ahead` is how many blocks a rank's host code may be ahead of its device (0 on a CPU): on CUDA, launches return at
 once, so a rank first waits for the event of an earlier block before it looks.
@@ -15,7 +16,9 @@ from __future__ import annotations
 from .shared import Segment
 
 SIZE = 4096
-_CANCEL, _STOP_AT, _FIRST_RANK = 0, 1, 8
+_CANCEL, _STOP_AT, _BEATS = 0, 8, 256
+"""Word of the host's wish; first of the words that say where each group stops; first of the ranks' signs of life."""
+MAX_RANKS = _BEATS - _STOP_AT
 _NEVER = 2**62
 
 
@@ -38,9 +41,9 @@ class ControlPage:
     def reset(self, world_size: int) -> None:
         """Host, before a call: no wish to stop, no progress."""
         self._words[_CANCEL] = 0
-        self._words[_STOP_AT] = _NEVER
         for rank in range(world_size):
-            self._words[_FIRST_RANK + rank] = 0
+            self._words[_STOP_AT + rank] = _NEVER
+            self._words[_BEATS + rank] = 0
 
     def request_cancel(self) -> None:
         """Host: stop as soon as all ranks can."""
@@ -50,19 +53,22 @@ class ControlPage:
     def cancel_requested(self) -> bool:
         return self._words[_CANCEL] != 0
 
-    def should_stop(self, block: int, *, leader: bool, run_ahead: int) -> bool:
-        """Worker, at the start of `block`; `block` counts up by one through a step."""
-        if leader and self._words[_CANCEL] and self._words[_STOP_AT] == _NEVER:
-            self._words[_STOP_AT] = block + 1 + run_ahead
-        return block >= self._words[_STOP_AT]
+    def should_stop(self, block: int, *, group: int, leader: bool, run_ahead: int) -> bool:
+        """Worker, at the start of `block`; `block` counts up by one through a step.
+
+        `group` numbers the ranks that share a sequence; groups stop each by themselves.
+        """
+        if leader and self._words[_CANCEL] and self._words[_STOP_AT + group] == _NEVER:
+            self._words[_STOP_AT + group] = block + 1 + run_ahead
+        return block >= self._words[_STOP_AT + group]
 
     def beat(self, rank: int) -> None:
         """Worker: a sign of life."""
-        self._words[_FIRST_RANK + rank] += 1
+        self._words[_BEATS + rank] += 1
 
     def beats(self, world_size: int) -> tuple[int, ...]:
         """Host: each rank's signs of life since the call began."""
-        return tuple(self._words[_FIRST_RANK : _FIRST_RANK + world_size])
+        return tuple(self._words[_BEATS : _BEATS + world_size])
 
     def close(self) -> None:
         self._words.release()

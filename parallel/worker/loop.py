@@ -16,6 +16,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +24,16 @@ import torch
 import torch.distributed as dist
 
 from ..attention import kernels
+from ..degrees import Degrees
 from ..errors import EngineError, StepCancelled
+from ..mesh import Mesh
+from ..plan import SequencePlan, share_of
 from ..wire.channel import Channel, ChannelClosed, Message
 from ..wire.control import SIZE as CONTROL_SIZE
 from ..wire.control import ControlPage
 from ..wire.shared import Segment, TensorRef
-from .ranks import ParallelContext, SoloContext, join
+from .measurement import measure_attention
+from .ranks import ParallelContext, Ranks, SoloContext, join
 from .resident import ResidentModel
 
 _PR_SET_PDEATHSIG = 1
@@ -42,11 +47,11 @@ class Worker:
 
     Args:
         channel: to the host.
-        rank, world_size: place in the group.
+        rank: place in the world.
         weights: relative speed of each rank.
         device: this rank's device.
         attention: kernel name, see `config.ATTENTION_KERNELS`.
-        store: path of the file store by which the ranks meet.
+        store: descriptor of the file through which the ranks meet.
     """
 
     def __init__(
@@ -54,28 +59,26 @@ class Worker:
         channel: Channel,
         *,
         rank: int,
-        world_size: int,
         weights: tuple[float, ...],
         device: torch.device,
         attention: str,
-        store: str,
+        store: int,
     ):
         self._channel = channel
         self._rank = rank
-        self._world_size = world_size
-        self._weights = weights
         self._device = device
-        self._kernel = kernels.select(attention, device)
-        self._group = join(rank, world_size, device, store)
+        self._ranks = Ranks(weights, device, kernels.select(attention, device))
+        join(rank, len(weights), device, store)
         self._segments: dict[str, Segment] = {}
         self._control: ControlPage | None = None
         self._models: dict[str, ResidentModel] = {}
-        self._checked: set[tuple[str, torch.dtype]] = set()
+        self._checked: set[tuple[str, torch.dtype, Degrees]] = set()
         self._operations: dict[str, Callable[[Message], dict[str, Any]]] = {
             "load": self._load,
             "unload": self._unload,
             "step": self._step,
             "echo": self._echo,
+            "attention": self._attention,
         }
 
     def run(self, inbox: queue.Queue[tuple[Message, list[int]]]) -> None:
@@ -129,38 +132,65 @@ class Worker:
         return {}
 
     def _step(self, message: Message) -> dict[str, Any]:
+        """Runs this rank's part of one or more requests; which samples are its group's follows from the degrees."""
         model = self._models[message["model"]]
-        inputs = {name: self._tensor(ref) for name, ref in message["inputs"].items()}
         model.drop_conditioning(message["drop"])
         for key, ref in message["put"].items():
             model.put_conditioning(key, self._tensor(ref))
+        assert self._control is not None
+        mesh = self._ranks.mesh(Degrees(**message["degrees"]))
         with torch.no_grad():
-            self._check(model)
-            model.step(
-                inputs["x"], inputs["timestep"], message["conditioning"], self._tensor(message["out"]), self._context()
-            )
-        return {}
+            self._check(model, mesh)
+            began = time.perf_counter()
+            context = ParallelContext(self._ranks, mesh, self._control)
+            requests = message["requests"]
+            batches = [request["x"]["shape"][0] for request in requests]
+            for request, rows in zip(requests, share_of(batches, mesh.group, mesh.degrees.groups), strict=True):
+                if rows.stop > rows.start:
+                    x, timestep, out = (self._tensor(request[name]) for name in ("x", "timestep", "out"))
+                    model.step(x, timestep, request["conditioning"], rows, out, context)
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)  # the result lies in shared memory when the host hears of it
+        return {"seconds": time.perf_counter() - began, **asdict(context.traffic)}
 
     def _echo(self, message: Message) -> dict[str, Any]:
         """Writes this rank's share of the input to the output: the cost of a remote call without a model."""
         x, out = self._tensor(message["inputs"]["x"]).flatten(), self._tensor(message["out"]).flatten()
-        share = -(-x.numel() // self._world_size)
+        share = -(-x.numel() // self._ranks.world_size)
         mine = slice(self._rank * share, (self._rank + 1) * share)
         out[mine].copy_(x[mine])
         return {}
 
+    def _attention(self, message: Message) -> dict[str, Any]:
+        """One attention on random data, for the benchmarks."""
+        mesh = self._ranks.mesh(Degrees(**message["degrees"]))
+        plan = SequencePlan(
+            tuple(message["streams"]), message["heads"], mesh.members(self._ranks.weights), mesh.degrees.ring
+        )
+        return measure_attention(
+            plan,
+            mesh.sp_rank,
+            mesh.ulysses,
+            mesh.ring,
+            self._ranks.kernel,
+            pipeline=message["pipeline"],
+            batch=message["batch"],
+            head_dim=message["head_dim"],
+            dtype=getattr(torch, message["dtype"]),
+            device=self._device,
+            check=message.get("check", False),
+        )
+
     # --- parts --------------------------------------------------------------------------------------------------
 
-    def _check(self, model: ResidentModel) -> None:
-        """Split against alone, before a family's first step in a dtype; all ranks are here together."""
-        key = (model.adapter.family, model.compute_dtype)
-        if self._world_size > 1 and key not in self._checked:
-            model.self_check(self._context(), SoloContext(self._kernel), self._world_size)
+    def _check(self, model: ResidentModel, mesh: Mesh) -> None:
+        """Split against alone, before the first step of a family in a dtype and mesh; all ranks are here together."""
+        key = (model.adapter.family, model.compute_dtype, mesh.degrees)
+        if mesh.degrees.sp > 1 and key not in self._checked:
+            assert self._control is not None
+            context = ParallelContext(self._ranks, mesh, self._control)
+            model.self_check(context, SoloContext(self._ranks.kernel), mesh.degrees)
             self._checked.add(key)
-
-    def _context(self) -> ParallelContext:
-        assert self._control is not None
-        return ParallelContext(self._rank, self._weights, self._group, self._kernel, self._control, self._device)
 
     def _tensor(self, ref: dict[str, Any]) -> torch.Tensor:
         place = TensorRef.from_json(ref)
@@ -230,7 +260,6 @@ def main(settings: dict[str, Any]) -> None:
     worker = Worker(
         channel,
         rank=settings["rank"],
-        world_size=settings["world_size"],
         weights=tuple(settings["weights"]),
         device=device,
         attention=settings["attention"],

@@ -1,4 +1,4 @@
-"""The process group of a worker, and a step's view of it."""
+"""The process groups of a worker, and a step's view of them."""
 
 from __future__ import annotations
 
@@ -8,10 +8,13 @@ import datetime
 import torch
 import torch.distributed as dist
 
-from ..adapters.base import Attention, StepContext
+from ..adapters.base import StepContext
+from ..attention.joint import JointAttention, Unexchanged, joint_attention
 from ..attention.kernels import Kernel
-from ..attention.ulysses import UlyssesAttention
+from ..attention.traffic import Traffic
+from ..degrees import Degrees
 from ..errors import StepCancelled
+from ..mesh import Mesh
 from ..plan import SequencePlan
 from ..wire.control import ControlPage
 
@@ -21,66 +24,86 @@ _COLLECTIVE_TIMEOUT = datetime.timedelta(hours=1)
 _RUN_AHEAD = 2
 """Blocks that the host code may be ahead of a CUDA device, so that Cancel is quick and launches still overlap."""
 
+_PIPELINE_FROM = 8192
+"""Tokens per sequence from which attention outweighs the launches of a second chunk of heads (CUDA only; an estimate
+from HunyuanVideo's shapes that awaits a measurement on several GPUs)."""
 
-def join(rank: int, world_size: int, device: torch.device, store: str) -> dist.ProcessGroup:
-    """Meets the other ranks through a file (no listening socket) and returns the group of all of them."""
+
+def join(rank: int, world_size: int, device: torch.device, store: int) -> None:
+    """Meets the other ranks through a file that has no name, inherited as the descriptor `store`: no listening socket,
+    and nothing to be left behind."""
     backend = "nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(
         backend,
-        store=dist.FileStore(store, world_size),
+        store=dist.FileStore(f"/proc/self/fd/{store}", world_size),
         rank=rank,
         world_size=world_size,
         timeout=_COLLECTIVE_TIMEOUT,
         device_id=device if device.type == "cuda" else None,
     )
-    group = dist.group.WORLD
-    assert group is not None
-    dist.barrier()  # every rank has read the store; its file can go
-    return group
+    dist.barrier()
+
+
+class Ranks:
+    """This rank among the others: meshes of any degrees, made when first needed and kept.
+
+    Args:
+        weights: relative speed of each rank of the world.
+    """
+
+    def __init__(self, weights: tuple[float, ...], device: torch.device, kernel: Kernel):
+        self.weights = weights
+        self.device = device
+        self.kernel = kernel
+        self._meshes: dict[Degrees, Mesh] = {}
+
+    @property
+    def world_size(self) -> int:
+        return len(self.weights)
+
+    def mesh(self, degrees: Degrees) -> Mesh:
+        """All ranks must ask for the same meshes in the same order."""
+        if degrees not in self._meshes:
+            self._meshes[degrees] = Mesh.build(degrees, self.device.type)
+        return self._meshes[degrees]
 
 
 class ParallelContext(StepContext):
-    """All ranks share the sequence."""
+    """A step under a mesh: this rank's sequence-parallel group shares a sequence."""
 
-    def __init__(
-        self,
-        rank: int,
-        weights: tuple[float, ...],
-        group: dist.ProcessGroup,
-        kernel: Kernel,
-        control: ControlPage,
-        device: torch.device,
-    ):
-        self.rank = rank
-        self._weights = weights
-        self._group = group
-        self._kernel = kernel
+    def __init__(self, ranks: Ranks, mesh: Mesh, control: ControlPage):
+        self.rank = mesh.sp_rank
+        self._mesh = mesh
+        self._weights = mesh.members(ranks.weights)
+        self._kernel = ranks.kernel
+        self._device = ranks.device
         self._control = control
         self._block = 0
-        self._events: collections.deque[torch.cuda.Event] | None = (
-            collections.deque() if device.type == "cuda" else None
-        )
+        self.traffic = Traffic()
+        self._events: collections.deque[torch.cuda.Event] = collections.deque()
 
     def plan(self, streams: tuple[int, ...], heads: int) -> SequencePlan:
-        return SequencePlan(streams, heads, self._weights)
+        return SequencePlan(streams, heads, self._weights, self._mesh.degrees.ring)
 
-    def attention(self, plan: SequencePlan) -> Attention:
-        if plan.world_size == 1:
-            return SoloContext(self._kernel).attention(plan)
-        return UlyssesAttention(plan, self.rank, self._group, self._kernel)
+    def attention(self, plan: SequencePlan) -> JointAttention:
+        long = self._device.type == "cuda" and sum(plan.streams) >= _PIPELINE_FROM
+        return joint_attention(
+            plan, self.rank, self._mesh.ulysses, self._mesh.ring, self._kernel, 2 if long else 1, self.traffic
+        )
 
     def enter_block(self, plan: SequencePlan) -> None:
         run_ahead = 0
-        if self._events is not None:
+        if self._device.type == "cuda":
             run_ahead = _RUN_AHEAD
             if len(self._events) == _RUN_AHEAD:
                 self._events.popleft().synchronize()
             event = torch.cuda.Event()
             event.record()
             self._events.append(event)
-        self._control.beat(self.rank)
+        self._control.beat(self._mesh.rank)
         block, self._block = self._block, self._block + 1
-        if self._control.should_stop(block, leader=self.rank == plan.leader, run_ahead=run_ahead):
+        leader = self.rank == plan.leader
+        if self._control.should_stop(block, group=self._mesh.group, leader=leader, run_ahead=run_ahead):
             raise StepCancelled(f"stopped before block {block}")
 
 
@@ -95,11 +118,8 @@ class SoloContext(StepContext):
     def plan(self, streams: tuple[int, ...], heads: int) -> SequencePlan:
         return SequencePlan(streams, heads, (1.0,))
 
-    def attention(self, plan: SequencePlan) -> Attention:
-        def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-            return self._kernel(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)).transpose(1, 2)
-
-        return attend
+    def attention(self, plan: SequencePlan) -> JointAttention:
+        return Unexchanged(self._kernel)
 
     def enter_block(self, plan: SequencePlan) -> None:
         pass

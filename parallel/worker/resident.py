@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ..adapters import registry
 from ..adapters.base import Adapter, StepContext
 from ..checkpoints.source import Source, TensorInfo, open_source
+from ..degrees import Degrees
 from ..errors import CheckpointError, UnsupportedError
 from .ranks import SoloContext
 
@@ -40,14 +41,15 @@ class ResidentModel:
         self.device = device
         self.compute_dtype: torch.dtype = getattr(torch, recipe["compute_dtype"])
         storage: torch.dtype = getattr(torch, recipe["weight_dtype"])
-        with torch.device("meta"):
-            self.model = self.adapter.build(self.config)
+        model_class = self.adapter.model_class()
+        with torch.device("meta"):  # no memory until a weight is read
+            self.model = model_class(**self.config)
         self._load(source, storage, progress)
         self.model.eval().requires_grad_(False)
         if storage in _FP8:
             _keep_fp8(self.model, storage, self.compute_dtype)
         self._conditioning: dict[str, Tensor] = {}
-        self._prepared: tuple[tuple[tuple[str, str], ...], Any] | None = None
+        self._prepared: dict[tuple[Any, ...], Any] = {}
 
     @property
     def nbytes(self) -> int:
@@ -62,30 +64,37 @@ class ResidentModel:
     def drop_conditioning(self, keys: list[str]) -> None:
         for key in keys:
             self._conditioning.pop(key, None)
-        self._prepared = None
+        if keys:
+            self._prepared.clear()
 
-    def step(self, x: Tensor, timestep: Tensor, keys: Mapping[str, str], out: Tensor, context: StepContext) -> None:
-        """Runs the network on this rank's part; `keys` names the conditioning, see `Adapter.step`."""
-        wanted = tuple(sorted(keys.items()))
-        if self._prepared is None or self._prepared[0] != wanted:
-            conditioning = {name: self._conditioning[key] for name, key in wanted}
-            self._prepared = (wanted, self.adapter.prepare(conditioning))
-        timestep = timestep.to(self.device)
-        self.adapter.step(self.model, x, timestep, self._prepared[1], out, context)
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)  # the result lies in shared memory when the host hears of it
+    def step(
+        self, x: Tensor, timestep: Tensor, keys: Mapping[str, str], rows: slice, out: Tensor, context: StepContext
+    ) -> None:
+        """Runs the network on this rank's part of some samples, see `Adapter.step`.
 
-    def self_check(self, context: StepContext, solo: SoloContext, world_size: int) -> None:
+        Args:
+            keys: input name → key of its conditioning.
+            rows: the samples, of those in x, timestep, the conditioning and out.
+        """
+        wanted = (rows.start, rows.stop, *sorted(keys.items()))
+        if wanted not in self._prepared:
+            tensors = {name: self._conditioning[key] for name, key in keys.items()}
+            mine = {name: t[rows] if len(t) == len(x) else t for name, t in tensors.items()}
+            self._prepared[wanted] = self.adapter.prepare(mine)
+        timestep = timestep[rows].to(self.device)
+        self.adapter.step(self.model, x[rows], timestep, self._prepared[wanted], out[rows], context)
+
+    def self_check(self, context: StepContext, solo: SoloContext, degrees: Degrees) -> None:
         """Runs a small uneven step on all ranks and again on this rank alone, and compares this rank's part.
 
         Raises:
             UnsupportedError: they differ, so the family's split is wrong with these library versions.
         """
-        inputs = self.adapter.example(self.config, world_size, self.compute_dtype)
+        inputs = self.adapter.example(self.config, degrees.sp, self.compute_dtype)
         x, timestep = inputs.pop("x"), inputs.pop("timestep").to(self.device)
         prepared = self.adapter.prepare({name: tensor.to(self.device) for name, tensor in inputs.items()})
         untouched = 2.0**20
-        ours = torch.full(_output_shape(self.config, x), untouched, dtype=x.dtype)
+        ours = torch.full(self.adapter.output_shape(self.config, tuple(x.shape)), untouched, dtype=x.dtype)
         alone = ours.clone()
         self.adapter.step(self.model, x, timestep, prepared, ours, context)
         self.adapter.step(self.model, x, timestep, prepared, alone, solo)
@@ -94,7 +103,7 @@ class ResidentModel:
         allowed = 1e-4 if self.compute_dtype == torch.float32 else 0.05
         if not difference <= allowed:
             raise UnsupportedError(
-                f"{self.adapter.family} failed its self-check: split over {world_size} ranks, the prediction differs"
+                f"{self.adapter.family} failed its self-check: split as {degrees}, the prediction differs"
                 f" by {difference:.2g} (relative; allowed {allowed:g}) from one rank's. Please report this with your"
                 f" versions of torch ({torch.__version__}) and diffusers."
             )
@@ -145,7 +154,3 @@ def _nbytes(info: TensorInfo) -> int:
     for size in info.shape:
         count *= size
     return count * info.dtype.itemsize
-
-
-def _output_shape(config: Mapping[str, Any], x: Tensor) -> tuple[int, ...]:
-    return (x.shape[0], config["out_channels"], *x.shape[2:])

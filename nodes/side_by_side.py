@@ -1,0 +1,108 @@
+"""cond and uncond at the same time, also when ComfyUI calls the network for one after the other.
+
+ComfyUI puts both into one call only if their shapes agree and its estimate of memory allows. Otherwise they arrive as
+two calls in a row, and half of the devices of `cfg_degree` 2 would wait. So, when the first call arrives, this module
+lets ComfyUI prepare the second one too, up to the network's door, and sends both to the workers together. The second
+call then finds its result waiting, if it asks for just what was foreseen; otherwise it runs by itself.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from comfy.patcher_extension import WrappersMP, get_all_wrappers
+from torch import Tensor
+
+from ..parallel.host.remote_model import RemoteModel, StepRequest
+
+log = logging.getLogger("sequence_parallel")
+
+
+class Recorded(BaseException):
+    """Carries a call's inputs out of ComfyUI's preparation. No error, hence no Exception."""
+
+    def __init__(self, request: StepRequest):
+        super().__init__()
+        self.request = request
+
+
+class LookAhead:
+    """Foreseen calls of one model and their results, for the duration of one CALC_COND_BATCH."""
+
+    def __init__(self, remote: RemoteModel):
+        self._remote = remote
+        self._prepare: dict[int, Callable[[], None]] = {}
+        self._results: list[tuple[StepRequest, Tensor]] = []
+        self.recording = False
+
+    @contextmanager
+    def over(self, prepare: dict[int, Callable[[], None]]) -> Iterator[None]:
+        """`prepare` maps the index of each condition to a function that calls the network for it alone."""
+        self._prepare = prepare
+        try:
+            yield
+        finally:
+            self._prepare = {}
+            self._results.clear()
+
+    def others(self, running: Sequence[int]) -> list[StepRequest]:
+        """The calls that will follow the one for the conditions `running`; empty where they would not run beside it."""
+        waiting = [index for index in self._prepare if index not in running]
+        if not waiting or self._remote.degrees(conditions=len(set(running)) + len(waiting)).groups == 1:
+            return []
+        prepare, self._prepare = self._prepare, {}
+        requests = []
+        self.recording = True
+        try:
+            for index in waiting:
+                try:
+                    prepare[index]()
+                except Recorded as recorded:
+                    requests.append(recorded.request)
+        finally:
+            self.recording = False
+        return requests
+
+    def keep(self, requests: Sequence[StepRequest], predictions: Sequence[Tensor]) -> None:
+        self._results += zip(requests, predictions, strict=True)
+
+    def take(self, request: StepRequest) -> Tensor | None:
+        """The result of a foreseen call with exactly these inputs."""
+        for i, (foreseen, prediction) in enumerate(self._results):
+            if _same(foreseen, request):
+                del self._results[i]
+                return prediction
+        return None
+
+
+def side_by_side(
+    executor: Any, model: Any, conds: list[Any], x_in: Tensor, timestep: Tensor, model_options: dict[str, Any]
+) -> Any:
+    """A CALC_COND_BATCH wrapper, set by Load Diffusion Model (SP)."""
+    present = [index for index, cond in enumerate(conds) if cond]
+    if len(present) < 2 or _has_side_effects(model_options):
+        return executor(model, conds, x_in, timestep, model_options)
+
+    def alone(index: int) -> Callable[[], None]:
+        only = [cond if i == index else None for i, cond in enumerate(conds)]
+        return lambda: executor(model, only, x_in, timestep, model_options)
+
+    with model.diffusion_model.look_ahead.over({index: alone(index) for index in present}):
+        return executor(model, conds, x_in, timestep, model_options)
+
+
+def _has_side_effects(model_options: dict[str, Any]) -> bool:
+    """Whether preparing a call twice could be noticed by code of another node."""
+    wrappers = get_all_wrappers(WrappersMP.APPLY_MODEL, model_options, is_model_options=True)
+    return bool(wrappers) or "model_function_wrapper" in model_options
+
+
+def _same(a: StepRequest, b: StepRequest) -> bool:
+    if a.conditioning.keys() != b.conditioning.keys():
+        return False
+    pairs = [(a.x, b.x), (a.timestep, b.timestep), *((a.conditioning[n], b.conditioning[n]) for n in a.conditioning)]
+    return all(p.shape == q.shape and p.dtype == q.dtype and torch.equal(p, q) for p, q in pairs)

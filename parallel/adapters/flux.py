@@ -1,0 +1,146 @@
+"""FLUX.1: dev, schnell and their variants with concatenated channels."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from math import prod
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..attention.rope import rope
+from ..checkpoints.source import Source, TensorInfo
+from ..errors import CheckpointError, UnsupportedError
+from . import two_stream
+from .base import Adapter, Piece, StepContext
+from .patches import Grid, read_tokens, write_tokens
+from .two_stream import HEAD_DIM, Shapes
+
+ROPE_AXES = (16, 56, 56)
+ROPE_THETA = 10000.0
+_PATCH: Grid = (1, 2, 2)
+
+_MARKERS = ("img_in.weight", "txt_in.weight", "vector_in.in_layer.weight", "double_blocks.0.img_attn.qkv.weight")
+_DEFAULTS = {
+    "in_channels": 64, "out_channels": None, "num_layers": 19, "num_single_layers": 38, "num_attention_heads": 24,
+    "joint_attention_dim": 4096, "pooled_projection_dim": 768, "guidance_embeds": False,
+}  # fmt: skip
+_RENAMED = [(r"^img_in$", "x_embedder"), (r"^txt_in$", "context_embedder"), *two_stream.RENAMED]
+
+
+class FluxAdapter(Adapter):
+    family: ClassVar[str] = "flux"
+    repeated_blocks: ClassVar[tuple[str, ...]] = ("transformer_blocks", "single_transformer_blocks")
+
+    @classmethod
+    def detect(cls, tensors: Mapping[str, TensorInfo]) -> bool:
+        return all(marker in tensors for marker in _MARKERS) and "double_blocks.0.img_mlp.2.weight" in tensors
+
+    @classmethod
+    def detect_diffusers(cls, config: Mapping[str, Any]) -> bool:
+        return config.get("_class_name") == "FluxTransformer2DModel"
+
+    def model_config(self, source: Source) -> dict[str, Any]:
+        if source.config is not None:
+            config = _DEFAULTS | {key: value for key, value in source.config.items() if not key.startswith("_")}
+            for key, needed in {"attention_head_dim": HEAD_DIM, "axes_dims_rope": list(ROPE_AXES)}.items():
+                if (value := config.get(key, needed)) != needed:
+                    raise UnsupportedError(
+                        f"{source.path}: {key} is {value} in config.json; only {needed} is supported"
+                    )
+            return config | {"out_channels": config["out_channels"] or config["in_channels"]}
+        shapes = {name: info.shape for name, info in source.tensors.items()}
+        try:
+            return {
+                "in_channels": shapes["img_in.weight"][1],
+                "out_channels": shapes["final_layer.linear.weight"][0],
+                "num_attention_heads": shapes["img_in.weight"][0] // HEAD_DIM,
+                "num_layers": two_stream.count(shapes, "double_blocks"),
+                "num_single_layers": two_stream.count(shapes, "single_blocks"),
+                "guidance_embeds": "guidance_in.in_layer.weight" in shapes,
+                "joint_attention_dim": shapes["txt_in.weight"][1],
+                "pooled_projection_dim": shapes["vector_in.in_layer.weight"][1],
+            }
+        except KeyError as error:
+            raise CheckpointError(f"{source.path} looks like FLUX.1, but is incomplete: {error}") from error
+
+    def model_class(self) -> Callable[..., nn.Module]:
+        from diffusers.models.transformers.transformer_flux import FluxTransformer2DModel
+
+        return FluxTransformer2DModel
+
+    def pieces(self, name: str, shape: tuple[int, ...], config: Mapping[str, Any]) -> list[Piece]:
+        name = f"{name.removesuffix('.scale')}.weight" if name.endswith("_norm.scale") else name
+        return two_stream.pieces(name, shape, config["num_attention_heads"] * HEAD_DIM, _RENAMED)
+
+    def native_tensors(self, config: Mapping[str, Any]) -> Shapes:
+        d = config["num_attention_heads"] * HEAD_DIM
+        linear, norms = two_stream.block_tensors(config)
+        linear |= {"img_in": (d, config["in_channels"]), "txt_in": (d, config["joint_attention_dim"])}
+        linear["final_layer.linear"] = (config["out_channels"], d)
+        return two_stream.with_biases(linear) | {f"{name}.weight": (size,) for name, size in norms.items()}
+
+    def check_inputs(self, config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> int:
+        if unknown := sorted(set(shapes) - {"x", "timestep", "context", "y", "guidance"}):
+            raise UnsupportedError(f"FLUX.1 (SP) cannot use the input {', '.join(unknown)} yet")
+        if "context" not in shapes:
+            raise UnsupportedError("FLUX.1 needs a text encoder's conditioning; the conditioning has none")
+        x, context, channels = shapes["x"], shapes["context"], config["in_channels"] // prod(_PATCH)
+        if len(x) != 4 or x[1] != channels:
+            raise UnsupportedError(
+                f"FLUX.1 needs a latent of shape [batch, {channels}, height, width]; it is {list(x)}"
+            )
+        if len(context) != 3 or context[2] != config["joint_attention_dim"]:
+            raise UnsupportedError(
+                f"the text conditioning has the shape {list(context)}; this checkpoint needs"
+                f" [batch, tokens, {config['joint_attention_dim']}]: is it from FLUX's text encoder?"
+            )
+        return prod(-(-size // 2) for size in x[2:])
+
+    def output_shape(self, config: Mapping[str, Any], x_shape: tuple[int, ...]) -> tuple[int, ...]:
+        return (x_shape[0], config["out_channels"] // prod(_PATCH), *x_shape[2:])
+
+    def prepare(self, conditioning: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        return conditioning  # FLUX attends to its padding: nothing may be trimmed
+
+    def example(self, config: Mapping[str, Any], world_size: int, dtype: torch.dtype) -> dict[str, Tensor]:
+        generator = torch.Generator().manual_seed(0)
+
+        def random(*shape: int) -> Tensor:
+            return torch.randn(shape, generator=generator).to(dtype)
+
+        return {
+            "x": random(1, config["in_channels"] // prod(_PATCH), 4, 2 * world_size + 1),
+            "timestep": torch.tensor([0.5]),
+            "context": random(1, 7, config["joint_attention_dim"]),
+            "y": random(1, config["pooled_projection_dim"]),
+            "guidance": torch.tensor([3.5]).to(dtype),
+        }
+
+    def step(
+        self, model: nn.Module, x: Tensor, timestep: Tensor, prepared: Any, out: Tensor, context: StepContext
+    ) -> None:
+        m: Any = model
+        text, config = prepared["context"], m.config
+        # ComfyUI wraps odd sizes around to whole patches.
+        x = F.pad(x, (0, x.shape[3] % 2, 0, x.shape[2] % 2), mode="circular") if (x.shape[2] | x.shape[3]) % 2 else x
+        x, out = x[:, :, None], out[:, :, None]
+        grid: Grid = (1, x.shape[3] // 2, x.shape[4] // 2)
+        plan = context.plan((prod(grid), text.shape[1]), config.num_attention_heads)
+        (i0, i1), (t0, t1) = plan.stream_ranges(context.rank)
+
+        pooled = prepared.get("y")
+        if pooled is None:
+            pooled = text.new_zeros(text.shape[0], config.pooled_projection_dim)
+        temb = two_stream.modulation(m.time_text_embed, timestep * 1000, pooled, prepared.get("guidance"))
+        image = m.x_embedder(read_tokens(x, i0, i1, _PATCH, m.x_embedder.weight))
+        text = m.context_embedder(text[:, t0:t1])
+        index = torch.arange(i0, i1, device=text.device)
+        positions = (torch.zeros_like(index), index // grid[2], index % grid[2])
+        table = two_stream.rope_with_text(rope(positions, ROPE_AXES, ROPE_THETA), t1 - t0)
+        image = two_stream.run_blocks(
+            m, image, text, temb, table, context.attention(plan), lambda: context.enter_block(plan)
+        )
+        write_tokens(m.proj_out(m.norm_out(image, temb)), out, i0, i1, _PATCH)

@@ -1,0 +1,64 @@
+"""Joint attention as an adapter sees it, put together from a plan: Ulysses inside, a ring across, or neither."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol, TypeVar
+
+import torch.distributed as dist
+from torch import Tensor
+
+from ..plan import SequencePlan
+from .kernels import Kernel
+from .ring import RingAttention
+from .traffic import Traffic
+from .ulysses import Local, UlyssesAttention
+
+T = TypeVar("T")
+
+
+class JointAttention(Protocol):
+    """Attention of this rank's tokens with those of all ranks that share the sequence."""
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """q, k, v: this rank's tokens with all heads, [B, S_r, H, D]. Returns the same shape."""
+
+    def with_work(self, q: Tensor, k: Tensor, v: Tensor, work: Callable[[], T]) -> tuple[Tensor, T]:
+        """As a call; `work`, which must not depend on the result, runs while the first exchange is under way."""
+
+
+class Unexchanged:
+    """All heads stay with their tokens: one rank alone, or a ring without Ulysses."""
+
+    def __init__(self, local: Local):
+        self._local = local
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return self._local(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)).transpose(1, 2)
+
+    def with_work(self, q: Tensor, k: Tensor, v: Tensor, work: Callable[[], T]) -> tuple[Tensor, T]:
+        return self(q, k, v), work()
+
+
+def joint_attention(
+    plan: SequencePlan,
+    rank: int,
+    ulysses: dist.ProcessGroup | None,
+    ring: dist.ProcessGroup | None,
+    kernel: Kernel,
+    pipeline: int = 1,
+    traffic: Traffic | None = None,
+) -> JointAttention:
+    """The attention of `plan` for `rank`; the groups are needed where their degree is above 1.
+
+    What is sent is added to `traffic`.
+    """
+    traffic = traffic or Traffic()
+    local: Local = kernel
+    if plan.ring_degree > 1:
+        assert ring is not None
+        local = RingAttention(plan.chunks, rank // plan.ulysses_degree, ring, kernel, traffic)
+    if plan.ulysses_degree == 1:
+        return Unexchanged(local)
+    assert ulysses is not None
+    return UlyssesAttention(plan, rank, ulysses, local, pipeline, traffic)

@@ -1,0 +1,122 @@
+"""Ring attention: keys and values travel around a ring of ranks (https://arxiv.org/abs/2310.01889).
+
+Rank i holds the queries, keys and values of chunk i. In each of the n − 1 rounds it computes with the chunk it has
+while it passes that chunk on and receives the next one. K and V travel in one buffer; chunks may be uneven, their
+sizes come from the plan. Partial results are merged in fp32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from .kernels import Kernel
+from .merge import merge
+from .traffic import Traffic
+
+
+class RingAttention:
+    """Attention of this rank's queries with the keys of all ranks of `group`.
+
+    Args:
+        chunks: tokens of each rank of the ring.
+        index: this rank's place in the ring.
+        group: the ring's process group.
+        kernel: must give log-sum-exp.
+        traffic: counts what is sent.
+    """
+
+    def __init__(
+        self,
+        chunks: Sequence[int],
+        index: int,
+        group: dist.ProcessGroup,
+        kernel: Kernel,
+        traffic: Traffic | None = None,
+    ):
+        self.chunks = tuple(chunks)
+        self.index = index
+        self.group = group
+        self.kernel = kernel
+        self.traffic = traffic or Traffic()
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """q, k, v: [B, H, S_i, D] → [B, H, S_i, D]."""
+        return _Ring.apply(q, k, v, self)
+
+    def exchange(self, send: Tensor, receive: Tensor) -> list[dist.Work]:
+        """Starts passing `send` to the next rank and receiving from the one before."""
+        size = len(self.chunks)
+        following = dist.get_global_rank(self.group, (self.index + 1) % size)
+        previous = dist.get_global_rank(self.group, (self.index - 1) % size)
+        return dist.batch_isend_irecv(
+            [
+                dist.P2POp(dist.isend, send, following, self.group),
+                dist.P2POp(dist.irecv, receive, previous, self.group),
+            ]
+        )
+
+    def size_after(self, rounds: int) -> int:
+        """Tokens of the chunk that this rank holds after so many rounds."""
+        return self.chunks[(self.index - rounds) % len(self.chunks)]
+
+
+class _Ring(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, ring: RingAttention) -> Tensor:
+        batch, heads, _, dim = q.shape
+        rounds = len(ring.chunks)
+        held = torch.stack((k, v))
+        out = lse = None
+        for done in range(rounds):
+            works: list[dist.Work] = []
+            if done + 1 < rounds:
+                coming = held.new_empty(2, batch, heads, ring.size_after(done + 1), dim)
+                works = ring.exchange(held, coming)
+                ring.traffic.add(held.nbytes)
+            part, part_lse = ring.kernel.with_lse(q, held[0], held[1])
+            if out is None or lse is None:
+                out, lse = part.to(torch.float32, copy=True), part_lse
+            else:
+                out, lse = merge(out, lse, part, part_lse)
+            for work in works:
+                work.wait()
+            if works:
+                held = coming
+        assert out is not None
+        result = out.to(q.dtype)
+        ctx.ring = ring
+        ctx.save_for_backward(q, k, v, result, lse)
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+        """The chunks travel once more, each with the gradient that it has gathered so far, and one hop home."""
+        q, k, v, out, lse = ctx.saved_tensors
+        ring: RingAttention = ctx.ring
+        rounds = len(ring.chunks)
+        held = torch.stack((k, v))
+        grad_q = torch.zeros_like(q, dtype=torch.float32)
+        grad_held = torch.zeros_like(held, dtype=torch.float32)
+        for done in range(rounds):
+            part_q, part_k, part_v = ring.kernel.backward(grad.contiguous(), q, held[0], held[1], out, lse)
+            grad_q += part_q
+            grad_held[0] += part_k
+            grad_held[1] += part_v
+            shape = (*held.shape[:3], ring.size_after(done + 1), held.shape[4])
+            works = []
+            if done + 1 < rounds:
+                coming = held.new_empty(shape)
+                works += ring.exchange(held, coming)
+            grad_coming = grad_held.new_empty(shape)
+            works += ring.exchange(grad_held, grad_coming)
+            for work in works:
+                work.wait()
+            if done + 1 < rounds:
+                held = coming
+            grad_held = grad_coming
+        return grad_q.to(q.dtype), grad_held[0].to(k.dtype), grad_held[1].to(v.dtype), None

@@ -1,0 +1,57 @@
+"""One rank's exact share of a large world, on one device and without peers.
+
+PyTorch's "fake" process group moves no data, so arithmetic, packing and launches are as on the real rank, and results
+are meaningless. What a link would cost is not in the figure.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+from ..attention.kernels import select
+from ..degrees import RequestedDegrees
+from ..errors import ConfigError
+from ..mesh import Mesh
+from ..plan import SequencePlan
+from ..worker.measurement import measure_attention
+from .run import Workload
+
+
+def bench_share(work: Workload, world_size: int, rank: int) -> tuple[dict[str, Any], str]:
+    """One attention as rank `rank` of `world_size` runs it.
+
+    Raises:
+        ConfigError: no such rank, or degrees that do not fit the world.
+    """
+    if not 0 <= rank < world_size:
+        raise ConfigError(f"rank is {rank}; in a world of {world_size} allowed are 0 to {world_size - 1}")
+    degrees, _ = RequestedDegrees(world_size=world_size, ring=work.ring_degree, ulysses=work.ulysses_degree).choose(
+        conditions=1, heads=work.heads
+    )
+    device = torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
+    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world_size)
+    try:
+        mesh = Mesh.build(degrees, device.type)
+        plan = SequencePlan((work.tokens, work.text), work.heads, (1.0,) * world_size, degrees.ring)
+        kernel = select("auto", device)
+        times = [
+            measure_attention(
+                plan, mesh.sp_rank, mesh.ulysses, mesh.ring, kernel, pipeline=work.pipeline,
+                batch=work.batch, head_dim=work.head_dim, dtype=work.dtype, device=device, check=False,
+            )
+            for _ in range(work.rounds + 1)
+        ][1:]  # fmt: skip
+    finally:
+        dist.destroy_process_group()
+    best = min(times, key=lambda t: t["ms"])
+    result = {
+        "mode": f"share of rank {rank}: {degrees}", "tokens": work.tokens, "text": work.text, "heads": work.heads,
+        "world": world_size, "collectives_per_attention": best["collectives"],
+        "bytes_sent_per_attention": best["bytes_sent"], "ms": round(best["ms"], 3),
+        "kernel_ms": round(best["kernel_ms"], 3), "device": device.type,
+    }  # fmt: skip
+    return result, "\n".join(f"{name:28}{value}" for name, value in result.items())

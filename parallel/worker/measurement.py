@@ -1,0 +1,73 @@
+"""What a worker measures for the benchmarks: the exchange and the kernel without a model around them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ..attention.joint import joint_attention
+from ..attention.kernels import Kernel
+from ..attention.traffic import Traffic
+from ..plan import SequencePlan
+
+
+def measure_attention(
+    plan: SequencePlan,
+    rank: int,
+    ulysses: dist.ProcessGroup,
+    ring: dist.ProcessGroup,
+    kernel: Kernel,
+    *,
+    pipeline: int,
+    batch: int,
+    head_dim: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    check: bool,
+) -> dict[str, Any]:
+    """One joint attention on random data, as one rank of `plan` runs it.
+
+    Args:
+        check: also compare this rank's rows with attention over the whole sequence.
+
+    Returns:
+        `ms`; `kernel_ms`, the same arithmetic without any exchange; `collectives` and `bytes_sent`; with `check`,
+        `max_abs_err`.
+    """
+    generator = torch.Generator().manual_seed(0)
+    shape = (3, batch, sum(plan.streams), plan.heads, head_dim)
+    q, k, v = torch.randn(shape, generator=generator).to(device, dtype)
+    start, stop = plan.token_ranges[rank]
+    mine = [x[:, start:stop] for x in (q, k, v)]
+    attend = joint_attention(plan, rank, ulysses, ring, kernel, pipeline, traffic := Traffic())
+    with torch.no_grad():
+        if plan.world_size > 1:
+            dist.barrier()
+        out, seconds = _timed(lambda: attend(*mine), device)
+    result: dict[str, Any] = {
+        "ms": seconds * 1000, "collectives": traffic.collectives, "bytes_sent": traffic.bytes_sent,
+    }  # fmt: skip
+    row, heads = plan.row(rank), slice(*plan.head_ranges[rank])
+    tokens = slice(plan.token_ranges[row.start][0], plan.token_ranges[row.stop - 1][1])
+    with torch.no_grad():
+        local = [x[:, part, heads].transpose(1, 2) for x, part in ((q, tokens), (k, slice(None)), (v, slice(None)))]
+        result["kernel_ms"] = _timed(lambda: kernel(*local), device)[1] * 1000 if local[0].shape[1] else 0.0
+        if check:
+            whole = kernel(mine[0].transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)).transpose(1, 2)
+            result["max_abs_err"] = (whole - out).abs().max().item()
+    return result
+
+
+def _timed(run: Callable[[], Tensor], device: torch.device) -> tuple[Tensor, float]:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    began = time.perf_counter()
+    out = run()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return out, time.perf_counter() - began
