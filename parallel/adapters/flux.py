@@ -45,11 +45,7 @@ class FluxAdapter(Adapter):
     def model_config(self, source: Source) -> dict[str, Any]:
         if source.config is not None:
             config = _DEFAULTS | {key: value for key, value in source.config.items() if not key.startswith("_")}
-            for key, needed in {"attention_head_dim": HEAD_DIM, "axes_dims_rope": list(ROPE_AXES)}.items():
-                if (value := config.get(key, needed)) != needed:
-                    raise UnsupportedError(
-                        f"{source.path}: {key} is {value} in config.json; only {needed} is supported"
-                    )
+            two_stream.require(source, {"attention_head_dim": HEAD_DIM, "axes_dims_rope": list(ROPE_AXES)})
             return config | {"out_channels": config["out_channels"] or config["in_channels"]}
         shapes = {name: info.shape for name, info in source.tensors.items()}
         try:

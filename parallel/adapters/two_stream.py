@@ -18,6 +18,8 @@ from torch import Tensor, nn
 
 from ..attention.joint import JointAttention
 from ..attention.rope import Rope, rotate
+from ..checkpoints.source import Source
+from ..errors import UnsupportedError
 from .base import Piece
 
 HEAD_DIM = 128
@@ -66,6 +68,17 @@ def rename(name: str, table: list[tuple[str, str]]) -> str:
     for pattern, replacement in table:
         name = re.sub(pattern, replacement, name)
     return name
+
+
+def require(source: Source, fixed: Mapping[str, Any]) -> None:
+    """Checks values of a diffusers config.json that the mathematics here takes for granted.
+
+    Raises:
+        UnsupportedError: one differs.
+    """
+    for key, needed in fixed.items():
+        if (value := (source.config or {}).get(key, needed)) != needed:
+            raise UnsupportedError(f"{source.path}: {key} is {value} in config.json; only {needed} is supported")
 
 
 def pieces(name: str, shape: tuple[int, ...], hidden: int, table: list[tuple[str, str]]) -> list[Piece]:
