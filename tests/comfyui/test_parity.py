@@ -39,7 +39,6 @@ CASES = {
     "easy_cache": Setting(steps=8, model_nodes=(EASY_CACHE,)),
 }
 
-LATER = pytest.mark.xfail(reason="not available yet", strict=True)
 
 Reference = Callable[[Setting], torch.Tensor]
 
@@ -82,12 +81,10 @@ def test_same_latent_from_other_checkpoints(server: ComfyServer, reference: Refe
     ("name", "swapped"),
     [
         pytest.param("masked", Swapped(ulysses_degree=2), id="ulysses"),
-        pytest.param("masked", Swapped(ring_degree=2), id="ring", marks=LATER),
-        pytest.param("cfg_unequal_prompts", Swapped(cfg_degree=2), id="cfg", marks=LATER),
-        pytest.param("batch_2", Swapped(dp_degree=2), id="dp", marks=LATER),
-        pytest.param(
-            "odd_tokens", Swapped(devices="cpu,cpu,cpu,cpu", ulysses_degree=2, ring_degree=2), id="hybrid", marks=LATER
-        ),
+        pytest.param("masked", Swapped(ring_degree=2), id="ring"),
+        pytest.param("cfg_unequal_prompts", Swapped(cfg_degree=2), id="cfg"),
+        pytest.param("batch_2", Swapped(dp_degree=2), id="dp"),
+        pytest.param("odd_tokens", Swapped(devices="cpu,cpu,cpu,cpu", ulysses_degree=2, ring_degree=2), id="hybrid"),
     ],
 )
 def test_same_latent_with_explicit_degrees(

@@ -52,7 +52,6 @@ def works_afterwards(server: ComfyServer) -> Iterator[None]:
         pytest.param(model_files.CORRUPT_HEADER, [r"corrupt_header\.safetensors", "header"], id="corrupt_header"),
         pytest.param(model_files.SD_LIKE, [r"sd_like\.safetensors", "support|recogni[sz]e|detect"], id="sd"),
         pytest.param(model_files.AURA_FLOW_LIKE, ["support", "hunyuan"], id="aura_flow"),
-        pytest.param(model_files.FLUX_LIKE, ["support", "hunyuan"], id="flux"),  # until FLUX has an adapter
     ],
 )
 def test_unusable_checkpoint(server: ComfyServer, checkpoint: str, patterns: list[str]) -> None:
