@@ -57,11 +57,12 @@ def tiny_config(
 def random_tensors(adapter: Adapter, config: dict[str, Any], seed: int) -> dict[str, torch.Tensor]:
     """Random weights of a sensible size in ComfyUI's names: N(0, 1/√fan_in), norms near 1, biases near 0.
 
-    NumPy's RandomState stream is frozen for good, so a seed gives the same weights with every version.
+    NumPy's RandomState stream is frozen for good, so a seed gives the same weights with every version. They are drawn
+    in the order of the names, not of the table, which may change.
     """
     random = np.random.RandomState(seed)
     tensors = {}
-    for name, shape in adapter.native_tensors(config).items():
+    for name, shape in sorted(adapter.native_tensors(config).items()):
         values = random.standard_normal(shape).astype(np.float32)
         if len(shape) > 1:
             values *= np.prod(shape[1:]) ** -0.5

@@ -7,12 +7,12 @@ over the whole sequence on one device, and counts what it sent.
 from __future__ import annotations
 
 import datetime
-import itertools
 import json
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +21,9 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from parallel.attention.kernels import select
-from parallel.attention.ulysses import UlyssesAttention
+from parallel.attention.joint import joint_attention
+from parallel.attention.kernels import Sdpa
+from parallel.attention.traffic import Traffic
 from parallel.plan import SequencePlan
 
 HEAD_DIM = 16
@@ -39,6 +40,8 @@ class Case:
     video: int
     text: int
     batch: int
+    ring: int = 1
+    pipeline: int = 1
 
     @property
     def world(self) -> int:
@@ -47,18 +50,22 @@ class Case:
     @property
     def name(self) -> str:
         speeds = ":".join(f"{weight:g}" for weight in self.weights)
-        return f"speeds {speeds} heads {self.heads} tokens {self.video}+{self.text} batch {self.batch}"
+        degrees = f"ulysses {self.world // self.ring} ring {self.ring} pipeline {self.pipeline}"
+        return f"{degrees} speeds {speeds} heads {self.heads} tokens {self.video}+{self.text} batch {self.batch}"
 
     @property
     def plan(self) -> SequencePlan:
-        return SequencePlan((self.video, self.text), self.heads, self.weights)
+        return SequencePlan((self.video, self.text), self.heads, self.weights, self.ring)
 
 
-_WEIGHTS = [(1,), (1, 1), (2, 1), (1, 1, 1), (3, 1, 1), (1, 1, 1, 1), (1, 2, 1, 4)]
+_ULYSSES = [(1.0,), (1.0, 1.0), (2.0, 1.0), (1.0, 1.0, 1.0), (3.0, 1.0, 1.0), (1.0,) * 4, (1.0, 2.0, 1.0, 4.0)]
 _TOKENS = [(24, 8), (24, 0), (23, 5), (9, 1), (7, 2), (4, 8)]
+_RINGS = [((1.0, 1.0), 2), ((3.0, 1.0, 1.0), 3), ((1.0,) * 4, 4), ((1.0,) * 4, 2), ((1.0, 2.0, 1.0, 4.0), 2)]
+_PIPELINED = [((1.0, 1.0), 1), ((3.0, 1.0, 1.0), 1), ((1.0, 2.0, 1.0, 1.0), 2)]
 CASES = [
-    Case(tuple(map(float, weights)), heads, video, text, batch)
-    for weights, heads, (video, text), batch in itertools.product(_WEIGHTS, (1, 3, 4, 5), _TOKENS, (1, 2))
+    *(Case(w, heads, *t, batch) for w, heads, t, batch in product(_ULYSSES, (1, 3, 4, 5), _TOKENS, (1, 2))),
+    *(Case(w, heads, *t, batch, ring) for (w, ring), heads, t, batch in product(_RINGS, (1, 3, 4), _TOKENS, (1, 2))),
+    *(Case(w, 8, *t, 2, ring, pipeline=3) for (w, ring), t in product(_PIPELINED, _TOKENS)),
 ]
 
 
@@ -70,28 +77,38 @@ class Result:
     rank: int
     error: float
     """max |a − b| over this rank's tokens."""
+    gradient_error: float
+    """The same of the gradients of q, k and v."""
     shape: tuple[int, ...]
+    worked: bool
+    """Whether the work that may run during the exchange did run, once."""
     collectives: list[str]
     bytes_to_others: int
+    reported: tuple[int, int]
+    """Collectives and bytes as the engine counts them itself."""
 
 
 _COLLECTIVES = (
     "all_gather", "all_gather_into_tensor", "all_gather_object", "all_reduce", "all_to_all", "all_to_all_single",
-    "barrier", "batch_isend_irecv", "broadcast", "broadcast_object_list", "gather", "irecv", "isend", "recv", "reduce",
-    "reduce_scatter", "reduce_scatter_tensor", "scatter", "send",
+    "barrier", "batch_isend_irecv", "broadcast", "broadcast_object_list", "gather", "recv", "reduce", "reduce_scatter",
+    "reduce_scatter_tensor", "scatter", "send",
 )  # fmt: skip
 
 
-class Traffic:
-    """Counts the calls of `torch.distributed`, and the bytes of `all_to_all_single`."""
+class Spy:
+    """Counts the calls of `torch.distributed`, and the bytes that they send to other ranks.
 
-    def __init__(self, rank: int):
-        self._rank = rank
+    Args:
+        position: this rank's place in its Ulysses group.
+    """
+
+    def __init__(self, position: int):
+        self._position = position
         self.collectives: list[str] = []
         self.bytes_to_others = 0
 
     @contextmanager
-    def count(self) -> Iterator[None]:
+    def watch(self) -> Iterator[None]:
         originals = {name: getattr(dist, name) for name in _COLLECTIVES}
         try:
             for name in _COLLECTIVES:
@@ -106,34 +123,73 @@ class Traffic:
             self.collectives.append(name)
             if name == "all_to_all_single":
                 _, send, _, sizes = args
-                self.bytes_to_others += (sum(sizes) - sizes[self._rank]) * send.element_size()
+                self.bytes_to_others += (sum(sizes) - sizes[self._position]) * send.element_size()
+            elif name == "batch_isend_irecv":
+                self.bytes_to_others += sum(op.tensor.nbytes for op in args[0] if op.op is dist.isend)
             return original(*args, **kwargs)
 
         return call
 
 
-def run_case(case: Case, rank: int, group: dist.ProcessGroup) -> Result:
+class Groups:
+    """The process groups of a mesh of the first `world` ranks."""
+
+    def __init__(self, world: int, ring: int):
+        width = world // ring
+        timeout = datetime.timedelta(seconds=60)
+        self._rows = [dist.new_group([*range(r * width, (r + 1) * width)], timeout=timeout) for r in range(ring)]
+        self._columns = [dist.new_group([*range(c, world, width)], timeout=timeout) for c in range(width)]
+
+    def of(self, rank: int) -> tuple[dist.ProcessGroup, dist.ProcessGroup]:
+        """Ulysses, ring."""
+        return self._rows[rank // len(self._columns)], self._columns[rank % len(self._columns)]
+
+
+def run_case(case: Case, rank: int, groups: Groups) -> Result:
     generator = torch.Generator().manual_seed(0)
     shape = (case.batch, case.video + case.text, case.heads, HEAD_DIM)
-    q, k, v = (torch.randn(shape, generator=generator) for _ in range(3))
-    whole = F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v))).transpose(1, 2)
+    q, k, v, direction = (torch.randn(shape, generator=generator) for _ in range(4))
     mine = slice(*case.plan.token_ranges[rank])
-    attention = UlyssesAttention(case.plan, rank, group, select("sdpa", torch.device("cpu")))
-    traffic = Traffic(rank)
-    with traffic.count():
-        out: Tensor = attention(q[:, mine], k[:, mine], v[:, mine])
-    error = (out - whole[:, mine]).abs().max().item()
-    return Result(case.name, rank, error, tuple(out.shape), traffic.collectives, traffic.bytes_to_others)
+    traffic, spy = Traffic(), Spy(rank % (case.world // case.ring))
+    attention = joint_attention(case.plan, rank, *groups.of(rank), Sdpa(), case.pipeline, traffic)
+    work: list[int] = []
+    with torch.no_grad(), spy.watch():
+        out, _ = attention.with_work(q[:, mine], k[:, mine], v[:, mine], lambda: work.append(1))
+    reported = (traffic.collectives, traffic.bytes_sent)
+
+    whole_inputs = [x.requires_grad_() for x in (q, k, v)]
+    whole = F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in whole_inputs)).transpose(1, 2)
+    expected = [grad[:, mine] for grad in torch.autograd.grad((whole * direction).sum(), whole_inputs)]
+    local = [x.detach()[:, mine].clone().requires_grad_() for x in (q, k, v)]
+    gradients = torch.autograd.grad((attention(*local) * direction[:, mine]).sum(), local)
+    return Result(
+        case=case.name,
+        rank=rank,
+        error=_error(out, whole[:, mine]),
+        gradient_error=max(_error(a, b) for a, b in zip(gradients, expected, strict=True)),
+        shape=tuple(out.shape),
+        worked=work == [1],
+        collectives=spy.collectives,
+        bytes_to_others=spy.bytes_to_others,
+        reported=reported,
+    )
+
+
+def _error(actual: Tensor, expected: Tensor) -> float:
+    return (actual - expected).abs().max().item()
 
 
 def main(rank: int, store: str, results: str) -> None:
     torch.set_num_threads(1)
-    timeout = datetime.timedelta(seconds=60)
     dist.init_process_group(
-        "gloo", store=dist.FileStore(store, PROCESSES), rank=rank, world_size=PROCESSES, timeout=timeout
+        "gloo",
+        store=dist.FileStore(store, PROCESSES),
+        rank=rank,
+        world_size=PROCESSES,
+        timeout=datetime.timedelta(seconds=60),
     )
-    groups = {world: dist.new_group(list(range(world)), timeout=timeout) for world in range(1, PROCESSES + 1)}
-    mine = [run_case(case, rank, groups[case.world]) for case in CASES if rank < case.world]
+    groups = {shape: Groups(*shape) for shape in sorted({(case.world, case.ring) for case in CASES})}
+    mine = [run_case(case, rank, groups[case.world, case.ring]) for case in CASES if rank < case.world]
     Path(results).write_text(json.dumps([asdict(result) for result in mine]))
     dist.barrier()
     dist.destroy_process_group()

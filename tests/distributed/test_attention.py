@@ -1,4 +1,4 @@
-"""Ulysses attention on 1 to 4 real processes against attention on one device."""
+"""Ulysses, ring and hybrid attention on 1 to 4 real processes against attention on one device."""
 
 from __future__ import annotations
 
@@ -55,8 +55,23 @@ def test_each_rank_gets_its_tokens_of_the_whole_attention(results: dict[str, lis
     for result in ranks:
         assert tuple(result.shape) == (case.batch, case.plan.tokens[result.rank], case.heads, HEAD_DIM)
         assert result.error <= TOLERANCE
-        assert result.collectives == ["all_to_all_single"] * 2
+        assert result.gradient_error <= TOLERANCE
+        assert result.worked
+        assert result.collectives == expected_collectives(case, result.rank)
         assert result.bytes_to_others == case.plan.exchange_bytes(result.rank, case.batch, HEAD_DIM, FP32)
+        assert tuple(result.reported) == (len(result.collectives), result.bytes_to_others)
+
+
+def expected_collectives(case: Case, rank: int) -> list[str]:
+    """Two all-to-alls for each chunk of heads, and a ring exchange for each hop in between."""
+    plan = case.plan
+    hops = ["batch_isend_irecv"] * (case.ring - 1) if plan.local_heads[rank] else []
+    if case.world == case.ring:
+        return hops
+    chunks = max(1, min(case.pipeline, *plan.local_heads[plan.row(rank)]))
+    here, coming, back = hops, ["all_to_all_single"], ["all_to_all_single"]
+    # chunk i + 1 is sent for before the attention of chunk i
+    return coming + (coming + here + back) * (chunks - 1) + here + back
 
 
 def test_the_cases_include_the_hard_ones():
@@ -70,3 +85,5 @@ def test_the_cases_include_the_hard_ones():
     assert any(0 in plan.local_heads for plan in plans)
     assert any(len(set(plan.tokens)) > 1 for plan in plans)
     assert any(plan.leader > 0 for plan in plans)
+    assert any(plan.ring_degree > 1 and len(set(plan.chunks)) > 1 for plan in plans)
+    assert any(min(plan.local_heads) > 1 for plan, case in zip(plans, CASES, strict=True) if case.pipeline > 1)

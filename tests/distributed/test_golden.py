@@ -43,7 +43,7 @@ def load(request: pytest.FixtureRequest, start_group: StartGroup, checkpoint: Ca
     models: list[RemoteModel] = []
 
     def load(name: str) -> RemoteModel:
-        models.append(RemoteModel(recipe_of(checkpoint(name)), group=start_group(request.param)))
+        models.append(RemoteModel(recipe_of(checkpoint(name), request.param), group=start_group(request.param)))
         models[-1].ensure_loaded()
         return models[-1]
 

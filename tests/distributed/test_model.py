@@ -11,7 +11,7 @@ from torch import Tensor
 
 from parallel.errors import CheckpointError, ConfigError, UnsupportedError, WorkerError
 from parallel.host.recipe import Recipe
-from parallel.host.remote_model import RemoteModel
+from parallel.host.remote_model import RemoteModel, StepRequest
 from parallel.worker.resident import ResidentModel
 from tests.distributed.tiny_models import (
     Inputs,
@@ -24,6 +24,7 @@ from tests.distributed.tiny_models import (
 )
 
 MANY = ("cpu,cpu", "cpu*3,cpu,cpu", "cpu,cpu,cpu,cpu")
+FOUR = MANY[-1]
 SPLIT_TOLERANCE = 1e-5
 STOCK_TOLERANCE = 1e-4
 PADDED = Inputs(valid=(5,))
@@ -54,6 +55,23 @@ MODELS = {
 }
 
 
+FLUX = {
+    "flux": Model({"family": "flux"}, Inputs(frames=None, sigma=True)),
+    "flux_odd_size": Model({"family": "flux"}, Inputs(frames=None, height=9, width=7, sigma=True, batch=2)),
+    "flux_without_guidance": Model({"family": "flux", "guidance": False}, Inputs(frames=None, sigma=True)),
+}
+MODELS |= FLUX
+
+DEGREES = [
+    ("cpu,cpu", {"ring_degree": 2}),
+    ("cpu*3,cpu,cpu", {"ring_degree": 3}),
+    (FOUR, {"ring_degree": 2}),
+    (FOUR, {"ulysses_degree": 1, "ring_degree": 4}),
+    (FOUR, {"dp_degree": 2}),
+    (FOUR, {"cfg_degree": 2, "ring_degree": 2}),
+]
+
+
 class Predictions:
     """Each model's prediction on each device list, computed when it is first asked for.
 
@@ -62,15 +80,17 @@ class Predictions:
 
     def __init__(self, start_group: StartGroup, tiny_models: TinyModels):
         self._start_group, self._tiny_models = start_group, tiny_models
-        self._known: dict[tuple[str, str], Tensor] = {}
+        self._known: dict[tuple[str, str, str], Tensor] = {}
         self._loaded: dict[str, RemoteModel] = {}
 
-    def __call__(self, name: str, devices: str) -> Tensor:
-        if (name, devices) not in self._known:
+    def __call__(self, name: str, devices: str, **degrees: int) -> Tensor:
+        key = name, devices, repr(degrees)
+        if key not in self._known:
             model = MODELS[name]
-            recipe = recipe_of(self._tiny_models.path(**model.checkpoint), model.weight_dtype)
-            self._known[name, devices] = self._model(devices, recipe).step(*model.inputs.make())
-        return self._known[name, devices]
+            path = self._tiny_models.path(**model.checkpoint)
+            recipe = recipe_of(path, devices, model.weight_dtype, **degrees)
+            self._known[key] = self._model(devices, recipe).step(*model.inputs.make())
+        return self._known[key]
 
     def _model(self, devices: str, recipe: Recipe) -> RemoteModel:
         if devices not in self._loaded or self._loaded[devices].recipe != recipe:
@@ -98,6 +118,29 @@ def test_many_workers_give_what_one_gives(predict: Predictions, name: str, devic
     assert relative_difference(predict(name, devices), predict(name, "cpu")) <= SPLIT_TOLERANCE
 
 
+@pytest.mark.parametrize(("devices", "degrees"), DEGREES)
+@pytest.mark.parametrize("name", ["odd_tokens", "mostly_text", "batch_2_unequal_masks", "four_heads", "flux_odd_size"])
+def test_any_degrees_give_what_one_worker_gives(predict: Predictions, name: str, devices: str, degrees: dict[str, int]):
+    assert relative_difference(predict(name, devices, **degrees), predict(name, "cpu")) <= SPLIT_TOLERANCE
+
+
+@pytest.mark.parametrize(
+    ("devices", "degrees"), [("cpu", {}), ("cpu,cpu", {"cfg_degree": 2}), (FOUR, {"cfg_degree": 2}), (FOUR, {})]
+)
+def test_cond_and_uncond_side_by_side(
+    start_group: StartGroup, tiny_models: TinyModels, devices: str, degrees: dict[str, int]
+):
+    """Texts of unequal length cannot share a batch, but they can share a step."""
+    cond, uncond = Inputs(valid=(5,)).make(), Inputs(text=3, seed=5).make()
+    with loaded(start_group("cpu"), tiny_models.path()) as remote:
+        expected = [remote.step(*inputs) for inputs in (cond, uncond)]
+    with loaded(start_group(devices), tiny_models.path(), **degrees) as remote:
+        for _ in range(2):
+            results = remote.steps([StepRequest(*cond), StepRequest(*uncond)], conditions=2)
+            for result, reference in zip(results, expected, strict=True):
+                assert relative_difference(result, reference) <= SPLIT_TOLERANCE
+
+
 @pytest.mark.parametrize("name", ["original_names", "prefix", "original_names_and_prefix"])
 def test_the_dialect_of_a_checkpoint_does_not_matter(predict: Predictions, name: str):
     assert torch.equal(predict(name, "cpu"), predict("padded_text", "cpu"))
@@ -112,6 +155,7 @@ def test_the_dialect_of_a_checkpoint_does_not_matter(predict: Predictions, name:
         ("padded_text", "fp8_storage"),
         ("padded_text", "several_blocks"),
         ("padded_text", "no_guidance"),
+        ("flux", "flux_without_guidance"),
     ],
 )
 def test_what_differs_shows(predict: Predictions, first: str, second: str):
@@ -122,7 +166,7 @@ def test_what_differs_shows(predict: Predictions, first: str, second: str):
 def test_a_sample_of_a_batch_equals_the_sample_alone(predict: Predictions, start_group: StartGroup, tiny_models):
     """Unequal texts neither attend to padding nor to each other."""
     x, timestep, conditioning = MODELS["batch_2_unequal_masks"].inputs.make()
-    with loaded(start_group("cpu"), recipe_of(tiny_models.path())) as remote:
+    with loaded(start_group("cpu"), tiny_models.path()) as remote:
         for i in range(2):
             row = slice(i, i + 1)
             single = remote.step(x[row], timestep[row], {name: tensor[row] for name, tensor in conditioning.items()})
@@ -158,7 +202,7 @@ def test_one_worker_gives_what_diffusers_gives(
             conditioning["guidance"] * 1000 if stock.config.guidance_embeds else None,
             return_dict=False,
         )
-    with loaded(start_group("cpu"), recipe_of(path)) as remote:
+    with loaded(start_group("cpu"), path) as remote:
         assert relative_difference(remote.step(x, timestep, conditioning), expected) <= STOCK_TOLERANCE
 
 
@@ -166,8 +210,8 @@ def test_two_models_side_by_side(start_group: StartGroup, tiny_models: TinyModel
     group = start_group("cpu,cpu")
     first, second = MODELS["padded_text"], MODELS["several_blocks"]
     with (
-        loaded(group, recipe_of(tiny_models.path(**first.checkpoint))) as a,
-        loaded(group, recipe_of(tiny_models.path(**second.checkpoint))) as b,
+        loaded(group, tiny_models.path(**first.checkpoint)) as a,
+        loaded(group, tiny_models.path(**second.checkpoint)) as b,
     ):
         for _ in range(2):
             assert torch.equal(a.step(*first.inputs.make()), predict("padded_text", "cpu,cpu"))
@@ -175,7 +219,7 @@ def test_two_models_side_by_side(start_group: StartGroup, tiny_models: TinyModel
 
 
 def test_a_result_is_not_overwritten_by_the_next_step(start_group: StartGroup, tiny_models: TinyModels):
-    with loaded(start_group("cpu,cpu"), recipe_of(tiny_models.path())) as remote:
+    with loaded(start_group("cpu,cpu"), tiny_models.path()) as remote:
         first = remote.step(*PADDED.make())
         kept = first.clone()
         second = remote.step(*Inputs(valid=(5,), seed=7).make())
@@ -185,9 +229,9 @@ def test_a_result_is_not_overwritten_by_the_next_step(start_group: StartGroup, t
 
 def test_sizes_may_change_from_step_to_step(start_group: StartGroup, tiny_models: TinyModels):
     sizes = [Inputs(), Inputs(frames=4, height=16, width=16), Inputs(frames=1, height=4, width=6), Inputs()]
-    with loaded(start_group("cpu,cpu"), recipe_of(tiny_models.path())) as remote:
+    with loaded(start_group("cpu,cpu"), tiny_models.path()) as remote:
         results = [remote.step(*inputs.make()) for inputs in sizes]
-    with loaded(start_group("cpu"), recipe_of(tiny_models.path())) as remote:
+    with loaded(start_group("cpu"), tiny_models.path()) as remote:
         for inputs, result in zip(sizes, results, strict=True):
             assert relative_difference(result, remote.step(*inputs.make())) <= SPLIT_TOLERANCE
     assert torch.equal(results[0], results[-1])
@@ -198,15 +242,17 @@ def test_sizes_may_change_from_step_to_step(start_group: StartGroup, tiny_models
 
 def test_more_workers_than_tokens_are_refused(start_group: StartGroup, tiny_models: TinyModels):
     group = start_group("cpu,cpu,cpu,cpu")
-    with loaded(group, recipe_of(tiny_models.path())) as remote:
-        with pytest.raises(ConfigError, match=r"devices gives 4 ranks, but this latent has only 2 tokens"):
+    with loaded(group, tiny_models.path()) as remote:
+        with pytest.raises(
+            ConfigError, match=r"devices gives 4 ranks to one sequence, but this latent has only 2 tokens"
+        ):
             remote.step(*Inputs(frames=1, height=2, width=4).make())
         assert remote.step(*Inputs().make()).isfinite().all()
 
 
 def test_an_unknown_input_is_refused(start_group: StartGroup, tiny_models: TinyModels):
     x, timestep, conditioning = Inputs().make()
-    with loaded(start_group("cpu,cpu"), recipe_of(tiny_models.path())) as remote:
+    with loaded(start_group("cpu,cpu"), tiny_models.path()) as remote:
         with pytest.raises(UnsupportedError, match="cannot use the input guiding_frame_index"):
             remote.step(x, timestep, conditioning | {"guiding_frame_index": torch.zeros(1)})
         assert remote.step(x, timestep, conditioning).isfinite().all()
@@ -216,7 +262,7 @@ def test_an_error_of_all_workers_alike_leaves_them_running(start_group: StartGro
     group = start_group("cpu,cpu")
     x, timestep, conditioning = PADDED.make()
     pids = group.pids
-    with loaded(group, recipe_of(tiny_models.path())) as remote:
+    with loaded(group, tiny_models.path()) as remote:
         with pytest.raises(WorkerError, match=r"^attention_mask is floating-point") as caught:
             remote.step(x, timestep, conditioning | {"attention_mask": conditioning["attention_mask"].float()})
         assert caught.value.remote_type == "UnsupportedError"
@@ -232,7 +278,7 @@ def test_a_checkpoint_that_the_workers_cannot_load(start_group: StartGroup, tiny
     group = start_group("cpu,cpu")
     with (
         pytest.raises(WorkerError, match=r"lost.safetensors lacks 1 tensors") as caught,
-        loaded(group, recipe_of(tmp_path / "lost.safetensors")),
+        loaded(group, tmp_path / "lost.safetensors"),
     ):
         pass
     assert caught.value.remote_type == CheckpointError.__name__

@@ -12,13 +12,16 @@ import torch
 from torch import Tensor
 
 from parallel.config import SequenceParallelConfig
-from parallel.demo.checkpoint import write_tiny_hunyuan_video
+from parallel.demo.checkpoint import write_tiny_flux, write_tiny_hunyuan_video
 from parallel.host.group import WorkerGroup
 from parallel.host.recipe import Recipe
 from parallel.host.remote_model import RemoteModel
 
 StartGroup = Callable[[str], WorkerGroup]
 TEXT_WIDTH = 64
+
+
+_WRITERS = {"hunyuan_video": write_tiny_hunyuan_video, "flux": write_tiny_flux}
 
 
 class TinyModels:
@@ -28,12 +31,12 @@ class TinyModels:
         self._folder = folder
         self._written: dict[str, Path] = {}
 
-    def path(self, **options: Any) -> Path:
-        """The checkpoint that `write_tiny_hunyuan_video` makes of these options."""
-        key = repr(sorted(options.items()))
+    def path(self, family: str = "hunyuan_video", **options: Any) -> Path:
+        """The checkpoint that `parallel.demo.checkpoint` makes of these options."""
+        key = repr((family, sorted(options.items())))
         if key not in self._written:
             path = self._folder / f"{len(self._written)}.safetensors"
-            write_tiny_hunyuan_video(path, **options)
+            _WRITERS[family](path, **options)
             self._written[key] = path
         return self._written[key]
 
@@ -42,7 +45,8 @@ class TinyModels:
 class Inputs:
     """Sizes of one step's inputs."""
 
-    frames: int = 2
+    frames: int | None = 2
+    """None makes a picture's latent, without that dimension."""
     height: int = 8
     width: int = 8
     channels: int = 16
@@ -51,6 +55,8 @@ class Inputs:
     """Valid text tokens of each sample; None sends no mask."""
     padding_first: bool = False
     batch: int = 1
+    sigma: bool = False
+    """Timesteps of 0 to 1, not of 0 to 1000."""
     seed: int = 0
 
     def make(self) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
@@ -68,8 +74,9 @@ class Inputs:
         if self.valid is not None:
             mask = (torch.arange(self.text)[None] < torch.tensor(self.valid)[:, None]).long()
             conditioning["attention_mask"] = mask.flip(1) if self.padding_first else mask
-        x = random(self.batch, self.channels, self.frames, self.height, self.width)
-        return x, torch.linspace(900, 300, self.batch), conditioning
+        frames = () if self.frames is None else (self.frames,)
+        x = random(self.batch, self.channels, *frames, self.height, self.width)
+        return x, torch.linspace(900, 300, self.batch) / (1000 if self.sigma else 1), conditioning
 
 
 @dataclass(frozen=True)
@@ -77,21 +84,21 @@ class Model:
     """A checkpoint, the step it is asked for, and how it is loaded."""
 
     checkpoint: dict[str, Any] = field(default_factory=dict)
-    """Options of `write_tiny_hunyuan_video`."""
+    """Arguments of `TinyModels.path`."""
     inputs: Inputs = field(default_factory=Inputs)
     weight_dtype: torch.dtype = torch.float32
 
 
-def recipe_of(path: Path, weight_dtype: torch.dtype = torch.float32) -> Recipe:
-    return Recipe(
-        path=str(path), weight_dtype=weight_dtype, compute_dtype=torch.float32, config=SequenceParallelConfig()
-    )
+def recipe_of(path: Path, devices: str, weight_dtype: torch.dtype = torch.float32, **degrees: int) -> Recipe:
+    """fp32 arithmetic; `degrees` as in `SequenceParallelConfig`."""
+    config = SequenceParallelConfig(devices=devices, **degrees)
+    return Recipe(path=str(path), weight_dtype=weight_dtype, compute_dtype=torch.float32, config=config)
 
 
 @contextmanager
-def loaded(group: WorkerGroup, recipe: Recipe) -> Iterator[RemoteModel]:
+def loaded(group: WorkerGroup, path: Path, **degrees: int) -> Iterator[RemoteModel]:
     """The model on this group, for the time of the `with` block."""
-    model = RemoteModel(recipe, group=group)
+    model = RemoteModel(recipe_of(path, group.layout.describe(), **degrees), group=group)
     model.ensure_loaded()
     try:
         yield model

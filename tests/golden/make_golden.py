@@ -34,20 +34,23 @@ import torch  # noqa: E402
 import vectors  # noqa: E402
 from torch import Tensor  # noqa: E402
 
-from parallel.demo.checkpoint import write_tiny_hunyuan_video  # noqa: E402
+from parallel.demo.checkpoint import write_tiny_flux, write_tiny_hunyuan_video  # noqa: E402
 
+WRITERS = {"hunyuan_video": write_tiny_hunyuan_video, "flux": write_tiny_flux}
 TEXT_WIDTH = 64
-# name → options of the checkpoint, sizes of the inputs
+VIDEO = {"family": "hunyuan_video"}
+# name → family and options of the checkpoint, sizes of the inputs
 FORWARDS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
-    "padded_text": ({"seed": 1}, {"valid": 5}),
-    "odd_tokens": ({"seed": 2, "depth_single": 2}, {"frames": 3, "height": 10, "width": 6, "text": 7}),
-    "batch_2": ({"seed": 3, "heads": 1}, {"batch": 2}),
-    "no_guidance": ({"seed": 4, "guidance": False}, {"valid": 6}),
-    "image_to_video": ({"seed": 5, "in_channels": 33}, {"channels": 33, "valid": 7}),
-    "original_names": ({"seed": 6, "names": "original", "prefix": "model.diffusion_model."}, {"valid": 3}),
-    "three_heads": ({"seed": 7, "heads": 3}, {"text": 20, "valid": 17}),
+    "padded_text": (VIDEO | {"seed": 1}, {"valid": 5}),
+    "odd_tokens": (VIDEO | {"seed": 2, "depth_single": 2}, {"frames": 3, "height": 10, "width": 6, "text": 7}),
+    "batch_2": (VIDEO | {"seed": 3, "heads": 1}, {"batch": 2}),
+    "no_guidance": (VIDEO | {"seed": 4, "guidance": False}, {"valid": 6}),
+    "image_to_video": (VIDEO | {"seed": 5, "in_channels": 33}, {"channels": 33, "valid": 7}),
+    "original_names": (VIDEO | {"seed": 6, "names": "original", "prefix": "model.diffusion_model."}, {"valid": 3}),
+    "three_heads": (VIDEO | {"seed": 7, "heads": 3}, {"text": 20, "valid": 17}),
+    "flux_odd_size": ({"family": "flux", "seed": 9}, {"frames": 0, "height": 9, "width": 7, "batch": 2}),
 }
-TRAJECTORY = ({"seed": 8, "depth": 2, "depth_single": 2}, {"valid": 5})
+TRAJECTORY = (VIDEO | {"seed": 8, "depth": 2, "depth_single": 2}, {"valid": 5})
 STEPS = 4
 
 
@@ -61,15 +64,15 @@ def inputs(
     valid: int = 0,
     batch: int = 1,
 ) -> dict[str, Tensor]:
-    """`valid` is the number of text tokens that are no padding; 0 makes no mask."""
+    """`valid` is the number of text tokens that are no padding; 0 makes no mask. 0 frames make a picture, for FLUX."""
     generator = torch.Generator().manual_seed(0)
 
     def random(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator)
 
     tensors = {
-        "x": random(batch, channels, frames, height, width),
-        "timestep": torch.linspace(850, 250, batch),
+        "x": random(batch, channels, *([frames] if frames else []), height, width),
+        "timestep": torch.linspace(850, 250, batch) / (1 if frames else 1000),
         "context": random(batch, text, TEXT_WIDTH),
         "y": random(batch, 768),
         "guidance": torch.full((batch,), 6.0),
@@ -108,7 +111,7 @@ def main() -> None:
     for name, (options, sizes, run) in cases.items():
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "tiny.safetensors"
-            write_tiny_hunyuan_video(path, **options)
+            WRITERS[options["family"]](path, **{name: value for name, value in options.items() if name != "family"})
             patcher = comfy.sd.load_diffusion_model(str(path))
             vectors.write(name, vectors.Golden(options, vectors.digest(path), made_by, run(patcher, inputs(**sizes))))
         print(name)

@@ -21,7 +21,7 @@ class Golden:
     """One case. A forward has `x` and `timestep`; a trajectory has `noise` and `sigmas`."""
 
     checkpoint: dict[str, Any]
-    """Options of `parallel.demo.checkpoint.write_tiny_hunyuan_video`."""
+    """Family, and options of its writer in `parallel.demo.checkpoint`."""
     digest: str
     """Of the checkpoint's tensors, see `digest`."""
     made_by: str

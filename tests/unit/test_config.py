@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from parallel.config import Layout, SequenceParallelConfig, WorkerDevice, parse_devices, resolve
+from parallel.config import SequenceParallelConfig, WorkerDevice, parse_devices, resolve
+from parallel.degrees import Degrees
 from parallel.errors import ConfigError
 
 
@@ -108,22 +109,23 @@ def test_auto_takes_every_gpu(gpus):
     gpus(3)
     layout = resolve(SequenceParallelConfig())
     assert [device.name for device in layout.devices] == ["cuda:0", "cuda:1", "cuda:2"]
-    assert (layout.world_size, layout.sp_degree, layout.ulysses_degree, layout.device_type) == (3, 3, 3, "cuda")
-    assert "3 visible GPUs" in layout.describe()
+    assert (layout.world_size, layout.device_type) == (3, "cuda")
+    assert "3 visible GPUs" in layout.reason
 
 
 def test_auto_without_a_gpu_is_one_cpu_worker_and_says_so(gpus):
     gpus(0)
     layout = resolve(SequenceParallelConfig())
     assert [device.name for device in layout.devices] == ["cpu"]
-    assert "no GPU is visible" in layout.describe()
+    assert "no GPU is visible" in layout.reason
 
 
 def test_a_layout_keeps_order_and_speeds(gpus):
     gpus(2)
     layout = resolve(SequenceParallelConfig(devices="cuda:1*2,cuda:0"))
     assert [(device.name, device.weight) for device in layout.devices] == [("cuda:1", 2.0), ("cuda:0", 1.0)]
-    assert layout.describe().startswith("cuda:1*2,cuda:0: ulysses 2 ")
+    assert layout.speeds == (2.0, 1.0)
+    assert layout.describe() == "cuda:1*2,cuda:0"
 
 
 @pytest.mark.parametrize(("count", "exist"), [(0, "no GPU (only cpu)"), (2, "cuda:0, cuda:1")])
@@ -135,47 +137,39 @@ def test_a_gpu_that_does_not_exist_is_named_with_those_that_do(gpus, count: int,
     assert str(caught.value).endswith(f"it has {exist}")
 
 
-@pytest.mark.parametrize("degree", [0, 3])
-def test_ulysses_degree_is_the_number_of_workers(degree: int):
-    layout = resolve(SequenceParallelConfig(devices="cpu,cpu,cpu", ulysses_degree=degree))
-    assert layout == Layout(
-        devices=(WorkerDevice(name="cpu"),) * 3,
-        ulysses_degree=3,
-        ring_degree=1,
-        cfg_degree=1,
-        dp_degree=1,
-        weights="replicate",
-        attention="auto",
-        reason="as asked",
-    )
+def test_degrees_are_those_that_were_asked_for():
+    layout = resolve(SequenceParallelConfig(devices="cpu,cpu,cpu,cpu", ulysses_degree=2, dp_degree=2))
+    degrees, _ = layout.degrees.choose(conditions=1, heads=24)
+    assert degrees == Degrees(ulysses=2, ring=1, cfg=1, dp=2)
 
 
-@pytest.mark.parametrize(
-    "degrees",
-    [
-        {"ulysses_degree": 1},
-        {"ulysses_degree": 3},
-        {"ulysses_degree": 2, "ring_degree": 3},
-        {"ulysses_degree": 4, "cfg_degree": 2},
-        {"dp_degree": 4},
-    ],
-)
-def test_a_wrong_product_prints_every_factor(degrees: dict[str, int]):
-    """4 workers."""
+def test_degrees_that_do_not_fit_the_devices_are_refused_with_every_factor():
     with pytest.raises(ConfigError) as caught:
-        resolve(SequenceParallelConfig(devices="cpu,cpu,cpu,cpu", **degrees))
+        resolve(SequenceParallelConfig(devices="cpu,cpu,cpu,cpu", ulysses_degree=3))
     message = str(caught.value)
-    for knob in ("ulysses_degree", "ring_degree", "cfg_degree", "dp_degree"):
-        value = degrees.get(knob) or (4 if knob == "ulysses_degree" else 1)
-        assert f"{knob} {value}" in message
-    assert "'cpu,cpu,cpu,cpu' are 4 workers" in message
-    assert "must be 4" in message
+    for factor in ("ulysses_degree 3", "ring_degree auto", "cfg_degree auto", "dp_degree auto"):
+        assert factor in message
+    assert "must be the number of devices, 4" in message
 
 
-@pytest.mark.parametrize("knob", ["ring_degree", "cfg_degree", "dp_degree"])
-def test_an_axis_that_this_version_lacks_is_refused_and_not_ignored(knob: str):
-    with pytest.raises(ConfigError, match=f"{knob} is 2; this version supports 0 or 1"):
-        resolve(SequenceParallelConfig(devices="cpu,cpu", ulysses_degree=1, **{knob: 2}))
+def test_other_degrees_need_no_other_processes():
+    two = [resolve(SequenceParallelConfig(devices="cpu,cpu", ring_degree=ring)) for ring in (1, 2)]
+    assert two[0].same_workers(two[1])
+    assert not two[0].same_workers(resolve(SequenceParallelConfig(devices="cpu*2,cpu")))
+    assert not two[0].same_workers(resolve(SequenceParallelConfig(devices="cpu,cpu", attention="sdpa")))
+
+
+@pytest.mark.parametrize("attention", ["cudnn", "flash", "sage"])
+def test_a_gpu_kernel_on_the_cpu_is_refused(attention: str):
+    with pytest.raises(ConfigError, match=f"attention is '{attention}', which needs CUDA devices"):
+        resolve(SequenceParallelConfig(devices="cpu", attention=attention))
+
+
+def test_a_kernel_whose_package_is_missing_is_refused(gpus, monkeypatch: pytest.MonkeyPatch):
+    gpus(1)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match="attention is 'sage', but the package sageattention is not installed"):
+        resolve(SequenceParallelConfig(devices="cuda:0", attention="sage"))
 
 
 @pytest.mark.parametrize("weights", ["shard", "offload"])

@@ -57,9 +57,7 @@ def test_reading_equals_a_convolution(case: tuple[Grid, int, int], batch: int, c
     grid, start, stop = case
     shape = (batch, channels, *(g * p for g, p in zip(grid, patch, strict=True)))
     x = torch.arange(torch.Size(shape).numel(), dtype=torch.float64).view(shape)
-    read = list(read_tokens(x, start, stop, patch))
-    expected = patchify(x, patch)[:, start:stop]
-    assert torch.equal(torch.cat(read, dim=1) if read else expected[:, :0], expected)
+    assert torch.equal(read_tokens(x, start, stop, patch, like=x), patchify(x, patch)[:, start:stop])
 
 
 @given(grids_and_ranges(), st.integers(1, 2), st.sampled_from([(1, 1, 1), (1, 2, 2), (2, 1, 3)]))
@@ -82,9 +80,28 @@ def test_all_ranks_together_write_the_whole_latent(grid: Grid, cuts: list[int]):
     out = torch.full_like(x, float("nan"))
     ends = [0, *sorted(min(cut, total) for cut in cuts), total]
     for start, stop in pairwise(ends):
-        read = list(read_tokens(x, start, stop, patch))
-        write_tokens(torch.cat(read, dim=1) if read else x.new_empty(1, 0, 12), out, start, stop, patch)
+        write_tokens(read_tokens(x, start, stop, patch, like=x), out, start, stop, patch)
     assert torch.equal(out, x)
+
+
+@given(st.integers(1, 3), st.integers(1, 9), st.integers(1, 9))
+def test_patches_are_cut_off_at_the_edge(frames: int, height: int, width: int):
+    """FLUX takes odd sizes, padded to whole patches on the way in."""
+    patch = (1, 2, 2)
+    padded = torch.randn(2, 3, frames, height + height % 2, width + width % 2)
+    tokens = patchify(padded, patch)
+    out = torch.zeros(2, 3, frames, height, width)
+    middle = tokens.shape[1] // 2
+    write_tokens(tokens[:, :middle], out, 0, middle, patch)
+    write_tokens(tokens[:, middle:], out, middle, tokens.shape[1], patch)
+    assert torch.equal(out, padded[..., :height, :width])
+
+
+def test_reading_converts_to_the_weights_dtype():
+    read = read_tokens(torch.ones(1, 1, 1, 2, 4), 0, 2, (1, 2, 2), like=torch.zeros(1, dtype=torch.bfloat16))
+    assert (read.dtype, read.shape) == (torch.bfloat16, (1, 2, 4))
+    empty = read_tokens(torch.ones(3, 1, 1, 2, 4), 1, 1, (1, 2, 2), like=read)
+    assert (empty.dtype, empty.shape) == (torch.bfloat16, (3, 0, 4))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from parallel.errors import ConfigError
-from parallel.plan import SequencePlan, ranges, shares
+from parallel.plan import SequencePlan, ranges, share_of, shares, spread
 
 WEIGHTS = st.lists(
     st.one_of(st.integers(1, 9).map(float), st.floats(0.01, 100, allow_nan=False)), min_size=1, max_size=8
@@ -22,7 +22,8 @@ def plans(draw: st.DrawFn) -> SequencePlan:
     weights = tuple(draw(WEIGHTS))
     video = draw(st.integers(len(weights), 500))
     others = draw(st.lists(st.integers(0, 40), max_size=2))
-    return SequencePlan((video, *others), draw(st.integers(1, 30)), weights)
+    ring_degree = draw(st.sampled_from([d for d in range(1, len(weights) + 1) if len(weights) % d == 0]))
+    return SequencePlan((video, *others), draw(st.integers(1, 30)), weights, ring_degree)
 
 
 # --- shares and ranges --------------------------------------------------------------------------------------------
@@ -89,13 +90,29 @@ def test_ranges_are_contiguous(sizes: list[int]):
 # --- the plan -----------------------------------------------------------------------------------------------------
 
 
+def rows(plan: SequencePlan) -> list[range]:
+    """The ranks of each Ulysses group, in the order of the ring."""
+    width = plan.world_size // plan.ring_degree
+    return [range(row * width, (row + 1) * width) for row in range(plan.ring_degree)]
+
+
 @given(plans())
-def test_every_token_and_head_has_one_owner(plan: SequencePlan):
+def test_every_token_has_one_owner(plan: SequencePlan):
     assert [i for start, stop in plan.token_ranges for i in range(start, stop)] == list(range(sum(plan.streams)))
-    assert [i for start, stop in plan.head_ranges for i in range(start, stop)] == list(range(plan.heads))
     assert min(plan.tokens) >= 1
     assert plan.tokens == shares(sum(plan.streams), plan.weights, minimum=1)
-    assert plan.local_heads == shares(plan.heads, plan.weights)
+    assert plan.chunks == tuple(sum(plan.tokens[rank] for rank in row) for row in rows(plan))
+
+
+@given(plans())
+def test_every_head_has_one_owner_in_each_row_the_same_in_all(plan: SequencePlan):
+    columns = [plan.head_ranges[rank] for rank in rows(plan)[0]]
+    assert [i for start, stop in columns for i in range(start, stop)] == list(range(plan.heads))
+    for row in rows(plan):
+        assert [plan.head_ranges[rank] for rank in row] == columns
+        assert all(plan.row(rank) == slice(row.start, row.stop) for rank in row)
+    if plan.ring_degree == 1:
+        assert plan.local_heads == shares(plan.heads, plan.weights)
 
 
 @given(plans())
@@ -109,7 +126,8 @@ def test_stream_ranges_partition_each_stream(plan: SequencePlan):
 
 @given(plans())
 def test_all_ranks_compute_the_same_plan(plan: SequencePlan):
-    again = SequencePlan(tuple(plan.streams), plan.heads, tuple(float(str(w)) for w in plan.weights))
+    weights = tuple(float(str(w)) for w in plan.weights)
+    again = SequencePlan(tuple(plan.streams), plan.heads, weights, plan.ring_degree)
     assert again == plan
     assert (again.token_ranges, again.head_ranges) == (plan.token_ranges, plan.head_ranges)
 
@@ -155,12 +173,37 @@ def test_fewer_video_tokens_than_ranks_are_refused(text: int):
 def test_exchange_bytes_count_what_others_get(plan: SequencePlan, batch: int, head_dim: int, itemsize: int):
     one_head_of_one_token = batch * head_dim * itemsize
     sent = [0] * plan.world_size
-    for sender in range(plan.world_size):
-        for receiver in range(plan.world_size):
-            if sender != receiver:
+    for row in rows(plan):  # q, k, v to the owners of the heads, the result back
+        for sender in row:
+            for receiver in set(row) - {sender}:
                 sent[sender] += 3 * plan.tokens[sender] * plan.local_heads[receiver] * one_head_of_one_token
                 sent[sender] += plan.tokens[receiver] * plan.local_heads[sender] * one_head_of_one_token
+    for place, row in enumerate(rows(plan)):  # each chunk's k and v travel on until they have seen every row
+        for hop in range(plan.ring_degree - 1):
+            held = plan.chunks[(place - hop) % plan.ring_degree]
+            for sender in row:
+                sent[sender] += 2 * held * plan.local_heads[sender] * one_head_of_one_token
     assert [plan.exchange_bytes(rank, batch, head_dim, itemsize) for rank in range(plan.world_size)] == sent
+
+
+@given(st.integers(0, 40), st.integers(1, 9))
+def test_samples_are_spread_as_equally_as_possible(samples: int, groups: int):
+    parts = spread(samples, groups)
+    assert [i for start, stop in parts for i in range(start, stop)] == list(range(samples))
+    sizes = [stop - start for start, stop in parts]
+    assert max(sizes) - min(sizes) <= 1
+
+
+@given(st.lists(st.integers(1, 5), min_size=1, max_size=4), st.integers(1, 6))
+def test_each_sample_of_each_request_belongs_to_one_group(batches: list[int], groups: int):
+    shared = [share_of(batches, group, groups) for group in range(groups)]
+    for request, batch in enumerate(batches):
+        assert [i for parts in shared for i in range(batch)[parts[request]]] == list(range(batch))
+
+
+def test_cond_and_uncond_go_to_different_groups():
+    assert share_of([1, 1], 0, 2) == [slice(0, 1), slice(0, 0)]
+    assert share_of([1, 1], 1, 2)[1] == slice(0, 1)
 
 
 def test_one_rank_sends_nothing():

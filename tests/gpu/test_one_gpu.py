@@ -1,0 +1,54 @@
+"""What one CUDA device can show: its kernels, and a worker on it against a worker on the CPU."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from parallel.attention.kernels import select
+from parallel.attention.merge import merge
+from parallel.config import SequenceParallelConfig
+from parallel.demo.checkpoint import write_tiny_hunyuan_video
+from parallel.host import running
+from parallel.host.recipe import Recipe
+from parallel.host.remote_model import RemoteModel
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
+]
+
+
+@pytest.mark.parametrize("name", ["auto", "sdpa", "cudnn", "flash"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_kernel_and_its_parts_merged_agree_with_fp32(name: str, dtype: torch.dtype):
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, 3, 257, 128, device="cuda") for _ in range(3))
+    exact = F.scaled_dot_product_attention(q, k, v)
+    kernel = select(name, torch.device("cuda:0"))
+    q, k, v = (x.to(dtype) for x in (q, k, v))
+    allowed = 3 * (F.scaled_dot_product_attention(q, k, v).float() - exact).abs().max() + 1e-3
+    assert (kernel(q, k, v).float() - exact).abs().max() <= allowed
+    out, lse = kernel.with_lse(q, k[:, :, :100], v[:, :, :100])
+    merged, _ = merge(out.float(), lse, *kernel.with_lse(q, k[:, :, 100:], v[:, :, 100:]))
+    assert (merged - exact).abs().max() <= allowed
+
+
+def test_a_cuda_worker_agrees_with_a_cpu_worker(tmp_path: Path):
+    path = tmp_path / "tiny.safetensors"
+    write_tiny_hunyuan_video(path, heads=2)
+    generator = torch.Generator().manual_seed(0)
+    x, y = torch.randn(1, 16, 2, 8, 8, generator=generator), torch.randn(1, 768, generator=generator)
+    conditioning = {"context": torch.randn(1, 8, 64, generator=generator), "y": y, "guidance": torch.tensor([6.0])}
+    results = []
+    for device in ("cpu", "cuda:0"):
+        config = SequenceParallelConfig(devices=device)
+        recipe = Recipe(path=str(path), weight_dtype=torch.float32, compute_dtype=torch.float32, config=config)
+        model = RemoteModel(recipe)
+        model.ensure_loaded()
+        results.append(model.step(x, torch.tensor([500.0]), conditioning))
+    running.stop_all()
+    assert ((results[1] - results[0]).abs().max() / results[0].abs().max()) <= 1e-3  # TF32 is off by default
