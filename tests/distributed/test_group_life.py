@@ -413,6 +413,7 @@ def test_workers_leave_by_themselves_when_told_to(bare_group: WorkerGroup):
 
 def test_a_stopped_group_leaves_no_descriptor_and_no_thread():
     def held() -> tuple[list[str], list[str]]:
+        gc.collect()
         links = [os.readlink(path) for path in Path("/proc/self/fd").iterdir() if path.is_symlink()]
         kinds = [re.sub(r"\d+", "N", link) for link in links if not link.startswith("/proc/")]
         return sorted(kinds), sorted(thread.name for thread in threading.enumerate())
@@ -427,7 +428,6 @@ def test_a_stopped_group_leaves_no_descriptor_and_no_thread():
     assert segment.tensor(target).sum() == 12
     group.stop()
     del group, segment  # the mappings go with them
-    gc.collect()
     assert held() == before
 
 
