@@ -19,7 +19,7 @@ def decode_in_tiles(latent: Tensor) -> Tensor:
 
     torch.manual_seed(0)
     vae: Any = AutoencoderKLHunyuanVideo(
-        block_out_channels=(8, 8, 8, 8), layers_per_block=1, norm_num_groups=4, latent_channels=16
+        block_out_channels=(4, 4, 4, 4), layers_per_block=1, norm_num_groups=2, latent_channels=16
     )
     vae.eval()
     vae.enable_tiling(
