@@ -53,8 +53,6 @@ class Adapter(ABC):
 
     family: ClassVar[str]
     """Key in the registry, and the family's name in messages."""
-    repeated_blocks: ClassVar[tuple[str, ...]]
-    """Attribute names of the module lists that hold the transformer blocks."""
 
     @classmethod
     @abstractmethod

@@ -32,7 +32,6 @@ _RENAMED = [(r"^img_in$", "x_embedder"), (r"^txt_in$", "context_embedder"), *two
 
 class FluxAdapter(Adapter):
     family: ClassVar[str] = "flux"
-    repeated_blocks: ClassVar[tuple[str, ...]] = ("transformer_blocks", "single_transformer_blocks")
 
     @classmethod
     def detect(cls, tensors: Mapping[str, TensorInfo]) -> bool:

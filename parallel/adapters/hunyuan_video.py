@@ -95,7 +95,6 @@ class _Prompts:
 
 class HunyuanVideoAdapter(Adapter):
     family: ClassVar[str] = "hunyuan_video"
-    repeated_blocks: ClassVar[tuple[str, ...]] = ("transformer_blocks", "single_transformer_blocks")
 
     # --- checkpoint ---------------------------------------------------------------------------------------------
 
