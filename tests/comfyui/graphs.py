@@ -46,6 +46,7 @@ class Setting:
     height: int = 48
     length: int = 5
     batch: int = 1
+    picture: bool = False  # a latent without frames, for FLUX
     seed: int = 7
     steps: int = 3
     cfg: float = 1.0
@@ -117,8 +118,11 @@ def sampling_graph(setting: Setting, swapped: Swapped | None = None) -> Graph:
 def add_sampling(builder: GraphBuilder, setting: Setting, model: Link) -> None:
     """Everything behind the model."""
     positive, negative = builder.add_text(setting.positive), builder.add_text(setting.negative)
-    size = {"width": setting.width, "height": setting.height, "length": setting.length}
-    latent = builder.add("EmptyHunyuanLatentVideo", batch_size=setting.batch, **size)
+    size = {"width": setting.width, "height": setting.height, "batch_size": setting.batch}
+    if setting.picture:
+        latent = builder.add("EmptySD3LatentImage", **size)
+    else:
+        latent = builder.add("EmptyHunyuanLatentVideo", length=setting.length, **size)
     if setting.chain == "ksampler":
         samples = builder.add(
             "KSampler",

@@ -13,7 +13,7 @@ TINY = "tiny.safetensors"
 DEEP = "deep.safetensors"  # many blocks: long steps made of short parts, and weights large enough to see in memory
 TRUNCATED = "truncated.safetensors"
 CORRUPT_HEADER = "corrupt_header.safetensors"
-FLUX_LIKE = "flux_like.safetensors"
+FLUX = "tiny_flux.safetensors"
 SD_LIKE = "sd_like.safetensors"
 AURA_FLOW_LIKE = "aura_flow_like.safetensors"
 ORIGINAL_NAMES = "original_names.safetensors"  # Tencent's own parameter names, with the prefix of full checkpoints
@@ -23,7 +23,7 @@ LORA = "tiny_lora.safetensors"
 
 def write_model_files(models: Path) -> None:
     """Fill a ComfyUI models folder."""
-    from parallel.demo.checkpoint import write_tiny_hunyuan_video
+    from parallel.demo.checkpoint import write_tiny_flux, write_tiny_hunyuan_video
 
     folder = models / "diffusion_models"
     write_tiny_hunyuan_video(folder / TINY)
@@ -33,7 +33,7 @@ def write_model_files(models: Path) -> None:
     content = (folder / TINY).read_bytes()
     (folder / TRUNCATED).write_bytes(content[: len(content) * 2 // 3])
     (folder / CORRUPT_HEADER).write_bytes(struct.pack("<Q", 64) + b"{this is no JSON".ljust(64) + bytes(64))
-    _write_zeros(folder / FLUX_LIKE, _FLUX_SHAPES)
+    write_tiny_flux(folder / FLUX)
     _write_zeros(folder / SD_LIKE, _SD_SHAPES)
     _write_zeros(folder / AURA_FLOW_LIKE, _AURA_FLOW_SHAPES)
     _write_lora(models / "loras" / LORA, folder / TINY)
@@ -68,20 +68,7 @@ def _read_shapes(path: Path) -> dict[str, list[int]]:
     return {name: entry["shape"] for name, entry in header.items() if name != "__metadata__"}
 
 
-# Just the keys by which ComfyUI tells these families, with tiny shapes. It recognises the first and the last one.
-_FLUX_SHAPES = {
-    "img_in.weight": (128, 64),
-    "img_in.bias": (128,),
-    "txt_in.weight": (128, 32),
-    "time_in.in_layer.weight": (128, 256),
-    "vector_in.in_layer.weight": (128, 768),
-    "guidance_in.in_layer.weight": (128, 256),
-    "double_blocks.0.img_attn.norm.key_norm.scale": (128,),
-    "double_blocks.0.img_attn.norm.query_norm.scale": (128,),
-    "double_blocks.0.img_attn.qkv.weight": (384, 128),
-    "single_blocks.0.linear1.weight": (896, 128),
-    "final_layer.linear.weight": (64, 128),
-}
+# Just the keys by which ComfyUI tells these families, with tiny shapes. It recognises the last one.
 _SD_SHAPES = {
     "model.diffusion_model.input_blocks.0.0.weight": (32, 4, 3, 3),
     "model.diffusion_model.input_blocks.0.0.bias": (32,),

@@ -1,13 +1,14 @@
 """One swapped loader node, the same seed: the same latent."""
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
 
 from tests.comfyui.graphs import Setting, Swapped, Text, fresh, model_node
 from tests.comfyui.latents import relative_difference, sample
-from tests.comfyui.model_files import NO_GUIDANCE, ORIGINAL_NAMES
+from tests.comfyui.model_files import FLUX, NO_GUIDANCE, ORIGINAL_NAMES
 from tests.comfyui.server import ComfyServer
 
 pytestmark = pytest.mark.comfyui
@@ -91,6 +92,20 @@ def test_same_latent_with_explicit_degrees(
     server: ComfyServer, reference: Reference, name: str, swapped: Swapped
 ) -> None:
     assert relative_difference(sample(server, CASES[name], swapped), reference(CASES[name])) <= TOLERANCE
+
+
+@pytest.mark.parametrize("swapped", [Swapped(), Swapped(ring_degree=2)], ids=["ulysses", "ring"])
+@pytest.mark.parametrize(
+    "setting",
+    [
+        pytest.param(Setting(positive=Text(tokens=63)), id="63_text_tokens"),
+        pytest.param(Setting(width=72, height=56, cfg=4.0, negative=SHORT), id="odd_size_cfg"),
+        pytest.param(Setting(sampler="dpmpp_2m", scheduler="sgm_uniform", batch=2, steps=4), id="dpmpp_2m_batch_2"),
+    ],
+)
+def test_same_flux_latent(server: ComfyServer, reference: Reference, setting: Setting, swapped: Swapped) -> None:
+    setting = replace(setting, checkpoint=FLUX, picture=True)
+    assert relative_difference(sample(server, setting, swapped), reference(setting)) <= TOLERANCE
 
 
 def test_the_workers_do_the_work(server: ComfyServer, reference: Reference) -> None:
