@@ -126,6 +126,7 @@ class ComfyServer:
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
+                preexec_fn=_heed_ctrl_c,
             )
         try:
             if not wait_until(self._is_ready, timeout, interval=0.2):
@@ -328,6 +329,11 @@ class ComfyServer:
         with self._changed:
             self._disconnected = True
             self._changed.notify_all()
+
+
+def _heed_ctrl_c() -> None:
+    """In the child: a test run in the background of a shell ignores SIGINT, and so would the server."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def _free_port() -> int:
