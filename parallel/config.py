@@ -68,7 +68,6 @@ class Layout:
 
     devices: tuple[WorkerDevice, ...]
     degrees: RequestedDegrees
-    weights: str
     attention: str
     reason: str
     """Why these devices, for the log."""
@@ -160,7 +159,7 @@ def resolve(config: SequenceParallelConfig) -> Layout:
         ring=config.ring_degree,
         ulysses=config.ulysses_degree,
     )
-    return Layout(devices=devices, degrees=degrees, weights="replicate", attention=config.attention, reason=reason)
+    return Layout(devices=devices, degrees=degrees, attention=config.attention, reason=reason)
 
 
 def _require_choice(knob: str, value: object, allowed: tuple[str, ...]) -> None:

@@ -85,7 +85,7 @@ def _try_workers(layout: Layout) -> str:
     try:
         x = torch.arange(1024, dtype=torch.float32)
         (source, target), size = lay_out("doctor", [(x.shape, x.dtype)] * 2)
-        segment = group.segment("doctor", size)
+        segment = group.memory.segment("doctor", size)
         segment.tensor(source).copy_(x)
         group.call("echo", {"inputs": {"x": source.to_json()}, "out": target.to_json()})
         if not torch.equal(segment.tensor(target), x):

@@ -9,28 +9,23 @@ from __future__ import annotations
 import atexit
 import contextlib
 import itertools
-import json
 import logging
 import os
 import selectors
-import signal
-import socket
 import subprocess
-import sys
 import threading
 import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
-from ..config import Layout, WorkerDevice
+from ..config import Layout
 from ..errors import EngineError, WorkerDiedError, WorkerError, WorkerOutOfMemoryError
-from ..wire.channel import Channel, ChannelClosed, Message
-from ..wire.control import SIZE as CONTROL_SIZE
+from ..wire.channel import ChannelClosed, Message
 from ..wire.control import ControlPage
-from ..wire.shared import Segment
+from .memory import GroupMemory
+from .process import WorkerProcess
 
 log = logging.getLogger("sequence_parallel")
 
@@ -39,7 +34,6 @@ Poll = Callable[[], None]
 Progress = Callable[[int, int], None]
 """Called in the caller's thread with (done, total)."""
 
-_BOOT = Path(__file__).resolve().parent.parent / "worker" / "boot.py"
 _SLICE_S = 0.05
 _START_TIMEOUT_S = 180.0
 _STUCK_AFTER_S = 600.0
@@ -47,24 +41,10 @@ _STUCK_AFTER_S = 600.0
 _DRAIN_TIMEOUT_S = 60.0
 _LEAVE_S = 2.0
 """How long idle workers may take to end by themselves."""
+_LENT_AT_MOST = 4
+"""Steps whose results stay where the workers wrote them until the caller lets go; multistep samplers keep three."""
 _GRACE_S = 1.0
 """How long peers of a failed rank may take to report, before the group is ended."""
-
-
-@dataclass(slots=True)
-class _Worker:
-    rank: int
-    device: WorkerDevice
-    process: subprocess.Popen[bytes]
-    channel: Channel
-    ready: bool = False
-    gone: bool = False
-    memory: int = 0
-    """Bytes in use when it last answered."""
-    last_lines: deque[str] = field(default_factory=lambda: deque(maxlen=30))
-
-    def describe(self) -> str:
-        return f"worker rank {self.rank} ({self.device.name}, pid {self.process.pid})"
 
 
 @dataclass(slots=True)
@@ -95,10 +75,9 @@ class WorkerGroup:
         self.layout = layout
         self._threads = threads or _threads_per_worker(layout)
         self.generation = next(self._generations)
-        self._workers: list[_Worker] = []
+        self._workers: list[WorkerProcess] = []
         self._control = ControlPage.create()
-        self._segments: dict[str, Segment] = {}
-        self._announce: dict[str, Segment] = {}
+        self.memory = GroupMemory()
         self._call_lock = threading.RLock()
         self._changed = threading.Condition()
         self._call: _Call | None = None
@@ -158,24 +137,10 @@ class WorkerGroup:
         if self._supervisor.ident is not None and threading.current_thread() is not self._supervisor:
             self._supervisor.join(timeout=10)
         os.close(self._store)
-        for segment in self._segments.values():
-            segment.close()
+        self.memory.close()
         self._control.close()
         os.close(self._wake_read)
         os.close(self._wake_write)
-
-    # --- shared memory ------------------------------------------------------------------------------------------
-
-    def segment(self, name: str, size: int) -> Segment:
-        """The group's segment `name` with room for at least `size` bytes; workers learn of it with the next call."""
-        current = self._segments.get(name)
-        if current is None or current.size < size:
-            segment = Segment.create(name, size)
-            self._segments[name] = self._announce[name] = segment
-            if current is not None:
-                current.close()
-            return segment
-        return current
 
     # --- calls --------------------------------------------------------------------------------------------------
 
@@ -235,9 +200,7 @@ class WorkerGroup:
         self._raise_failure()
         self._control.reset(len(self._workers))
         self._call = call = _Call(next(self._numbers), operation)
-        announced, self._announce = self._announce, {}
-        segments = [{"name": name, "size": segment.size} for name, segment in announced.items()]
-        fds = tuple(segment.fileno() for segment in announced.values())
+        segments, fds = self.memory.announce()
         frame = {"op": operation, "id": call.number, "segments": segments, **message}
         for worker in self._workers:
             with contextlib.suppress(ChannelClosed):  # the supervisor sees it too, and says why
@@ -302,7 +265,7 @@ class WorkerGroup:
             self.stop()
         raise error
 
-    def _remote_error(self, worker: _Worker, operation: str, error: dict[str, Any], alike: bool) -> WorkerError:
+    def _remote_error(self, worker: WorkerProcess, operation: str, error: dict[str, Any], alike: bool) -> WorkerError:
         kind = WorkerOutOfMemoryError if error["out_of_memory"] else WorkerError
         if error["expected"] and alike:
             text = error["message"]
@@ -350,14 +313,15 @@ class WorkerGroup:
         try:
             with selectors.DefaultSelector() as selector:
                 selector.register(self._wake_read, selectors.EVENT_READ, None)
-                for rank, device in enumerate(self.layout.devices):
+                for rank in range(self.layout.world_size):
                     if self._closing:
                         break
-                    worker = self._spawn(rank, device)
-                    assert worker.process.stdout is not None
+                    worker = WorkerProcess(
+                        rank, self.layout, threads=self._threads, store=self._store, control=self._control.fileno()
+                    )
                     self._workers.append(worker)
                     selector.register(worker.channel, selectors.EVENT_READ, (worker, self._on_message))
-                    selector.register(worker.process.stdout, selectors.EVENT_READ, (worker, self._on_output))
+                    selector.register(worker.output, selectors.EVENT_READ, (worker, self._on_output))
                 self._listen(selector)
         except Exception as error:
             log.exception("the supervisor of the workers failed")
@@ -365,9 +329,7 @@ class WorkerGroup:
         for worker in self._workers:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 worker.process.wait(timeout=2 * _LEAVE_S)  # they die with this thread, so it stays until they have left
-            worker.channel.close()
-            assert worker.process.stdout is not None
-            worker.process.stdout.close()
+            worker.close()
 
     def _listen(self, selector: selectors.BaseSelector) -> None:
         while not self._closing:
@@ -387,50 +349,7 @@ class WorkerGroup:
                 with contextlib.suppress(ChannelClosed):
                     worker.channel.send(message)
 
-    def _spawn(self, rank: int, device: WorkerDevice) -> _Worker:
-        ours, theirs = socket.socketpair()
-        settings = {
-            "fd": theirs.fileno(),
-            "host_pid": os.getpid(),
-            "rank": rank,
-            "weights": self.layout.speeds,
-            "device": device.name,
-            "attention": self.layout.attention,
-            "store": self._store,
-            "threads": self._threads,
-        }
-        environment = os.environ | {
-            "OMP_NUM_THREADS": str(self._threads),
-            "OMP_WAIT_POLICY": "PASSIVE",  # spinning threads of one worker would steal the cores of another
-            # Keep freed memory for the next layer: on a CPU, fetching it from the system again costs a page fault each.
-            "MALLOC_MMAP_THRESHOLD_": str(32 << 20),
-            "MALLOC_TRIM_THRESHOLD_": str(1 << 30),
-            "GLOO_SOCKET_IFNAME": "lo",
-            "NCCL_SOCKET_IFNAME": "lo",
-            "HF_HUB_OFFLINE": "1",
-            "PYTHONUNBUFFERED": "1",
-        }
-        flags = ["-s"] if sys.flags.no_user_site else []
-        try:
-            process = subprocess.Popen(
-                [sys.executable, *flags, str(_BOOT), json.dumps(settings)],
-                pass_fds=(theirs.fileno(), self._store),
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                env=environment,
-            )
-        finally:
-            theirs.close()
-        assert process.stdout is not None
-        os.set_blocking(process.stdout.fileno(), False)
-        worker = _Worker(rank, device, process, Channel(ours))
-        with contextlib.suppress(ChannelClosed):
-            page = {"segments": [{"name": "control", "size": CONTROL_SIZE}], "op": "attach", "id": 0}
-            worker.channel.send(page, (self._control.fileno(),))
-        return worker
-
-    def _on_message(self, worker: _Worker) -> bool:
+    def _on_message(self, worker: WorkerProcess) -> bool:
         try:
             message, fds = worker.channel.receive()
         except ChannelClosed:
@@ -454,36 +373,18 @@ class WorkerGroup:
             self._changed.notify_all()
         return True
 
-    def _on_output(self, worker: _Worker) -> bool:
-        assert worker.process.stdout is not None
-        text = os.read(worker.process.stdout.fileno(), 65536)
-        for line in text.decode(errors="replace").splitlines():
-            worker.last_lines.append(line)
+    def _on_output(self, worker: WorkerProcess) -> bool:
+        lines = worker.read_output()
+        for line in lines:
             log.debug("[rank %d] %s", worker.rank, line)
-        return bool(text)
+        return bool(lines)
 
-    def _on_end(self, worker: _Worker) -> None:
+    def _on_end(self, worker: WorkerProcess) -> None:
         """A worker's socket closed: unless the group is ending, the worker died."""
         worker.gone = True
         if self._closing:
             return
-        with contextlib.suppress(BlockingIOError, OSError):
-            self._on_output(worker)
-        try:
-            code = worker.process.wait(timeout=5)
-        except subprocess.TimeoutExpired:
-            worker.process.kill()
-            code = worker.process.wait()
-        how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
-        text = f"{worker.describe()} {how}"
-        if self._call is not None:
-            text += f" during '{self._call.operation}'"
-        if worker.memory:
-            text += f"; it had {worker.memory / 2**20:.0f} MiB in use"
-        if code == -signal.SIGKILL:
-            text += "; if nobody ended it, the system ran out of memory (see dmesg)"
-        elif not worker.ready and worker.last_lines:
-            text += "; its last lines:\n" + "\n".join(worker.last_lines)
+        text = worker.describe_end(self._call.operation if self._call is not None else None)
         self._fail(WorkerDiedError(text + ". The next prompt starts fresh workers", rank=worker.rank))
 
     def _fail(self, failure: WorkerError) -> None:

@@ -162,21 +162,21 @@ class RemoteModel:
         group = self._group
         assert group is not None, "call ensure_loaded first"
         group.settle(poll)
-        shapes: list[tuple[Sequence[int], torch.dtype]] = []
+        inputs, outputs = [], []
         for request in requests:
-            x, timestep = request.x, request.timestep
-            out_shape = self.inspected.adapter.output_shape(self.inspected.model_config, tuple(x.shape))
-            shapes += [(x.shape, x.dtype), (timestep.shape, timestep.dtype), (out_shape, x.dtype)]
-        refs, size = lay_out("step", shapes)
-        segment = group.segment("step", size)
+            out_shape = self.inspected.adapter.output_shape(self.inspected.model_config, tuple(request.x.shape))
+            inputs += [request.x, request.timestep]
+            outputs.append((out_shape, request.x.dtype))
+        in_refs, size = lay_out("step", [(tensor.shape, tensor.dtype) for tensor in inputs])
+        segment = group.memory.segment("step", size)
+        for tensor, ref in zip(inputs, in_refs, strict=True):
+            segment.tensor(ref).copy_(tensor)
+        results, out_refs, lend = group.memory.for_results(outputs)
         keys, put, drop = self._conditioning.update([request.conditioning for request in requests], group)
-        plain = []
-        for i, request in enumerate(requests):
-            x_ref, timestep_ref, out_ref = refs[3 * i : 3 * i + 3]
-            segment.tensor(x_ref).copy_(request.x)
-            segment.tensor(timestep_ref).copy_(request.timestep)
-            places = {"x": x_ref.to_json(), "timestep": timestep_ref.to_json(), "out": out_ref.to_json()}
-            plain.append({**places, "conditioning": keys[i]})
+        plain = [
+            {"x": x.to_json(), "timestep": timestep.to_json(), "out": out.to_json(), "conditioning": held}
+            for x, timestep, out, held in zip(in_refs[::2], in_refs[1::2], out_refs, keys, strict=True)
+        ]
         message = {
             "model": self.name, "degrees": asdict(degrees), "requests": plain, "put": put, "drop": drop,
         }  # fmt: skip
@@ -185,7 +185,9 @@ class RemoteModel:
         except BaseException:
             self._conditioning.clear()  # what the workers hold now is unknown: send it again
             raise
-        return [_copy_out(segment, refs[3 * i + 2], request.x.device) for i, request in enumerate(requests)]
+        return [
+            _hand_over(results, ref, request.x.device, lend) for ref, request in zip(out_refs, requests, strict=True)
+        ]
 
 
 class _SentConditioning:
@@ -226,7 +228,7 @@ class _SentConditioning:
         put: dict[str, Any] = {}
         if new:
             refs, size = lay_out("conditioning", [(tensor.shape, tensor.dtype) for tensor in new.values()])
-            segment = group.segment("conditioning", size)
+            segment = group.memory.segment("conditioning", size)
             for (key, tensor), ref in zip(new.items(), refs, strict=True):
                 segment.tensor(ref).copy_(tensor)
                 put[key] = ref.to_json()
@@ -237,7 +239,8 @@ def _same(a: Tensor, b: Tensor) -> bool:
     return a.shape == b.shape and a.dtype == b.dtype and a.device == b.device and torch.equal(a, b)
 
 
-def _copy_out(segment: Segment, ref: TensorRef, device: torch.device) -> Tensor:
-    """A copy that the next step cannot overwrite."""
-    shared = segment.tensor(ref)
-    return shared.clone() if device.type == "cpu" else shared.to(device)
+def _hand_over(segment: Segment, ref: TensorRef, device: torch.device, lend: bool) -> Tensor:
+    """A result that the next step cannot overwrite."""
+    if device.type != "cpu":
+        return segment.tensor(ref).to(device)
+    return segment.lend(ref) if lend else segment.tensor(ref).clone()

@@ -7,9 +7,11 @@ the last process that holds it ends, however it ends. It does not count against 
 
 from __future__ import annotations
 
+import ctypes
 import mmap
 import os
 import tempfile
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
@@ -59,6 +61,7 @@ class Segment:
         self.size = size
         self._fd = fd
         self._map = mmap.mmap(fd, size)
+        self._loans: list[weakref.ref[Any]] = []
 
     @classmethod
     def create(cls, name: str, size: int) -> Segment:
@@ -85,13 +88,30 @@ class Segment:
         Raises:
             ValueError: `ref` reaches outside the segment.
         """
+        return self._on(self._map, ref)
+
+    def lend(self, ref: TensorRef) -> Tensor:
+        """As `tensor`, and the segment counts as `lent` until the tensor and every view of it have gone.
+
+        Raises:
+            ValueError: `ref` reaches outside the segment.
+        """
+        owner = (ctypes.c_byte * self.size).from_buffer(self._map)  # unlike an mmap it can be watched
+        self._loans.append(weakref.ref(owner))
+        return self._on(owner, ref)
+
+    @property
+    def lent(self) -> bool:
+        self._loans = [loan for loan in self._loans if loan() is not None]
+        return bool(self._loans)
+
+    def _on(self, buffer: Any, ref: TensorRef) -> Tensor:
         if ref.offset < 0 or ref.offset + ref.nbytes > self.size:
             raise ValueError(f"{ref} reaches outside segment {self.name!r} of {self.size} bytes")
         dtype = _DTYPES[ref.dtype]
         if not prod(ref.shape):
             return torch.empty(ref.shape, dtype=dtype)
-        flat = torch.frombuffer(self._map, dtype=dtype, count=prod(ref.shape), offset=ref.offset)
-        return flat.view(ref.shape)
+        return torch.frombuffer(buffer, dtype=dtype, count=prod(ref.shape), offset=ref.offset).view(ref.shape)
 
     def close(self) -> None:
         """Drops this process's descriptor; the mapping goes when the last tensor on it goes."""

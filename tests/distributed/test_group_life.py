@@ -12,7 +12,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
@@ -24,6 +24,7 @@ import torch
 from parallel.config import SequenceParallelConfig, resolve
 from parallel.errors import EngineError, WorkerDiedError, WorkerError, WorkerOutOfMemoryError
 from parallel.host import group as group_module
+from parallel.host import process as process_module
 from parallel.host import running
 from parallel.host.group import WorkerGroup
 from parallel.host.recipe import Recipe
@@ -203,37 +204,54 @@ def test_nothing_listens_on_another_address_than_loopback(model: RemoteModel, gr
 
 
 def test_a_remote_call_costs_little_more_than_copying(model: RemoteModel, group: WorkerGroup):
-    """30 MB to the workers and 30 MB back."""
-    repeats, x = 15, torch.randn(30_000_000 // 4)
-    (source, target), size = lay_out("echo", [(x.shape, x.dtype)] * 2)
-    segment = group.segment("echo", size)
+    """30 MB to the workers and 30 MB back, in turn with plain copies of the same bytes."""
+    turns, x = 15, torch.randn(30_000_000 // 4)
+    (source,), size = lay_out("echo", [(x.shape, x.dtype)])
+    segment = group.memory.segment("echo", size)
     buffer = torch.empty_like(x)
 
     def remote() -> torch.Tensor:
-        for _ in range(repeats):
-            segment.tensor(source).copy_(x)
-            group.call("echo", {"inputs": {"x": source.to_json()}, "out": target.to_json()})
-            result = segment.tensor(target).clone()
-        return result
+        segment.tensor(source).copy_(x)
+        results, (target,), lend = group.memory.for_results([(x.shape, x.dtype)])
+        assert lend
+        group.call("echo", {"inputs": {"x": source.to_json()}, "out": target.to_json()})
+        return results.lend(target)
 
     def plain() -> torch.Tensor:
-        for _ in range(repeats):
-            buffer.copy_(x)
-            result = buffer.clone()
-        return result
+        buffer.copy_(x)
+        return buffer.clone()
+
+    def seconds_of(run: Callable[[], torch.Tensor]) -> float:
+        start = time.perf_counter()
+        result = run()
+        taken = time.perf_counter() - start
+        assert torch.equal(result, x)
+        return taken
+
+    def interleaved() -> float:
+        pairs = [(seconds_of(remote), seconds_of(plain)) for _ in range(turns)]
+        return median(r for r, _ in pairs) / median(p for _, p in pairs)
 
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # as in the workers
     try:
         quiet = QuietRounds([os.getpid(), *group.pids])
-        rounds = [quiet.run([remote, plain]) for _ in range(7)]
+        ratios = [ratio for _ in range(7) for ratio, _ in quiet.run([interleaved])]
     finally:
         torch.set_num_threads(threads)
-    assert all(torch.equal(result, x) for taken in rounds for result, _ in taken)
-    remote_s, plain_s = (median(taken[i][1] for taken in rounds) / repeats for i in range(2))
-    print(f"remote call: {1e3 * remote_s:.1f} ms, {remote_s / plain_s:.2f} × plain copies, one thread per process")
-    # Shared machines have slow phases that no process of ours causes: the least disturbed round must be good.
-    assert min(taken[0][1] / taken[1][1] for taken in rounds) <= 2.5
+    print(f"remote call: {median(ratios):.2f} × plain copies ({', '.join(f'{r:.2f}' for r in ratios)})")
+    assert median(ratios) <= 2.0
+
+
+def test_results_stay_as_they_are_while_the_caller_keeps_them(model: RemoteModel, models: dict[str, Any]):
+    """More of them than are lent from shared memory, kept as views and in part only."""
+    x, timestep, conditioning = SMALL.make()
+    expected = [model.step(x + i, timestep, conditioning).clone() for i in range(7)]
+    kept = [model.step(x + i, timestep, conditioning)[:, :1] for i in range(7)]
+    for result, right in zip(kept, expected, strict=True):
+        assert torch.equal(result, right[:, :1])
+    kept[2].zero_()  # a caller may do as it likes with its own
+    assert torch.equal(model.step(x, timestep, conditioning), expected[0])
 
 
 # --- cancelled ----------------------------------------------------------------------------------------------------
@@ -423,7 +441,7 @@ def test_a_stopped_group_leaves_no_descriptor_and_no_thread():
     group = WorkerGroup(resolve(SequenceParallelConfig(devices="cpu")), threads=1)
     group.start()
     (source, target), size = lay_out("echo", [((4,), torch.float32)] * 2)
-    segment = group.segment("echo", size)
+    segment = group.memory.segment("echo", size)
     segment.tensor(source).fill_(3)
     group.call("echo", {"inputs": {"x": source.to_json()}, "out": target.to_json()})
     assert segment.tensor(target).sum() == 12
@@ -442,7 +460,7 @@ def test_a_rank_that_dies_while_idle_is_noticed(bare_group: WorkerGroup):
 
 
 def test_a_worker_that_cannot_start_says_why(bare_group: WorkerGroup, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(group_module, "_BOOT", Path("no_such_boot_script.py"))
+    monkeypatch.setattr(process_module, "_BOOT", Path("no_such_boot_script.py"))
     with pytest.raises(WorkerDiedError, match=r"(?s)ended with exit code 2.*its last lines:.*no_such_boot_script.py"):
         bare_group.start()
     assert wait_until(lambda: all_ended(bare_group.pids), RELEASE_S)

@@ -1,0 +1,60 @@
+"""The shared memory of a group, by name."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from ..wire.shared import Segment, TensorRef, lay_out
+
+_LENT_AT_MOST = 4
+"""Steps whose results stay where the workers wrote them until the caller lets go; multistep samplers keep three."""
+
+
+class GroupMemory:
+    """The segments that the host owns; the workers learn of a new one with the next message."""
+
+    def __init__(self) -> None:
+        self._segments: dict[str, Segment] = {}
+        self._new: dict[str, Segment] = {}
+
+    def segment(self, name: str, size: int) -> Segment:
+        """The segment `name`, with room for at least `size` bytes."""
+        current = self._segments.get(name)
+        if current is not None and current.size >= size:
+            return current
+        segment = self._segments[name] = self._new[name] = Segment.create(name, size)
+        if current is not None:
+            current.close()
+        return segment
+
+    def for_results(
+        self, tensors: Sequence[tuple[Sequence[int], torch.dtype]]
+    ) -> tuple[Segment, list[TensorRef], bool]:
+        """Room for what the workers are to write.
+
+        Args:
+            tensors: shape and dtype of each.
+
+        Returns:
+            A segment; where the tensors lie in it; whether they may be lent (`Segment.lend`) or, because the caller
+            still holds many, have to be copied out.
+        """
+        names = (f"results-{i}" for i in range(_LENT_AT_MOST))
+        free = (name for name in names if name not in self._segments or not self._segments[name].lent)
+        name = next(free, "results")
+        refs, size = lay_out(name, tensors)
+        return self.segment(name, size), refs, name != "results"
+
+    def announce(self) -> tuple[list[dict[str, Any]], tuple[int, ...]]:
+        """Name and size, and descriptors, of the segments that the workers do not know yet."""
+        new, self._new = self._new, {}
+        entries = [{"name": name, "size": segment.size} for name, segment in new.items()]
+        return entries, tuple(segment.fileno() for segment in new.values())
+
+    def close(self) -> None:
+        """Drops the descriptors; lent tensors stay valid."""
+        for segment in self._segments.values():
+            segment.close()

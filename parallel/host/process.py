@@ -1,0 +1,128 @@
+"""One worker process: how it is started, and how its end is told."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections import deque
+from pathlib import Path
+
+from ..config import Layout, WorkerDevice
+from ..wire.channel import Channel, ChannelClosed
+from ..wire.control import SIZE as CONTROL_SIZE
+
+_BOOT = Path(__file__).resolve().parent.parent / "worker" / "boot.py"
+
+
+class WorkerProcess:
+    """The process of one rank, started by the constructor. It dies with the *thread* that started it.
+
+    Args:
+        rank: place in the world.
+        layout: devices and degrees of the world.
+        threads: its CPU threads.
+        store: descriptor of the file through which the ranks meet.
+        control: descriptor of the control page.
+
+    Attributes:
+        ready: it has met the other ranks.
+        gone: it has ended.
+        memory: bytes in use when it last answered.
+        last_lines: what it last wrote to its output.
+    """
+
+    def __init__(self, rank: int, layout: Layout, *, threads: int, store: int, control: int):
+        self.rank = rank
+        self.device: WorkerDevice = layout.devices[rank]
+        self.ready = False
+        self.gone = False
+        self.memory = 0
+        self.last_lines: deque[str] = deque(maxlen=30)
+        ours, theirs = socket.socketpair()
+        settings = {
+            "fd": theirs.fileno(),
+            "host_pid": os.getpid(),
+            "rank": rank,
+            "weights": layout.speeds,
+            "device": self.device.name,
+            "attention": layout.attention,
+            "store": store,
+            "threads": threads,
+        }
+        flags = ["-s"] if sys.flags.no_user_site else []
+        try:
+            self.process = subprocess.Popen(
+                [sys.executable, *flags, str(_BOOT), json.dumps(settings)],
+                pass_fds=(theirs.fileno(), store),
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                env=os.environ | _environment(threads),
+            )
+        finally:
+            theirs.close()
+        assert self.process.stdout is not None
+        self.output = self.process.stdout
+        os.set_blocking(self.output.fileno(), False)
+        self.channel = Channel(ours)
+        with contextlib.suppress(ChannelClosed):  # whoever reads the channel sees it too, and says why
+            page = {"segments": [{"name": "control", "size": CONTROL_SIZE}], "op": "attach", "id": 0}
+            self.channel.send(page, (control,))
+
+    def describe(self) -> str:
+        return f"worker rank {self.rank} ({self.device.name}, pid {self.process.pid})"
+
+    def read_output(self) -> list[str]:
+        """The lines it has written since; none when its output has closed."""
+        lines = os.read(self.output.fileno(), 65536).decode(errors="replace").splitlines()
+        self.last_lines.extend(lines)
+        return lines
+
+    def describe_end(self, operation: str | None) -> str:
+        """Why the process ended, as far as its exit code tells; waits for the end, and forces it if need be.
+
+        Args:
+            operation: what it was doing.
+        """
+        with contextlib.suppress(BlockingIOError, OSError):
+            self.read_output()
+        try:
+            code = self.process.wait(timeout=5)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            code = self.process.wait()
+        how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+        text = f"{self.describe()} {how}"
+        if operation is not None:
+            text += f" during '{operation}'"
+        if self.memory:
+            text += f"; it had {self.memory / 2**20:.0f} MiB in use"
+        if code == -signal.SIGKILL:
+            text += "; if nobody ended it, the system ran out of memory (see dmesg)"
+        elif not self.ready and self.last_lines:
+            text += "; its last lines:\n" + "\n".join(self.last_lines)
+        return text
+
+    def close(self) -> None:
+        """Closes our ends of its socket and its output."""
+        self.channel.close()
+        self.output.close()
+
+
+def _environment(threads: int) -> dict[str, str]:
+    return {
+        "OMP_NUM_THREADS": str(threads),
+        "OMP_WAIT_POLICY": "PASSIVE",  # spinning threads of one worker would steal the cores of another
+        # Keep freed memory for the next layer: on a CPU, fetching it from the system again costs a page fault each.
+        "MALLOC_MMAP_THRESHOLD_": str(32 << 20),
+        "MALLOC_TRIM_THRESHOLD_": str(1 << 30),
+        "GLOO_SOCKET_IFNAME": "lo",
+        "NCCL_SOCKET_IFNAME": "lo",
+        "HF_HUB_OFFLINE": "1",
+        "PYTHONUNBUFFERED": "1",
+    }
