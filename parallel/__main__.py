@@ -41,6 +41,7 @@ def main(arguments: list[str] | None = None) -> int:
         ("rank", 0, "which rank, with --share-of"),
     ):
         bench.add_argument(f"--{name}", type=int, default=default, help=f"{text} (default {default})")
+    bench.add_argument("--slow", default="", help="how many times slower each rank is made, e.g. 1,2 (default: not)")
     bench.add_argument("--layers", default="8+8", help="dual- and single-stream blocks (step only, default 8+8)")
     bench.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
 
@@ -84,9 +85,16 @@ def _bench(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
         dual, single = (int(part) for part in options.layers.split("+"))
     except ValueError:
         raise ConfigError(f"layers is {options.layers!r}; give dual+single, e.g. 8+8") from None
+    try:
+        slow = tuple(int(part) for part in options.slow.split(",") if part)
+    except ValueError:
+        raise ConfigError(f"slow is {options.slow!r}; give a whole number for each rank, e.g. 1,2") from None
     names = ("devices", "tokens", "text", "heads", "batch", "pipeline", "rounds", "ulysses_degree", "ring_degree")
     workload = Workload(
-        **{name: getattr(options, name) for name in names}, layers=(dual, single), dtype=getattr(torch, options.dtype)
+        **{name: getattr(options, name) for name in names},
+        layers=(dual, single),
+        slow=slow,
+        dtype=getattr(torch, options.dtype),
     )
     if options.what == "step":
         return bench_step(workload)

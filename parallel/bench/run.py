@@ -50,6 +50,8 @@ class Workload:
     """Dual- and single-stream blocks of `bench step`."""
     rounds: int = 5
     dtype: torch.dtype = torch.float32
+    slow: tuple[int, ...] = ()
+    """How many times slower each rank is made; an equal plan is then measured beside the one of `devices`."""
 
     def __post_init__(self) -> None:
         for knob in ("tokens", "heads", "head_dim", "batch", "pipeline", "rounds"):
@@ -58,22 +60,30 @@ class Workload:
         if self.text < 0:
             raise ConfigError(f"text is {self.text}; allowed are 0 or more")
 
-    def config(self) -> SequenceParallelConfig:
-        """On a machine without a GPU, `auto` is two CPU workers here."""
-        auto = self.devices == "auto" and not torch.cuda.is_available()
-        return SequenceParallelConfig(
-            devices="cpu,cpu" if auto else self.devices,
-            ulysses_degree=self.ulysses_degree,
-            ring_degree=self.ring_degree,
-        )
+    def configs(self) -> list[SequenceParallelConfig]:
+        """One device alone, all of them, and, if some are slow, all of them with equal shares.
+
+        On a machine without a GPU, `auto` is two CPU workers here.
+
+        Raises:
+            ConfigError: the degrees do not fit the devices, or `slow` does not.
+        """
+        devices = "cpu,cpu" if self.devices == "auto" and not torch.cuda.is_available() else self.devices
+        config = partial(SequenceParallelConfig, ulysses_degree=self.ulysses_degree, ring_degree=self.ring_degree)
+        layout = resolve(config(devices=devices))
+        names = [device.name for device in layout.devices]
+        configs = [SequenceParallelConfig(devices=names[0]), config(devices=devices)]
+        if self.slow:
+            if len(self.slow) != len(names) or min(self.slow) < 1:
+                raise ConfigError(f"slow is {self.slow}; give a whole number of 1 or more for each of {devices}")
+            configs.append(config(devices=",".join(names)))
+        return configs
 
 
 def bench_attention(work: Workload) -> tuple[Result, str]:
     """One joint attention: kernel and exchange, nothing else."""
-    config = work.config()
-    layout = resolve(config)
-    degrees = layout.degrees.choose(conditions=1, heads=work.heads)[0]
-    alone = resolve(SequenceParallelConfig(devices=layout.devices[0].name))
+    layouts = [resolve(config) for config in work.configs()]
+    degrees = layouts[1].degrees.choose(conditions=1, heads=work.heads)[0]
     message = {
         "streams": [work.tokens, work.text],
         "heads": work.heads,
@@ -82,30 +92,28 @@ def bench_attention(work: Workload) -> tuple[Result, str]:
         "pipeline": work.pipeline,
         "dtype": str(work.dtype).removeprefix("torch."),
     }
-    groups = [WorkerGroup(alone, threads=1), WorkerGroup(layout, threads=1)]
+    groups = [WorkerGroup(layout, threads=1) for layout in layouts]
     try:
-        for group in groups:
-            group.start()
+        _start(groups, work)
         runs: list[Callable[..., list[Result]]] = [
             partial(group.call, "attention", {**message, "degrees": asdict(d)})
-            for group, d in zip(groups, (Degrees(), degrees), strict=True)
+            for group, d in zip(groups, (Degrees(), degrees, degrees), strict=False)
         ]
         checked = groups[1].call("attention", {**message, "degrees": asdict(degrees), "check": True})
         rounds = _rounds(groups, runs, work.rounds)
     finally:
         for group in groups:
             group.stop()
-    single = median(max(r["ms"] for r in one) for one, _ in rounds)
-    parallel = median(max(r["ms"] for r in many) for _, many in rounds)
-    kernel = median(max(r["kernel_ms"] for r in many) for _, many in rounds)
-    plan = SequencePlan((work.tokens, work.text), work.heads, layout.speeds, degrees.ring)
-    result = _result(work, degrees, single, parallel) | {
+    times = [median(max(rank["ms"] for rank in ranks) for ranks in runs) for runs in zip(*rounds, strict=True)]
+    kernel = median(max(rank["kernel_ms"] for rank in ranks) for _, ranks, *_ in rounds)
+    plan = SequencePlan((work.tokens, work.text), work.heads, layouts[1].speeds, degrees.ring)
+    result = _result(work, degrees, times) | {
         "collectives_per_attention": checked[0]["collectives"],
         "bytes_sent_per_attention": max(r["bytes_sent"] for r in checked),
         "bytes_predicted": max(
             plan.exchange_bytes(rank, work.batch, work.head_dim, work.dtype.itemsize) for rank in range(plan.world_size)
         ),
-        "exposed_ms": round(parallel - kernel, 3),
+        "exposed_ms": round(times[1] - kernel, 3),
         "max_abs_err": max(r["max_abs_err"] for r in checked),
     }
     return result, _text(result)
@@ -113,19 +121,17 @@ def bench_attention(work: Workload) -> tuple[Result, str]:
 
 def bench_step(work: Workload) -> tuple[Result, str]:
     """One step of a tiny HunyuanVideo through the host, as ComfyUI would ask for it."""
-    config = work.config()
-    layout = resolve(config)
-    alone = SequenceParallelConfig(devices=layout.devices[0].name)
-    groups = [WorkerGroup(resolve(alone), threads=1), WorkerGroup(layout, threads=1)]
+    configs = work.configs()
+    layouts = [resolve(config) for config in configs]
+    groups = [WorkerGroup(layout, threads=1) for layout in layouts]
     dual, single_stream = work.layers
     with tempfile.TemporaryDirectory(prefix="sequence-parallel-bench-") as folder:
         path = Path(folder) / "tiny.safetensors"
         write_tiny_hunyuan_video(path, heads=work.heads, depth=dual, depth_single=single_stream)
         try:
-            for group in groups:
-                group.start()
+            _start(groups, work)
             recipe = partial(Recipe, path=str(path), weight_dtype=work.dtype, compute_dtype=work.dtype)
-            models = [RemoteModel(recipe(config=c), group=g) for c, g in zip((alone, config), groups, strict=True)]
+            models = [RemoteModel(recipe(config=c), group=g) for c, g in zip(configs, groups, strict=True)]
             request = _request(work)
             outputs = []
             for model in models:
@@ -136,11 +142,11 @@ def bench_step(work: Workload) -> tuple[Result, str]:
         finally:
             for group in groups:
                 group.stop()
-    degrees = layout.degrees.choose(conditions=1, heads=work.heads)[0]
-    single, parallel = (median(one) * 1000 for one in zip(*rounds, strict=True))
+    degrees = layouts[1].degrees.choose(conditions=1, heads=work.heads)[0]
+    times = [median(runs) * 1000 for runs in zip(*rounds, strict=True)]
     attentions = dual + single_stream
-    over_half = parallel - single / layout.world_size
-    result = _result(work, degrees, single, parallel) | {
+    over_half = times[1] - times[0] / degrees.world_size
+    result = _result(work, degrees, times) | {
         "collectives_per_attention": ranks[0]["collectives"] / attentions,
         "bytes_sent_per_attention": max(rank["bytes_sent"] for rank in ranks) / attentions,
         "exposed_ms": round(over_half, 3),
@@ -148,6 +154,14 @@ def bench_step(work: Workload) -> tuple[Result, str]:
         "max_abs_err": (outputs[0] - outputs[1]).abs().max().item(),
     }
     return result, _text(result)
+
+
+def _start(groups: list[WorkerGroup], work: Workload) -> None:
+    for group in groups:
+        group.start()
+    if work.slow:
+        for group in groups[1:]:
+            group.call("slow", {"times": work.slow})
 
 
 def _request(work: Workload) -> StepRequest:
@@ -175,17 +189,27 @@ def _rounds(groups: list[WorkerGroup], runs: list[Callable[..., Any]], count: in
     return [[result for result, _ in quiet.run(runs)] for _ in range(count)]
 
 
-def _result(work: Workload, degrees: Degrees, single: float, parallel: float) -> Result:
-    return {
+def _result(work: Workload, degrees: Degrees, times: list[float]) -> Result:
+    """What both benchmarks tell.
+
+    Args:
+        times: milliseconds of one device, of all, and, if some are slow, of all with equal shares.
+    """
+    result: Result = {
         "mode": f"ulysses {degrees.ulysses} × ring {degrees.ring}",
         "tokens": work.tokens,
         "text": work.text,
         "heads": work.heads,
         "world": degrees.world_size,
-        "ms_single": round(single, 3),
-        "ms_parallel": round(parallel, 3),
-        "speedup": round(single / parallel, 3),
+        "ms_single": round(times[0], 3),
+        "ms_parallel": round(times[1], 3),
+        "speedup": round(times[0] / times[1], 3),
     }
+    if work.slow:
+        sum_of_speeds = sum(1 / times_slower for times_slower in work.slow)
+        for name, ms in (("of_sum_of_speeds", times[1]), ("of_sum_of_speeds_equal_plan", times[2])):
+            result[name] = round(times[0] / ms / sum_of_speeds, 3)
+    return result
 
 
 def _text(result: Result) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import faulthandler
 import gc
@@ -32,7 +33,7 @@ from ..wire.channel import Channel, ChannelClosed, Message
 from ..wire.control import SIZE as CONTROL_SIZE
 from ..wire.control import ControlPage
 from ..wire.shared import Segment, TensorRef
-from .measurement import measure_attention
+from .measurement import Slowed, measure_attention
 from .ranks import ParallelContext, Ranks, SoloContext, join
 from .resident import ResidentModel
 
@@ -79,7 +80,9 @@ class Worker:
             "step": self._step,
             "echo": self._echo,
             "attention": self._attention,
+            "slow": self._slow,
         }
+        self._times = 1
 
     def run(self, inbox: queue.Queue[tuple[Message, list[int]]]) -> None:
         """Answers messages until `stop`."""
@@ -92,7 +95,8 @@ class Worker:
                 continue
             try:
                 self._attach(message["segments"], fds)
-                result = self._operations[message["op"]](message)
+                with Slowed(self._times) if self._times > 1 else contextlib.nullcontext():
+                    result = self._operations[message["op"]](message)
                 reply = {"ok": True, "result": result}
             except StepCancelled:
                 reply = {"ok": True, "result": None, "cancelled": True}
@@ -180,6 +184,11 @@ class Worker:
             device=self._device,
             check=message.get("check", False),
         )
+
+    def _slow(self, message: Message) -> dict[str, Any]:
+        """From here on this rank is so many times slower, for the benchmarks."""
+        self._times = message["times"][self._rank]
+        return {}
 
     # --- parts --------------------------------------------------------------------------------------------------
 

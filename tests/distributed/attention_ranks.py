@@ -1,4 +1,4 @@
-"""One rank of the attention tests, started as `python -m tests.distributed.attention_ranks RANK STORE RESULTS`.
+"""One rank of the attention tests, started as `python -m tests.distributed.attention_ranks RANK WORLD STORE RESULTS`.
 
 Four processes meet once; each case runs on the first `world` of them. Every rank compares its own tokens with attention
 over the whole sequence on one device, and counts what it sent.
@@ -179,13 +179,13 @@ def _error(actual: Tensor, expected: Tensor) -> float:
     return (actual - expected).abs().max().item()
 
 
-def main(rank: int, store: str, results: str) -> None:
+def main(rank: int, world: int, store: str, results: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group(
         "gloo",
-        store=dist.FileStore(store, PROCESSES),
+        store=dist.FileStore(store, world),
         rank=rank,
-        world_size=PROCESSES,
+        world_size=world,
         timeout=datetime.timedelta(seconds=60),
     )
     groups = {shape: Groups(*shape) for shape in sorted({(case.world, case.ring) for case in CASES})}
@@ -196,4 +196,4 @@ def main(rank: int, store: str, results: str) -> None:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), *sys.argv[2:])
+    main(int(sys.argv[1]), int(sys.argv[2]), *sys.argv[3:])

@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from collections import defaultdict
-from pathlib import Path
 
 import pytest
 
 from tests.distributed.attention_ranks import CASES, HEAD_DIM, PROCESSES, Case, Result
+from tests.distributed.start_ranks import run_ranks
 
-ROOT = Path(__file__).parents[2]
 TOLERANCE = 1e-5
 FP32 = 4
 
@@ -22,28 +18,10 @@ FP32 = 4
 def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Result]]:
     """Every case's results, by rank. The processes are started once."""
     folder = tmp_path_factory.mktemp("attention")
-    files = [folder / f"{rank}.json" for rank in range(PROCESSES)]
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, "-m", "tests.distributed.attention_ranks", str(rank), str(folder / "store"), str(file)],
-            cwd=ROOT,
-            env=os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank, file in enumerate(files)
-    ]
-    try:
-        outputs = [rank.communicate(timeout=120)[0] for rank in ranks]
-    finally:
-        for process in ranks:
-            process.kill()
-    for number, (process, output) in enumerate(zip(ranks, outputs, strict=True)):
-        assert process.returncode == 0, f"rank {number} ended with {process.returncode}:\n{output}"
+    files = run_ranks("tests.distributed.attention_ranks", PROCESSES, folder)
     by_case: dict[str, list[Result]] = defaultdict(list)
     for file in files:
-        for entry in json.loads(file.read_text()):
+        for entry in json.loads(file):
             by_case[entry["case"]].append(Result(**entry))
     return by_case
 

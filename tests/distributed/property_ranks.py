@@ -1,0 +1,140 @@
+"""One rank of the property tests, started as `python -m tests.distributed.property_ranks RANK WORLD STORE`.
+
+Reads cases from its standard input, one JSON object a line, and answers each with a line: how far this rank's tokens of
+every sample are from attention over that whole sample on one device.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import math
+import sys
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+
+from parallel.attention.joint import joint_attention
+from parallel.attention.kernels import Sdpa
+from parallel.attention.traffic import Traffic
+from parallel.degrees import Degrees
+from parallel.mesh import Mesh
+from parallel.plan import SequencePlan, share_of
+
+HEAD_DIM = 16
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """Joint attention of a batch whose samples have texts of unequal length, padded to the longest."""
+
+    dp: int = 1
+    cfg: int = 1
+    ring: int = 1
+    ulysses: int = 1
+    weights: tuple[float, ...]
+    """One per rank of the world."""
+    heads: int
+    video: int
+    padded: int
+    """Text tokens with padding."""
+    valid: tuple[int, ...]
+    """Text tokens without padding, one per sample."""
+    pipeline: int = 1
+    dtype: str = "float32"
+    seed: int = 0
+
+    @property
+    def degrees(self) -> Degrees:
+        return Degrees(dp=self.dp, cfg=self.cfg, ring=self.ring, ulysses=self.ulysses)
+
+
+@dataclass(frozen=True)
+class Sample:
+    """What one rank found in one sample."""
+
+    sample: int
+    error: float
+    """max |ours − reference| over this rank's tokens; the reference is computed in fp32 with padding masked out."""
+    single_error: float
+    """The same of attention on one device in the case's dtype, over all tokens."""
+    ulp: float
+    """Of the reference's largest value, in the case's dtype."""
+    counted: tuple[int, int]
+    """Collectives and bytes sent to others."""
+    predicted: tuple[int, int]
+    """The same as the plan has it: two all-to-alls per chunk of heads, one exchange per hop of a ring."""
+
+
+def run_case(case: Case, mesh: Mesh) -> list[Sample]:
+    batch, dtype = len(case.valid), getattr(torch, case.dtype)
+    generator = torch.Generator().manual_seed(case.seed)
+    shape = (3, batch, case.video + case.padded, case.heads, HEAD_DIM)
+    q, k, v = torch.randn(shape, generator=generator).to(dtype)
+    padding = torch.stack([torch.randperm(case.padded, generator=generator) for _ in case.valid])
+    (rows,) = share_of([batch], mesh.group, mesh.degrees.groups)
+    return [
+        _run_sample(case, mesh, i, q[i], k[i], v[i], padding[i] < case.valid[i]) for i in range(rows.start, rows.stop)
+    ]
+
+
+def _run_sample(case: Case, mesh: Mesh, sample: int, q: Tensor, k: Tensor, v: Tensor, valid: Tensor) -> Sample:
+    """q, k, v: [S, H, D] with padding; valid: [T], which text tokens count."""
+    keep = torch.cat([torch.ones(case.video, dtype=torch.bool), valid])
+    whole = [x.transpose(0, 1)[None] for x in (q, k, v)]  # [1, H, S, D]
+    reference = _masked(*(x.float() for x in whole), keep)
+    single = _masked(*whole, keep)
+
+    plan = SequencePlan((case.video, case.valid[sample]), case.heads, mesh.members(case.weights), mesh.degrees.ring)
+    mine = slice(*plan.token_ranges[mesh.sp_rank])
+    traffic = Traffic()
+    attention = joint_attention(plan, mesh.sp_rank, mesh.ulysses, mesh.ring, Sdpa(), case.pipeline, traffic)
+    out = attention(*(x[keep][mine][None] for x in (q, k, v)))
+    largest = reference.abs().max().item()
+    return Sample(
+        sample=sample,
+        error=(out[0].float() - reference[mine]).abs().max().item(),
+        single_error=(single.float() - reference).abs().max().item(),
+        ulp=torch.finfo(out.dtype).eps * 2 ** math.floor(math.log2(largest)),
+        counted=(traffic.collectives, traffic.bytes_sent),
+        predicted=(
+            _collectives(plan, mesh.sp_rank, case.pipeline),
+            plan.exchange_bytes(mesh.sp_rank, 1, HEAD_DIM, out.element_size()),
+        ),
+    )
+
+
+def _collectives(plan: SequencePlan, rank: int, pipeline: int) -> int:
+    row = plan.local_heads[plan.row(rank)]
+    chunks = max(1, min(pipeline, *row)) if plan.ulysses_degree > 1 else 1
+    hops = plan.ring_degree - 1 if plan.local_heads[rank] else 0
+    return chunks * (hops + (2 if plan.ulysses_degree > 1 else 0))
+
+
+def _masked(q: Tensor, k: Tensor, v: Tensor, keep: Tensor) -> Tensor:
+    """Attention that knows nothing of plans: [1, H, S, D] → the valid rows, [S, H, D]."""
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=keep[None, None, None])
+    return out[0].transpose(0, 1)[keep]
+
+
+def main(rank: int, world: int, store: str) -> None:
+    torch.set_num_threads(1)
+    timeout = datetime.timedelta(seconds=30)
+    dist.init_process_group("gloo", store=dist.FileStore(store, world), rank=rank, world_size=world, timeout=timeout)
+    meshes: dict[Degrees, Mesh] = {}
+    with torch.no_grad():
+        for line in sys.stdin:
+            fields: dict[str, Any] = json.loads(line)
+            case = Case(**{**fields, "weights": tuple(fields["weights"]), "valid": tuple(fields["valid"])})
+            if case.degrees not in meshes:
+                meshes[case.degrees] = Mesh.build(case.degrees, "cpu")
+            print(json.dumps([asdict(sample) for sample in run_case(case, meshes[case.degrees])]), flush=True)
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3])

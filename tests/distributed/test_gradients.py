@@ -1,0 +1,44 @@
+"""A whole model differentiated on several ranks: the gradients of one, and a share of its activations."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from tests.distributed.gradient_ranks import CASES
+from tests.distributed.start_ranks import run_ranks
+from tests.distributed.tiny_models import TinyModels
+
+TOLERANCE = 1e-5
+
+
+@pytest.fixture(scope="module", params=[2, 4], ids="world_{}".format)
+def answers(
+    request: pytest.FixtureRequest, tiny_models: TinyModels, tmp_path_factory: pytest.TempPathFactory
+) -> list[dict[str, Any]]:
+    """Each rank's answer."""
+    path = tiny_models.path(heads=4, depth=2, depth_single=2)
+    folder = tmp_path_factory.mktemp("gradients")
+    return [
+        json.loads(text)
+        for text in run_ranks("tests.distributed.gradient_ranks", request.param, folder, [str(path)], timeout=240)
+    ]
+
+
+@pytest.mark.parametrize("case", [case.name for case in CASES])
+def test_gradients_summed_over_ranks_are_those_of_one(answers: list[dict[str, Any]], case: str):
+    for answer in answers:
+        (result,) = (result for result in answer["gradients"] if result["case"] == case)
+        errors = result["errors"]
+        assert {"x", "context", "y"} <= set(errors) and len(errors) > 50
+        worst = max(errors, key=lambda name: errors[name])
+        assert errors[worst] <= TOLERANCE, worst
+
+
+def test_a_forward_pass_keeps_a_share_of_the_activations(answers: list[dict[str, Any]]):
+    world = len(answers)
+    for split, alone in (answer["peaks"] for answer in answers):
+        print(f"peak activation memory of one of {world} ranks: {split / alone:.3f} of one alone's")
+        assert split <= {2: 0.55, 4: 0.30}[world] * alone
