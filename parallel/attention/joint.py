@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..plan import SequencePlan
+from .exchange import CommonMemoryExchange
 from .kernels import Kernel
 from .ring import RingAttention
 from .traffic import Traffic
@@ -48,10 +49,11 @@ def joint_attention(
     kernel: Kernel,
     pipeline: int = 1,
     traffic: Traffic | None = None,
+    common: CommonMemoryExchange | None = None,
 ) -> JointAttention:
     """The attention of `plan` for `rank`; the groups are needed where their degree is above 1.
 
-    What is sent is added to `traffic`.
+    What is sent is added to `traffic`. `common` is the Ulysses group's, see `UlyssesAttention`.
     """
     traffic = traffic or Traffic()
     local: Local = kernel
@@ -61,4 +63,4 @@ def joint_attention(
     if plan.ulysses_degree == 1:
         return Unexchanged(local)
     assert ulysses is not None
-    return UlyssesAttention(plan, rank, ulysses, local, pipeline, traffic)
+    return UlyssesAttention(plan, rank, ulysses, local, pipeline, traffic, common)

@@ -16,7 +16,7 @@ i + 1 is on its way in and chunk i − 1 on its way back.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
@@ -24,6 +24,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..plan import Range, SequencePlan, ranges, shares
+from .exchange import Arrival, CollectiveExchange, CommonMemoryExchange, Exchange
 from .traffic import Traffic
 
 T = TypeVar("T")
@@ -42,6 +43,8 @@ class UlyssesAttention:
         local: attention between the two exchanges.
         pipeline: chunks of heads; fewer where a rank has fewer heads.
         traffic: counts what is sent.
+        common: how the ranks exchange without collectives, if they can; gradients, chunks of heads and messages that do
+            not fit go through the group all the same.
     """
 
     def __init__(
@@ -52,6 +55,7 @@ class UlyssesAttention:
         local: Local,
         pipeline: int = 1,
         traffic: Traffic | None = None,
+        common: CommonMemoryExchange | None = None,
     ):
         row = plan.row(rank)
         self.group = group
@@ -66,6 +70,8 @@ class UlyssesAttention:
         for start, stop in plan.head_ranges[row]:
             for chunk, (first, last) in zip(self.chunks, ranges(shares(stop - start, [1] * pipeline)), strict=True):
                 chunk.append((start + first, start + last))
+        self._collective = CollectiveExchange(group)
+        self._common = common if pipeline == 1 else None  # nothing moves there while the kernel works
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """q, k, v: this rank's tokens with all heads, [B, S_r, H, D]. Returns the same shape."""
@@ -76,45 +82,50 @@ class UlyssesAttention:
         if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
             return self._differentiable(q, k, v), work()
         batch, tokens, _, dim = q.shape
-        coming: _Arrival | None = self._scatter(q, k, v, self.chunks[0])
+        exchange = self._exchange(batch * dim * q.element_size())
+        coming: Arrival | None = self._scatter(exchange, q, k, v, self.chunks[0])
         result = work()
-        returning: list[_Arrival] = []
+        returning: list[Arrival] = []
         for i, heads in enumerate(self.chunks):
             assert coming is not None
-            arrived = coming
-            coming = self._scatter(q, k, v, self.chunks[i + 1]) if i + 1 < len(self.chunks) else None
-            returning.append(self._gather(self._attend(arrived.wait(), heads, batch, dim), heads))
+            received = coming.joined()
+            coming = self._scatter(exchange, q, k, v, self.chunks[i + 1]) if i + 1 < len(self.chunks) else None
+            returning.append(self._gather(exchange, self._attend(received, heads, batch, dim), heads))
         out = q.new_empty(tokens, batch, self.heads, dim)
         for heads, arrival in zip(self.chunks, returning, strict=True):
-            pieces = arrival.wait().split([tokens * batch * (last - first) * dim for first, last in heads])
-            for piece, (first, last) in zip(pieces, heads, strict=True):
+            for piece, (first, last) in zip(arrival.pieces(), heads, strict=True):
                 out[:, :, first:last] = piece.view(tokens, batch, last - first, dim)
         return out.transpose(0, 1), result
 
-    def _scatter(self, q: Tensor, k: Tensor, v: Tensor, heads: list[Range]) -> _Arrival:
+    def _exchange(self, nbytes: int) -> Exchange:
+        """The same choice on every rank; `nbytes` of one head of one token."""
+        largest = 3 * max(self.tokens) * self.heads * nbytes
+        return self._common if self._common is not None and self._common.fits(largest) else self._collective
+
+    def _scatter(self, exchange: Exchange, q: Tensor, k: Tensor, v: Tensor, heads: list[Range]) -> Arrival:
         """Starts [B, S_r, H, D] ×3 → [S, B, 3, H_r, D], flat."""
         batch, tokens, _, dim = q.shape
         per_head = batch * 3 * dim
         sent = [tokens * (last - first) * per_head for first, last in heads]
-        send = q.new_empty(sum(sent))
+        send = exchange.buffer(sum(sent), q)
         for piece, (first, last) in zip(send.split(sent), heads, strict=True):
             packed = piece.view(tokens, batch, 3, last - first, dim)
             for i, x in enumerate((q, k, v)):
                 packed[:, :, i] = x[:, :, first:last].transpose(0, 1)
         self.traffic.add((send.numel() - sent[self.position]) * send.element_size())
         first, last = heads[self.position]
-        return _Arrival(send, sent, [n * (last - first) * per_head for n in self.tokens], self.group)
+        return exchange.start(send, sent, [n * (last - first) * per_head for n in self.tokens])
 
-    def _gather(self, out: Tensor, heads: list[Range]) -> _Arrival:
+    def _gather(self, exchange: Exchange, out: Tensor, heads: list[Range]) -> Arrival:
         """Starts [B, H_r, S, D] → [S_r, B, H_j, D] of each rank j, flat."""
         batch, local, _, dim = out.shape
         tokens = self.tokens[self.position]
-        # SDPA returns [B, S, H, D] memory seen as [B, H, S, D], so for B = 1 this reshape is free.
-        send = out.permute(2, 0, 1, 3).reshape(-1)
-        received = [tokens * batch * (last - first) * dim for first, last in heads]
         sent = [n * batch * local * dim for n in self.tokens]
-        self.traffic.add((send.numel() - sent[self.position]) * send.element_size())
-        return _Arrival(send, sent, received, self.group)
+        self.traffic.add((out.numel() - sent[self.position]) * out.element_size())
+        # SDPA returns [B, S, H, D] memory seen as [B, H, S, D], so for B = 1 this is contiguous.
+        return exchange.start(
+            out.permute(2, 0, 1, 3), sent, [tokens * batch * (last - first) * dim for first, last in heads]
+        )
 
     def _attend(self, received: Tensor, heads: list[Range], batch: int, dim: int) -> Tensor:
         first, last = heads[self.position]
@@ -142,21 +153,6 @@ class UlyssesAttention:
             for piece, (first, last) in zip(returned.split(back), heads, strict=True)
         ]
         return torch.cat(shaped, dim=2).transpose(0, 1)
-
-
-class _Arrival:
-    """A flat all-to-all under way; `wait` gives the received elements, ordered by sender."""
-
-    def __init__(self, send: Tensor, sent: Sequence[int], received: Sequence[int], group: dist.ProcessGroup):
-        self._send = send  # must outlive the transfer
-        self._received = send.new_empty(sum(received))
-        self._work = dist.all_to_all_single(
-            self._received, send, list(received), list(sent), group=group, async_op=True
-        )
-
-    def wait(self) -> Tensor:
-        self._work.wait()
-        return self._received
 
 
 class _AllToAll(torch.autograd.Function):

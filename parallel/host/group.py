@@ -86,6 +86,7 @@ class WorkerGroup:
         self._failure: WorkerError | None = None
         self._closing = False
         self._store = os.memfd_create("sequence-parallel:store")
+        self._common = os.memfd_create("sequence-parallel:common")
         self._wake_read, self._wake_write = os.pipe()
         self._supervisor = threading.Thread(target=self._supervise, name="sequence-parallel", daemon=True)
 
@@ -137,6 +138,7 @@ class WorkerGroup:
         if self._supervisor.ident is not None and threading.current_thread() is not self._supervisor:
             self._supervisor.join(timeout=10)
         os.close(self._store)
+        os.close(self._common)
         self.memory.close()
         self._control.close()
         os.close(self._wake_read)
@@ -317,7 +319,12 @@ class WorkerGroup:
                     if self._closing:
                         break
                     worker = WorkerProcess(
-                        rank, self.layout, threads=self._threads, store=self._store, control=self._control.fileno()
+                        rank,
+                        self.layout,
+                        threads=self._threads,
+                        store=self._store,
+                        common=self._common,
+                        control=self._control.fileno(),
                     )
                     self._workers.append(worker)
                     selector.register(worker.channel, selectors.EVENT_READ, (worker, self._on_message))

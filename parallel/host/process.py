@@ -27,6 +27,7 @@ class WorkerProcess:
         layout: devices and degrees of the world.
         threads: its CPU threads.
         store: descriptor of the file through which the ranks meet.
+        common: descriptor of the common memory of CPU ranks.
         control: descriptor of the control page.
 
     Attributes:
@@ -36,7 +37,7 @@ class WorkerProcess:
         last_lines: what it last wrote to its output.
     """
 
-    def __init__(self, rank: int, layout: Layout, *, threads: int, store: int, control: int):
+    def __init__(self, rank: int, layout: Layout, *, threads: int, store: int, common: int, control: int):
         self.rank = rank
         self.device: WorkerDevice = layout.devices[rank]
         self.ready = False
@@ -52,13 +53,14 @@ class WorkerProcess:
             "device": self.device.name,
             "attention": layout.attention,
             "store": store,
+            "common": common,
             "threads": threads,
         }
         flags = ["-s"] if sys.flags.no_user_site else []
         try:
             self.process = subprocess.Popen(
                 [sys.executable, *flags, str(_BOOT), json.dumps(settings)],
-                pass_fds=(theirs.fileno(), store),
+                pass_fds=(theirs.fileno(), store, common),
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,

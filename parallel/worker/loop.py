@@ -25,6 +25,8 @@ import torch
 import torch.distributed as dist
 
 from ..attention import kernels
+from ..attention.exchange import CommonMemory
+from ..attention.traffic import Traffic
 from ..degrees import Degrees
 from ..errors import EngineError, StepCancelled
 from ..mesh import Mesh
@@ -53,6 +55,7 @@ class Worker:
         device: this rank's device.
         attention: kernel name, see `config.ATTENTION_KERNELS`.
         store: descriptor of the file through which the ranks meet.
+        common: descriptor of the file that is the common memory of CPU ranks.
     """
 
     def __init__(
@@ -64,11 +67,14 @@ class Worker:
         device: torch.device,
         attention: str,
         store: int,
+        common: int,
     ):
         self._channel = channel
         self._rank = rank
         self._device = device
-        self._ranks = Ranks(weights, device, kernels.select(attention, device))
+        usable = device.type == "cpu" and CommonMemory.supported()
+        memory = CommonMemory(common, rank, len(weights)) if usable else None
+        self._ranks = Ranks(weights, device, kernels.select(attention, device), memory)
         join(rank, len(weights), device, store)
         self._segments: dict[str, Segment] = {}
         self._control: ControlPage | None = None
@@ -133,6 +139,8 @@ class Worker:
             torch.cuda.empty_cache()
         else:
             ctypes.CDLL(None).malloc_trim(0)
+        if self._ranks.memory is not None:
+            self._ranks.memory.release()
         return {}
 
     def _step(self, message: Message) -> dict[str, Any]:
@@ -171,13 +179,13 @@ class Worker:
         plan = SequencePlan(
             tuple(message["streams"]), message["heads"], mesh.members(self._ranks.weights), mesh.degrees.ring
         )
+        traffic = Traffic()
         return measure_attention(
+            self._ranks.joint_attention(plan, mesh, message["pipeline"], traffic),
+            traffic,
             plan,
             mesh.sp_rank,
-            mesh.ulysses,
-            mesh.ring,
             self._ranks.kernel,
-            pipeline=message["pipeline"],
             batch=message["batch"],
             head_dim=message["head_dim"],
             dtype=getattr(torch, message["dtype"]),
@@ -273,6 +281,7 @@ def main(settings: dict[str, Any]) -> None:
         device=device,
         attention=settings["attention"],
         store=settings["store"],
+        common=settings["common"],
     )
     channel.send({"event": "ready", "pid": os.getpid()})
     worker.run(inbox)

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ..attention.joint import joint_attention
+from ..attention.joint import JointAttention
 from ..attention.kernels import Kernel
 from ..attention.traffic import Traffic
 from ..plan import SequencePlan
@@ -26,20 +26,21 @@ class Slowed(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if not func._schema.is_mutable or func is torch.ops.aten.copy_.default:
+        schema = func._schema
+        traceless = not schema.is_mutable and all(argument.name != "generator" for argument in schema.arguments)
+        if func.namespace == "aten" and (traceless or func is torch.ops.aten.copy_.default):
             for _ in self._again:
                 func(*args, **kwargs)
         return func(*args, **kwargs)
 
 
 def measure_attention(
+    attend: JointAttention,
+    traffic: Traffic,
     plan: SequencePlan,
     rank: int,
-    ulysses: dist.ProcessGroup,
-    ring: dist.ProcessGroup,
     kernel: Kernel,
     *,
-    pipeline: int,
     batch: int,
     head_dim: int,
     dtype: torch.dtype,
@@ -49,6 +50,8 @@ def measure_attention(
     """One joint attention on random data, as one rank of `plan` runs it.
 
     Args:
+        attend: what is measured, with `kernel` inside.
+        traffic: where it counts, from nothing.
         check: also compare this rank's rows with attention over the whole sequence.
 
     Returns:
@@ -60,7 +63,6 @@ def measure_attention(
     q, k, v = torch.randn(shape, generator=generator).to(device, dtype)
     start, stop = plan.token_ranges[rank]
     mine = [x[:, start:stop] for x in (q, k, v)]
-    attend = joint_attention(plan, rank, ulysses, ring, kernel, pipeline, traffic := Traffic())
     with torch.no_grad():
         if plan.world_size > 1:
             dist.barrier()

@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 
 from ..adapters.base import StepContext
+from ..attention.exchange import CommonMemory, CommonMemoryExchange
 from ..attention.joint import JointAttention, Unexchanged, joint_attention
 from ..attention.kernels import Kernel
 from ..attention.traffic import Traffic
@@ -49,13 +50,18 @@ class Ranks:
 
     Args:
         weights: relative speed of each rank of the world.
+        memory: common memory of CPU ranks, if they have it.
     """
 
-    def __init__(self, weights: tuple[float, ...], device: torch.device, kernel: Kernel):
+    def __init__(
+        self, weights: tuple[float, ...], device: torch.device, kernel: Kernel, memory: CommonMemory | None = None
+    ):
         self.weights = weights
         self.device = device
         self.kernel = kernel
+        self.memory = memory
         self._meshes: dict[Degrees, Mesh] = {}
+        self._common: dict[Degrees, CommonMemoryExchange] = {}
 
     @property
     def world_size(self) -> int:
@@ -64,8 +70,16 @@ class Ranks:
     def mesh(self, degrees: Degrees) -> Mesh:
         """All ranks must ask for the same meshes in the same order."""
         if degrees not in self._meshes:
-            self._meshes[degrees] = Mesh.build(degrees, self.device.type)
+            self._meshes[degrees] = mesh = Mesh.build(degrees, self.device.type)
+            if self.memory is not None:
+                ranks = dist.get_process_group_ranks(mesh.ulysses)
+                self._common[degrees] = CommonMemoryExchange(self.memory, len(self._common), ranks)
         return self._meshes[degrees]
+
+    def joint_attention(self, plan: SequencePlan, mesh: Mesh, pipeline: int, traffic: Traffic) -> JointAttention:
+        """This rank's part of the joint attention of `plan` under `mesh`."""
+        common = self._common.get(mesh.degrees)
+        return joint_attention(plan, mesh.sp_rank, mesh.ulysses, mesh.ring, self.kernel, pipeline, traffic, common)
 
 
 class ParallelContext(StepContext):
@@ -75,7 +89,7 @@ class ParallelContext(StepContext):
         self.rank = mesh.sp_rank
         self._mesh = mesh
         self._weights = mesh.members(ranks.weights)
-        self._kernel = ranks.kernel
+        self._ranks = ranks
         self._device = ranks.device
         self._control = control
         self._block = 0
@@ -87,9 +101,7 @@ class ParallelContext(StepContext):
 
     def attention(self, plan: SequencePlan) -> JointAttention:
         long = self._device.type == "cuda" and sum(plan.streams) >= _PIPELINE_FROM
-        return joint_attention(
-            plan, self.rank, self._mesh.ulysses, self._mesh.ring, self._kernel, 2 if long else 1, self.traffic
-        )
+        return self._ranks.joint_attention(plan, self._mesh, 2 if long else 1, self.traffic)
 
     def enter_block(self, plan: SequencePlan) -> None:
         run_ahead = 0

@@ -18,12 +18,13 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from parallel.attention.joint import joint_attention
+from parallel.attention.exchange import CommonMemory
 from parallel.attention.kernels import Sdpa
 from parallel.attention.traffic import Traffic
 from parallel.degrees import Degrees
 from parallel.mesh import Mesh
 from parallel.plan import SequencePlan, share_of
+from parallel.worker.ranks import Ranks
 
 HEAD_DIM = 16
 
@@ -45,6 +46,8 @@ class Case:
     valid: tuple[int, ...]
     """Text tokens without padding, one per sample."""
     pipeline: int = 1
+    common: bool = False
+    """Ulysses exchanges go through common memory where they can."""
     dtype: str = "float32"
     seed: int = 0
 
@@ -70,7 +73,8 @@ class Sample:
     """The same as the plan has it: two all-to-alls per chunk of heads, one exchange per hop of a ring."""
 
 
-def run_case(case: Case, mesh: Mesh) -> list[Sample]:
+def run_case(case: Case, ranks: Ranks) -> list[Sample]:
+    mesh = ranks.mesh(case.degrees)
     batch, dtype = len(case.valid), getattr(torch, case.dtype)
     generator = torch.Generator().manual_seed(case.seed)
     shape = (3, batch, case.video + case.padded, case.heads, HEAD_DIM)
@@ -78,11 +82,14 @@ def run_case(case: Case, mesh: Mesh) -> list[Sample]:
     padding = torch.stack([torch.randperm(case.padded, generator=generator) for _ in case.valid])
     (rows,) = share_of([batch], mesh.group, mesh.degrees.groups)
     return [
-        _run_sample(case, mesh, i, q[i], k[i], v[i], padding[i] < case.valid[i]) for i in range(rows.start, rows.stop)
+        _run_sample(case, ranks, mesh, i, q[i], k[i], v[i], padding[i] < case.valid[i])
+        for i in range(rows.start, rows.stop)
     ]
 
 
-def _run_sample(case: Case, mesh: Mesh, sample: int, q: Tensor, k: Tensor, v: Tensor, valid: Tensor) -> Sample:
+def _run_sample(
+    case: Case, ranks: Ranks, mesh: Mesh, sample: int, q: Tensor, k: Tensor, v: Tensor, valid: Tensor
+) -> Sample:
     """q, k, v: [S, H, D] with padding; valid: [T], which text tokens count."""
     keep = torch.cat([torch.ones(case.video, dtype=torch.bool), valid])
     whole = [x.transpose(0, 1)[None] for x in (q, k, v)]  # [1, H, S, D]
@@ -92,7 +99,7 @@ def _run_sample(case: Case, mesh: Mesh, sample: int, q: Tensor, k: Tensor, v: Te
     plan = SequencePlan((case.video, case.valid[sample]), case.heads, mesh.members(case.weights), mesh.degrees.ring)
     mine = slice(*plan.token_ranges[mesh.sp_rank])
     traffic = Traffic()
-    attention = joint_attention(plan, mesh.sp_rank, mesh.ulysses, mesh.ring, Sdpa(), case.pipeline, traffic)
+    attention = ranks.joint_attention(plan, mesh, case.pipeline, traffic)
     out = attention(*(x[keep][mine][None] for x in (q, k, v)))
     largest = reference.abs().max().item()
     return Sample(
@@ -125,14 +132,15 @@ def main(rank: int, world: int, store: str) -> None:
     torch.set_num_threads(1)
     timeout = datetime.timedelta(seconds=30)
     dist.init_process_group("gloo", store=dist.FileStore(store, world), rank=rank, world_size=world, timeout=timeout)
-    meshes: dict[Degrees, Mesh] = {}
+    with open(f"{store}.memory", "a+b") as file:
+        memory = CommonMemory(file.fileno(), rank, world)
+    cpu, kernel, equal = torch.device("cpu"), Sdpa(), (1.0,) * world
+    variants = {False: Ranks(equal, cpu, kernel), True: Ranks(equal, cpu, kernel, memory)}
     with torch.no_grad():
         for line in sys.stdin:
             fields: dict[str, Any] = json.loads(line)
             case = Case(**{**fields, "weights": tuple(fields["weights"]), "valid": tuple(fields["valid"])})
-            if case.degrees not in meshes:
-                meshes[case.degrees] = Mesh.build(case.degrees, "cpu")
-            print(json.dumps([asdict(sample) for sample in run_case(case, meshes[case.degrees])]), flush=True)
+            print(json.dumps([asdict(sample) for sample in run_case(case, variants[case.common])]), flush=True)
     dist.destroy_process_group()
 
 

@@ -16,6 +16,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from parallel.attention.exchange import CommonMemory
 from tests.distributed.property_ranks import Case
 from tests.distributed.start_ranks import ENVIRONMENT, ROOT
 
@@ -127,6 +128,7 @@ def cases(draw: st.DrawFn, dtype: str = "float32") -> Case:
         padded=padded,
         valid=tuple(draw(st.lists(st.integers(0, padded), min_size=1, max_size=3))),
         pipeline=draw(st.integers(1, 3)),
+        common=draw(st.booleans()) and CommonMemory.supported(),
         dtype=dtype,
         seed=draw(st.integers(0, 2**16)),
     )
