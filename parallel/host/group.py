@@ -287,11 +287,12 @@ class WorkerGroup:
 
     def _fail_stuck(self, call: _Call, beats: tuple[int, ...]) -> None:
         silent = [w for w in self._workers if w.rank not in call.replies]
-        worker = min(silent, key=lambda w: beats[w.rank])
+        # Peers of the one that hangs wait for it, some as early as it hangs itself.
+        behind = [w for w in silent if beats[w.rank] == min(beats[v.rank] for v in silent)]
         self._failure = WorkerDiedError(
-            f"{worker.describe()} stopped answering in '{call.operation}'."
+            f"{' or '.join(w.describe() for w in behind)} stopped answering in '{call.operation}'."
             " The workers were stopped; the next prompt starts fresh ones",
-            rank=worker.rank,
+            rank=behind[0].rank,
         )
         failure = self._failure
         self.stop()

@@ -1,4 +1,4 @@
-"""The GPU benchmarks at toy size: they must still run on the day a GPU is there."""
+"""The benchmarks at toy size: they must still run on the day they are needed."""
 
 from __future__ import annotations
 
@@ -21,3 +21,16 @@ def test_gpu_hunyuan_video_runs_at_toy_size(tmp_path: Path):
     assert steps["stock diffusers, masked"] > 0
     assert steps["one rank, auto"] > 0
     assert all(steps[f"share of rank 0 of {world}"] > 0 for world in (2, 4, 8))
+
+
+def test_cpu_flux_context_parallel_runs_at_toy_size():
+    script = [sys.executable, "-m", "tests.benchmarks.cpu_flux_context_parallel"]
+    toy = ["--rounds", "1", "--image", "16", "--text", "2", "--layers", "1"]
+    done = subprocess.run([*script, *toy], cwd=ROOT, check=True, capture_output=True, text=True)
+    result = json.loads(done.stdout)
+    assert set(result["ms_per_layer_above_half"]) == {
+        "diffusers context parallel",
+        "this engine",
+        "this engine through gloo",
+    }
+    assert all(ms > 0 for ms in result["ms"].values())
