@@ -1,7 +1,7 @@
-"""One rank of the property tests, started as `python -m tests.distributed.property_ranks RANK WORLD STORE`.
+"""One rank of the property tests: `python -m tests.distributed.property_ranks RANK WORLD STORE FAMILY=CHECKPOINT …`.
 
-Reads cases from its standard input, one JSON object a line, and answers each with a line: how far this rank's tokens of
-every sample are from attention over that whole sample on one device.
+Reads cases from its standard input, one JSON object a line, and answers each with a line: how far this rank's part of
+every sample is from the whole sample on one device, for one attention or for a whole model.
 """
 
 from __future__ import annotations
@@ -24,14 +24,17 @@ from parallel.attention.traffic import Traffic
 from parallel.degrees import Degrees
 from parallel.mesh import Mesh
 from parallel.plan import SequencePlan, share_of
-from parallel.worker.ranks import Ranks
+from parallel.wire.control import ControlPage
+from parallel.worker.ranks import ParallelContext, Ranks, SoloContext
+from parallel.worker.resident import ResidentModel
+from tests.distributed.tiny_models import Inputs
 
 HEAD_DIM = 16
 
 
 @dataclass(frozen=True, kw_only=True)
-class Case:
-    """Joint attention of a batch whose samples have texts of unequal length, padded to the longest."""
+class Plan:
+    """How the ranks share the work."""
 
     dp: int = 1
     cfg: int = 1
@@ -39,6 +42,19 @@ class Case:
     ulysses: int = 1
     weights: tuple[float, ...]
     """One per rank of the world."""
+    common: bool = False
+    """Ulysses exchanges go through common memory where they can."""
+
+    @property
+    def degrees(self) -> Degrees:
+        return Degrees(dp=self.dp, cfg=self.cfg, ring=self.ring, ulysses=self.ulysses)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """Joint attention of a batch whose samples have texts of unequal length, padded to the longest."""
+
+    plan: Plan
     heads: int
     video: int
     padded: int
@@ -46,14 +62,17 @@ class Case:
     valid: tuple[int, ...]
     """Text tokens without padding, one per sample."""
     pipeline: int = 1
-    common: bool = False
-    """Ulysses exchanges go through common memory where they can."""
     dtype: str = "float32"
     seed: int = 0
 
-    @property
-    def degrees(self) -> Degrees:
-        return Degrees(dp=self.dp, cfg=self.cfg, ring=self.ring, ulysses=self.ulysses)
+
+@dataclass(frozen=True, kw_only=True)
+class ModelCase:
+    """One step of a tiny model, in fp32."""
+
+    plan: Plan
+    family: str
+    inputs: Inputs
 
 
 @dataclass(frozen=True)
@@ -74,7 +93,7 @@ class Sample:
 
 
 def run_case(case: Case, ranks: Ranks) -> list[Sample]:
-    mesh = ranks.mesh(case.degrees)
+    mesh = ranks.mesh(case.plan.degrees)
     batch, dtype = len(case.valid), getattr(torch, case.dtype)
     generator = torch.Generator().manual_seed(case.seed)
     shape = (3, batch, case.video + case.padded, case.heads, HEAD_DIM)
@@ -96,7 +115,9 @@ def _run_sample(
     reference = _masked(*(x.float() for x in whole), keep)
     single = _masked(*whole, keep)
 
-    plan = SequencePlan((case.video, case.valid[sample]), case.heads, mesh.members(case.weights), mesh.degrees.ring)
+    plan = SequencePlan(
+        (case.video, case.valid[sample]), case.heads, mesh.members(case.plan.weights), mesh.degrees.ring
+    )
     mine = slice(*plan.token_ranges[mesh.sp_rank])
     traffic = Traffic()
     attention = ranks.joint_attention(plan, mesh, case.pipeline, traffic)
@@ -122,27 +143,67 @@ def _collectives(plan: SequencePlan, rank: int, pipeline: int) -> int:
     return chunks * (hops + (2 if plan.ulysses_degree > 1 else 0))
 
 
+def run_model(case: ModelCase, ranks: Ranks, model: ResidentModel, control: ControlPage) -> float:
+    """Relative error of what this rank has written."""
+    x, timestep, conditioning = case.inputs.make()
+    mesh = ranks.mesh(case.plan.degrees)
+    ranks.weights = case.plan.weights
+    (rows,) = share_of([len(x)], mesh.group, mesh.degrees.groups)
+    if rows.start == rows.stop:
+        return 0.0
+    mine = {name: t[rows] if len(t) == len(x) else t for name, t in conditioning.items()}
+    untouched = 2.0**20
+    split = torch.full_like(x[rows], untouched)
+    alone = torch.empty_like(split)
+    context = ParallelContext(ranks, mesh, control)
+    model.adapter.step(model.model, x[rows], timestep[rows], model.adapter.prepare(mine), split, context)
+    solo = SoloContext(ranks.kernel)
+    model.adapter.step(model.model, x[rows], timestep[rows], model.adapter.prepare(mine), alone, solo)
+    written = split != untouched
+    return ((split - alone)[written].abs().max() / alone.abs().max()).item() if written.any() else 0.0
+
+
 def _masked(q: Tensor, k: Tensor, v: Tensor, keep: Tensor) -> Tensor:
     """Attention that knows nothing of plans: [1, H, S, D] → the valid rows, [S, H, D]."""
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=keep[None, None, None])
     return out[0].transpose(0, 1)[keep]
 
 
-def main(rank: int, world: int, store: str) -> None:
+def _plan(fields: dict[str, Any]) -> Plan:
+    return Plan(**{**fields, "weights": tuple(fields["weights"])})
+
+
+def main(rank: int, world: int, store: str, checkpoints: list[str]) -> None:
     torch.set_num_threads(1)
     timeout = datetime.timedelta(seconds=30)
     dist.init_process_group("gloo", store=dist.FileStore(store, world), rank=rank, world_size=world, timeout=timeout)
     with open(f"{store}.memory", "a+b") as file:
-        memory = CommonMemory(file.fileno(), rank, world)
+        memory = CommonMemory(file.fileno(), rank, world) if CommonMemory.supported() else None
     cpu, kernel, equal = torch.device("cpu"), Sdpa(), (1.0,) * world
     variants = {False: Ranks(equal, cpu, kernel), True: Ranks(equal, cpu, kernel, memory)}
+    control = ControlPage.create()
+    control.reset(world)
+    models: dict[str, ResidentModel] = {}
+    for family, _, path in (entry.partition("=") for entry in checkpoints):
+        recipe = {"path": path, "weight_dtype": "float32", "compute_dtype": "float32"}
+        models[family] = ResidentModel(recipe, cpu, lambda done, total: None)
     with torch.no_grad():
         for line in sys.stdin:
             fields: dict[str, Any] = json.loads(line)
-            case = Case(**{**fields, "weights": tuple(fields["weights"]), "valid": tuple(fields["valid"])})
-            print(json.dumps([asdict(sample) for sample in run_case(case, variants[case.common])]), flush=True)
+            plan = _plan(fields.pop("plan"))
+            ranks = variants[plan.common]
+            if "family" in fields:
+                inputs = fields["inputs"]
+                valid = inputs["valid"]
+                inputs = Inputs(**{**inputs, "valid": tuple(valid) if valid is not None else None})
+                case = ModelCase(plan=plan, family=fields["family"], inputs=inputs)
+                answer: Any = run_model(case, ranks, models[case.family], control)
+            else:
+                samples = run_case(Case(plan=plan, **{**fields, "valid": tuple(fields["valid"])}), ranks)
+                answer = [asdict(sample) for sample in samples]
+            print(json.dumps(answer), flush=True)
     dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3])
+    main(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], sys.argv[4:])

@@ -1,4 +1,4 @@
-"""Every plan there can be, on real processes: each rank's slice is attention on one device."""
+"""Every plan there can be, on real processes: each rank's slice is what one device computes."""
 
 from __future__ import annotations
 
@@ -17,8 +17,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from parallel.attention.exchange import CommonMemory
-from tests.distributed.property_ranks import Case
+from tests.distributed.property_ranks import Case, ModelCase, Plan
 from tests.distributed.start_ranks import ENVIRONMENT, ROOT
+from tests.distributed.tiny_models import Inputs, TinyModels
 
 FP32_TOLERANCE = 1e-5
 
@@ -26,12 +27,13 @@ FP32_TOLERANCE = 1e-5
 class World:
     """Processes that have met and answer one case after the other."""
 
-    def __init__(self, size: int):
+    def __init__(self, size: int, checkpoints: dict[str, Path]):
+        arguments = [f"{family}={path}" for family, path in checkpoints.items()]
         self._folder = tempfile.TemporaryDirectory()
         store = str(Path(self._folder.name) / "store")
         self._ranks = [
             subprocess.Popen(
-                [sys.executable, "-m", "tests.distributed.property_ranks", str(rank), str(size), store],
+                [sys.executable, "-m", "tests.distributed.property_ranks", str(rank), str(size), store, *arguments],
                 cwd=ROOT,
                 env=os.environ | ENVIRONMENT,
                 stdin=subprocess.PIPE,
@@ -41,8 +43,8 @@ class World:
             for rank in range(size)
         ]
 
-    def run(self, case: Case) -> list[list[dict[str, Any]]]:
-        """Each rank's samples."""
+    def run(self, case: Case | ModelCase) -> list[Any]:
+        """Each rank's answer."""
         line = json.dumps(asdict(case)) + "\n"
         for process in self._ranks:
             assert process.stdin is not None
@@ -70,15 +72,16 @@ class World:
 class Worlds:
     """A world of each size, started when first asked for, and again after a case that broke it."""
 
-    def __init__(self) -> None:
+    def __init__(self, checkpoints: dict[str, Path]) -> None:
+        self._checkpoints = checkpoints
         self._worlds: dict[int, World] = {}
 
-    def run(self, case: Case) -> list[list[dict[str, Any]]]:
-        size = case.degrees.world_size
+    def run(self, case: Case | ModelCase) -> list[Any]:
+        size = case.plan.degrees.world_size
         if size in self._worlds and not self._worlds[size].alive:
             self._worlds.pop(size).end()
         if size not in self._worlds:
-            self._worlds[size] = World(size)
+            self._worlds[size] = World(size, self._checkpoints)
         try:
             return self._worlds[size].run(case)
         except BaseException:
@@ -91,8 +94,9 @@ class Worlds:
 
 
 @pytest.fixture(scope="module")
-def worlds() -> Iterator[Worlds]:
-    worlds = Worlds()
+def worlds(tiny_models: TinyModels) -> Iterator[Worlds]:
+    options = {"heads": 3, "depth": 2, "depth_single": 2}
+    worlds = Worlds({family: tiny_models.path(family=family, **options) for family in FAMILIES})
     yield worlds
     worlds.end()
 
@@ -108,35 +112,66 @@ DEGREES = [
 PRIMES = (2, 3, 5, 7, 11, 13, 101, 127, 499, 997, 1009, 1499, 1999)
 
 
+FAMILIES = ("hunyuan_video", "flux")
+
+
 @st.composite
-def cases(draw: st.DrawFn, dtype: str = "float32") -> Case:
+def plans(draw: st.DrawFn) -> Plan:
     dp, cfg, ring, ulysses = draw(st.sampled_from(DEGREES))
-    sp = ring * ulysses
-    padded = draw(st.integers(1, 64))
-    video = draw(
-        st.one_of(st.integers(sp, sp + 8), st.sampled_from([p for p in PRIMES if p >= sp]), st.integers(sp, 2000))
-    )
     weight = st.one_of(st.just(1.0), st.sampled_from([1.5, 2.0, 3.0, 4.0]), st.floats(1, 4))
-    return Case(
+    return Plan(
         dp=dp,
         cfg=cfg,
         ring=ring,
         ulysses=ulysses,
-        weights=tuple(draw(weight) for _ in range(dp * cfg * sp)),
+        weights=tuple(draw(weight) for _ in range(dp * cfg * ring * ulysses)),
+        common=draw(st.booleans()) and CommonMemory.supported(),
+    )
+
+
+@st.composite
+def cases(draw: st.DrawFn, dtype: str = "float32") -> Case:
+    plan = draw(plans())
+    sp = plan.degrees.sp
+    padded = draw(st.integers(1, 64))
+    video = draw(
+        st.one_of(st.integers(sp, sp + 8), st.sampled_from([p for p in PRIMES if p >= sp]), st.integers(sp, 2000))
+    )
+    return Case(
+        plan=plan,
         heads=draw(st.integers(1, 12)),
         video=video,
         padded=padded,
         valid=tuple(draw(st.lists(st.integers(0, padded), min_size=1, max_size=3))),
         pipeline=draw(st.integers(1, 3)),
-        common=draw(st.booleans()) and CommonMemory.supported(),
         dtype=dtype,
         seed=draw(st.integers(0, 2**16)),
     )
 
 
+@st.composite
+def model_cases(draw: st.DrawFn) -> ModelCase:
+    family = draw(st.sampled_from(FAMILIES))
+    text, batch = draw(st.integers(1, 24)), draw(st.integers(1, 3))
+    half_height, half_width = draw(st.integers(2, 5)), draw(st.integers(2, 5))
+    flux = family == "flux"
+    inputs = Inputs(
+        frames=None if flux else draw(st.integers(1, 3)),
+        height=2 * half_height - (draw(st.integers(0, 1)) if flux else 0),
+        width=2 * half_width - (draw(st.integers(0, 1)) if flux else 0),
+        text=text,
+        valid=None if flux else tuple(draw(st.integers(1, text)) for _ in range(batch)),
+        padding_first=not flux and draw(st.booleans()),
+        batch=batch,
+        sigma=flux,
+        seed=draw(st.integers(0, 2**16)),
+    )
+    return ModelCase(plan=draw(plans()), family=family, inputs=inputs)
+
+
 def check(worlds: Worlds, case: Case) -> None:
     answers = worlds.run(case)
-    sp = case.ring * case.ulysses
+    sp = case.plan.degrees.sp
     for first in range(0, len(answers), sp):  # the ranks of a group work on the same samples
         assert len({tuple(s["sample"] for s in samples) for samples in answers[first : first + sp]}) == 1
     done = [sample["sample"] for samples in answers[::sp] for sample in samples]
@@ -154,6 +189,10 @@ def example_count(count: int) -> settings:
     return settings(max_examples=count, deadline=None, suppress_health_check=[HealthCheck.too_slow], print_blob=True)
 
 
+def check_model(worlds: Worlds, case: ModelCase) -> None:
+    assert max(worlds.run(case)) <= FP32_TOLERANCE
+
+
 @pytest.mark.slow
 @example_count(400)
 @given(case=cases())
@@ -166,6 +205,21 @@ def test_any_plan_in_fp32(worlds: Worlds, case: Case):
 @given(case=cases("bfloat16"))
 def test_any_plan_in_bf16(worlds: Worlds, case: Case):
     check(worlds, case)
+
+
+@pytest.mark.slow
+@example_count(60)
+@given(case=model_cases())
+def test_a_whole_model_under_any_plan(worlds: Worlds, case: ModelCase):
+    check_model(worlds, case)
+
+
+@pytest.mark.thousands
+@pytest.mark.timeout(3600)
+@example_count(1000)
+@given(case=model_cases())
+def test_a_whole_model_under_a_thousand_plans(worlds: Worlds, case: ModelCase):
+    check_model(worlds, case)
 
 
 @pytest.mark.thousands
