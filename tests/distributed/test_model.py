@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import json
+from collections.abc import Iterator, Sequence
 
 import pytest
 import torch
@@ -10,8 +11,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from parallel.errors import CheckpointError, ConfigError, UnsupportedError, WorkerError
+from parallel.host import memory, remote_model
 from parallel.host.recipe import Recipe
 from parallel.host.remote_model import RemoteModel, StepRequest
+from parallel.wire.channel import Channel, Message
+from parallel.wire.shared import TensorRef, lay_out
 from parallel.worker.resident import ResidentModel
 from tests.distributed.tiny_models import (
     Inputs,
@@ -283,3 +287,32 @@ def test_a_checkpoint_that_the_workers_cannot_load(start_group: StartGroup, tiny
         pass
     assert caught.value.remote_type == CheckpointError.__name__
     assert group.alive
+
+
+def test_only_latents_cross_after_the_first_step(
+    start_group: StartGroup, tiny_models: TinyModels, monkeypatch: pytest.MonkeyPatch
+):
+    """Weights and conditioning do not travel again, also not when they come as new tensors of the same values."""
+    written: list[int] = []
+    sent: list[int] = []
+
+    def laid_out(segment: str, tensors: Sequence[tuple[Sequence[int], torch.dtype]]) -> tuple[list[TensorRef], int]:
+        refs, size = lay_out(segment, tensors)
+        written.extend(ref.nbytes for ref in refs)
+        return refs, size
+
+    def counted_send(channel: Channel, message: Message, fds: tuple[int, ...] = ()) -> None:
+        sent.append(len(json.dumps(message)))
+        send(channel, message, fds)
+
+    send = Channel.send
+    x, timestep, conditioning = PADDED.make()
+    with loaded(start_group("cpu,cpu"), tiny_models.path()) as remote:
+        first = remote.step(x, timestep, conditioning)
+        monkeypatch.setattr(remote_model, "lay_out", laid_out)
+        monkeypatch.setattr(memory, "lay_out", laid_out)
+        monkeypatch.setattr(Channel, "send", counted_send)
+        again = remote.step(x, timestep, {name: tensor.clone() for name, tensor in conditioning.items()})
+    assert torch.equal(first, again)
+    assert sum(written) == x.nbytes + timestep.nbytes + again.nbytes
+    assert 0 < sum(sent) < 4096  # the request to two workers, nothing else
