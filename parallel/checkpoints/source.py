@@ -5,10 +5,12 @@ Files are memory-mapped: the pages belong to the kernel's cache, so several work
 
 from __future__ import annotations
 
+import ctypes
 import json
+import mmap
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +18,14 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ..errors import CheckpointError
+from ..errors import CheckpointError, UnsupportedError
+from . import quantised
 
 SAFETENSORS = (".safetensors", ".sft")
 PICKLED = (".pt", ".pth", ".ckpt", ".bin")
 """Read with `torch.load(weights_only=True)`, which runs no code of the file's."""
 
+_LIBC = ctypes.CDLL(None)
 _PREFIXES = ("model.diffusion_model.", "model.model.", "net.")
 
 
@@ -44,6 +48,8 @@ class Source:
     """`config.json` of a diffusers folder; None for a single file."""
     files: dict[str, tuple[str, str]]
     """Name → (file, name in the file)."""
+    scales: dict[str, str] = field(default_factory=dict)
+    """Weight in fp8 → name of its scale: the true weight is their product. Scales are not among `tensors`."""
 
     @property
     def is_diffusers(self) -> bool:
@@ -84,6 +90,20 @@ class Reader:
         except (SafetensorError, OSError, RuntimeError, KeyError) as error:
             raise CheckpointError(f"{file}: cannot read {key!r} ({error}); the file may be damaged") from error
 
+    def scale(self, name: str) -> float | None:
+        """What the tensor `name` must be multiplied by; None for one that is stored as it is."""
+        scale = self._source.scales.get(name)
+        return None if scale is None else self(scale).float().item()
+
+    @staticmethod
+    def release(tensor: Tensor) -> None:
+        """Lets the kernel take the pages of a tensor that has been copied; read again, they come back from the file."""
+        start = -(-tensor.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
+        size = tensor.data_ptr() + tensor.nbytes - start
+        if size >= mmap.PAGESIZE:  # whole pages only: others may share the first and the last one
+            whole = size // mmap.PAGESIZE * mmap.PAGESIZE
+            _LIBC.madvise(ctypes.c_void_p(start), ctypes.c_size_t(whole), mmap.MADV_DONTNEED)
+
     def close(self) -> None:
         self._open.clear()
 
@@ -96,6 +116,7 @@ def open_source(path: str) -> Source:
 
     Raises:
         CheckpointError: the path does not exist, is damaged, truncated, or of an unknown format.
+        UnsupportedError: quantised in a way that is not supported.
     """
     place = Path(path)
     if not place.exists():
@@ -107,13 +128,16 @@ def _open_file(path: Path) -> Source:
     tensors, metadata = _header(path)
     prefix = _prefix(tensors)
     names = {name.removeprefix(prefix): name for name in tensors if name.startswith(prefix)}
-    return Source(
+    source = Source(
         path=str(path),
         tensors={short: tensors[name] for short, name in names.items()},
         metadata=metadata,
         config=None,
         files={short: (str(path), name) for short, name in names.items()},
     )
+    with source.reader() as read:
+        network, scales = quantised.separate(source.path, source.tensors, metadata, read)
+    return replace(source, tensors=network, scales=scales)
 
 
 def _open_folder(path: Path) -> Source:
@@ -121,6 +145,9 @@ def _open_folder(path: Path) -> Source:
     if not config_file.exists():
         raise CheckpointError(f"{path} is a folder without config.json; a diffusers transformer folder has one")
     config = _read_json(config_file)
+    if quantisation := config.get("quantization_config"):
+        method = quantisation.get("quant_method") if isinstance(quantisation, dict) else quantisation
+        raise UnsupportedError(f"{path} is quantised with {method}, which is not supported yet; use the bf16 folder")
     shards = sorted(file for file in path.iterdir() if file.suffix in SAFETENSORS)
     if not shards:
         raise CheckpointError(f"{path} holds no safetensors file")
@@ -194,7 +221,7 @@ def _prefix(names: dict[str, TensorInfo]) -> str:
 def _safetensors_dtype(code: str, name: str, path: Path) -> torch.dtype:
     known = {
         "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
-        "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
+        "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "F8_E8M0": torch.float8_e8m0fnu,
         "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
         "BOOL": torch.bool,
     }  # fmt: skip

@@ -14,6 +14,7 @@ from ..checkpoints.source import Source, TensorInfo, open_source
 from ..degrees import Degrees
 from ..errors import CheckpointError, UnsupportedError
 from .ranks import SoloContext
+from .scaled_linear import ScaledLinear
 
 Progress = Callable[[int, int], None]
 """Called with bytes read and bytes in total; may raise StepCancelled."""
@@ -41,6 +42,8 @@ class ResidentModel:
         self.device = device
         self.compute_dtype: torch.dtype = getattr(torch, recipe["compute_dtype"])
         storage: torch.dtype = getattr(torch, recipe["weight_dtype"])
+        if source.scales:  # what is large is in fp8 already, and the rest of such a file was left out of it on purpose
+            storage = self.compute_dtype
         model_class = self.adapter.model_class()
         with torch.device("meta"):  # no memory until a weight is read
             self.model = model_class(**self.config)
@@ -117,7 +120,7 @@ class ResidentModel:
         with source.reader() as read:
             for name, info in source.tensors.items():
                 pieces = self.adapter.pieces(name, info.shape, self.config) if not source.is_diffusers else None
-                tensor = read(name)
+                tensor, scale = read(name), read.scale(name)
                 for target, part in [(name, tensor)] if pieces is None else [(p.name, p.take(tensor)) for p in pieces]:
                     if target not in expected:
                         raise CheckpointError(f"{source.path}: tensor {name!r} has no place in {self.adapter.family}")
@@ -126,10 +129,15 @@ class ResidentModel:
                             f"{source.path}: tensor {name!r} gives {target} the shape {list(part.shape)},"
                             f" but {self.adapter.family} needs {list(expected[target].shape)}"
                         )
-                    # ComfyUI rounds weights to the storage dtype first; so do we, to get its results.
-                    value = part.to(self.device, storage).to(self.compute_dtype, copy=part.device == self.device)
-                    _assign(self.model, target, value)
+                    if scale is None:
+                        # ComfyUI rounds weights to the storage dtype first; so do we, to get its results.
+                        value = part.to(self.device, storage).to(self.compute_dtype)
+                        _assign(self.model, target, _own(value, tensor))
+                    else:
+                        value = _own(part.to(self.device), tensor)
+                        _assign_scaled(self.model, target, value, scale, self.compute_dtype)
                     missing.discard(target)
+                read.release(tensor)
                 done += _nbytes(info)
                 progress(done, total)
         if missing:
@@ -140,6 +148,22 @@ class ResidentModel:
 def _assign(model: nn.Module, name: str, value: Tensor) -> None:
     parent, _, leaf = name.rpartition(".")
     model.get_submodule(parent)._parameters[leaf] = nn.Parameter(value, requires_grad=False)
+
+
+def _own(value: Tensor, source: Tensor) -> Tensor:
+    """`value` in memory of its own: what the file backs must not be kept."""
+    shared = value.untyped_storage().data_ptr() == source.untyped_storage().data_ptr()
+    return value.clone() if shared else value
+
+
+def _assign_scaled(model: nn.Module, name: str, value: Tensor, scale: float, compute: torch.dtype) -> None:
+    """Sets a parameter to `value` (fp8) × `scale`; the weight of a linear layer stays in fp8."""
+    parent, _, leaf = name.rpartition(".")
+    module = model.get_submodule(parent)
+    if leaf == "weight" and type(module) in (nn.Linear, ScaledLinear):
+        ScaledLinear.keep(module, value, scale)
+    else:
+        _assign(model, name, value.to(compute).mul_(scale))
 
 
 def _keep_fp8(model: nn.Module, storage: torch.dtype, compute: torch.dtype) -> None:
