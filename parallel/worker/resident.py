@@ -47,10 +47,10 @@ class ResidentModel:
         model_class = self.adapter.model_class()
         with torch.device("meta"):  # no memory until a weight is read
             self.model = model_class(**self.config)
-        self._load(source, storage, progress)
-        self.model.eval().requires_grad_(False)
         if storage in _FP8:
             _keep_fp8(self.model, storage, self.compute_dtype)
+        self._load(source, storage, progress)
+        self.model.eval().requires_grad_(False)
         self._conditioning: dict[str, Tensor] = {}
         self._prepared: dict[tuple[Any, ...], Any] = {}
 
@@ -131,7 +131,8 @@ class ResidentModel:
                         )
                     if scale is None:
                         # ComfyUI rounds weights to the storage dtype first; so do we, to get its results.
-                        value = part.to(self.device, storage).to(self.compute_dtype)
+                        keep = storage if expected[target].dtype in _FP8 else self.compute_dtype
+                        value = part.to(self.device, storage).to(keep)
                         _assign(self.model, target, _own(value, tensor))
                     else:
                         value = _own(part.to(self.device), tensor)
@@ -167,7 +168,10 @@ def _assign_scaled(model: nn.Module, name: str, value: Tensor, scale: float, com
 
 
 def _keep_fp8(model: nn.Module, storage: torch.dtype, compute: torch.dtype) -> None:
-    """Keeps the blocks' large weights in fp8 and casts each for the time of its use."""
+    """Keeps the blocks' large weights in fp8 and casts each for the time of its use.
+
+    Called before there are any: no weight is ever held in more bits than it keeps.
+    """
     from diffusers.hooks import apply_layerwise_casting
 
     apply_layerwise_casting(model, storage, compute, skip_modules_pattern=("x_embedder",))
