@@ -22,9 +22,7 @@ from ..errors import CheckpointError, UnsupportedError
 from . import quantised
 
 SAFETENSORS = (".safetensors", ".sft")
-PICKLED = (".pt", ".pth", ".ckpt", ".bin")
-"""Read with `torch.load(weights_only=True)`, which runs no code of the file's."""
-
+_PICKLED = (".pt", ".pt2", ".pth", ".ckpt", ".bin", ".pkl")
 _LIBC = ctypes.CDLL(None)
 _PREFIXES = ("model.diffusion_model.", "model.model.", "net.")
 
@@ -73,21 +71,17 @@ class Reader:
         self._open: dict[str, Any] = {}
 
     def __call__(self, name: str) -> Tensor:
-        """The tensor on the CPU, backed by the file where the format allows; copy it before keeping it.
+        """The tensor on the CPU, backed by the file; copy it before keeping it.
 
         Raises:
             CheckpointError: the file changed or is damaged.
         """
         file, key = self._source.files[name]
         try:
-            if file.endswith(SAFETENSORS):
-                if file not in self._open:
-                    self._open[file] = safe_open(file, framework="pt")
-                return self._open[file].get_tensor(key)
             if file not in self._open:
-                self._open[file] = _load_pickled(file)
-            return self._open[file][key]
-        except (SafetensorError, OSError, RuntimeError, KeyError) as error:
+                self._open[file] = safe_open(file, framework="pt")
+            return self._open[file].get_tensor(key)
+        except (SafetensorError, OSError, RuntimeError) as error:
             raise CheckpointError(f"{file}: cannot read {key!r} ({error}); the file may be damaged") from error
 
     def scale(self, name: str) -> float | None:
@@ -112,11 +106,11 @@ def open_source(path: str) -> Source:
     """Reads a checkpoint's header.
 
     Args:
-        path: a safetensors file (or one that `torch.load(weights_only=True)` reads), or a diffusers folder.
+        path: a safetensors file, or a diffusers folder of them.
 
     Raises:
         CheckpointError: the path does not exist, is damaged, truncated, or of an unknown format.
-        UnsupportedError: quantised in a way that is not supported.
+        UnsupportedError: a pickle, GGUF, or quantised in a way that is not supported.
     """
     place = Path(path)
     if not place.exists():
@@ -189,24 +183,14 @@ def _header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
             raise CheckpointError(
                 f"{path} is not a whole safetensors file ({error}); it may be truncated: download it again"
             ) from error
-    if path.suffix in PICKLED:
-        loaded = _load_pickled(str(path))
-        return {name: TensorInfo(tuple(t.shape), t.dtype) for name, t in loaded.items()}, {}
+    if path.suffix in _PICKLED:
+        raise UnsupportedError(
+            f"{path}: {path.suffix} files are pickles, which can run code when they are read, and are not supported;"
+            " use the safetensors file of the model, or convert it: safetensors.torch.save_file(state_dict, path)"
+        )
     if path.suffix == ".gguf":
-        raise CheckpointError(f"{path}: GGUF files are not supported yet; use the safetensors file of the model")
+        raise UnsupportedError(f"{path}: GGUF files are not supported yet; use the safetensors file of the model")
     raise CheckpointError(f"{path}: format {path.suffix!r} is not supported; allowed are {', '.join(SAFETENSORS)}")
-
-
-def _load_pickled(path: str) -> dict[str, Tensor]:
-    try:
-        loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:
-        raise CheckpointError(f"{path} cannot be read with torch.load(weights_only=True): {error}") from error
-    if isinstance(loaded, dict):
-        loaded = loaded.get("state_dict", loaded)
-    if not isinstance(loaded, dict):
-        raise CheckpointError(f"{path} holds no dictionary of tensors, but a {type(loaded).__name__}")
-    return {name: value for name, value in loaded.items() if isinstance(value, Tensor)}
 
 
 def _prefix(names: dict[str, TensorInfo]) -> str:

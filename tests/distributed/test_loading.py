@@ -1,4 +1,4 @@
-"""What loading costs: memory of its own for each worker's weights and hardly more, and no more time for two than for one.
+"""What loading costs: for each worker the memory of its weights and little more, and for two no more time than for one.
 
 SP_LOADING_MB sets the size of the checkpoint in MB (default 400).
 """
