@@ -71,11 +71,24 @@ class Reader:
         self._open: dict[str, Any] = {}
 
     def __call__(self, name: str) -> Tensor:
-        """The tensor on the CPU, backed by the file; copy it before keeping it.
+        """The tensor on the CPU, backed by the file or, of scaled fp8, true values in fp32; copy it before changing it.
 
         Raises:
             CheckpointError: the file changed or is damaged.
         """
+        tensor, scale = self.stored(name)
+        return tensor if scale is None else tensor.float().mul_(scale)
+
+    def stored(self, name: str) -> tuple[Tensor, float | None]:
+        """The tensor as the file has it, backed by the file, and what it must be multiplied by, if anything.
+
+        Raises:
+            CheckpointError: the file changed or is damaged.
+        """
+        scale = self._source.scales.get(name)
+        return self._read(name), None if scale is None else self._read(scale).float().item()
+
+    def _read(self, name: str) -> Tensor:
         file, key = self._source.files[name]
         try:
             if file not in self._open:
@@ -83,11 +96,6 @@ class Reader:
             return self._open[file].get_tensor(key)
         except (SafetensorError, OSError, RuntimeError) as error:
             raise CheckpointError(f"{file}: cannot read {key!r} ({error}); the file may be damaged") from error
-
-    def scale(self, name: str) -> float | None:
-        """What the tensor `name` must be multiplied by; None for one that is stored as it is."""
-        scale = self._source.scales.get(name)
-        return None if scale is None else self(scale).float().item()
 
     @staticmethod
     def release(tensor: Tensor) -> None:

@@ -11,10 +11,10 @@ class ScaledLinear(nn.Linear):
 
     scale: float
 
-    @staticmethod
-    def keep(layer: nn.Module, weight: Tensor, scale: float) -> None:
-        """Turns a linear layer into one that keeps `weight`."""
-        layer.__class__ = ScaledLinear
+    @classmethod
+    def keep(cls, layer: nn.Module, weight: Tensor, scale: float) -> None:
+        """Gives a linear layer this fp8 weight and this scale."""
+        layer.__class__ = cls
         layer._parameters["weight"] = nn.Parameter(weight, requires_grad=False)
         layer.scale = scale  # type: ignore[assignment]  # a plain number: no cast of the module rounds it
 
