@@ -19,7 +19,7 @@ from parallel.config import SequenceParallelConfig, resolve
 from parallel.demo.checkpoint import write_tiny_hunyuan_video
 from parallel.host.group import WorkerGroup
 from parallel.host.remote_model import RemoteModel
-from tests.distributed.process_facts import MemoryPeaks
+from tests.distributed.process_facts import MemoryPeaks, cpu_seconds
 from tests.distributed.tiny_models import recipe_of
 
 pytestmark = pytest.mark.slow
@@ -36,8 +36,8 @@ class Load:
 
     ready_s: float
     """From the start of the processes to the loaded model."""
-    load_s: float
-    """The load alone."""
+    cpu_s: float
+    """Processor time of the busiest worker until then."""
     resident: int
     """Bytes of weights in each worker."""
     anonymous: list[int]
@@ -58,12 +58,11 @@ def load(path: Path, devices: str, **recipe: Any) -> Load:
             MemoryPeaks([*group.pids, os.getpid()]) as own,
             MemoryPeaks(group.pids, "File") as mapped,
         ):
-            load_began = time.perf_counter()
             resident = model.ensure_loaded()
             ended = time.perf_counter()
         return Load(
             ready_s=ended - began,
-            load_s=ended - load_began,
+            cpu_s=max(cpu_seconds(pid) for pid in group.pids),
             resident=resident,
             anonymous=[own.peak[pid] for pid in group.pids],
             mapped=[mapped.peak[pid] - mapped.before[pid] for pid in group.pids],
@@ -94,11 +93,13 @@ def test_each_worker_holds_its_weights_once(checkpoint: Path, storage: torch.dty
 
 
 def test_two_workers_are_ready_as_soon_as_one(checkpoint: Path):
-    """Both read the file at once, from the page cache.
+    """Both read the file at once, from the page cache, and neither does more for it than one alone.
 
-    The least disturbed round counts. On an idle machine with a core for each the ratio is below 1.3; the bound leaves
-    room for what else runs.
+    Judged by processor time, of which two took 1.0 to 1.1 times as much each: the time on the clock, which `-s` shows,
+    depends on what else runs.
     """
     rounds = [(load(checkpoint, "cpu"), load(checkpoint, "cpu,cpu")) for _ in range(2)]
-    print([(one.ready_s, two.ready_s) for one, two in rounds])
-    assert min(two.ready_s for _, two in rounds) <= 1.6 * min(one.ready_s for one, _ in rounds)
+    for one, two in rounds:
+        print(f"ready after {one.ready_s:.1f} s and {two.ready_s:.1f} s: {two.ready_s / one.ready_s:.2f} times")
+        print(f"processor time {one.cpu_s:.1f} s and {two.cpu_s:.1f} s: {two.cpu_s / one.cpu_s:.2f} times")
+    assert min(two.cpu_s for _, two in rounds) <= 1.4 * min(one.cpu_s for one, _ in rounds)
