@@ -53,12 +53,13 @@ def load_native_model(path: str, weight_dtype: str, config: SequenceParallelConf
 
     # The same choice of dtypes as comfy.sd.load_diffusion_model_state_dict makes.
     supported = list(model_config.supported_inference_dtypes)
-    storage = WEIGHT_DTYPES[weight_dtype] or comfy.model_management.unet_dtype(
+    scaled = bool(inspected.source.scales)  # a file of scaled fp8 keeps it, and its dtype decides nothing else
+    storage = (None if scaled else WEIGHT_DTYPES[weight_dtype]) or comfy.model_management.unet_dtype(
         model_params=comfy.utils.calculate_parameters(network),
         supported_dtypes=supported,
-        weight_dtype=comfy.utils.weight_dtype(network),
+        weight_dtype=None if scaled else comfy.utils.weight_dtype(network),
     )
-    manual_cast = comfy.model_management.unet_manual_cast(storage, worker_device, supported)
+    manual_cast = comfy.model_management.unet_manual_cast(None if scaled else storage, worker_device, supported)
     model_config.set_inference_dtype(storage, manual_cast)
 
     recipe = Recipe(path=path, weight_dtype=storage, compute_dtype=manual_cast or storage, config=config)
@@ -105,4 +106,8 @@ def _expected_bytes(inspected: Inspected, recipe: Recipe) -> int:
     """Bytes of weights that one worker will hold."""
     fp8 = recipe.weight_dtype.itemsize == 1
     dtype = recipe.weight_dtype if fp8 else recipe.compute_dtype
-    return sum(torch.Size(info.shape).numel() for info in inspected.source.tensors.values()) * dtype.itemsize
+    source = inspected.source
+    return sum(
+        torch.Size(info.shape).numel() * (info.dtype if name in source.scales else dtype).itemsize
+        for name, info in source.tensors.items()
+    )

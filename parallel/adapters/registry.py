@@ -20,7 +20,6 @@ def adapter_for(source: Source) -> Adapter:
     Raises:
         UnsupportedError: no family recognises the checkpoint.
     """
-    _refuse_quantised(source)
     for adapter in FAMILIES.values():
         if source.config is not None:
             if adapter.detect_diffusers(source.config):
@@ -29,12 +28,3 @@ def adapter_for(source: Source) -> Adapter:
             return adapter()
     what = source.config.get("_class_name") if source.config is not None else "its tensor names are of no known family"
     raise UnsupportedError(f"{source.path} is not supported yet ({what}); supported families: {', '.join(FAMILIES)}")
-
-
-def _refuse_quantised(source: Source) -> None:
-    for name in source.tensors:
-        if name == "scaled_fp8" or name.endswith((".scale_weight", ".weight_scale", ".comfy_quant")):
-            raise UnsupportedError(
-                f"{source.path} is a scaled-fp8 or mixed-precision checkpoint (tensor {name!r}), which is not supported"
-                " yet; use the bf16, fp16 or plain fp8 file of the model"
-            )

@@ -5,10 +5,12 @@ Files are memory-mapped: the pages belong to the kernel's cache, so several work
 
 from __future__ import annotations
 
+import ctypes
 import json
+import mmap
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +18,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ..errors import CheckpointError
+from ..errors import CheckpointError, UnsupportedError
+from . import quantised
 
 SAFETENSORS = (".safetensors", ".sft")
-PICKLED = (".pt", ".pth", ".ckpt", ".bin")
-"""Read with `torch.load(weights_only=True)`, which runs no code of the file's."""
-
+_PICKLED = (".pt", ".pt2", ".pth", ".ckpt", ".bin", ".pkl")
+_LIBC = ctypes.CDLL(None)
 _PREFIXES = ("model.diffusion_model.", "model.model.", "net.")
 
 
@@ -44,6 +46,8 @@ class Source:
     """`config.json` of a diffusers folder; None for a single file."""
     files: dict[str, tuple[str, str]]
     """Name → (file, name in the file)."""
+    scales: dict[str, str] = field(default_factory=dict)
+    """Weight in fp8 → name of its scale: the true weight is their product. Scales are not among `tensors`."""
 
     @property
     def is_diffusers(self) -> bool:
@@ -67,22 +71,40 @@ class Reader:
         self._open: dict[str, Any] = {}
 
     def __call__(self, name: str) -> Tensor:
-        """The tensor on the CPU, backed by the file where the format allows; copy it before keeping it.
+        """The tensor on the CPU, backed by the file or, of scaled fp8, true values in fp32; copy it before changing it.
 
         Raises:
             CheckpointError: the file changed or is damaged.
         """
+        tensor, scale = self.stored(name)
+        return tensor if scale is None else tensor.float().mul_(scale)
+
+    def stored(self, name: str) -> tuple[Tensor, float | None]:
+        """The tensor as the file has it, backed by the file, and what it must be multiplied by, if anything.
+
+        Raises:
+            CheckpointError: the file changed or is damaged.
+        """
+        scale = self._source.scales.get(name)
+        return self._read(name), None if scale is None else self._read(scale).float().item()
+
+    def _read(self, name: str) -> Tensor:
         file, key = self._source.files[name]
         try:
-            if file.endswith(SAFETENSORS):
-                if file not in self._open:
-                    self._open[file] = safe_open(file, framework="pt")
-                return self._open[file].get_tensor(key)
             if file not in self._open:
-                self._open[file] = _load_pickled(file)
-            return self._open[file][key]
-        except (SafetensorError, OSError, RuntimeError, KeyError) as error:
+                self._open[file] = safe_open(file, framework="pt")
+            return self._open[file].get_tensor(key)
+        except (SafetensorError, OSError, RuntimeError) as error:
             raise CheckpointError(f"{file}: cannot read {key!r} ({error}); the file may be damaged") from error
+
+    @staticmethod
+    def release(tensor: Tensor) -> None:
+        """Lets the kernel take the pages of a tensor that has been copied; read again, they come back from the file."""
+        start = -(-tensor.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
+        size = tensor.data_ptr() + tensor.nbytes - start
+        if size >= mmap.PAGESIZE:  # whole pages only: others may share the first and the last one
+            whole = size // mmap.PAGESIZE * mmap.PAGESIZE
+            _LIBC.madvise(ctypes.c_void_p(start), ctypes.c_size_t(whole), mmap.MADV_DONTNEED)
 
     def close(self) -> None:
         self._open.clear()
@@ -92,10 +114,11 @@ def open_source(path: str) -> Source:
     """Reads a checkpoint's header.
 
     Args:
-        path: a safetensors file (or one that `torch.load(weights_only=True)` reads), or a diffusers folder.
+        path: a safetensors file, or a diffusers folder of them.
 
     Raises:
         CheckpointError: the path does not exist, is damaged, truncated, or of an unknown format.
+        UnsupportedError: a pickle, GGUF, or quantised in a way that is not supported.
     """
     place = Path(path)
     if not place.exists():
@@ -107,13 +130,16 @@ def _open_file(path: Path) -> Source:
     tensors, metadata = _header(path)
     prefix = _prefix(tensors)
     names = {name.removeprefix(prefix): name for name in tensors if name.startswith(prefix)}
-    return Source(
+    source = Source(
         path=str(path),
         tensors={short: tensors[name] for short, name in names.items()},
         metadata=metadata,
         config=None,
         files={short: (str(path), name) for short, name in names.items()},
     )
+    with source.reader() as read:
+        network, scales = quantised.separate(source.path, source.tensors, metadata, read)
+    return replace(source, tensors=network, scales=scales)
 
 
 def _open_folder(path: Path) -> Source:
@@ -121,6 +147,9 @@ def _open_folder(path: Path) -> Source:
     if not config_file.exists():
         raise CheckpointError(f"{path} is a folder without config.json; a diffusers transformer folder has one")
     config = _read_json(config_file)
+    if quantisation := config.get("quantization_config"):
+        method = quantisation.get("quant_method") if isinstance(quantisation, dict) else quantisation
+        raise UnsupportedError(f"{path} is quantised with {method}, which is not supported yet; use the bf16 folder")
     shards = sorted(file for file in path.iterdir() if file.suffix in SAFETENSORS)
     if not shards:
         raise CheckpointError(f"{path} holds no safetensors file")
@@ -162,24 +191,14 @@ def _header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
             raise CheckpointError(
                 f"{path} is not a whole safetensors file ({error}); it may be truncated: download it again"
             ) from error
-    if path.suffix in PICKLED:
-        loaded = _load_pickled(str(path))
-        return {name: TensorInfo(tuple(t.shape), t.dtype) for name, t in loaded.items()}, {}
+    if path.suffix in _PICKLED:
+        raise UnsupportedError(
+            f"{path}: {path.suffix} files are pickles, which can run code when they are read, and are not supported;"
+            " use the safetensors file of the model, or convert it: safetensors.torch.save_file(state_dict, path)"
+        )
     if path.suffix == ".gguf":
-        raise CheckpointError(f"{path}: GGUF files are not supported yet; use the safetensors file of the model")
+        raise UnsupportedError(f"{path}: GGUF files are not supported yet; use the safetensors file of the model")
     raise CheckpointError(f"{path}: format {path.suffix!r} is not supported; allowed are {', '.join(SAFETENSORS)}")
-
-
-def _load_pickled(path: str) -> dict[str, Tensor]:
-    try:
-        loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:
-        raise CheckpointError(f"{path} cannot be read with torch.load(weights_only=True): {error}") from error
-    if isinstance(loaded, dict):
-        loaded = loaded.get("state_dict", loaded)
-    if not isinstance(loaded, dict):
-        raise CheckpointError(f"{path} holds no dictionary of tensors, but a {type(loaded).__name__}")
-    return {name: value for name, value in loaded.items() if isinstance(value, Tensor)}
 
 
 def _prefix(names: dict[str, TensorInfo]) -> str:
@@ -194,7 +213,7 @@ def _prefix(names: dict[str, TensorInfo]) -> str:
 def _safetensors_dtype(code: str, name: str, path: Path) -> torch.dtype:
     known = {
         "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
-        "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
+        "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "F8_E8M0": torch.float8_e8m0fnu,
         "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
         "BOOL": torch.bool,
     }  # fmt: skip

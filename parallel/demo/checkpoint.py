@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,48 @@ _ORIGINAL = [
     (r"(_mlp|\.\d+\.mlp)\.0\.", r"\1.fc1."),
     (r"(_mlp|\.\d+\.mlp)\.2\.", r"\1.fc2."),
 ]
+
+
+SCALED_LAYOUTS = ("marker_0", "marker_2", "comfy_quant", "metadata")
+"""How files of scaled fp8 name their scales; `marker_N` is the older way, N the marker's count of elements."""
+
+
+def scaled_fp8(
+    tensors: dict[str, torch.Tensor], layout: str, dtype: torch.dtype = torch.float8_e4m3fn
+) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """Rounds the weights of linear layers to fp8 with one scale each, but for the image's embedder and the last layer.
+
+    Args:
+        tensors: a whole network.
+        layout: one of SCALED_LAYOUTS, or `dequantised` for the true weights of such a file, in fp32.
+        dtype: the fp8 one.
+
+    Returns:
+        Tensors and metadata of the file.
+    """
+    if layout not in (*SCALED_LAYOUTS, "dequantised"):
+        raise ValueError(f"layout is {layout!r}; allowed are {', '.join(SCALED_LAYOUTS)}, dequantised")
+    found: dict[str, torch.Tensor] = {}
+    layers: dict[str, dict[str, str]] = {}
+    for name, tensor in tensors.items():
+        if tensor.ndim != 2 or not name.endswith(".weight") or name.startswith(("img_in", "final_layer.linear")):
+            found[name] = tensor
+            continue
+        layer = name.removesuffix(".weight")
+        scale = tensor.float().abs().max() / torch.finfo(dtype).max
+        found[name] = (tensor / scale).to(dtype)
+        if layout == "dequantised":
+            found[name] = found[name].float() * scale
+            continue
+        new = layout in ("comfy_quant", "metadata")
+        found[f"{layer}.{'weight_scale' if new else 'scale_weight'}"] = scale
+        found[f"{layer}.{'input_scale' if new else 'scale_input'}"] = torch.tensor(0.5)
+        layers[layer] = {"format": str(dtype).removeprefix("torch.")}
+        if layout == "comfy_quant":
+            found[f"{layer}.comfy_quant"] = torch.tensor(list(json.dumps(layers[layer]).encode()), dtype=torch.uint8)
+    if layout.startswith("marker"):
+        found["scaled_fp8"] = torch.empty(int(layout[-1]), dtype=dtype)
+    return found, {"_quantization_metadata": json.dumps({"layers": layers})} if layout == "metadata" else {}
 
 
 def tiny_config(
@@ -87,12 +130,14 @@ def write_tiny_hunyuan_video(
     dtype: torch.dtype = torch.float32,
     names: str = "comfyui",
     prefix: str = "",
+    scaled: str = "",
 ) -> dict[str, Any]:
     """Writes a random HunyuanVideo of hidden size heads × 128 as a single safetensors file.
 
     Args:
         names: `comfyui`, or `original` for Tencent's names.
         prefix: put before every name, e.g. `model.diffusion_model.`.
+        scaled: a layout of `scaled_fp8`, for a file of that kind.
 
     Returns:
         The model's configuration.
@@ -110,7 +155,7 @@ def write_tiny_hunyuan_video(
     tensors = random_tensors(HunyuanVideoAdapter(), config, seed)
     if names == "original":
         tensors = {_original_name(name): tensor for name, tensor in tensors.items()}
-    save_file({prefix + name: tensor.to(dtype) for name, tensor in tensors.items()}, str(path))
+    _save(path, {name: tensor.to(dtype) for name, tensor in tensors.items()}, prefix, scaled)
     return config
 
 
@@ -125,6 +170,7 @@ def write_tiny_flux(
     guidance: bool = True,
     dtype: torch.dtype = torch.float32,
     prefix: str = "",
+    scaled: str = "",
 ) -> dict[str, Any]:
     """Writes a random FLUX.1 of hidden size heads × 128 as a single safetensors file; returns its configuration."""
     config = {
@@ -138,8 +184,13 @@ def write_tiny_flux(
         "pooled_projection_dim": 768,
     }
     tensors = random_tensors(FluxAdapter(), config, seed)
-    save_file({prefix + name: tensor.to(dtype) for name, tensor in tensors.items()}, str(path))
+    _save(path, {name: tensor.to(dtype) for name, tensor in tensors.items()}, prefix, scaled)
     return config
+
+
+def _save(path: str | Path, tensors: dict[str, torch.Tensor], prefix: str, scaled: str) -> None:
+    tensors, metadata = scaled_fp8(tensors, scaled) if scaled else (tensors, {})
+    save_file({prefix + name: tensor for name, tensor in tensors.items()}, str(path), metadata)
 
 
 def _original_name(name: str) -> str:

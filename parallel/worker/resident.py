@@ -14,6 +14,7 @@ from ..checkpoints.source import Source, TensorInfo, open_source
 from ..degrees import Degrees
 from ..errors import CheckpointError, UnsupportedError
 from .ranks import SoloContext
+from .scaled_linear import ScaledLinear
 
 Progress = Callable[[int, int], None]
 """Called with bytes read and bytes in total; may raise StepCancelled."""
@@ -40,14 +41,16 @@ class ResidentModel:
         self.config = self.adapter.model_config(source)
         self.device = device
         self.compute_dtype: torch.dtype = getattr(torch, recipe["compute_dtype"])
-        storage: torch.dtype = getattr(torch, recipe["weight_dtype"])
+        self._storage: torch.dtype = getattr(torch, recipe["weight_dtype"])
+        if source.scales:  # what is large is in fp8 already, and the rest of such a file was left out of it on purpose
+            self._storage = self.compute_dtype
         model_class = self.adapter.model_class()
         with torch.device("meta"):  # no memory until a weight is read
             self.model = model_class(**self.config)
-        self._load(source, storage, progress)
+        if self._storage in _FP8:
+            _keep_fp8(self.model, self._storage, self.compute_dtype)
+        self._load(source, progress)
         self.model.eval().requires_grad_(False)
-        if storage in _FP8:
-            _keep_fp8(self.model, storage, self.compute_dtype)
         self._conditioning: dict[str, Tensor] = {}
         self._prepared: dict[tuple[Any, ...], Any] = {}
 
@@ -55,6 +58,27 @@ class ResidentModel:
     def nbytes(self) -> int:
         """Bytes of weights on the device."""
         return sum(p.nbytes for p in self.model.parameters())
+
+    def set_parameter(self, name: str, part: Tensor, scale: float | None = None) -> None:
+        """Sets a parameter of the diffusers model to a copy of `part` × `scale`, in the dtype in which it is kept.
+
+        With a scale `part` is fp8, and stays so if it is the weight of a linear layer.
+        """
+        path, _, leaf = name.rpartition(".")
+        module = self.model.get_submodule(path)
+        linear = leaf == "weight" and type(module) in (nn.Linear, ScaledLinear)
+        if linear and scale is not None:
+            ScaledLinear.keep(module, part.to(self.device, copy=True), scale)
+            return
+        if linear:
+            module.__class__ = nn.Linear
+        if scale is not None:
+            part = part.float().mul_(scale)
+        # ComfyUI rounds weights to the storage dtype first; so do we, to get its results.
+        value = part.to(self.device, self._storage, copy=True)
+        if self.model.get_parameter(name).dtype not in _FP8:
+            value = value.to(self.compute_dtype)
+        module._parameters[leaf] = nn.Parameter(value, requires_grad=False)
 
     def put_conditioning(self, key: str, tensor: Tensor) -> None:
         """Keeps a copy on the device; floating-point tensors in the compute dtype."""
@@ -108,7 +132,7 @@ class ResidentModel:
                 f" versions of torch ({torch.__version__}) and diffusers."
             )
 
-    def _load(self, source: Source, storage: torch.dtype, progress: Progress) -> None:
+    def _load(self, source: Source, progress: Progress) -> None:
         """Fills the model's parameters from the file, one tensor at a time."""
         expected = dict(self.model.named_parameters())
         missing = set(expected)
@@ -117,7 +141,7 @@ class ResidentModel:
         with source.reader() as read:
             for name, info in source.tensors.items():
                 pieces = self.adapter.pieces(name, info.shape, self.config) if not source.is_diffusers else None
-                tensor = read(name)
+                tensor, scale = read.stored(name)
                 for target, part in [(name, tensor)] if pieces is None else [(p.name, p.take(tensor)) for p in pieces]:
                     if target not in expected:
                         raise CheckpointError(f"{source.path}: tensor {name!r} has no place in {self.adapter.family}")
@@ -126,10 +150,9 @@ class ResidentModel:
                             f"{source.path}: tensor {name!r} gives {target} the shape {list(part.shape)},"
                             f" but {self.adapter.family} needs {list(expected[target].shape)}"
                         )
-                    # ComfyUI rounds weights to the storage dtype first; so do we, to get its results.
-                    value = part.to(self.device, storage).to(self.compute_dtype, copy=part.device == self.device)
-                    _assign(self.model, target, value)
+                    self.set_parameter(target, part, scale)
                     missing.discard(target)
+                read.release(tensor)
                 done += _nbytes(info)
                 progress(done, total)
         if missing:
@@ -137,13 +160,11 @@ class ResidentModel:
             raise CheckpointError(f"{source.path} lacks {len(missing)} tensors of {self.adapter.family}, e.g. {some}")
 
 
-def _assign(model: nn.Module, name: str, value: Tensor) -> None:
-    parent, _, leaf = name.rpartition(".")
-    model.get_submodule(parent)._parameters[leaf] = nn.Parameter(value, requires_grad=False)
-
-
 def _keep_fp8(model: nn.Module, storage: torch.dtype, compute: torch.dtype) -> None:
-    """Keeps the blocks' large weights in fp8 and casts each for the time of its use."""
+    """Keeps the blocks' large weights in fp8 and casts each for the time of its use.
+
+    Called before there are any: no weight is ever held in more bits than it keeps.
+    """
     from diffusers.hooks import apply_layerwise_casting
 
     apply_layerwise_casting(model, storage, compute, skip_modules_pattern=("x_embedder",))

@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import struct
 from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 TINY = "tiny.safetensors"
 DEEP = "deep.safetensors"  # many blocks: long steps made of short parts, and weights large enough to see in memory
@@ -19,6 +20,29 @@ AURA_FLOW_LIKE = "aura_flow_like.safetensors"
 ORIGINAL_NAMES = "original_names.safetensors"  # Tencent's own parameter names, with the prefix of full checkpoints
 NO_GUIDANCE = "no_guidance.safetensors"
 LORA = "tiny_lora.safetensors"
+NVFP4_LIKE = "nvfp4_like.safetensors"
+
+HUNYUAN_VIDEO_KINDS: dict[str, dict[str, Any]] = {
+    "hunyuan_video_fp16.safetensors": {"dtype": torch.float16},
+    "hunyuan_video_bf16.safetensors": {"dtype": torch.bfloat16},
+    "hunyuan_video_fp8.safetensors": {"dtype": torch.float8_e4m3fn},
+    "hunyuan_video_scaled_0.safetensors": {"scaled": "marker_0", "dtype": torch.bfloat16},
+    "hunyuan_video_scaled_2.safetensors": {
+        "scaled": "marker_2",
+        "names": "original",
+        "prefix": "model.diffusion_model.",
+    },
+    "hunyuan_video_comfy_quant.safetensors": {"scaled": "comfy_quant"},
+    "hunyuan_video_metadata.safetensors": {"scaled": "metadata"},
+}
+FLUX_KINDS: dict[str, dict[str, Any]] = {
+    "flux_bf16.safetensors": {"dtype": torch.bfloat16, "prefix": "model.diffusion_model."},
+    "flux_fp8.safetensors": {"dtype": torch.float8_e4m3fn},
+    "flux_scaled_0.safetensors": {"scaled": "marker_0", "prefix": "model.diffusion_model."},
+    "flux_scaled_2.safetensors": {"scaled": "marker_2", "dtype": torch.float16},
+    "flux_comfy_quant.safetensors": {"scaled": "comfy_quant", "dtype": torch.bfloat16},
+}
+"""Files of the same networks in other dtypes and layouts: name → how it is written."""
 
 
 def write_model_files(models: Path) -> None:
@@ -34,6 +58,11 @@ def write_model_files(models: Path) -> None:
     (folder / TRUNCATED).write_bytes(content[: len(content) * 2 // 3])
     (folder / CORRUPT_HEADER).write_bytes(struct.pack("<Q", 64) + b"{this is no JSON".ljust(64) + bytes(64))
     write_tiny_flux(folder / FLUX)
+    for name, options in HUNYUAN_VIDEO_KINDS.items():
+        write_tiny_hunyuan_video(folder / name, **options)
+    for name, options in FLUX_KINDS.items():
+        write_tiny_flux(folder / name, **options)
+    _write_nvfp4_like(folder / NVFP4_LIKE, folder / FLUX)
     _write_zeros(folder / SD_LIKE, _SD_SHAPES)
     _write_zeros(folder / AURA_FLOW_LIKE, _AURA_FLOW_SHAPES)
     _write_lora(models / "loras" / LORA, folder / TINY)
@@ -45,6 +74,17 @@ def file_bytes(models: Path, name: str) -> int:
 
 def _write_zeros(path: Path, shapes: dict[str, tuple[int, ...]]) -> None:
     save_file({name: torch.zeros(shape) for name, shape in shapes.items()}, path)
+
+
+def _write_nvfp4_like(path: Path, checkpoint: Path) -> None:
+    """One layer of the checkpoint in the layout of nvfp4."""
+    tensors, layer = load_file(checkpoint), "single_blocks.0.linear1"
+    rows, columns = tensors[f"{layer}.weight"].shape
+    tensors[f"{layer}.weight"] = torch.zeros(rows, columns // 2, dtype=torch.uint8)
+    tensors[f"{layer}.weight_scale"] = torch.zeros(rows, columns // 16, dtype=torch.float8_e4m3fn)
+    tensors[f"{layer}.weight_scale_2"] = torch.tensor(1.0)
+    tensors[f"{layer}.comfy_quant"] = torch.tensor(list(b'{"format": "nvfp4"}'), dtype=torch.uint8)
+    save_file(tensors, path)
 
 
 def _write_lora(path: Path, checkpoint: Path, rank: int = 4) -> None:

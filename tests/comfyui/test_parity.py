@@ -8,7 +8,7 @@ import torch
 
 from tests.comfyui.graphs import Setting, Swapped, Text, fresh, model_node
 from tests.comfyui.latents import relative_difference, sample
-from tests.comfyui.model_files import FLUX, NO_GUIDANCE, ORIGINAL_NAMES
+from tests.comfyui.model_files import FLUX, FLUX_KINDS, HUNYUAN_VIDEO_KINDS, NO_GUIDANCE, ORIGINAL_NAMES, TINY
 from tests.comfyui.server import ComfyServer
 
 pytestmark = pytest.mark.comfyui
@@ -76,6 +76,15 @@ def test_same_latent(server: ComfyServer, reference: Reference, devices: str, na
 def test_same_latent_from_other_checkpoints(server: ComfyServer, reference: Reference, checkpoint: str) -> None:
     setting = Setting(checkpoint=checkpoint)
     assert relative_difference(sample(server, setting, Swapped()), reference(setting)) <= TOLERANCE
+
+
+@pytest.mark.parametrize("checkpoint", [*HUNYUAN_VIDEO_KINDS, *FLUX_KINDS])
+def test_same_latent_from_other_dtypes(server: ComfyServer, reference: Reference, checkpoint: str) -> None:
+    setting = Setting(checkpoint=checkpoint, picture=checkpoint in FLUX_KINDS)
+    expected = reference(setting)
+    whole = replace(setting, checkpoint=FLUX if setting.picture else TINY)
+    assert relative_difference(expected, reference(whole)) > 1e-4, "the same network, but rounded"
+    assert relative_difference(sample(server, setting, Swapped()), expected) <= TOLERANCE
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ipaddress
 import os
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -44,6 +45,38 @@ def cpu_seconds(pid: int) -> float:
 def address_space(pid: int) -> int:
     """Bytes of virtual memory."""
     return int(Path(f"/proc/{pid}/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def memory(pid: int, kind: str) -> int:
+    """Resident bytes of `Anon` (the process's own), `File` (pages of mapped files) or `Shmem`."""
+    for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+        if line.startswith(f"Rss{kind}:"):
+            return int(line.split()[1]) * 1024
+    raise OSError(f"process {pid} has no memory")  # it has ended
+
+
+class MemoryPeaks:
+    """Largest `memory` of some processes during a `with` block, sampled every few milliseconds."""
+
+    def __init__(self, pids: Iterable[int], kind: str = "Anon"):
+        self._pids, self._kind = tuple(pids), kind
+        self.before = {pid: memory(pid, kind) for pid in self._pids}
+        self.peak = dict(self.before)
+        self._done = threading.Event()
+        self._thread = threading.Thread(target=self._sample)
+
+    def __enter__(self) -> MemoryPeaks:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._done.set()
+        self._thread.join()
+
+    def _sample(self) -> None:
+        while not self._done.wait(0.005):
+            for pid in self._pids:
+                self.peak[pid] = max(self.peak[pid], memory(pid, self._kind))
 
 
 def open_tcp_sockets(pid: int) -> list[tuple[ipaddress.IPv4Address | ipaddress.IPv6Address, bool]]:

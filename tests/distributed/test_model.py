@@ -56,6 +56,7 @@ MODELS = {
     "image_to_video": Model({"in_channels": 33}, Inputs(channels=33, valid=(5,))),
     "bf16_file": Model({"dtype": torch.bfloat16}, PADDED),
     "fp8_storage": Model({}, PADDED, torch.float8_e4m3fn),
+    "scaled_fp8": Model({"scaled": "comfy_quant"}, PADDED),
 }
 
 
@@ -157,6 +158,7 @@ def test_the_dialect_of_a_checkpoint_does_not_matter(predict: Predictions, name:
         ("padded_text", "padding_first"),
         ("padded_text", "bf16_file"),
         ("padded_text", "fp8_storage"),
+        ("padded_text", "scaled_fp8"),
         ("padded_text", "several_blocks"),
         ("padded_text", "no_guidance"),
         ("flux", "flux_without_guidance"),

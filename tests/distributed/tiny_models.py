@@ -96,9 +96,11 @@ def recipe_of(path: Path, devices: str, weight_dtype: torch.dtype = torch.float3
 
 
 @contextmanager
-def loaded(group: WorkerGroup, path: Path, **degrees: int) -> Iterator[RemoteModel]:
+def loaded(
+    group: WorkerGroup, path: Path, weight_dtype: torch.dtype = torch.float32, **degrees: int
+) -> Iterator[RemoteModel]:
     """The model on this group, for the time of the `with` block."""
-    model = RemoteModel(recipe_of(path, group.layout.describe(), **degrees), group=group)
+    model = RemoteModel(recipe_of(path, group.layout.describe(), weight_dtype, **degrees), group=group)
     model.ensure_loaded()
     try:
         yield model

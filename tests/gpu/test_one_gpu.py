@@ -37,9 +37,10 @@ def test_a_kernel_and_its_parts_merged_agree_with_fp32(name: str, dtype: torch.d
     assert (merged - exact).abs().max() <= allowed
 
 
-def test_a_cuda_worker_agrees_with_a_cpu_worker(tmp_path: Path):
+@pytest.mark.parametrize("scaled", ["", "comfy_quant"])
+def test_a_cuda_worker_agrees_with_a_cpu_worker(tmp_path: Path, scaled: str):
     path = tmp_path / "tiny.safetensors"
-    write_tiny_hunyuan_video(path, heads=2)
+    write_tiny_hunyuan_video(path, heads=2, scaled=scaled)
     generator = torch.Generator().manual_seed(0)
     x, y = torch.randn(1, 16, 2, 8, 8, generator=generator), torch.randn(1, 768, generator=generator)
     conditioning = {"context": torch.randn(1, 8, 64, generator=generator), "y": y, "guidance": torch.tensor([6.0])}
