@@ -167,7 +167,7 @@ class FluxAdapter(Adapter):
         if pooled is None:
             pooled = text.new_zeros(text.shape[0], config.pooled_projection_dim)
         vector = two_stream.modulation(m.time_text_embed, timestep * 1000, pooled, prepared.guidance)
-        vectors = ((slice(None), vector),)
+        by = two_stream.Modulation.uniform(vector)
         tokens = [
             read_tokens(picture, *part, _PATCH, m.x_embedder.weight)
             for picture, part in zip(pictures, parts, strict=True)
@@ -183,13 +183,13 @@ class FluxAdapter(Adapter):
             m,
             image,
             text,
-            vectors,
+            by,
             two_stream.rope_with_text(table, t1 - t0),
             context.attention(plan),
             lambda: context.enter_block(plan),
         )
         start, stop = parts[0]  # the references are context: no prediction is made for them
-        write_tokens(two_stream.head(m, image[:, : stop - start], vectors), out[:, :, None], start, stop, _PATCH)
+        write_tokens(two_stream.head(m, image[:, : stop - start], by), out[:, :, None], start, stop, _PATCH)
 
 
 def _whole_patches(x: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -63,8 +64,37 @@ _FUSED_QKV = {
 Shapes = dict[str, tuple[int, ...]]
 
 Vectors = tuple[tuple[slice, Tensor], ...]
-"""Which vector [B, hidden] modulates which of this rank's image rows; the last slice is open-ended, and its vector is
-the text's, too."""
+"""Which vector [B, hidden] modulates which rows; the slices follow each other and cover all of them."""
+
+
+@dataclass(frozen=True, slots=True)
+class Modulation:
+    """The vectors of this rank's rows."""
+
+    image: Vectors
+    """In the dual-stream blocks, and before the output."""
+    text: Vectors
+    joint: Vectors
+    """In the single-stream blocks: image rows, then text rows."""
+
+    @classmethod
+    def uniform(cls, vector: Tensor) -> Modulation:
+        """One vector for all."""
+        vectors = ((slice(None), vector),)
+        return cls(vectors, vectors, vectors)
+
+
+def vectors(parts: list[tuple[int, Tensor]]) -> Vectors:
+    """From (number of rows, their vector), in order; rows of one vector that meet become one slice."""
+    result: list[tuple[slice, Tensor]] = []
+    start = 0
+    for count, vector in [part for part in parts if part[0]] or parts[:1]:
+        stop = start + count
+        if result and result[-1][1] is vector:
+            start = result.pop()[0].start
+        result.append((slice(start, stop), vector))
+        start = stop
+    return tuple(result)
 
 
 def rename(name: str, table: list[tuple[str, str]]) -> str:
@@ -164,7 +194,7 @@ def modulation(embed: Any, timestep: Tensor, pooled: Tensor, guidance: Tensor | 
 
 
 def run_blocks(
-    model: Any, image: Tensor, text: Tensor, vectors: Vectors, table: Rope, attend: JointAttention, enter: Any
+    model: Any, image: Tensor, text: Tensor, by: Modulation, table: Rope, attend: JointAttention, enter: Any
 ) -> Tensor:
     """All blocks on this rank's image [B, n, hidden] and text [B, m, hidden] rows; returns the image rows.
 
@@ -172,17 +202,17 @@ def run_blocks(
     """
     for block in model.transformer_blocks:
         enter()
-        image, text = _dual_stream_block(block, image, text, vectors, table, attend)
+        image, text = _dual_stream_block(block, image, text, by, table, attend)
     hidden = torch.cat([_finite(image), text], dim=1)
     for block in model.single_transformer_blocks:
         enter()
-        hidden = _single_stream_block(block, hidden, vectors, table, attend)
+        hidden = _single_stream_block(block, hidden, by.joint, table, attend)
     return hidden[:, : image.shape[1]]
 
 
-def head(model: Any, image: Tensor, vectors: Vectors) -> Tensor:
+def head(model: Any, image: Tensor, by: Modulation) -> Tensor:
     """The output projection of image rows [B, n, hidden]."""
-    return model.proj_out(_join([model.norm_out(image[:, rows], vector) for rows, vector in vectors]))
+    return model.proj_out(_join([model.norm_out(image[:, rows], vector) for rows, vector in by.image]))
 
 
 def rope_with_text(table: Rope, text: int) -> Rope:
@@ -221,8 +251,7 @@ def _joint_qkv(attn: Any, image: Tensor, text: Tensor) -> tuple[Tensor, ...]:
 
 def _join(parts: list[Tensor]) -> Tensor:
     """Rows one after the other; one part alone is not copied."""
-    filled = [part for part in parts if part.shape[1]]
-    return filled[0] if len(filled) == 1 else torch.cat(parts, dim=1)
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
 
 _Gates = list[tuple[slice, list[Tensor]]]
@@ -240,13 +269,12 @@ def _modulated(norm: nn.Module, x: Tensor, vectors: Vectors) -> tuple[Tensor, _G
 
 
 def _dual_stream_block(
-    block: Any, image: Tensor, text: Tensor, vectors: Vectors, table: Rope, attend: JointAttention
+    block: Any, image: Tensor, text: Tensor, by: Modulation, table: Rope, attend: JointAttention
 ) -> tuple[Tensor, Tensor]:
     """image [B, n, hidden], text [B, m, hidden] → the same; m may be 0 on this rank, and then costs nothing."""
-    image_in, image_gates = _modulated(block.norm1, image, vectors)
+    image_in, image_gates = _modulated(block.norm1, image, by.image)
     has_text = bool(text.shape[1])
-    text_vectors = ((slice(None), vectors[-1][1]),)
-    text_in, text_gates = _modulated(block.norm1_context, text, text_vectors) if has_text else (text, [])
+    text_in, text_gates = _modulated(block.norm1_context, text, by.text) if has_text else (text, [])
     q, k, v = _joint_qkv(block.attn, image_in, text_in)
     out = attend(rotate(q, table), rotate(k, table), v).flatten(2)
     image = _residuals(image, block.attn.to_out[0](out[:, : image.shape[1]]), image_gates, block.norm2, block.ff)
