@@ -10,6 +10,7 @@ import comfy.patcher_extension
 import torch
 from torch import Tensor, nn
 
+from ..parallel.adapters.base import pack_text
 from ..parallel.errors import WorkerOutOfMemoryError
 from ..parallel.host.remote_model import RemoteModel, StepRequest
 from .refusals import refuse_transformer_options, refuse_value
@@ -93,11 +94,15 @@ class ProxyDiffusionModel(nn.Module):
 
     @staticmethod
     def _request(x: Tensor, timestep: Tensor, **conditioning: Any) -> StepRequest:
-        tensors = {}
+        tensors: dict[str, Tensor] = {}
         for name, value in conditioning.items():
             if value is None:
                 continue
-            if not isinstance(value, Tensor):
+            if isinstance(value, str):
+                tensors[name] = pack_text(value)
+                continue
+            parts = {f"{name}.{i}": part for i, part in enumerate(value)} if isinstance(value, list) else {name: value}
+            if not parts or not all(isinstance(part, Tensor) for part in parts.values()):
                 raise refuse_value(name, value)
-            tensors[name] = value
+            tensors |= parts
         return StepRequest(x, timestep, tensors)

@@ -25,6 +25,16 @@ class Piece:
     """The part, as a view where possible."""
 
 
+def pack_text(text: str) -> Tensor:
+    """A choice that a node has made, as a conditioning input: [1, n] uint8."""
+    return torch.tensor([list(text.encode())], dtype=torch.uint8)
+
+
+def unpack_text(tensor: Tensor) -> str:
+    """What `pack_text` has packed."""
+    return bytes(tensor[0].tolist()).decode()
+
+
 class StepContext(ABC):
     """The ranks, as an adapter sees them during one step."""
 
@@ -90,7 +100,8 @@ class Adapter(ABC):
 
         Args:
             config: as `model_config` gave it.
-            shapes: name → shape of every tensor of the step: `x`, `timestep` and the conditioning.
+            shapes: name → shape of every tensor of the step: `x`, `timestep` and the conditioning, in which the
+                tensors of a list `refs` are named `refs.0`, `refs.1` and so on.
 
         Raises:
             UnsupportedError: an input that this adapter does not know, or cannot honour.

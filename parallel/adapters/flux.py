@@ -1,8 +1,9 @@
-"""FLUX.1: dev, schnell and their variants with concatenated channels."""
+"""FLUX.1: dev, schnell, Kontext, and the variants with concatenated channels."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from math import prod
 from typing import Any, ClassVar
 
@@ -14,7 +15,7 @@ from ..attention.rope import rope
 from ..checkpoints.source import Source, TensorInfo
 from ..errors import CheckpointError, UnsupportedError
 from . import two_stream
-from .base import Adapter, Piece, StepContext
+from .base import Adapter, Piece, StepContext, unpack_text
 from .patches import Grid, read_tokens, write_tokens
 from .two_stream import HEAD_DIM, Shapes
 
@@ -28,6 +29,21 @@ _DEFAULTS = {
     "joint_attention_dim": 4096, "pooled_projection_dim": 768, "guidance_embeds": False,
 }  # fmt: skip
 _RENAMED = [(r"^img_in$", "x_embedder"), (r"^txt_in$", "context_embedder"), *two_stream.RENAMED]
+
+_REFERENCE = "ref_latents."
+"""Begins the names of Kontext's reference pictures: `ref_latents.0` and so on."""
+_METHODS = ("offset", "index", "uxo")
+"""Ways to place the references; the first one is the default."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Prompt:
+    text: Tensor
+    pooled: Tensor | None
+    guidance: Tensor | None
+    references: list[Tensor]
+    """[B, C, H, W] each."""
+    method: str
 
 
 class FluxAdapter(Adapter):
@@ -78,7 +94,9 @@ class FluxAdapter(Adapter):
         return two_stream.with_biases(linear) | {f"{name}.weight": (size,) for name, size in norms.items()}
 
     def check_inputs(self, config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> int:
-        if unknown := sorted(set(shapes) - {"x", "timestep", "context", "y", "guidance"}):
+        references = {name: shape for name, shape in shapes.items() if name.startswith(_REFERENCE)}
+        known = {"x", "timestep", "context", "y", "guidance", "ref_latents_method"}
+        if unknown := sorted(set(shapes) - known - set(references)):
             raise UnsupportedError(f"FLUX.1 (SP) cannot use the input {', '.join(unknown)} yet")
         if "context" not in shapes:
             raise UnsupportedError("FLUX.1 needs a text encoder's conditioning; the conditioning has none")
@@ -92,13 +110,32 @@ class FluxAdapter(Adapter):
                 f"the text conditioning has the shape {list(context)}; this checkpoint needs"
                 f" [batch, tokens, {config['joint_attention_dim']}]: is it from FLUX's text encoder?"
             )
+        for name, shape in references.items():
+            if len(shape) != 4 or shape[:2] != x[:2]:
+                raise UnsupportedError(
+                    f"a reference latent needs the shape [{x[0]}, {x[1]}, height, width] for this latent;"
+                    f" {name} is {list(shape)}"
+                )
         return prod(-(-size // 2) for size in x[2:])
 
     def output_shape(self, config: Mapping[str, Any], x_shape: tuple[int, ...]) -> tuple[int, ...]:
         return (x_shape[0], config["out_channels"] // prod(_PATCH), *x_shape[2:])
 
-    def prepare(self, conditioning: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        return conditioning  # FLUX attends to its padding: nothing may be trimmed
+    def prepare(self, conditioning: Mapping[str, Tensor]) -> _Prompt:
+        chosen = conditioning.get("ref_latents_method")
+        method = _METHODS[0] if chosen is None else unpack_text(chosen)
+        if method not in _METHODS:
+            raise UnsupportedError(
+                f"FLUX.1 (SP) cannot use the reference method {method}; choose {', '.join(_METHODS)}"
+            )
+        count = sum(name.startswith(_REFERENCE) for name in conditioning)
+        return _Prompt(
+            text=conditioning["context"],  # FLUX attends to its padding: nothing may be trimmed
+            pooled=conditioning.get("y"),
+            guidance=conditioning.get("guidance"),
+            references=[conditioning[f"{_REFERENCE}{i}"] for i in range(count)],
+            method=method,
+        )
 
     def example(self, config: Mapping[str, Any], world_size: int, dtype: torch.dtype) -> dict[str, Tensor]:
         generator = torch.Generator().manual_seed(0)
@@ -112,30 +149,80 @@ class FluxAdapter(Adapter):
             "context": random(1, 7, config["joint_attention_dim"]),
             "y": random(1, config["pooled_projection_dim"]),
             "guidance": torch.tensor([3.5]).to(dtype),
+            f"{_REFERENCE}0": random(1, config["in_channels"] // prod(_PATCH), 3, 4),
         }
 
     def step(
         self, model: nn.Module, x: Tensor, timestep: Tensor, prepared: Any, out: Tensor, context: StepContext
     ) -> None:
         m: Any = model
-        text, config = prepared["context"], m.config
-        # ComfyUI wraps odd sizes around to whole patches.
-        x = F.pad(x, (0, x.shape[3] % 2, 0, x.shape[2] % 2), mode="circular") if (x.shape[2] | x.shape[3]) % 2 else x
-        x, out = x[:, :, None], out[:, :, None]
-        grid: Grid = (1, x.shape[3] // 2, x.shape[4] // 2)
-        plan = context.plan((prod(grid), text.shape[1]), config.num_attention_heads)
-        (i0, i1), (t0, t1) = plan.stream_ranges(context.rank)
+        text, config = prepared.text, m.config
+        offsets = [(0, 0, 0), *_offsets(prepared.references, prepared.method, x)]
+        pictures = [_whole_patches(picture) for picture in (x, *prepared.references)]
+        grids: list[Grid] = [(1, picture.shape[3] // 2, picture.shape[4] // 2) for picture in pictures]
+        plan = context.plan((*map(prod, grids), text.shape[1]), config.num_attention_heads)
+        *parts, (t0, t1) = plan.stream_ranges(context.rank)
 
-        pooled = prepared.get("y")
+        pooled = prepared.pooled
         if pooled is None:
             pooled = text.new_zeros(text.shape[0], config.pooled_projection_dim)
-        temb = two_stream.modulation(m.time_text_embed, timestep * 1000, pooled, prepared.get("guidance"))
-        image = m.x_embedder(read_tokens(x, i0, i1, _PATCH, m.x_embedder.weight))
+        vector = two_stream.modulation(m.time_text_embed, timestep * 1000, pooled, prepared.guidance)
+        by = two_stream.Modulation.uniform(vector)
+        tokens = [
+            read_tokens(picture, *part, _PATCH, m.x_embedder.weight)
+            for picture, part in zip(pictures, parts, strict=True)
+        ]
+        image = m.x_embedder(torch.cat(tokens, dim=1))
         text = m.context_embedder(text[:, t0:t1])
-        index = torch.arange(i0, i1, device=text.device)
-        positions = (torch.zeros_like(index), index // grid[2], index % grid[2])
-        table = two_stream.rope_with_text(rope(positions, ROPE_AXES, ROPE_THETA), t1 - t0)
+        positions = [
+            _positions(*part, grid, offset, text.device)
+            for part, grid, offset in zip(parts, grids, offsets, strict=True)
+        ]
+        table = rope(torch.cat(positions, dim=1).unbind(), ROPE_AXES, ROPE_THETA)
         image = two_stream.run_blocks(
-            m, image, text, temb, table, context.attention(plan), lambda: context.enter_block(plan)
+            m,
+            image,
+            text,
+            by,
+            two_stream.rope_with_text(table, t1 - t0),
+            context.attention(plan),
+            lambda: context.enter_block(plan),
         )
-        write_tokens(m.proj_out(m.norm_out(image, temb)), out, i0, i1, _PATCH)
+        start, stop = parts[0]  # the references are context: no prediction is made for them
+        write_tokens(two_stream.head(m, image[:, : stop - start], by), out[:, :, None], start, stop, _PATCH)
+
+
+def _whole_patches(x: Tensor) -> Tensor:
+    """[B, C, H, W] → [B, C, 1, H, W]; ComfyUI wraps odd sizes around to whole patches."""
+    if (x.shape[2] | x.shape[3]) % 2:
+        x = F.pad(x, (0, x.shape[3] % 2, 0, x.shape[2] % 2), mode="circular")
+    return x[:, :, None]
+
+
+def _offsets(references: Sequence[Tensor], method: str, x: Tensor) -> list[Grid]:
+    """Where each reference lies on the axes of the position embedding, in tokens.
+
+    `index`: each alone on a plane of its own. `uxo`: down the diagonal from the picture's corner. `offset`: on one
+    plane, each below or right of those before it, whichever keeps the whole smaller.
+    """
+    if method == "index":
+        return [(i, 0, 0) for i in range(1, len(references) + 1)]
+    offsets: list[Grid] = []
+    below, right = (size + size % 2 for size in x.shape[2:]) if method == "uxo" else (0, 0)
+    for reference in references:
+        height, width = reference.shape[2:]
+        if method == "uxo":
+            place = below, right
+            below, right = below + height, right + width
+        else:
+            place = (0, right) if height + below > width + right else (below, 0)
+            below, right = max(below, place[0] + height), max(right, place[1] + width)
+        offsets.append((int(method == "offset"), (place[0] + 1) // 2, (place[1] + 1) // 2))
+    return offsets
+
+
+def _positions(start: int, stop: int, grid: Grid, offset: Grid, device: torch.device) -> Tensor:
+    """[3, stop − start]: plane, row and column of tokens [start, stop)."""
+    index = torch.arange(start, stop, device=device)
+    plane, row, column = offset
+    return torch.stack([torch.full_like(index, plane), row + index // grid[2], column + index % grid[2]])

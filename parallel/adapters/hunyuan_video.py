@@ -1,4 +1,4 @@
-"""HunyuanVideo (https://arxiv.org/abs/2412.03603): text-to-video, and image-to-video by concatenated channels."""
+"""HunyuanVideo (https://arxiv.org/abs/2412.03603): text-to-video, and image-to-video of both kinds."""
 
 from __future__ import annotations
 
@@ -14,10 +14,11 @@ from torch import Tensor, nn
 from ..attention.rope import Rope, rope
 from ..checkpoints.source import Source, TensorInfo
 from ..errors import CheckpointError, UnsupportedError
+from ..plan import Range
 from . import two_stream
 from .base import Adapter, Piece, StepContext
 from .patches import Grid, read_tokens, write_tokens
-from .two_stream import HEAD_DIM, Shapes, rename
+from .two_stream import HEAD_DIM, Modulation, Shapes, rename
 
 ROPE_AXES = (16, 56, 56)
 ROPE_THETA = 256.0
@@ -87,10 +88,16 @@ class _Prompts:
     """The samples' places in the batch."""
     text: Tensor
     """[b, L, C], valid tokens only."""
+    places: list[int]
+    """Of these tokens in the text with its padding."""
+    padded: int
+    """Tokens of that text."""
     text_mean: Tensor
     """[b, C]: mean over all tokens, padding included, as ComfyUI takes it."""
     pooled: Tensor
     guidance: Tensor | None
+    first_frame: Tensor | None
+    """[b]: the timestep of the first frame, where it is a given picture that replaces noise."""
 
 
 class HunyuanVideoAdapter(Adapter):
@@ -110,8 +117,7 @@ class HunyuanVideoAdapter(Adapter):
     def model_config(self, source: Source) -> dict[str, Any]:
         if source.config is not None:
             config = _DEFAULTS | {key: value for key, value in source.config.items() if not key.startswith("_")}
-            if config.get("image_condition_type") == "token_replace":
-                raise UnsupportedError(f"{source.path}: the token-replace image-to-video variant is not supported yet")
+            config.pop("image_condition_type", None)  # says how its pipeline calls it; the weights are alike
             two_stream.require(source, _FIXED)
             return config
         shapes = {rename(name, _TENCENT): info.shape for name, info in source.tensors.items()}
@@ -173,7 +179,12 @@ class HunyuanVideoAdapter(Adapter):
     # --- inputs -------------------------------------------------------------------------------------------------
 
     def check_inputs(self, config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> int:
-        known = {"x", "timestep", "context", "y", "guidance", "attention_mask"}
+        if "ref_latent" in shapes:
+            raise UnsupportedError(
+                "HunyuanVideo (SP) cannot use the input ref_latent (guidance_type custom of HunyuanImageToVideo) yet;"
+                " use v1 (concat) or v2 (replace)"
+            )
+        known = {"x", "timestep", "context", "y", "guidance", "attention_mask", "guiding_frame_index"}
         if unknown := sorted(set(shapes) - known):
             raise UnsupportedError(f"HunyuanVideo (SP) cannot use the input {', '.join(unknown)} yet")
         for name, node in (("context", "a text encoder's conditioning"), ("y", "the pooled output of CLIP-L")):
@@ -207,22 +218,31 @@ class HunyuanVideoAdapter(Adapter):
         context, mask = conditioning["context"], conditioning.get("attention_mask")
         wide = context.float() if context.dtype == torch.float16 else context
         mean = (wide.sum(dim=1) / context.shape[1]).to(context.dtype)
-        guidance = conditioning.get("guidance")
         if mask is not None and mask.is_floating_point():
             raise UnsupportedError("attention_mask is floating-point; HunyuanVideo (SP) needs an integer 0/1 mask")
-        if mask is None:
-            return [_Prompts(slice(None), context, mean, conditioning["y"], guidance)]
-        valid = mask.expand(context.shape[0], -1) != 0
-        if len(set(valid.sum(dim=1).tolist())) == 1:
-            text = torch.stack([row[keep] for row, keep in zip(context, valid, strict=True)])
-            return [_Prompts(slice(None), text, mean, conditioning["y"], guidance)]
-        prompts = []
-        for i, keep in enumerate(valid):  # unequal texts: one pass per sample, so that none attends to padding
-            row = slice(i, i + 1)
-            trimmed = context[row, keep]
-            one = guidance if guidance is None or len(guidance) == 1 else guidance[row]
-            prompts.append(_Prompts(row, trimmed, mean[row], conditioning["y"][row], one))
-        return prompts
+
+        def prompts(rows: slice, keep: Tensor) -> _Prompts:
+            def of(name: str) -> Tensor | None:
+                value = conditioning.get(name)
+                return value if value is None or len(value) == 1 else value[rows]
+
+            return _Prompts(
+                rows=rows,
+                text=context[rows, keep],
+                places=keep.nonzero().flatten().tolist(),
+                padded=context.shape[1],
+                text_mean=mean[rows],
+                pooled=conditioning["y"][rows],
+                guidance=of("guidance"),
+                first_frame=of("guiding_frame_index"),
+            )
+
+        valid = context.new_ones(1, context.shape[1]) if mask is None else mask
+        valid = valid.expand(context.shape[0], -1) != 0
+        if (valid == valid[:1]).all():
+            return [prompts(slice(None), valid[0])]
+        # Unequal texts: one pass per sample, so that none attends to padding.
+        return [prompts(slice(i, i + 1), keep) for i, keep in enumerate(valid)]
 
     def example(self, config: Mapping[str, Any], world_size: int, dtype: torch.dtype) -> dict[str, Tensor]:
         generator = torch.Generator().manual_seed(0)
@@ -259,15 +279,43 @@ class HunyuanVideoAdapter(Adapter):
         plan = context.plan((prod(grid), prompts.text.shape[1]), config.num_attention_heads)
         (v0, v1), (t0, t1) = plan.stream_ranges(context.rank)
 
-        temb = two_stream.modulation(m.time_text_embed, timestep, prompts.pooled, prompts.guidance)
+        by = _modulation(m, timestep, prompts, grid, plan.stream_ranges(context.rank))
         text = _refined_text(m, timestep, prompts)[:, t0:t1]
         weight = m.x_embedder.proj.weight.flatten(1)
         video = F.linear(read_tokens(x, v0, v1, patch, weight), weight, m.x_embedder.proj.bias)
         table = two_stream.rope_with_text(_rope(v0, v1, grid, device), t1 - t0)
         video = two_stream.run_blocks(
-            m, video, text, temb, table, context.attention(plan), lambda: context.enter_block(plan)
+            m, video, text, by, table, context.attention(plan), lambda: context.enter_block(plan)
         )
-        write_tokens(m.proj_out(m.norm_out(video, temb)), out, v0, v1, patch)
+        write_tokens(two_stream.head(m, video, by), out, v0, v1, patch)
+
+
+def _modulation(m: Any, timestep: Tensor, prompts: _Prompts, grid: Grid, ranges: tuple[Range, ...]) -> Modulation:
+    """For a rank's ranges of video and text.
+
+    A given first frame has a timestep of its own, and the guidance, too, as in ComfyUI (diffusers leaves it out). In
+    the single-stream blocks ComfyUI (0.33) counts the frame's tokens along the joint sequence, text first: all of the
+    text, with its padding, goes by the frame's timestep, and as many of the frame's last tokens do not.
+    """
+    vector = two_stream.modulation(m.time_text_embed, timestep, prompts.pooled, prompts.guidance)
+    if prompts.first_frame is None:
+        return Modulation.uniform(vector)
+    given = prompts.first_frame.float().expand(len(timestep))
+    first = two_stream.modulation(m.time_text_embed, given, prompts.pooled, prompts.guidance)
+    (v0, v1), (t0, t1) = ranges
+    frame = grid[1] * grid[2]
+
+    def video(border: int) -> list[tuple[int, Tensor]]:
+        count = min(max(border - v0, 0), v1 - v0)
+        return [(count, first), (v1 - v0 - count, vector)]
+
+    of_frame = sum(place < frame for place in prompts.places[t0:t1])
+    text = [(of_frame, first), (t1 - t0 - of_frame, vector)]
+    return Modulation(
+        image=two_stream.vectors(video(frame)),
+        text=two_stream.vectors([(t1 - t0, vector)]),
+        joint=two_stream.vectors([*video(frame - prompts.padded), *text]),
+    )
 
 
 def _refined_text(m: Any, timestep: Tensor, prompts: _Prompts) -> Tensor:

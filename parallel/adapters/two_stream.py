@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -61,6 +62,39 @@ _FUSED_QKV = {
 }
 
 Shapes = dict[str, tuple[int, ...]]
+
+Vectors = tuple[tuple[slice, Tensor], ...]
+"""Which vector [B, hidden] modulates which rows; the slices follow each other and cover all of them."""
+
+
+@dataclass(frozen=True, slots=True)
+class Modulation:
+    """The vectors of this rank's rows."""
+
+    image: Vectors
+    """In the dual-stream blocks, and before the output."""
+    text: Vectors
+    joint: Vectors
+    """In the single-stream blocks: image rows, then text rows."""
+
+    @classmethod
+    def uniform(cls, vector: Tensor) -> Modulation:
+        """One vector for all."""
+        vectors = ((slice(None), vector),)
+        return cls(vectors, vectors, vectors)
+
+
+def vectors(parts: list[tuple[int, Tensor]]) -> Vectors:
+    """From (number of rows, their vector), in order; rows of one vector that meet become one slice."""
+    result: list[tuple[slice, Tensor]] = []
+    start = 0
+    for count, vector in [part for part in parts if part[0]] or parts[:1]:
+        stop = start + count
+        if result and result[-1][1] is vector:
+            start = result.pop()[0].start
+        result.append((slice(start, stop), vector))
+        start = stop
+    return tuple(result)
 
 
 def rename(name: str, table: list[tuple[str, str]]) -> str:
@@ -160,7 +194,7 @@ def modulation(embed: Any, timestep: Tensor, pooled: Tensor, guidance: Tensor | 
 
 
 def run_blocks(
-    model: Any, image: Tensor, text: Tensor, temb: Tensor, table: Rope, attend: JointAttention, enter: Any
+    model: Any, image: Tensor, text: Tensor, by: Modulation, table: Rope, attend: JointAttention, enter: Any
 ) -> Tensor:
     """All blocks on this rank's image [B, n, hidden] and text [B, m, hidden] rows; returns the image rows.
 
@@ -168,12 +202,17 @@ def run_blocks(
     """
     for block in model.transformer_blocks:
         enter()
-        image, text = _dual_stream_block(block, image, text, temb, table, attend)
+        image, text = _dual_stream_block(block, image, text, by, table, attend)
     hidden = torch.cat([_finite(image), text], dim=1)
     for block in model.single_transformer_blocks:
         enter()
-        hidden = _single_stream_block(block, hidden, temb, table, attend)
+        hidden = _single_stream_block(block, hidden, by.joint, table, attend)
     return hidden[:, : image.shape[1]]
+
+
+def head(model: Any, image: Tensor, by: Modulation) -> Tensor:
+    """The output projection of image rows [B, n, hidden]."""
+    return model.proj_out(_join([model.norm_out(image[:, rows], vector) for rows, vector in by.image]))
 
 
 def rope_with_text(table: Rope, text: int) -> Rope:
@@ -210,13 +249,32 @@ def _joint_qkv(attn: Any, image: Tensor, text: Tensor) -> tuple[Tensor, ...]:
     return tuple(torch.cat([x, y], dim=1) for x, y in zip(own, added, strict=True))
 
 
+def _join(parts: list[Tensor]) -> Tensor:
+    """Rows one after the other; one part alone is not copied."""
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+
+
+_Gates = list[tuple[slice, list[Tensor]]]
+"""What a norm made of each vector for the rest of the block, each [B, hidden], and the rows it is for."""
+
+
+def _modulated(norm: nn.Module, x: Tensor, vectors: Vectors) -> tuple[Tensor, _Gates]:
+    """x [B, S, hidden], normalised and modulated, and the gates."""
+    parts, gates = [], []
+    for rows, vector in vectors:
+        part, *rest = norm(x[:, rows], emb=vector)
+        parts.append(part)
+        gates.append((rows, rest))
+    return _join(parts), gates
+
+
 def _dual_stream_block(
-    block: Any, image: Tensor, text: Tensor, temb: Tensor, table: Rope, attend: JointAttention
+    block: Any, image: Tensor, text: Tensor, by: Modulation, table: Rope, attend: JointAttention
 ) -> tuple[Tensor, Tensor]:
     """image [B, n, hidden], text [B, m, hidden] → the same; m may be 0 on this rank, and then costs nothing."""
-    image_in, *image_gates = block.norm1(image, emb=temb)
+    image_in, image_gates = _modulated(block.norm1, image, by.image)
     has_text = bool(text.shape[1])
-    text_in, *text_gates = block.norm1_context(text, emb=temb) if has_text else (text,)
+    text_in, text_gates = _modulated(block.norm1_context, text, by.text) if has_text else (text, [])
     q, k, v = _joint_qkv(block.attn, image_in, text_in)
     out = attend(rotate(q, table), rotate(k, table), v).flatten(2)
     image = _residuals(image, block.attn.to_out[0](out[:, : image.shape[1]]), image_gates, block.norm2, block.ff)
@@ -226,17 +284,20 @@ def _dual_stream_block(
     return image, _finite(text)
 
 
-def _residuals(x: Tensor, attended: Tensor, gates: list[Tensor], norm: nn.Module, mlp: nn.Module) -> Tensor:
-    gate_attention, shift, scale, gate_mlp = gates
-    x = x + attended * gate_attention[:, None]
-    return x + mlp(norm(x) * (1 + scale[:, None]) + shift[:, None]) * gate_mlp[:, None]
+def _residuals(x: Tensor, attended: Tensor, gates: _Gates, norm: nn.Module, mlp: nn.Module) -> Tensor:
+    parts = []
+    for rows, (gate_attention, shift, scale, gate_mlp) in gates:
+        part = x[:, rows] + attended[:, rows] * gate_attention[:, None]
+        parts.append(part + mlp(norm(part) * (1 + scale[:, None]) + shift[:, None]) * gate_mlp[:, None])
+    return _join(parts)
 
 
-def _single_stream_block(block: Any, hidden: Tensor, temb: Tensor, table: Rope, attend: JointAttention) -> Tensor:
+def _single_stream_block(block: Any, hidden: Tensor, vectors: Vectors, table: Rope, attend: JointAttention) -> Tensor:
     """hidden [B, S_r, hidden]: both streams in one; only RoPE tells them apart."""
-    normed, gate = block.norm(hidden, emb=temb)
+    normed, gates = _modulated(block.norm, hidden, vectors)
     attn = block.attn
     q, k, v = heads(attn.to_q(normed), attn.norm_q), heads(attn.to_k(normed), attn.norm_k), heads(attn.to_v(normed))
     # The first half of the MLP does not need the attention: it runs while tokens and heads are exchanged.
     out, mlp = attend.with_work(rotate(q, table), rotate(k, table), v, lambda: block.act_mlp(block.proj_mlp(normed)))
-    return _finite(hidden + gate[:, None] * block.proj_out(torch.cat([out.flatten(2), mlp], dim=2)))
+    out = block.proj_out(torch.cat([out.flatten(2), mlp], dim=2))
+    return _finite(_join([hidden[:, rows] + gate[:, None] * out[:, rows] for rows, (gate,) in gates]))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import count
 from typing import Any
@@ -56,12 +57,16 @@ class Setting:
     positive: Text = Text()
     negative: Text = Text(seed=12)
     model_nodes: tuple[ModelNode, ...] = ()  # nodes between the loader and the sampler
+    arrange: Arrange | None = None  # nodes between the positive prompt, the latent and the sampler
 
     @property
     def tokens(self) -> int:
         """Latent tokens of one sample in the transformer."""
         return (self.width // 16) * (self.height // 16) * ((self.length - 1) // 4 + 1)
 
+
+Arrange = Callable[["GraphBuilder", Setting, Link, Link], tuple[Link, Link]]
+"""Adds nodes to a graph: (…, positive prompt, latent) → the two that go on."""
 
 _seeds = count(1000)
 
@@ -123,6 +128,8 @@ def add_sampling(builder: GraphBuilder, setting: Setting, model: Link) -> None:
         latent = builder.add("EmptySD3LatentImage", **size)
     else:
         latent = builder.add("EmptyHunyuanLatentVideo", length=setting.length, **size)
+    if setting.arrange is not None:
+        positive, latent = setting.arrange(builder, setting, positive, latent)
     if setting.chain == "ksampler":
         samples = builder.add(
             "KSampler",

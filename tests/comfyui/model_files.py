@@ -18,6 +18,7 @@ FLUX = "tiny_flux.safetensors"
 SD_LIKE = "sd_like.safetensors"
 AURA_FLOW_LIKE = "aura_flow_like.safetensors"
 ORIGINAL_NAMES = "original_names.safetensors"  # Tencent's own parameter names, with the prefix of full checkpoints
+IMAGE_TO_VIDEO = "image_to_video.safetensors"  # 33 channels: the kind that concatenates a picture
 NO_GUIDANCE = "no_guidance.safetensors"
 LORA = "tiny_lora.safetensors"
 NVFP4_LIKE = "nvfp4_like.safetensors"
@@ -54,6 +55,7 @@ def write_model_files(models: Path) -> None:
     write_tiny_hunyuan_video(folder / DEEP, seed=1, depth=8, depth_single=24)
     write_tiny_hunyuan_video(folder / ORIGINAL_NAMES, seed=2, names="original", prefix="model.diffusion_model.")
     write_tiny_hunyuan_video(folder / NO_GUIDANCE, seed=3, guidance=False)
+    write_tiny_hunyuan_video(folder / IMAGE_TO_VIDEO, seed=4, in_channels=33)
     content = (folder / TINY).read_bytes()
     (folder / TRUNCATED).write_bytes(content[: len(content) * 2 // 3])
     (folder / CORRUPT_HEADER).write_bytes(struct.pack("<Q", 64) + b"{this is no JSON".ljust(64) + bytes(64))

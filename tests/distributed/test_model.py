@@ -44,6 +44,10 @@ MODELS = {
     "batch_2": Model(inputs=Inputs(batch=2)),
     "batch_2_equal_masks": Model(inputs=Inputs(batch=2, valid=(5, 5))),
     "batch_2_unequal_masks": Model(inputs=Inputs(batch=2, valid=(5, 8), frames=3, height=6)),
+    "first_frame": Model(inputs=Inputs(frames=3, height=10, width=6, valid=(5,), first_frame=0)),  # 15 of 45 tokens
+    "first_frame_of_one": Model(inputs=Inputs(frames=1, text=30, first_frame=0)),
+    "first_frame_batch_2": Model(inputs=Inputs(batch=2, valid=(5, 8), frames=3, height=6, first_frame=0)),
+    "first_frame_by_time": Model(inputs=Inputs(frames=3, height=10, width=6, valid=(5,), first_frame=40)),
     # others
     "one_head": Model({"heads": 1}, PADDED),
     "three_heads": Model({"heads": 3}, PADDED),
@@ -53,6 +57,7 @@ MODELS = {
     "prefix": Model({"prefix": "model.diffusion_model."}, PADDED),
     "original_names_and_prefix": Model({"names": "original", "prefix": "model.model."}, PADDED),
     "no_guidance": Model({"guidance": False}, PADDED),
+    "first_frame_without_guidance": Model({"guidance": False}, Inputs(first_frame=0)),
     "image_to_video": Model({"in_channels": 33}, Inputs(channels=33, valid=(5,))),
     "bf16_file": Model({"dtype": torch.bfloat16}, PADDED),
     "fp8_storage": Model({}, PADDED, torch.float8_e4m3fn),
@@ -60,9 +65,23 @@ MODELS = {
 }
 
 
+TWO_REFERENCES = ((9, 7), (4, 12))
 FLUX = {
     "flux": Model({"family": "flux"}, Inputs(frames=None, sigma=True)),
     "flux_odd_size": Model({"family": "flux"}, Inputs(frames=None, height=9, width=7, sigma=True, batch=2)),
+    "flux_reference": Model({"family": "flux"}, Inputs(frames=None, references=((8, 8),), sigma=True)),
+    "flux_references": Model(
+        {"family": "flux"}, Inputs(frames=None, height=9, width=7, references=TWO_REFERENCES, sigma=True, batch=2)
+    ),
+    "flux_references_index": Model(
+        {"family": "flux"}, Inputs(frames=None, references=TWO_REFERENCES, method="index", sigma=True)
+    ),
+    "flux_references_uxo": Model(
+        {"family": "flux"}, Inputs(frames=None, references=TWO_REFERENCES, method="uxo", sigma=True)
+    ),
+    "flux_references_offset": Model(
+        {"family": "flux"}, Inputs(frames=None, references=TWO_REFERENCES, method="offset", sigma=True)
+    ),
     "flux_without_guidance": Model({"family": "flux", "guidance": False}, Inputs(frames=None, sigma=True)),
 }
 MODELS |= FLUX
@@ -124,7 +143,13 @@ def test_many_workers_give_what_one_gives(predict: Predictions, name: str, devic
 
 
 @pytest.mark.parametrize(("devices", "degrees"), DEGREES)
-@pytest.mark.parametrize("name", ["odd_tokens", "mostly_text", "batch_2_unequal_masks", "four_heads", "flux_odd_size"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "odd_tokens", "mostly_text", "batch_2_unequal_masks", "four_heads", "first_frame_batch_2",
+        "flux_odd_size", "flux_references",
+    ],
+)  # fmt: skip
 def test_any_degrees_give_what_one_worker_gives(predict: Predictions, name: str, devices: str, degrees: dict[str, int]):
     assert relative_difference(predict(name, devices, **degrees), predict(name, "cpu")) <= SPLIT_TOLERANCE
 
@@ -162,6 +187,10 @@ def test_the_dialect_of_a_checkpoint_does_not_matter(predict: Predictions, name:
         ("padded_text", "several_blocks"),
         ("padded_text", "no_guidance"),
         ("flux", "flux_without_guidance"),
+        ("first_frame", "first_frame_by_time"),
+        ("flux", "flux_reference"),
+        ("flux_references_offset", "flux_references_index"),
+        ("flux_references_offset", "flux_references_uxo"),
     ],
 )
 def test_what_differs_shows(predict: Predictions, first: str, second: str):
@@ -259,8 +288,8 @@ def test_more_workers_than_tokens_are_refused(start_group: StartGroup, tiny_mode
 def test_an_unknown_input_is_refused(start_group: StartGroup, tiny_models: TinyModels):
     x, timestep, conditioning = Inputs().make()
     with loaded(start_group("cpu,cpu"), tiny_models.path()) as remote:
-        with pytest.raises(UnsupportedError, match="cannot use the input guiding_frame_index"):
-            remote.step(x, timestep, conditioning | {"guiding_frame_index": torch.zeros(1)})
+        with pytest.raises(UnsupportedError, match=r"cannot use the input ref_latent \(guidance_type custom"):
+            remote.step(x, timestep, conditioning | {"ref_latent": x[:, :, :1]})
         assert remote.step(x, timestep, conditioning).isfinite().all()
 
 

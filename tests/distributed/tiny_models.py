@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from parallel.adapters.base import pack_text
 from parallel.config import SequenceParallelConfig
 from parallel.demo.checkpoint import write_tiny_flux, write_tiny_hunyuan_video
 from parallel.host.group import WorkerGroup
@@ -55,6 +56,12 @@ class Inputs:
     """Valid text tokens of each sample; None sends no mask."""
     padding_first: bool = False
     batch: int = 1
+    first_frame: float | None = None
+    """Timestep of a given first frame."""
+    references: tuple[tuple[int, int], ...] = ()
+    """Heights and widths of further pictures, for FLUX."""
+    method: str | None = None
+    """How the references are placed."""
     sigma: bool = False
     """Timesteps of 0 to 1, not of 0 to 1000."""
     seed: int = 0
@@ -74,6 +81,12 @@ class Inputs:
         if self.valid is not None:
             mask = (torch.arange(self.text)[None] < torch.tensor(self.valid)[:, None]).long()
             conditioning["attention_mask"] = mask.flip(1) if self.padding_first else mask
+        if self.first_frame is not None:
+            conditioning["guiding_frame_index"] = torch.full((self.batch,), self.first_frame)
+        for i, size in enumerate(self.references):
+            conditioning[f"ref_latents.{i}"] = random(self.batch, self.channels, *size)
+        if self.method is not None:
+            conditioning["ref_latents_method"] = pack_text(self.method)
         frames = () if self.frames is None else (self.frames,)
         x = random(self.batch, self.channels, *frames, self.height, self.width)
         return x, torch.linspace(900, 300, self.batch) / (1000 if self.sigma else 1), conditioning

@@ -34,10 +34,12 @@ import torch  # noqa: E402
 import vectors  # noqa: E402
 from torch import Tensor  # noqa: E402
 
+from parallel.adapters.base import pack_text, unpack_text  # noqa: E402
 from parallel.demo.checkpoint import write_tiny_flux, write_tiny_hunyuan_video  # noqa: E402
 
 WRITERS = {"hunyuan_video": write_tiny_hunyuan_video, "flux": write_tiny_flux}
 TEXT_WIDTH = 64
+REFERENCES = {"references": ((5, 4), (3, 8), (4, 4))}
 VIDEO = {"family": "hunyuan_video"}
 # name → family and options of the checkpoint, sizes of the inputs
 FORWARDS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
@@ -48,6 +50,24 @@ FORWARDS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "image_to_video": (VIDEO | {"seed": 5, "in_channels": 33}, {"channels": 33, "valid": 7}),
     "original_names": (VIDEO | {"seed": 6, "names": "original", "prefix": "model.diffusion_model."}, {"valid": 3}),
     "three_heads": (VIDEO | {"seed": 7, "heads": 3}, {"text": 20, "valid": 17}),
+    "first_frame": (VIDEO | {"seed": 10}, {"frames": 3, "height": 6, "width": 6, "valid": 6, "first_frame": 0.0}),
+    "first_frame_no_guidance": (
+        VIDEO | {"seed": 11, "guidance": False},
+        {"frames": 3, "height": 4, "first_frame": 25.0},
+    ),
+    "first_frame_long_text": (
+        VIDEO | {"seed": 13},
+        {"frames": 3, "height": 4, "width": 6, "text": 9, "valid": 8, "first_frame": 0.0},
+    ),
+    "flux_references": ({"family": "flux", "seed": 12}, {"frames": 0, "height": 6, "width": 5} | REFERENCES),
+    "flux_references_index": (
+        {"family": "flux", "seed": 12},
+        {"frames": 0, "height": 6, "method": "index"} | REFERENCES,
+    ),
+    "flux_references_uxo": (
+        {"family": "flux", "seed": 12},
+        {"frames": 0, "height": 5, "width": 6, "method": "uxo"} | REFERENCES,
+    ),
     "flux_odd_size": ({"family": "flux", "seed": 9}, {"frames": 0, "height": 9, "width": 7, "batch": 2}),
 }
 TRAJECTORY = (VIDEO | {"seed": 8, "depth": 2, "depth_single": 2}, {"valid": 5})
@@ -63,8 +83,14 @@ def inputs(
     text: int = 8,
     valid: int = 0,
     batch: int = 1,
+    first_frame: float | None = None,
+    references: tuple[tuple[int, int], ...] = (),
+    method: str = "",
 ) -> dict[str, Tensor]:
-    """`valid` is the number of text tokens that are no padding; 0 makes no mask. 0 frames make a picture, for FLUX."""
+    """`valid` is the number of text tokens that are no padding; 0 makes no mask. 0 frames make a picture, for FLUX.
+
+    `first_frame` is the timestep of a given first frame; `references` are the sizes of FLUX's reference pictures.
+    """
     generator = torch.Generator().manual_seed(0)
 
     def random(*shape: int) -> Tensor:
@@ -79,6 +105,12 @@ def inputs(
     }
     if valid:
         tensors["attention_mask"] = (torch.arange(text) < valid).long().repeat(batch, 1)
+    if first_frame is not None:
+        tensors["guiding_frame_index"] = torch.full((batch,), first_frame)
+    for i, size in enumerate(references):
+        tensors[f"ref_latents.{i}"] = random(batch, channels, *size)
+    if method:
+        tensors["ref_latents_method"] = pack_text(method)
     return tensors
 
 
@@ -86,7 +118,14 @@ def forward(patcher: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """One call of ComfyUI's network."""
     network = patcher.model.diffusion_model
     assert next(network.parameters()).dtype == torch.float32
-    conditioning = {name: tensor for name, tensor in tensors.items() if name not in ("x", "timestep")}
+    conditioning: dict[str, Any] = {}
+    for name, tensor in tensors.items():
+        if name.startswith("ref_latents."):
+            conditioning.setdefault("ref_latents", []).append(tensor)
+        elif name == "ref_latents_method":
+            conditioning[name] = unpack_text(tensor)
+        elif name not in ("x", "timestep"):
+            conditioning[name] = tensor
     return tensors | {"expected": network(tensors["x"], tensors["timestep"], **conditioning)}
 
 

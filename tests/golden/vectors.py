@@ -29,10 +29,10 @@ class Golden:
 
     @property
     def conditioning(self) -> dict[str, Tensor]:
-        return {name: self.tensors[name] for name in _CONDITIONING if name in self.tensors}
+        return {name: tensor for name, tensor in self.tensors.items() if name not in _OTHERS}
 
 
-_CONDITIONING = ("context", "y", "guidance", "attention_mask")
+_OTHERS = ("x", "timestep", "noise", "sigmas", "expected")
 
 
 def digest(checkpoint: Path) -> str:
