@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -116,6 +117,8 @@ class ResidentModel:
         done = 0
         with source.reader() as read:
             for name, info in source.tensors.items():
+                if source.is_diffusers and _is_superfluous(self.model, name):
+                    continue
                 pieces = self.adapter.pieces(name, info.shape, self.config) if not source.is_diffusers else None
                 tensor = read(name)
                 for target, part in [(name, tensor)] if pieces is None else [(p.name, p.take(tensor)) for p in pieces]:
@@ -127,7 +130,9 @@ class ResidentModel:
                             f" but {self.adapter.family} needs {list(expected[target].shape)}"
                         )
                     # ComfyUI rounds weights to the storage dtype first; so do we, to get its results.
-                    value = part.to(self.device, storage).to(self.compute_dtype, copy=part.device == self.device)
+                    exact = target in self.adapter.full_precision
+                    rounded, dtype = (torch.float32, torch.float32) if exact else (storage, self.compute_dtype)
+                    value = part.to(self.device, rounded).to(dtype, copy=part.device == self.device)
                     _assign(self.model, target, value)
                     missing.discard(target)
                 done += _nbytes(info)
@@ -135,6 +140,11 @@ class ResidentModel:
         if missing:
             some = ", ".join(sorted(missing)[:3])
             raise CheckpointError(f"{source.path} lacks {len(missing)} tensors of {self.adapter.family}, e.g. {some}")
+
+
+def _is_superfluous(model: Any, name: str) -> bool:
+    """Whether diffusers itself ignores this tensor of its folders: an old release wrote it, no model needs it."""
+    return any(re.search(pattern, name) for pattern in model._keys_to_ignore_on_load_unexpected or ())
 
 
 def _assign(model: nn.Module, name: str, value: Tensor) -> None:
@@ -146,7 +156,7 @@ def _keep_fp8(model: nn.Module, storage: torch.dtype, compute: torch.dtype) -> N
     """Keeps the blocks' large weights in fp8 and casts each for the time of its use."""
     from diffusers.hooks import apply_layerwise_casting
 
-    apply_layerwise_casting(model, storage, compute, skip_modules_pattern=("x_embedder",))
+    apply_layerwise_casting(model, storage, compute, skip_modules_pattern=("x_embedder", "patch_embedding"))
 
 
 def _nbytes(info: TensorInfo) -> int:
