@@ -32,7 +32,7 @@ class Golden:
         return {name: self.tensors[name] for name in _CONDITIONING if name in self.tensors}
 
 
-_CONDITIONING = ("context", "y", "guidance", "attention_mask")
+_CONDITIONING = ("context", "y", "guidance", "attention_mask", "clip_fea")
 
 
 def digest(checkpoint: Path) -> str:
