@@ -79,6 +79,7 @@ WAN = {
     "wan_i2v": Model(I2V, WanInputs(channels=36, image=5)),
     "wan_i2v_without_image": Model(I2V, WanInputs(channels=36)),
     "wan_i2v_batch_2": Model(I2V, WanInputs(channels=36, image=5, batch=2, height=10)),
+    "wan_i2v_512_text_tokens": Model(I2V, WanInputs(channels=36, image=5, text=512, batch=2)),
     "wan_first_and_last_frame": Model(I2V | {"clip_positions": 6}, WanInputs(channels=36, image=6)),
     "wan_22_i2v": Model(T2V | {"in_channels": 36}, WanInputs(channels=36, image=5)),
     "wan_22_5b": Model(TI2V, WanInputs(channels=48)),
@@ -254,8 +255,9 @@ def test_one_worker_gives_what_diffusers_gives(
         assert relative_difference(remote.step(x, timestep, conditioning), expected) <= STOCK_TOLERANCE
 
 
-@pytest.mark.parametrize("name", ["wan", "wan_i2v_batch_2", "wan_22_5b_batch_2"])
+@pytest.mark.parametrize("name", ["wan", "wan_i2v_512_text_tokens", "wan_22_5b_batch_2"])
 def test_one_worker_gives_what_diffusers_gives_for_wan(predict: Predictions, tiny_models: TinyModels, name: str):
+    """diffusers takes the last 512 tokens for the text, and what comes before for the image."""
     model = MODELS[name]
     path = tiny_models.path(**model.checkpoint)
     resident = {"path": str(path), "weight_dtype": "float32", "compute_dtype": "float32"}
