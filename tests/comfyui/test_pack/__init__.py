@@ -1,4 +1,6 @@
-"""Test-only nodes: conditioning without a text encoder."""
+"""Test-only nodes: what text encoders, VAEs and CLIP vision models give, without any of these models."""
+
+from types import SimpleNamespace
 
 import torch
 
@@ -34,5 +36,40 @@ class SPTestConditioning:
         return ([[cond, extra]],)
 
 
-NODE_CLASS_MAPPINGS = {"SPTestConditioning": SPTestConditioning}
-NODE_DISPLAY_NAME_MAPPINGS = {"SPTestConditioning": "Test Conditioning"}
+class SPTestVAE:
+    """Encodes any video to random latents of the right shape, always the same ones."""
+
+    CATEGORY = "testing"
+    RETURN_TYPES = ("VAE",)
+    FUNCTION = "make"
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict:
+        return {"required": {"channels": ("INT", {"default": 16}), "stride": ("INT", {"default": 8})}}
+
+    def make(self, channels: int, stride: int) -> tuple:
+        def encode(pixels: torch.Tensor) -> torch.Tensor:
+            frames, height, width = pixels.shape[:3]
+            shape = (1, channels, (frames - 1) // 4 + 1, height // stride, width // stride)
+            return torch.randn(shape, generator=torch.Generator().manual_seed(3))
+
+        return (SimpleNamespace(encode=encode),)
+
+
+class SPTestCLIPVisionOutput:
+    """Random image tokens, always the same for the same inputs."""
+
+    CATEGORY = "testing"
+    RETURN_TYPES = ("CLIP_VISION_OUTPUT",)
+    FUNCTION = "make"
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict:
+        return {"required": {"tokens": ("INT", {"default": 257}), "width": ("INT", {"default": 1280})}}
+
+    def make(self, tokens: int, width: int) -> tuple:
+        hidden = torch.randn(1, tokens, width, generator=torch.Generator().manual_seed(4))
+        return (SimpleNamespace(penultimate_hidden_states=hidden),)
+
+
+NODE_CLASS_MAPPINGS = {node.__name__: node for node in (SPTestConditioning, SPTestVAE, SPTestCLIPVisionOutput)}
