@@ -63,6 +63,8 @@ class Adapter(ABC):
 
     family: ClassVar[str]
     """Key in the registry, and the family's name in messages."""
+    full_precision: ClassVar[tuple[str, ...]] = ()
+    """Parameters of the diffusers model that ComfyUI keeps in fp32, whatever the storage dtype."""
 
     @classmethod
     @abstractmethod

@@ -7,10 +7,11 @@ from ..errors import UnsupportedError
 from .base import Adapter
 from .flux import FluxAdapter
 from .hunyuan_video import HunyuanVideoAdapter
+from .wan import WanAdapter
 
 FAMILIES: dict[str, type[Adapter]] = {
     adapter.family: adapter
-    for adapter in (HunyuanVideoAdapter, FluxAdapter)
+    for adapter in (HunyuanVideoAdapter, FluxAdapter, WanAdapter)
 }  # fmt: skip
 
 

@@ -15,6 +15,7 @@ from ..adapters.base import Adapter
 from ..adapters.flux import FluxAdapter
 from ..adapters.hunyuan_video import HunyuanVideoAdapter
 from ..adapters.two_stream import HEAD_DIM
+from ..adapters.wan import WanAdapter
 
 # ComfyUI's names → Tencent's names; the opposite of the adapter's table.
 _ORIGINAL = [
@@ -185,6 +186,42 @@ def write_tiny_flux(
     }
     tensors = random_tensors(FluxAdapter(), config, seed)
     _save(path, {name: tensor.to(dtype) for name, tensor in tensors.items()}, prefix, scaled)
+    return config
+
+
+def write_tiny_wan(
+    path: str | Path,
+    *,
+    seed: int = 0,
+    heads: int = 2,
+    depth: int = 2,
+    in_channels: int = 16,
+    out_channels: int = 16,
+    clip: bool = False,
+    clip_positions: int | None = None,
+    context_dim: int = 4096,
+    dtype: torch.dtype = torch.float32,
+    prefix: str = "",
+) -> dict[str, Any]:
+    """Writes a random Wan of hidden size heads × 128 as a single safetensors file; returns its configuration.
+
+    Args:
+        clip: with the layers for CLIP image tokens, as 2.1 image-to-video has them.
+        clip_positions: tokens of the position embedding that first-and-last-frame models add to them.
+        context_dim: ComfyUI's loader knows 4096 only.
+    """
+    config = {
+        "num_attention_heads": heads,
+        "in_channels": in_channels,
+        "out_channels": out_channels,
+        "text_dim": context_dim,
+        "ffn_dim": 384,
+        "num_layers": depth,
+        "image_dim": 1280 if clip else None,
+        "pos_embed_seq_len": clip_positions,
+    }
+    tensors = random_tensors(WanAdapter(), config, seed)
+    save_file({prefix + name: tensor.to(dtype) for name, tensor in tensors.items()}, str(path))
     return config
 
 

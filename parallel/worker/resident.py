@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -74,10 +75,13 @@ class ResidentModel:
             module.__class__ = nn.Linear
         if scale is not None:
             part = part.float().mul_(scale)
-        # ComfyUI rounds weights to the storage dtype first; so do we, to get its results.
-        value = part.to(self.device, self._storage, copy=True)
-        if self.model.get_parameter(name).dtype not in _FP8:
-            value = value.to(self.compute_dtype)
+        if name in self.adapter.full_precision:
+            value = part.to(self.device, torch.float32, copy=True)
+        else:
+            # ComfyUI rounds weights to the storage dtype first; so do we, to get its results.
+            value = part.to(self.device, self._storage, copy=True)
+            if self.model.get_parameter(name).dtype not in _FP8:
+                value = value.to(self.compute_dtype)
         module._parameters[leaf] = nn.Parameter(value, requires_grad=False)
 
     def put_conditioning(self, key: str, tensor: Tensor) -> None:
@@ -140,6 +144,8 @@ class ResidentModel:
         done = 0
         with source.reader() as read:
             for name, info in source.tensors.items():
+                if source.is_diffusers and _is_superfluous(self.model, name):
+                    continue
                 pieces = self.adapter.pieces(name, info.shape, self.config) if not source.is_diffusers else None
                 tensor, scale = read.stored(name)
                 for target, part in [(name, tensor)] if pieces is None else [(p.name, p.take(tensor)) for p in pieces]:
@@ -160,6 +166,11 @@ class ResidentModel:
             raise CheckpointError(f"{source.path} lacks {len(missing)} tensors of {self.adapter.family}, e.g. {some}")
 
 
+def _is_superfluous(model: Any, name: str) -> bool:
+    """Whether diffusers itself ignores this tensor of its folders: an old release wrote it, no model needs it."""
+    return any(re.search(pattern, name) for pattern in model._keys_to_ignore_on_load_unexpected or ())
+
+
 def _keep_fp8(model: nn.Module, storage: torch.dtype, compute: torch.dtype) -> None:
     """Keeps the blocks' large weights in fp8 and casts each for the time of its use.
 
@@ -167,7 +178,7 @@ def _keep_fp8(model: nn.Module, storage: torch.dtype, compute: torch.dtype) -> N
     """
     from diffusers.hooks import apply_layerwise_casting
 
-    apply_layerwise_casting(model, storage, compute, skip_modules_pattern=("x_embedder",))
+    apply_layerwise_casting(model, storage, compute, skip_modules_pattern=("x_embedder", "patch_embedding"))
 
 
 def _nbytes(info: TensorInfo) -> int:

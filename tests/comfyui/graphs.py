@@ -36,6 +36,7 @@ class Text:
     tokens: int = 8
     valid: int | None = None
     guidance: float = 6.0
+    width: int = 64
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,8 @@ class Setting:
     length: int = 5
     batch: int = 1
     picture: bool = False  # a latent without frames, for FLUX
+    start_image: str = ""  # the node that puts a first frame in: "WanImageToVideo" or "Wan22ImageToVideoLatent"
+    image_tokens: int = 0  # of CLIP, for WanImageToVideo
     seed: int = 7
     steps: int = 3
     cfg: float = 1.0
@@ -104,7 +107,7 @@ class GraphBuilder:
             seed=text.seed,
             tokens=text.tokens,
             valid_tokens=text.tokens if text.valid is None else text.valid,
-            width=64,
+            width=text.width,
             pooled_width=768,
             guidance=text.guidance,
         )
@@ -124,7 +127,9 @@ def add_sampling(builder: GraphBuilder, setting: Setting, model: Link) -> None:
     """Everything behind the model."""
     positive, negative = builder.add_text(setting.positive), builder.add_text(setting.negative)
     size = {"width": setting.width, "height": setting.height, "batch_size": setting.batch}
-    if setting.picture:
+    if setting.start_image:
+        positive, negative, latent = add_start_image(builder, setting, positive, negative)
+    elif setting.picture:
         latent = builder.add("EmptySD3LatentImage", **size)
     else:
         latent = builder.add("EmptyHunyuanLatentVideo", length=setting.length, **size)
@@ -160,3 +165,17 @@ def add_sampling(builder: GraphBuilder, setting: Setting, model: Link) -> None:
             latent_image=latent,
         )
     builder.add("SaveLatent", node_id=OUTPUT, samples=samples, filename_prefix="latents/test")
+
+
+def add_start_image(builder: GraphBuilder, setting: Setting, positive: Link, negative: Link) -> tuple[Link, Link, Link]:
+    """Positive, negative and latent, with a grey picture as the first frame."""
+    size = {"width": setting.width, "height": setting.height, "batch_size": setting.batch, "length": setting.length}
+    size["start_image"] = builder.add("EmptyImage", width=64, height=64, batch_size=1, color=0x808080)
+    if setting.start_image == "Wan22ImageToVideoLatent":
+        vae = builder.add("SPTestVAE", channels=48, stride=16, seed=3)
+        return positive, negative, builder.add("Wan22ImageToVideoLatent", vae=vae, **size)
+    if setting.image_tokens:
+        size["clip_vision_output"] = builder.add("SPTestCLIPVisionOutput", tokens=setting.image_tokens, width=1280)
+    vae = builder.add("SPTestVAE", channels=16, stride=8, seed=3)
+    node, _ = builder.add("WanImageToVideo", vae=vae, positive=positive, negative=negative, **size)
+    return [node, 0], [node, 1], [node, 2]

@@ -15,6 +15,10 @@ DEEP = "deep.safetensors"  # many blocks: long steps made of short parts, and we
 TRUNCATED = "truncated.safetensors"
 CORRUPT_HEADER = "corrupt_header.safetensors"
 FLUX = "tiny_flux.safetensors"
+WAN = "tiny_wan.safetensors"
+WAN_I2V = "tiny_wan_i2v.safetensors"  # 2.1: with CLIP's image tokens
+WAN_22_I2V = "tiny_wan_22_i2v.safetensors"
+WAN_22_5B = "tiny_wan_22_5b.safetensors"
 SD_LIKE = "sd_like.safetensors"
 AURA_FLOW_LIKE = "aura_flow_like.safetensors"
 ORIGINAL_NAMES = "original_names.safetensors"  # Tencent's own parameter names, with the prefix of full checkpoints
@@ -48,7 +52,7 @@ FLUX_KINDS: dict[str, dict[str, Any]] = {
 
 def write_model_files(models: Path) -> None:
     """Fill a ComfyUI models folder."""
-    from parallel.demo.checkpoint import write_tiny_flux, write_tiny_hunyuan_video
+    from parallel.demo.checkpoint import write_tiny_flux, write_tiny_hunyuan_video, write_tiny_wan
 
     folder = models / "diffusion_models"
     write_tiny_hunyuan_video(folder / TINY)
@@ -65,6 +69,10 @@ def write_model_files(models: Path) -> None:
     for name, options in FLUX_KINDS.items():
         write_tiny_flux(folder / name, **options)
     _write_nvfp4_like(folder / NVFP4_LIKE, folder / FLUX)
+    write_tiny_wan(folder / WAN, prefix="model.diffusion_model.")
+    write_tiny_wan(folder / WAN_I2V, seed=1, in_channels=36, clip=True)
+    write_tiny_wan(folder / WAN_22_I2V, seed=2, in_channels=36)
+    write_tiny_wan(folder / WAN_22_5B, seed=3, in_channels=48, out_channels=48)
     _write_zeros(folder / SD_LIKE, _SD_SHAPES)
     _write_zeros(folder / AURA_FLOW_LIKE, _AURA_FLOW_SHAPES)
     _write_lora(models / "loras" / LORA, folder / TINY)

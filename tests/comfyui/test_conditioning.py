@@ -28,7 +28,7 @@ def start_image(kind: str, frames: int = 1) -> Arrange:
     def arrange(builder: GraphBuilder, setting: Setting, positive: Link, latent: Link) -> tuple[Link, Link]:
         size = {"width": setting.width, "height": setting.height, "batch_size": 1}
         image = builder.add("EmptyImage", color=0x808080, **(size | {"batch_size": frames}))
-        vae = builder.add("SPTestVAE", seed=5)
+        vae = builder.add("SPTestVAE", channels=16, stride=8, seed=5)
         node = builder.add(
             "HunyuanImageToVideo", positive=positive, vae=vae, length=setting.length, guidance_type=kind,
             start_image=image, **size,

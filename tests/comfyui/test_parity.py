@@ -8,7 +8,18 @@ import torch
 
 from tests.comfyui.graphs import Setting, Swapped, Text, fresh, model_node
 from tests.comfyui.latents import relative_difference, sample
-from tests.comfyui.model_files import FLUX, FLUX_KINDS, HUNYUAN_VIDEO_KINDS, NO_GUIDANCE, ORIGINAL_NAMES, TINY
+from tests.comfyui.model_files import (
+    FLUX,
+    FLUX_KINDS,
+    HUNYUAN_VIDEO_KINDS,
+    NO_GUIDANCE,
+    ORIGINAL_NAMES,
+    TINY,
+    WAN,
+    WAN_22_5B,
+    WAN_22_I2V,
+    WAN_I2V,
+)
 from tests.comfyui.server import ComfyServer
 
 pytestmark = pytest.mark.comfyui
@@ -38,6 +49,24 @@ CASES = {
     "odd_tokens": ODD,
     "shift": Setting(model_nodes=(model_node("ModelSamplingSD3", shift=3.0),)),
     "easy_cache": Setting(steps=8, model_nodes=(EASY_CACHE,)),
+}
+
+_WAN = Setting(positive=Text(width=4096), negative=Text(seed=12, width=4096), length=9)
+_WAN_I2V = replace(_WAN, checkpoint=WAN_I2V, start_image="WanImageToVideo", image_tokens=5)
+_WAN_5B = replace(_WAN, checkpoint=WAN_22_5B, start_image="Wan22ImageToVideoLatent", width=96, height=64)
+_DPMPP = {"sampler": "dpmpp_2m", "scheduler": "sgm_uniform", "steps": 4}
+WAN_CASES = {
+    "t2v": replace(_WAN, checkpoint=WAN),
+    "t2v_cfg": replace(_WAN, checkpoint=WAN, cfg=4.0, negative=Text(seed=12, tokens=5, width=4096), **_DPMPP),
+    "t2v_batch_2": replace(_WAN, checkpoint=WAN, batch=2, width=72, height=56, **_DPMPP),
+    "i2v": _WAN_I2V,
+    "i2v_cfg": replace(_WAN_I2V, cfg=4.0, **_DPMPP),
+    "i2v_without_clip": replace(_WAN_I2V, image_tokens=0, cfg=4.0),
+    "22_i2v": replace(_WAN_I2V, checkpoint=WAN_22_I2V, **_DPMPP),
+    "22_i2v_without_clip": replace(_WAN_I2V, checkpoint=WAN_22_I2V, image_tokens=0, cfg=4.0, batch=2),
+    "22_5b": _WAN_5B,
+    "22_5b_cfg": replace(_WAN_5B, cfg=4.0, **_DPMPP),
+    "22_5b_odd_batch_2": replace(_WAN_5B, cfg=4.0, batch=2, height=48),
 }
 
 
@@ -115,6 +144,37 @@ def test_same_latent_with_explicit_degrees(
 def test_same_flux_latent(server: ComfyServer, reference: Reference, setting: Setting, swapped: Swapped) -> None:
     setting = replace(setting, checkpoint=FLUX, picture=True)
     assert relative_difference(sample(server, setting, swapped), reference(setting)) <= TOLERANCE
+
+
+@pytest.mark.parametrize("devices", ["cpu", "cpu,cpu"])
+@pytest.mark.parametrize("name", WAN_CASES)
+def test_same_wan_latent(server: ComfyServer, reference: Reference, name: str, devices: str) -> None:
+    setting = WAN_CASES[name]
+    assert relative_difference(sample(server, setting, Swapped(devices=devices)), reference(setting)) <= TOLERANCE
+
+
+@pytest.mark.parametrize(
+    ("name", "swapped"),
+    [
+        pytest.param("22_5b_cfg", Swapped(ring_degree=2), id="ring"),
+        pytest.param("i2v_cfg", Swapped(cfg_degree=2), id="cfg"),
+        pytest.param("22_5b_odd_batch_2", Swapped(dp_degree=2), id="dp"),
+        pytest.param("t2v", Swapped(devices="cpu,cpu,cpu,cpu", ulysses_degree=2, ring_degree=2), id="hybrid"),
+    ],
+)
+def test_same_wan_latent_with_explicit_degrees(
+    server: ComfyServer, reference: Reference, name: str, swapped: Swapped
+) -> None:
+    assert relative_difference(sample(server, WAN_CASES[name], swapped), reference(WAN_CASES[name])) <= TOLERANCE
+
+
+def test_wan_cases_show_the_first_frame(reference: Reference) -> None:
+    """Those comparisons would notice a lost CLIP image, start image or noise mask."""
+    latent = reference(WAN_CASES["i2v"])
+    assert relative_difference(latent, reference(replace(_WAN_I2V, image_tokens=0))) > 1e-2
+    assert relative_difference(latent, reference(replace(_WAN_I2V, start_image="", image_tokens=0))) > 1e-2
+    given = torch.randn(1, 48, 1, 4, 6, generator=torch.Generator().manual_seed(3))  # as SPTestVAE makes it
+    assert relative_difference(reference(WAN_CASES["22_5b"])[:, :, :1], given) < TOLERANCE
 
 
 def test_the_workers_do_the_work(server: ComfyServer, reference: Reference) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -22,6 +23,7 @@ from tests.distributed.tiny_models import (
     Model,
     StartGroup,
     TinyModels,
+    WanInputs,
     loaded,
     recipe_of,
     relative_difference,
@@ -86,6 +88,30 @@ FLUX = {
 }
 MODELS |= FLUX
 
+T2V: dict[str, Any] = {"family": "wan", "context_dim": 64}
+I2V = T2V | {"in_channels": 36, "clip": True}
+TI2V = T2V | {"in_channels": 48, "out_channels": 48}
+WAN = {
+    "wan": Model(T2V, WanInputs()),
+    "wan_odd_size": Model(T2V, WanInputs(frames=3, height=9, width=7)),
+    "wan_five_tokens": Model(T2V, WanInputs(frames=5, height=2, width=2)),
+    "wan_one_head": Model(T2V | {"heads": 1}, WanInputs(frames=3)),
+    "wan_three_heads": Model(T2V | {"heads": 3}, WanInputs(frames=3, height=6)),
+    "wan_batch_2": Model(T2V, WanInputs(batch=2, frames=3, height=6)),
+    "wan_prefix": Model(T2V | {"prefix": "model.diffusion_model."}, WanInputs()),
+    "wan_fp8_storage": Model(T2V, WanInputs(), torch.float8_e4m3fn),
+    "wan_i2v": Model(I2V, WanInputs(channels=36, image=5)),
+    "wan_i2v_without_image": Model(I2V, WanInputs(channels=36)),
+    "wan_i2v_batch_2": Model(I2V, WanInputs(channels=36, image=5, batch=2, height=10)),
+    "wan_i2v_512_text_tokens": Model(I2V, WanInputs(channels=36, image=5, text=512, batch=2)),
+    "wan_first_and_last_frame": Model(I2V | {"clip_positions": 6}, WanInputs(channels=36, image=6)),
+    "wan_22_i2v": Model(T2V | {"in_channels": 36}, WanInputs(channels=36, image=5)),
+    "wan_22_5b": Model(TI2V, WanInputs(channels=48)),
+    "wan_22_5b_first_frame": Model(TI2V, WanInputs(channels=48, frames=3, height=6, clean_frames=1)),
+    "wan_22_5b_batch_2": Model(TI2V, WanInputs(channels=48, frames=3, height=6, clean_frames=2, batch=2)),
+}
+MODELS |= WAN
+
 DEGREES = [
     ("cpu,cpu", {"ring_degree": 2}),
     ("cpu*3,cpu,cpu", {"ring_degree": 3}),
@@ -147,7 +173,7 @@ def test_many_workers_give_what_one_gives(predict: Predictions, name: str, devic
     "name",
     [
         "odd_tokens", "mostly_text", "batch_2_unequal_masks", "four_heads", "first_frame_batch_2",
-        "flux_odd_size", "flux_references",
+        "flux_odd_size", "flux_references", "wan_odd_size", "wan_i2v_batch_2", "wan_22_5b_batch_2",
     ],
 )  # fmt: skip
 def test_any_degrees_give_what_one_worker_gives(predict: Predictions, name: str, devices: str, degrees: dict[str, int]):
@@ -171,9 +197,17 @@ def test_cond_and_uncond_side_by_side(
                 assert relative_difference(result, reference) <= SPLIT_TOLERANCE
 
 
-@pytest.mark.parametrize("name", ["original_names", "prefix", "original_names_and_prefix"])
-def test_the_dialect_of_a_checkpoint_does_not_matter(predict: Predictions, name: str):
-    assert torch.equal(predict(name, "cpu"), predict("padded_text", "cpu"))
+@pytest.mark.parametrize(
+    ("name", "plain"),
+    [
+        ("original_names", "padded_text"),
+        ("prefix", "padded_text"),
+        ("original_names_and_prefix", "padded_text"),
+        ("wan_prefix", "wan"),
+    ],
+)
+def test_the_dialect_of_a_checkpoint_does_not_matter(predict: Predictions, name: str, plain: str):
+    assert torch.equal(predict(name, "cpu"), predict(plain, "cpu"))
 
 
 @pytest.mark.parametrize(
@@ -191,6 +225,9 @@ def test_the_dialect_of_a_checkpoint_does_not_matter(predict: Predictions, name:
         ("flux", "flux_reference"),
         ("flux_references_offset", "flux_references_index"),
         ("flux_references_offset", "flux_references_uxo"),
+        ("wan", "wan_fp8_storage"),
+        ("wan_i2v", "wan_i2v_without_image"),
+        ("wan_i2v", "wan_first_and_last_frame"),
     ],
 )
 def test_what_differs_shows(predict: Predictions, first: str, second: str):
@@ -239,6 +276,24 @@ def test_one_worker_gives_what_diffusers_gives(
         )
     with loaded(start_group("cpu"), path) as remote:
         assert relative_difference(remote.step(x, timestep, conditioning), expected) <= STOCK_TOLERANCE
+
+
+@pytest.mark.parametrize("name", ["wan", "wan_i2v_512_text_tokens", "wan_22_5b_batch_2"])
+def test_one_worker_gives_what_diffusers_gives_for_wan(predict: Predictions, tiny_models: TinyModels, name: str):
+    """diffusers takes the last 512 tokens for the text, and what comes before for the image."""
+    model = MODELS[name]
+    path = tiny_models.path(**model.checkpoint)
+    resident = {"path": str(path), "weight_dtype": "float32", "compute_dtype": "float32"}
+    stock = ResidentModel(resident, torch.device("cpu"), lambda done, total: None).model
+    assert type(stock).__name__ == "WanTransformer3DModel"
+    with torch.device("cpu"):  # its position table: no weight, hence never loaded
+        stock.rope = type(stock.rope)(128, (1, 2, 2), 1024)
+    x, timestep, conditioning = model.inputs.make()
+    if timestep.ndim == 2:  # diffusers wants one per token
+        timestep = timestep.repeat_interleave(x.shape[3] * x.shape[4] // 4, dim=1)
+    with torch.no_grad():
+        (expected,) = stock(x, timestep, conditioning["context"], conditioning.get("clip_fea"), return_dict=False)
+    assert relative_difference(predict(name, "cpu"), expected) <= STOCK_TOLERANCE
 
 
 def test_two_models_side_by_side(start_group: StartGroup, tiny_models: TinyModels, predict: Predictions):

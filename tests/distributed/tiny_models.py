@@ -13,7 +13,7 @@ from torch import Tensor
 
 from parallel.adapters.base import pack_text
 from parallel.config import SequenceParallelConfig
-from parallel.demo.checkpoint import write_tiny_flux, write_tiny_hunyuan_video
+from parallel.demo.checkpoint import write_tiny_flux, write_tiny_hunyuan_video, write_tiny_wan
 from parallel.host.group import WorkerGroup
 from parallel.host.recipe import Recipe
 from parallel.host.remote_model import RemoteModel
@@ -22,7 +22,7 @@ StartGroup = Callable[[str], WorkerGroup]
 TEXT_WIDTH = 64
 
 
-_WRITERS = {"hunyuan_video": write_tiny_hunyuan_video, "flux": write_tiny_flux}
+_WRITERS = {"hunyuan_video": write_tiny_hunyuan_video, "flux": write_tiny_flux, "wan": write_tiny_wan}
 
 
 class TinyModels:
@@ -93,12 +93,45 @@ class Inputs:
 
 
 @dataclass(frozen=True)
+class WanInputs:
+    """Sizes of one step's inputs for Wan."""
+
+    frames: int = 2
+    height: int = 8
+    width: int = 8
+    channels: int = 16
+    text: int = 8
+    image: int = 0
+    """CLIP's tokens; 0 sends none."""
+    clean_frames: int = 0
+    """Frames whose timestep is 0; with any, each frame has a timestep of its own."""
+    batch: int = 1
+
+    def make(self) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """x, timestep, conditioning."""
+        generator = torch.Generator().manual_seed(0)
+
+        def random(*shape: int) -> Tensor:
+            return torch.randn(shape, generator=generator)
+
+        conditioning = {"context": random(self.batch, self.text, TEXT_WIDTH)}
+        if self.image:
+            conditioning["clip_fea"] = random(self.batch, self.image, 1280)
+        timestep = torch.linspace(900, 300, self.batch)
+        if self.clean_frames:
+            noisy = torch.arange(self.frames) >= self.clean_frames
+            timestep = timestep[:, None] * noisy
+            conditioning["denoise_mask"] = noisy.float()[None, None, :, None, None].expand(self.batch, 1, -1, 1, 1)
+        return random(self.batch, self.channels, self.frames, self.height, self.width), timestep, conditioning
+
+
+@dataclass(frozen=True)
 class Model:
     """A checkpoint, the step it is asked for, and how it is loaded."""
 
     checkpoint: dict[str, Any] = field(default_factory=dict)
     """Arguments of `TinyModels.path`."""
-    inputs: Inputs = field(default_factory=Inputs)
+    inputs: Inputs | WanInputs = field(default_factory=Inputs)
     weight_dtype: torch.dtype = torch.float32
 
 

@@ -1,8 +1,9 @@
 """Writes the golden files of this folder with a real ComfyUI, on the CPU in fp32:
 
-    COMFYUI_PATH=… python tests/golden/make_golden.py
+    COMFYUI_PATH=… python tests/golden/make_golden.py [case …]
 
 Run it when a case is added, or when a newer ComfyUI gives other results on purpose; the files are committed.
+Without names it makes all cases.
 """
 
 from __future__ import annotations
@@ -35,9 +36,9 @@ import vectors  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 from parallel.adapters.base import pack_text, unpack_text  # noqa: E402
-from parallel.demo.checkpoint import write_tiny_flux, write_tiny_hunyuan_video  # noqa: E402
+from parallel.demo.checkpoint import write_tiny_flux, write_tiny_hunyuan_video, write_tiny_wan  # noqa: E402
 
-WRITERS = {"hunyuan_video": write_tiny_hunyuan_video, "flux": write_tiny_flux}
+WRITERS = {"hunyuan_video": write_tiny_hunyuan_video, "flux": write_tiny_flux, "wan": write_tiny_wan}
 TEXT_WIDTH = 64
 REFERENCES = {"references": ((5, 4), (3, 8), (4, 4))}
 VIDEO = {"family": "hunyuan_video"}
@@ -70,6 +71,20 @@ FORWARDS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     ),
     "flux_odd_size": ({"family": "flux", "seed": 9}, {"frames": 0, "height": 9, "width": 7, "batch": 2}),
 }
+WAN = {"family": "wan"}
+WAN_FORWARDS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "wan_t2v_odd_size": (WAN | {"seed": 11}, {"text": 2}),
+    "wan_i2v": (WAN | {"seed": 12, "in_channels": 36, "clip": True}, {"channels": 36, "image": 3}),
+    "wan_i2v_without_image": (WAN | {"seed": 13, "in_channels": 36, "clip": True}, {"channels": 36, "text": 2}),
+    "wan_first_and_last_frame": (
+        WAN | {"seed": 14, "in_channels": 36, "clip": True, "clip_positions": 4}, {"channels": 36, "image": 4},
+    ),
+    "wan_22_i2v_batch_2": (WAN | {"seed": 15, "in_channels": 36}, {"channels": 36, "image": 1, "batch": 2}),
+    "wan_22_5b_first_frame": (
+        WAN | {"seed": 16, "in_channels": 48, "out_channels": 48},
+        {"channels": 48, "height": 4, "width": 6, "text": 2, "timesteps": (0.0, 750.0, 750.0)},
+    ),
+}  # fmt: skip
 TRAJECTORY = (VIDEO | {"seed": 8, "depth": 2, "depth_single": 2}, {"valid": 5})
 STEPS = 4
 
@@ -114,6 +129,30 @@ def inputs(
     return tensors
 
 
+def wan_inputs(
+    *,
+    height: int = 3,
+    width: int = 5,
+    channels: int = 16,
+    text: int = 1,
+    image: int = 0,
+    batch: int = 1,
+    timesteps: tuple[float, ...] = (),
+) -> dict[str, Tensor]:
+    """Three frames. `image` is the number of CLIP's tokens, `timesteps` that of each frame."""
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator)
+
+    tensors = {
+        "x": random(batch, channels, 3, height, width),
+        "timestep": torch.tensor([timesteps] * batch) if timesteps else torch.linspace(850, 250, batch),
+        "context": random(batch, text, 4096),
+    }
+    return tensors | {"clip_fea": random(batch, image, 1280)} if image else tensors
+
+
 def forward(patcher: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """One call of ComfyUI's network."""
     network = patcher.model.diffusion_model
@@ -145,14 +184,16 @@ def trajectory(patcher: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 @torch.no_grad()
 def main() -> None:
     made_by = f"ComfyUI {comfyui_version.__version__}, torch {torch.__version__}, {platform.machine()}"
-    cases = {name: (*case, forward) for name, case in FORWARDS.items()}
-    cases["trajectory"] = (*TRAJECTORY, trajectory)
-    for name, (options, sizes, run) in cases.items():
+    cases = {name: (options, inputs(**sizes), forward) for name, (options, sizes) in FORWARDS.items()}
+    cases |= {name: (options, wan_inputs(**sizes), forward) for name, (options, sizes) in WAN_FORWARDS.items()}
+    cases["trajectory"] = (TRAJECTORY[0], inputs(**TRAJECTORY[1]), trajectory)
+    for name in sys.argv[1:] or cases:
+        options, tensors, run = cases[name]
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "tiny.safetensors"
             WRITERS[options["family"]](path, **{name: value for name, value in options.items() if name != "family"})
             patcher = comfy.sd.load_diffusion_model(str(path))
-            vectors.write(name, vectors.Golden(options, vectors.digest(path), made_by, run(patcher, inputs(**sizes))))
+            vectors.write(name, vectors.Golden(options, vectors.digest(path), made_by, run(patcher, tensors)))
         print(name)
 
 

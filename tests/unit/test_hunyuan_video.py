@@ -165,7 +165,7 @@ def test_relatives_of_the_family_are_not_mistaken_for_it(extra: str):
     [
         [],
         ["input_blocks.0.0.weight", "middle_block.1.proj_in.weight"],  # Stable Diffusion
-        ["patch_embedding.weight", "blocks.0.self_attn.q.weight"],  # Wan
+        ["cond_seq_linear.weight", "double_layers.0.attn.w1q.weight"],  # AuraFlow
     ],
 )
 def test_other_families_are_refused(names: list[str]):
@@ -180,8 +180,8 @@ def write_folder(folder: Path, config: dict[str, Any]) -> str:
 
 
 def test_a_diffusers_folder_of_another_class_is_named(tmp_path: Path):
-    path = write_folder(tmp_path, {"_class_name": "WanTransformer3DModel"})
-    with pytest.raises(UnsupportedError, match="WanTransformer3DModel"):
+    path = write_folder(tmp_path, {"_class_name": "AllegroTransformer3DModel"})
+    with pytest.raises(UnsupportedError, match="AllegroTransformer3DModel"):
         adapter_for(open_source(path))
 
 

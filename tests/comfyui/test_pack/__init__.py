@@ -1,4 +1,6 @@
-"""Test-only nodes: conditioning without a text encoder, latents without a VAE."""
+"""Test-only nodes: what text encoders, VAEs and CLIP vision models give, without any of these models."""
+
+from types import SimpleNamespace
 
 import torch
 
@@ -52,7 +54,7 @@ class SPTestLatent:
 
 
 class SPTestVAE:
-    """A VAE that makes noise of every video, the same for the same seed and size."""
+    """Encodes any video to random latents of the right shape, always the same ones."""
 
     CATEGORY = "testing"
     RETURN_TYPES = ("VAE",)
@@ -60,29 +62,38 @@ class SPTestVAE:
 
     @classmethod
     def INPUT_TYPES(cls) -> dict:
-        return {"required": {"seed": ("INT", {"default": 0})}}
+        whole = {
+            "channels": ("INT", {"default": 16}),
+            "stride": ("INT", {"default": 8}),
+            "seed": ("INT", {"default": 3}),
+        }
+        return {"required": whole}
 
-    def __init__(self) -> None:
-        self.seed = 0
+    def make(self, channels: int, stride: int, seed: int) -> tuple:
+        def encode(pixels: torch.Tensor) -> torch.Tensor:
+            frames, height, width = pixels.shape[:3]
+            shape = (1, channels, (frames - 1) // 4 + 1, height // stride, width // stride)
+            return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
-    def make(self, seed: int) -> tuple:
-        self.seed = seed
-        return (self,)
+        return (SimpleNamespace(encode=encode),)
 
-    def encode(self, frames: torch.Tensor) -> torch.Tensor:
-        """[T, H, W, 3] → [1, 16, (T − 1) // 4 + 1, H / 8, W / 8]."""
-        count, height, width, _ = frames.shape
-        generator = torch.Generator().manual_seed(self.seed)
-        return torch.randn(1, 16, (count - 1) // 4 + 1, height // 8, width // 8, generator=generator)
+
+class SPTestCLIPVisionOutput:
+    """Random image tokens, always the same for the same inputs."""
+
+    CATEGORY = "testing"
+    RETURN_TYPES = ("CLIP_VISION_OUTPUT",)
+    FUNCTION = "make"
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict:
+        return {"required": {"tokens": ("INT", {"default": 257}), "width": ("INT", {"default": 1280})}}
+
+    def make(self, tokens: int, width: int) -> tuple:
+        hidden = torch.randn(1, tokens, width, generator=torch.Generator().manual_seed(4))
+        return (SimpleNamespace(penultimate_hidden_states=hidden),)
 
 
 NODE_CLASS_MAPPINGS = {
-    "SPTestConditioning": SPTestConditioning,
-    "SPTestLatent": SPTestLatent,
-    "SPTestVAE": SPTestVAE,
-}
-NODE_DISPLAY_NAME_MAPPINGS = {
-    "SPTestConditioning": "Test Conditioning",
-    "SPTestLatent": "Test Latent",
-    "SPTestVAE": "Test VAE",
+    node.__name__: node for node in (SPTestConditioning, SPTestLatent, SPTestVAE, SPTestCLIPVisionOutput)
 }
