@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from ..adapters import registry
 from ..adapters.base import Adapter, StepContext
-from ..checkpoints.source import Source, TensorInfo, open_source
+from ..adapters.native import NativeTensors
+from ..checkpoints.source import TensorInfo, open_source
 from ..degrees import Degrees
 from ..errors import CheckpointError, UnsupportedError
 from .ranks import SoloContext
@@ -35,19 +36,20 @@ class ResidentModel:
     """
 
     def __init__(self, recipe: Mapping[str, Any], device: torch.device, progress: Progress):
-        source = open_source(recipe["path"])
-        self.adapter: Adapter = registry.adapter_for(source)
-        self.config = self.adapter.model_config(source)
+        self._source = open_source(recipe["path"])
+        self.adapter: Adapter = registry.adapter_for(self._source)
+        self.config = self.adapter.model_config(self._source)
         self.device = device
         self.compute_dtype: torch.dtype = getattr(torch, recipe["compute_dtype"])
-        storage: torch.dtype = getattr(torch, recipe["weight_dtype"])
+        self._storage: torch.dtype = getattr(torch, recipe["weight_dtype"])
         model_class = self.adapter.model_class()
         with torch.device("meta"):  # no memory until a weight is read
             self.model = model_class(**self.config)
-        self._load(source, storage, progress)
+        self._load(progress)
         self.model.eval().requires_grad_(False)
-        if storage in _FP8:
-            _keep_fp8(self.model, storage, self.compute_dtype)
+        if self._storage in _FP8:
+            _keep_fp8(self.model, self._storage, self.compute_dtype)
+        self._tensors = NativeTensors(self._source, self.adapter, self.config)
         self._conditioning: dict[str, Tensor] = {}
         self._prepared: dict[tuple[Any, ...], Any] = {}
 
@@ -55,6 +57,22 @@ class ResidentModel:
     def nbytes(self) -> int:
         """Bytes of weights on the device."""
         return sum(p.nbytes for p in self.model.parameters())
+
+    def put_weight(self, name: str, tensor: Tensor) -> None:
+        """Replaces the checkpoint's tensor `name` (of `NativeTensors`) by a copy of another one of its shape."""
+        for piece in self._tensors.pieces(name):
+            # Rounded as in `_load`, so that the file's own tensor gives the very parameters that loading gave.
+            self.model.get_parameter(piece.name).copy_(piece.take(tensor).to(self.device, self._storage))
+
+    def restore_weights(self, names: Iterable[str]) -> None:
+        """Undoes `put_weight`.
+
+        Raises:
+            CheckpointError: the file changed or is damaged.
+        """
+        with self._source.reader() as read:
+            for name in names:
+                self.put_weight(name, self._tensors.read(name, read))
 
     def put_conditioning(self, key: str, tensor: Tensor) -> None:
         """Keeps a copy on the device; floating-point tensors in the compute dtype."""
@@ -108,8 +126,9 @@ class ResidentModel:
                 f" versions of torch ({torch.__version__}) and diffusers."
             )
 
-    def _load(self, source: Source, storage: torch.dtype, progress: Progress) -> None:
+    def _load(self, progress: Progress) -> None:
         """Fills the model's parameters from the file, one tensor at a time."""
+        source = self._source
         expected = dict(self.model.named_parameters())
         missing = set(expected)
         total = sum(_nbytes(info) for info in source.tensors.values())
@@ -127,7 +146,7 @@ class ResidentModel:
                             f" but {self.adapter.family} needs {list(expected[target].shape)}"
                         )
                     # ComfyUI rounds weights to the storage dtype first; so do we, to get its results.
-                    value = part.to(self.device, storage).to(self.compute_dtype, copy=part.device == self.device)
+                    value = part.to(self.device, self._storage).to(self.compute_dtype, copy=part.device == self.device)
                     _assign(self.model, target, value)
                     missing.discard(target)
                 done += _nbytes(info)

@@ -1,13 +1,14 @@
-"""The model files that the tests need: tiny checkpoints, a LoRA, and files that must be refused."""
+"""The model files that the tests need: tiny checkpoints, LoRAs, and files that must be refused."""
 
 from __future__ import annotations
 
-import json
 import struct
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
+
+from tests.comfyui.lora_files import write_lora_files
 
 TINY = "tiny.safetensors"
 DEEP = "deep.safetensors"  # many blocks: long steps made of short parts, and weights large enough to see in memory
@@ -18,7 +19,6 @@ SD_LIKE = "sd_like.safetensors"
 AURA_FLOW_LIKE = "aura_flow_like.safetensors"
 ORIGINAL_NAMES = "original_names.safetensors"  # Tencent's own parameter names, with the prefix of full checkpoints
 NO_GUIDANCE = "no_guidance.safetensors"
-LORA = "tiny_lora.safetensors"
 
 
 def write_model_files(models: Path) -> None:
@@ -36,7 +36,7 @@ def write_model_files(models: Path) -> None:
     write_tiny_flux(folder / FLUX)
     _write_zeros(folder / SD_LIKE, _SD_SHAPES)
     _write_zeros(folder / AURA_FLOW_LIKE, _AURA_FLOW_SHAPES)
-    _write_lora(models / "loras" / LORA, folder / TINY)
+    write_lora_files(models / "loras")
 
 
 def file_bytes(models: Path, name: str) -> int:
@@ -45,27 +45,6 @@ def file_bytes(models: Path, name: str) -> int:
 
 def _write_zeros(path: Path, shapes: dict[str, tuple[int, ...]]) -> None:
     save_file({name: torch.zeros(shape) for name, shape in shapes.items()}, path)
-
-
-def _write_lora(path: Path, checkpoint: Path, rank: int = 4) -> None:
-    """A LoRA on the first double block, large enough to change the result."""
-    key = "double_blocks.0.img_attn.qkv"
-    rows, columns = _read_shapes(checkpoint)[f"{key}.weight"]
-    generator = torch.Generator().manual_seed(5)
-    save_file(
-        {
-            f"diffusion_model.{key}.lora_down.weight": torch.randn(rank, columns, generator=generator) * 0.1,
-            f"diffusion_model.{key}.lora_up.weight": torch.randn(rows, rank, generator=generator) * 0.1,
-        },
-        path,
-    )
-
-
-def _read_shapes(path: Path) -> dict[str, list[int]]:
-    with path.open("rb") as file:
-        (size,) = struct.unpack("<Q", file.read(8))
-        header = json.loads(file.read(size))
-    return {name: entry["shape"] for name, entry in header.items() if name != "__metadata__"}
 
 
 # Just the keys by which ComfyUI tells these families, with tiny shapes. It recognises the last one.

@@ -88,12 +88,18 @@ def test_fewer_tokens_than_ranks(server: ComfyServer, width: int) -> None:
     assert_says(result.message, "token", r"\b3\b")
 
 
-def test_lora_is_refused(server: ComfyServer) -> None:
-    """Delete when LoRAs are supported; the native half belongs to the parity table then."""
-    lora = model_node("LoraLoaderModelOnly", lora_name=model_files.LORA, strength_model=1.0)
+def test_a_lora_in_bypass_mode_is_refused(server: ComfyServer) -> None:
+    lora = model_node("LoraLoaderBypassModelOnly", lora_name="hunyuan_native.safetensors", strength_model=1.0)
     setting = Setting(model_nodes=(lora,))
     assert relative_difference(sample(server, setting), sample(server, Setting())) > 1e-3
-    assert_says(refusal(server, sampling_graph(setting, TWO)).message, "lora")
+    assert_says(refusal(server, sampling_graph(setting, TWO)).message, "lora in bypass mode", "load lora")
+
+
+def test_a_lora_that_changes_a_shape_is_refused(server: ComfyServer) -> None:
+    lora = model_node("LoraLoaderModelOnly", lora_name="flux_control.safetensors", strength_model=1.0)
+    setting = Setting(checkpoint=model_files.FLUX, picture=True, model_nodes=(lora,))
+    sample(server, fresh(Setting()), TWO)  # the workers may be up: the weights are looked at only then
+    assert_says(refusal(server, sampling_graph(setting, TWO)).message, "lora", r"img_in\.weight", r"\[256, 128\]")
 
 
 @pytest.mark.parametrize("order", ["native first", "native second", "both"])
