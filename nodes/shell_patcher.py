@@ -18,7 +18,7 @@ from .refusals import refuse, refuse_transformer_options
 
 
 class SequenceParallelPatcher(comfy.model_patcher.ModelPatcher):
-    """A ModelPatcher that moves no tensors: it asks the workers to load and to free.
+    """A ModelPatcher that moves no tensors: it asks the workers to load, to patch and to free.
 
     `clone` is inherited, so clones share the model, as ComfyUI expects.
     """
@@ -37,7 +37,7 @@ class SequenceParallelPatcher(comfy.model_patcher.ModelPatcher):
     # --- residency: called by ComfyUI's memory management -----------------------------------------------------------
 
     def partially_load(self, device_to: Any, extra_memory: int = 0, force_patch_weights: bool = False) -> int:
-        """Runs before every sampling: brings the weights back if they went, whatever the reason. All or nothing."""
+        """Runs before every sampling: brings the weights and their patches to what this clone says. All or nothing."""
         self._refuse_patches()
         with self.use_ejected(skip_and_inject_on_exit_only=True):
             self.unpatch_model(self.offload_device, unpatch_weights=False)
@@ -45,8 +45,12 @@ class SequenceParallelPatcher(comfy.model_patcher.ModelPatcher):
         before = self.loaded_size()
         try:
             self._load()
-        except WorkerOutOfMemoryError as error:
-            raise comfy.model_management.OOM_EXCEPTION(str(error)) from error
+        except BaseException as error:
+            # ComfyUI forgets a model that did not load: what has been loaded of it could never be unloaded.
+            self.detach()
+            if isinstance(error, WorkerOutOfMemoryError):
+                raise comfy.model_management.OOM_EXCEPTION(str(error)) from error
+            raise
         self.model.device = device_to
         self.model.model_loaded_weight_memory = self.model_size()
         self.model.current_weight_patches_uuid = self.patches_uuid

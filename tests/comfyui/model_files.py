@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import struct
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -15,6 +16,7 @@ DEEP = "deep.safetensors"  # many blocks: long steps made of short parts, and we
 TRUNCATED = "truncated.safetensors"
 CORRUPT_HEADER = "corrupt_header.safetensors"
 FLUX = "tiny_flux.safetensors"
+FLUX_FOLDER = "tiny_flux_diffusers"  # the same weights as a diffusers transformer folder
 SD_LIKE = "sd_like.safetensors"
 AURA_FLOW_LIKE = "aura_flow_like.safetensors"
 ORIGINAL_NAMES = "original_names.safetensors"  # Tencent's own parameter names, with the prefix of full checkpoints
@@ -34,6 +36,7 @@ def write_model_files(models: Path) -> None:
     (folder / TRUNCATED).write_bytes(content[: len(content) * 2 // 3])
     (folder / CORRUPT_HEADER).write_bytes(struct.pack("<Q", 64) + b"{this is no JSON".ljust(64) + bytes(64))
     write_tiny_flux(folder / FLUX)
+    _write_diffusers_folder(folder / FLUX, folder / FLUX_FOLDER)
     _write_zeros(folder / SD_LIKE, _SD_SHAPES)
     _write_zeros(folder / AURA_FLOW_LIKE, _AURA_FLOW_SHAPES)
     write_lora_files(models / "loras")
@@ -41,6 +44,14 @@ def write_model_files(models: Path) -> None:
 
 def file_bytes(models: Path, name: str) -> int:
     return (models / "diffusion_models" / name).stat().st_size
+
+
+def _write_diffusers_folder(checkpoint: Path, folder: Path) -> None:
+    from parallel.worker.resident import ResidentModel
+
+    recipe = {"path": str(checkpoint), "weight_dtype": "float32", "compute_dtype": "float32"}
+    model: Any = ResidentModel(recipe, torch.device("cpu"), lambda done, total: None).model
+    model.save_pretrained(folder)
 
 
 def _write_zeros(path: Path, shapes: dict[str, tuple[int, ...]]) -> None:

@@ -19,7 +19,7 @@ from tests.comfyui.graphs import (
     sampling_graph,
 )
 from tests.comfyui.latents import read_latent, relative_difference, sample
-from tests.comfyui.model_files import FLUX, ORIGINAL_NAMES
+from tests.comfyui.model_files import FLUX, FLUX_FOLDER, ORIGINAL_NAMES
 from tests.comfyui.server import ComfyServer
 
 pytestmark = pytest.mark.comfyui
@@ -121,6 +121,16 @@ def test_a_checkpoint_with_original_names(server: ComfyServer, reference: Refere
     assert relative_difference(sample(server, setting, TWO), reference(setting)) <= TOLERANCE
 
 
+@pytest.mark.parametrize("name", lora_files.FLUX)
+def test_a_diffusers_folder_gives_the_latent_of_the_single_file(
+    server: ComfyServer, reference: Reference, name: str
+) -> None:
+    """Its tensors are parts of ComfyUI's, which is what ComfyUI patches."""
+    setting = with_loras(FLUX_BASE, lora(name))
+    actual = sample(server, replace(setting, checkpoint=FLUX_FOLDER), TWO)
+    assert relative_difference(actual, reference(setting)) <= TOLERANCE
+
+
 @pytest.mark.parametrize("weight_dtype", ["fp8_e4m3fn", "fp8_e5m2"])
 @pytest.mark.parametrize("name", ["hunyuan_native", "flux_diffusers"])
 def test_fp8_weights_are_rounded_as_the_native_ones(
@@ -171,6 +181,22 @@ def test_one_graph_may_use_the_model_with_and_without_a_lora(server: ComfyServer
     }
     for output, latent in expected.items():
         assert relative_difference(read_latent(server, result, output), latent) <= TOLERANCE
+
+
+def test_the_loader_for_model_and_text_encoder(server: ComfyServer, reference: Reference) -> None:
+    builder = GraphBuilder()
+    model = builder.add_loader(FLUX_BASE.checkpoint, TWO)
+    loader = builder.add(
+        "LoraLoader",
+        model=model,
+        clip=builder.add("SPTestNoClip"),
+        lora_name="flux_kohya.safetensors",
+        strength_model=0.6,
+        strength_clip=1.0,
+    )
+    add_sampling(builder, FLUX_BASE, loader)
+    expected = reference(with_loras(FLUX_BASE, lora("flux_kohya", 0.6)))
+    assert relative_difference(read_latent(server, server.run(builder.graph)), expected) <= TOLERANCE
 
 
 def test_fresh_workers_get_the_lora_too(server: ComfyServer) -> None:

@@ -1,4 +1,4 @@
-"""Test-only nodes: conditioning without a text encoder."""
+"""Test-only nodes: conditioning without a text encoder, and no text encoder."""
 
 import torch
 
@@ -34,5 +34,20 @@ class SPTestConditioning:
         return ([[cond, extra]],)
 
 
-NODE_CLASS_MAPPINGS = {"SPTestConditioning": SPTestConditioning}
-NODE_DISPLAY_NAME_MAPPINGS = {"SPTestConditioning": "Test Conditioning"}
+class SPTestNoClip:
+    """No text encoder, for nodes that want one and do without."""
+
+    CATEGORY = "testing"
+    RETURN_TYPES = ("CLIP",)
+    FUNCTION = "make"
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict:
+        return {"required": {}}
+
+    def make(self) -> tuple:
+        return (None,)
+
+
+NODE_CLASS_MAPPINGS = {"SPTestConditioning": SPTestConditioning, "SPTestNoClip": SPTestNoClip}
+NODE_DISPLAY_NAME_MAPPINGS = {"SPTestConditioning": "Test Conditioning", "SPTestNoClip": "Test No CLIP"}
