@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -232,6 +234,30 @@ def test_cancel_in_the_middle_leaves_nothing_half_done(case: Case, monkeypatch: 
         case.replace("second", SOME, 0.5, poll=poll)
     case.replace(None, ())
     assert torch.equal(case.step(), base)
+
+
+def test_cancel_while_the_workers_are_at_it(case: Case):
+    """One of them is slow: the next call waits before it writes to the shared memory again."""
+    assert case.model.group is not None
+    case.replace("first", SOME)
+    expected = case.step()
+    polls = 0
+
+    def poll() -> None:
+        nonlocal polls
+        polls += 1
+        if polls == len(SOME) + 3:
+            raise Cancelled
+
+    slow = case.model.group.pids[0]
+    os.kill(slow, signal.SIGSTOP)
+    try:
+        with pytest.raises(Cancelled):
+            case.replace("second", SOME, 0.5, poll=poll)
+    finally:
+        os.kill(slow, signal.SIGCONT)
+    case.replace("first", SOME)
+    assert torch.equal(case.step(), expected)
 
 
 def test_a_failure_on_the_host_is_the_callers(case: Case):
