@@ -67,8 +67,15 @@ def load_native_model(path: str, weight_dtype: str, config: SequenceParallelConf
 
     model_config.unet_config["disable_unet_model_creation"] = True
     model = model_config.get_model(network, "")
+    parameters = model_config.process_unet_state_dict(dict(network))
+    # ComfyUI renames tensors there; they remain the same objects.
+    names = {id(tensor): name for name, tensor in network.items()}
     model.diffusion_model = ProxyDiffusionModel(
-        remote, model_config.process_unet_state_dict(dict(network)), model_config.unet_config, storage
+        remote,
+        parameters,
+        model_config.unet_config,
+        storage,
+        {name: names[id(tensor)] for name, tensor in parameters.items() if id(tensor) in names},
     )
     # Each device holds its share of the activations only; ComfyUI decides by this whether cond and uncond fit together.
     model.memory_usage_factor /= layout.world_size

@@ -25,26 +25,26 @@ class ProxyDiffusionModel(nn.Module):
         parameters: ComfyUI's names → tensors on the meta device.
         unet_config: as ComfyUI's detection found it; its values can be read as attributes.
         dtype: of the weights, as ComfyUI chose it.
+        checkpoint_names: ComfyUI's names → names of the checkpoint (`NativeTensors`).
     """
 
     def __init__(
-        self, remote: RemoteModel, parameters: Mapping[str, Tensor], unet_config: Mapping[str, Any], dtype: torch.dtype
+        self,
+        remote: RemoteModel,
+        parameters: Mapping[str, Tensor],
+        unet_config: Mapping[str, Any],
+        dtype: torch.dtype,
+        checkpoint_names: Mapping[str, str],
     ):
         super().__init__()
         self.remote = remote
         self.dtype = dtype
+        self.checkpoint_names = checkpoint_names
         self.look_ahead = LookAhead(remote)
         for name in ("in_channels", "out_channels", "patch_size", "hidden_size", "num_heads"):
             if name in unet_config:
                 setattr(self, name, unet_config[name])
-        for name, tensor in parameters.items():
-            *path, leaf = name.split(".")
-            module: nn.Module = self
-            for part in path:
-                if part not in module._modules:
-                    module.add_module(part, nn.Module())
-                module = module._modules[part]  # type: ignore[assignment]
-            module.register_parameter(leaf, nn.Parameter(tensor, requires_grad=False))
+        add_parameters(self, parameters)
 
     @torch.compiler.disable
     def forward(
@@ -106,3 +106,22 @@ class ProxyDiffusionModel(nn.Module):
                 raise refuse_value(name, value)
             tensors |= parts
         return StepRequest(x, timestep, tensors)
+
+
+def add_parameters(module: nn.Module, parameters: Mapping[str, Tensor]) -> None:
+    """Registers tensors under dotted names, with a module for every part of a name."""
+    for name, tensor in parameters.items():
+        *path, leaf = name.split(".")
+        parent = module
+        for part in path:
+            if part not in parent._modules:
+                parent.add_module(part, Part())
+            parent = parent._modules[part]  # type: ignore[assignment]
+        parent.register_parameter(leaf, nn.Parameter(tensor, requires_grad=False))
+
+
+class Part(nn.Module):
+    """A module without a forward; nodes may index it where ComfyUI's network has a list of blocks."""
+
+    def __getitem__(self, index: int) -> nn.Module:
+        return self.get_submodule(str(index))

@@ -11,12 +11,14 @@ import comfy.model_patcher
 import comfy.utils
 
 from ..parallel.errors import WorkerOutOfMemoryError
+from ..parallel.host.group import Progress
 from ..parallel.host.remote_model import RemoteModel
+from .lora import patched_weight, refuse_patches
 from .refusals import refuse, refuse_transformer_options
 
 
 class SequenceParallelPatcher(comfy.model_patcher.ModelPatcher):
-    """A ModelPatcher that moves no tensors: it asks the workers to load and to free.
+    """A ModelPatcher that moves no tensors: it asks the workers to load, to patch and to free.
 
     `clone` is inherited, so clones share the model, as ComfyUI expects.
     """
@@ -35,7 +37,7 @@ class SequenceParallelPatcher(comfy.model_patcher.ModelPatcher):
     # --- residency: called by ComfyUI's memory management -----------------------------------------------------------
 
     def partially_load(self, device_to: Any, extra_memory: int = 0, force_patch_weights: bool = False) -> int:
-        """Runs before every sampling: brings the weights back if they went, whatever the reason. All or nothing."""
+        """Runs before every sampling: brings the weights and their patches to what this clone says. All or nothing."""
         self._refuse_patches()
         with self.use_ejected(skip_and_inject_on_exit_only=True):
             self.unpatch_model(self.offload_device, unpatch_weights=False)
@@ -43,24 +45,34 @@ class SequenceParallelPatcher(comfy.model_patcher.ModelPatcher):
         before = self.loaded_size()
         try:
             self._load()
-        except WorkerOutOfMemoryError as error:
-            raise comfy.model_management.OOM_EXCEPTION(str(error)) from error
+        except BaseException as error:
+            # ComfyUI forgets a model that did not load: what has been loaded of it could never be unloaded.
+            self.detach()
+            if isinstance(error, WorkerOutOfMemoryError):
+                raise comfy.model_management.OOM_EXCEPTION(str(error)) from error
+            raise
         self.model.device = device_to
         self.model.model_loaded_weight_memory = self.model_size()
         self.model.current_weight_patches_uuid = self.patches_uuid
         return self.loaded_size() - before
 
     def _load(self) -> None:
-        bar: comfy.utils.ProgressBar | None = None
-
-        def progress(done: int, total: int) -> None:
-            nonlocal bar
-            bar = bar or comfy.utils.ProgressBar(total)
-            bar.update_absolute(done, total)
-
-        self.remote.ensure_loaded(
-            poll=comfy.model_management.throw_exception_if_processing_interrupted, on_progress=progress
+        poll = comfy.model_management.throw_exception_if_processing_interrupted
+        self.remote.ensure_loaded(poll=poll, on_progress=_progress_bar())
+        keys = {self._checkpoint_name(key): key for key in self.patches}
+        self.remote.replace_weights(
+            self.patches_uuid if keys else None,
+            keys,
+            lambda name, weight: patched_weight(self.patches, keys[name], weight, self.load_device),
+            poll=poll,
+            on_progress=_progress_bar(),
         )
+
+    def _checkpoint_name(self, key: str) -> str:
+        names = self.model.diffusion_model.checkpoint_names
+        if (name := key.removeprefix("diffusion_model.")) not in names:
+            raise refuse(f"a patch of {key}", "remove that node")
+        return names[name]
 
     def partially_unload(self, device_to: Any, memory_to_free: int = 0, force_patch_weights: bool = False) -> int:
         freed = self.loaded_size()
@@ -106,8 +118,17 @@ class SequenceParallelPatcher(comfy.model_patcher.ModelPatcher):
             if name.startswith("diffusion_model"):
                 raise refuse(f"a patch of the network's {name.partition('.')[2] or 'forward'!r}")
 
-    def add_patches(self, patches: Any, strength_patch: float = 1.0, strength_model: float = 1.0) -> NoReturn:
-        raise refuse("a LoRA, a merge or another weight patch", "remove that node; support for LoRA is planned")
+    def add_patches(self, patches: Any, strength_patch: float = 1.0, strength_model: float = 1.0) -> Any:
+        """LoRAs are kept here as ComfyUI keeps them, and take effect in `_load`."""
+        refuse_patches(patches)
+        if self.remote.inspected.source.scales:  # ComfyUI rounds the patched weight to fp8 with a scale of its own
+            raise refuse("a LoRA on a scaled-fp8 file", "use the model's bf16, fp16 or plain fp8 file with it")
+        return super().add_patches(patches, strength_patch, strength_model)
+
+    def set_injections(self, key: str, injections: Any) -> NoReturn:
+        if key == "bypass_lora":
+            raise refuse("a LoRA in bypass mode", "use Load LoRA")
+        raise refuse(f"code injected into the network ({key})")
 
     def add_hook_patches(self, *args: Any, **kwargs: Any) -> NoReturn:
         raise refuse("a LoRA hook", "remove the hook node")
@@ -136,6 +157,18 @@ class SequenceParallelPatcher(comfy.model_patcher.ModelPatcher):
 
     def patch_weight_to_device(self, *args: Any, **kwargs: Any) -> NoReturn:
         raise refuse("patching a weight")
+
+
+def _progress_bar() -> Progress:
+    """Shown by the node that runs, from the first progress on."""
+    bar: comfy.utils.ProgressBar | None = None
+
+    def progress(done: int, total: int) -> None:
+        nonlocal bar
+        bar = bar or comfy.utils.ProgressBar(total)
+        bar.update_absolute(done, total)
+
+    return progress
 
 
 def _forget(remote: RemoteModel) -> None:

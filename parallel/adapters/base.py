@@ -22,7 +22,7 @@ class Piece:
     name: str
     """Parameter of the diffusers model."""
     take: Callable[[Tensor], Tensor] = lambda tensor: tensor
-    """The part, as a view where possible."""
+    """The part, as a view where possible. It picks and orders rows (the first dimension), and nothing else."""
 
 
 def pack_text(text: str) -> Tensor:

@@ -213,7 +213,8 @@ def _prefix(names: dict[str, TensorInfo]) -> str:
 def _safetensors_dtype(code: str, name: str, path: Path) -> torch.dtype:
     known = {
         "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
-        "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "F8_E8M0": torch.float8_e8m0fnu,
+        "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
+        "F8_E8M0": torch.uint8,  # of scales only, and not in older PyTorch
         "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
         "BOOL": torch.bool,
     }  # fmt: skip

@@ -5,13 +5,15 @@ from __future__ import annotations
 import itertools
 import logging
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..adapters.native import NativeTensors
 from ..config import resolve
 from ..degrees import Degrees
 from ..errors import WorkerError
@@ -26,6 +28,12 @@ log = logging.getLogger("sequence_parallel")
 _MODELS = itertools.count(1)
 _KEPT_CONDITIONING = 16
 """Tensors kept per model in each worker: prompt and negative prompt, a few of each."""
+_BATCH_BYTES = 64 * 2**20
+"""Replaced weights that travel together; a larger one travels alone."""
+
+Replace = Callable[[str, Tensor], Tensor]
+"""Name and tensor of the checkpoint, in the storage dtype → what the workers are to use, of the same shape and dtype.
+It must not write to the tensor, which may be the file itself."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +73,10 @@ class RemoteModel:
         self._group: WorkerGroup | None = None
         self._generation = 0
         self._conditioning = _SentConditioning(self.name)
+        self._tensors = NativeTensors(self.inspected.source, self.inspected.adapter, self.inspected.model_config)
+        self._version: Hashable = None
+        self._replaced: set[str] = set()
+        """Tensors that are, or may be, other than the checkpoint's in the workers."""
 
     @property
     def loaded(self) -> bool:
@@ -92,9 +104,70 @@ class RemoteModel:
         results = group.call("load", message, poll=poll, on_progress=on_progress)
         self._group, self._generation = group, group.generation
         self._conditioning.clear()
+        self._version = None
+        self._replaced.clear()
         self.nbytes = max(result["nbytes"] for result in results)
         log.info("%s: %.0f MiB of weights on each of %d workers", self.recipe.path, self.nbytes / 2**20, len(results))
         return self.nbytes
+
+    def replace_weights(
+        self,
+        version: Hashable,
+        names: Collection[str],
+        replace: Replace,
+        *,
+        poll: Poll | None = None,
+        on_progress: Progress | None = None,
+    ) -> None:
+        """Makes the weights in the workers the checkpoint's but for some tensors. Only those and the last ones change.
+
+        Every tensor is replaced starting from the checkpoint's, so nothing of earlier replacements is left in it.
+
+        Args:
+            version: what `names` and `replace` stand for; with the version that is in place nothing is done. None is
+                the checkpoint itself, and has no names.
+            names: tensors of the checkpoint (`NativeTensors`).
+            replace: runs in the caller's thread, for one tensor at a time.
+            poll: see `WorkerGroup.call`; also called before each tensor.
+            on_progress: told in bytes.
+
+        Raises:
+            CheckpointError: the file changed or is damaged.
+            WorkerError: a worker failed; the next call starts over.
+        """
+        if version == self._version:
+            return
+        group = self._group
+        assert group is not None, "call ensure_loaded first"
+        self._version = object()  # no caller's: whatever ends this early, the next call does it all
+        dtype = self.recipe.weight_dtype
+        sizes = {name: prod(self._tensors.shapes[name]) * dtype.itemsize for name in {*names, *self._replaced}}
+        total, done = sum(sizes.values()), 0
+        with self.inspected.source.reader() as read:
+            for batch in _batches(sizes):
+                group.settle(poll)
+                put = [name for name in batch if name in names]
+                refs, size = lay_out("weights", [(self._tensors.shapes[name], dtype) for name in put])
+                segment = group.memory.segment("weights", size)
+                for name, ref in zip(put, refs, strict=True):
+                    if poll is not None:
+                        poll()
+                    value = replace(name, self._tensors.read(name, read).to(dtype))
+                    assert value.shape == ref.shape and value.dtype == dtype
+                    segment.tensor(ref).copy_(value)
+                restore = [name for name in batch if name not in names]
+                message = {
+                    "model": self.name,
+                    "put": {name: ref.to_json() for name, ref in zip(put, refs, strict=True)},
+                    "restore": restore,
+                }
+                self._replaced |= set(put)
+                group.call("weights", message, poll=poll)
+                self._replaced -= set(restore)
+                done += sum(sizes[name] for name in batch)
+                if on_progress is not None:
+                    on_progress(done, total)
+        self._version = version
 
     def unload(self) -> None:
         """Frees the weights in the workers; the processes stay."""
@@ -188,6 +261,20 @@ class RemoteModel:
         return [
             _hand_over(results, ref, request.x.device, lend) for ref, request in zip(out_refs, requests, strict=True)
         ]
+
+
+def _batches(sizes: Mapping[str, int]) -> Iterator[list[str]]:
+    """The names in groups of at most `_BATCH_BYTES`, or of one."""
+    batch: list[str] = []
+    room = _BATCH_BYTES
+    for name in sorted(sizes):  # near the order of the file
+        if batch and sizes[name] > room:
+            yield batch
+            batch, room = [], _BATCH_BYTES
+        batch.append(name)
+        room -= sizes[name]
+    if batch:
+        yield batch
 
 
 class _SentConditioning:

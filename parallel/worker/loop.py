@@ -83,6 +83,7 @@ class Worker:
         self._operations: dict[str, Callable[[Message], dict[str, Any]]] = {
             "load": self._load,
             "unload": self._unload,
+            "weights": self._weights,
             "step": self._step,
             "echo": self._echo,
             "attention": self._attention,
@@ -141,6 +142,15 @@ class Worker:
             ctypes.CDLL(None).malloc_trim(0)
         if self._ranks.memory is not None:
             self._ranks.memory.release()
+        return {}
+
+    def _weights(self, message: Message) -> dict[str, Any]:
+        """Puts tensors in the place of the checkpoint's, and the checkpoint's back in theirs."""
+        model = self._models[message["model"]]
+        with torch.no_grad():
+            for name, ref in message["put"].items():
+                model.put_weight(name, self._tensor(ref))
+            model.restore_weights(message["restore"])
         return {}
 
     def _step(self, message: Message) -> dict[str, Any]:

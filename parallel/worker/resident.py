@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from ..adapters import registry
 from ..adapters.base import Adapter, StepContext
-from ..checkpoints.source import Source, TensorInfo, open_source
+from ..adapters.native import NativeTensors
+from ..checkpoints.source import TensorInfo, open_source
 from ..degrees import Degrees
 from ..errors import CheckpointError, UnsupportedError
 from .ranks import SoloContext
@@ -37,21 +38,24 @@ class ResidentModel:
     """
 
     def __init__(self, recipe: Mapping[str, Any], device: torch.device, progress: Progress):
-        source = open_source(recipe["path"])
-        self.adapter: Adapter = registry.adapter_for(source)
-        self.config = self.adapter.model_config(source)
+        self._source = open_source(recipe["path"])
+        self.adapter: Adapter = registry.adapter_for(self._source)
+        self.config = self.adapter.model_config(self._source)
         self.device = device
         self.compute_dtype: torch.dtype = getattr(torch, recipe["compute_dtype"])
         self._storage: torch.dtype = getattr(torch, recipe["weight_dtype"])
-        if source.scales:  # what is large is in fp8 already, and the rest of such a file was left out of it on purpose
+        if (
+            self._source.scales
+        ):  # what is large is in fp8 already, and the rest of such a file was left out of it on purpose
             self._storage = self.compute_dtype
         model_class = self.adapter.model_class()
         with torch.device("meta"):  # no memory until a weight is read
             self.model = model_class(**self.config)
         if self._storage in _FP8:
             _keep_fp8(self.model, self._storage, self.compute_dtype)
-        self._load(source, progress)
+        self._load(progress)
         self.model.eval().requires_grad_(False)
+        self._tensors = NativeTensors(self._source, self.adapter, self.config)
         self._conditioning: dict[str, Tensor] = {}
         self._prepared: dict[tuple[Any, ...], Any] = {}
 
@@ -83,6 +87,26 @@ class ResidentModel:
             if self.model.get_parameter(name).dtype not in _FP8:
                 value = value.to(self.compute_dtype)
         module._parameters[leaf] = nn.Parameter(value, requires_grad=False)
+
+    def put_weight(self, name: str, tensor: Tensor) -> None:
+        """Replaces the checkpoint's tensor `name` (of `NativeTensors`) by a copy of another one of its shape."""
+        for piece in self._tensors.pieces(name):
+            self.set_parameter(piece.name, piece.take(tensor))
+
+    def restore_weights(self, names: Iterable[str]) -> None:
+        """Undoes `put_weight`.
+
+        Raises:
+            CheckpointError: the file changed or is damaged.
+        """
+        with self._source.reader() as read:
+            for name in names:
+                if name in self._source.scales:
+                    stored, scale = read.stored(name)
+                    for piece in self._tensors.pieces(name):
+                        self.set_parameter(piece.name, piece.take(stored), scale)
+                else:
+                    self.put_weight(name, self._tensors.read(name, read))
 
     def put_conditioning(self, key: str, tensor: Tensor) -> None:
         """Keeps a copy on the device; floating-point tensors in the compute dtype."""
@@ -136,8 +160,9 @@ class ResidentModel:
                 f" versions of torch ({torch.__version__}) and diffusers."
             )
 
-    def _load(self, source: Source, progress: Progress) -> None:
+    def _load(self, progress: Progress) -> None:
         """Fills the model's parameters from the file, one tensor at a time."""
+        source = self._source
         expected = dict(self.model.named_parameters())
         missing = set(expected)
         total = sum(_nbytes(info) for info in source.tensors.values())

@@ -44,6 +44,7 @@ class Setting:
     """All that decides the result of a sampling graph."""
 
     checkpoint: str = "tiny.safetensors"
+    weight_dtype: str = "default"
     width: int = 64
     height: int = 48
     length: int = 5
@@ -95,11 +96,11 @@ class GraphBuilder:
         self.graph[node_id] = {"class_type": class_type, "inputs": inputs}
         return [node_id, 0]
 
-    def add_loader(self, checkpoint: str, swapped: Swapped | None) -> Link:
+    def add_loader(self, checkpoint: str, swapped: Swapped | None, weight_dtype: str = "default") -> Link:
         if swapped is None:
-            return self.add("UNETLoader", unet_name=checkpoint, weight_dtype="default")
+            return self.add("UNETLoader", unet_name=checkpoint, weight_dtype=weight_dtype)
         config = self.add("SPConfig", **vars(swapped))
-        return self.add("SPLoadDiffusionModel", unet_name=checkpoint, weight_dtype="default", sp_config=config)
+        return self.add("SPLoadDiffusionModel", unet_name=checkpoint, weight_dtype=weight_dtype, sp_config=config)
 
     def add_text(self, text: Text) -> Link:
         return self.add(
@@ -116,15 +117,15 @@ class GraphBuilder:
 def sampling_graph(setting: Setting, swapped: Swapped | None = None) -> Graph:
     """Loader, model nodes, sampler and SaveLatent (node id OUTPUT)."""
     builder = GraphBuilder()
-    model = builder.add_loader(setting.checkpoint, swapped)
+    model = builder.add_loader(setting.checkpoint, swapped, setting.weight_dtype)
     for class_type, inputs in setting.model_nodes:
         model = builder.add(class_type, model=model, **dict(inputs))
     add_sampling(builder, setting, model)
     return builder.graph
 
 
-def add_sampling(builder: GraphBuilder, setting: Setting, model: Link) -> None:
-    """Everything behind the model."""
+def add_sampling(builder: GraphBuilder, setting: Setting, model: Link, output: str = OUTPUT) -> None:
+    """Everything behind the model; `output` is SaveLatent's node id."""
     positive, negative = builder.add_text(setting.positive), builder.add_text(setting.negative)
     size = {"width": setting.width, "height": setting.height, "batch_size": setting.batch}
     if setting.start_image:
@@ -164,7 +165,7 @@ def add_sampling(builder: GraphBuilder, setting: Setting, model: Link) -> None:
             ),
             latent_image=latent,
         )
-    builder.add("SaveLatent", node_id=OUTPUT, samples=samples, filename_prefix="latents/test")
+    builder.add("SaveLatent", node_id=output, samples=samples, filename_prefix="latents/test")
 
 
 def add_start_image(builder: GraphBuilder, setting: Setting, positive: Link, negative: Link) -> tuple[Link, Link, Link]:

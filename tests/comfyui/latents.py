@@ -14,9 +14,9 @@ def sample(server: ComfyServer, setting: Setting, swapped: Swapped | None = None
     return read_latent(server, server.run(sampling_graph(setting, swapped), timeout))
 
 
-def read_latent(server: ComfyServer, result: PromptResult) -> torch.Tensor:
+def read_latent(server: ComfyServer, result: PromptResult, output: str = OUTPUT) -> torch.Tensor:
     assert result.status == "success", f"{result.status}: {result.message}\n{server.log_tail(30)}"
-    saved = result.outputs[OUTPUT]["latents"][0]
+    saved = result.outputs[output]["latents"][0]
     return load_file(server.base / "output" / saved["subfolder"] / saved["filename"])["latent_tensor"].float()
 
 

@@ -1,14 +1,15 @@
-"""The model files that the tests need: tiny checkpoints, a LoRA, and files that must be refused."""
+"""The model files that the tests need: tiny checkpoints, LoRAs, and files that must be refused."""
 
 from __future__ import annotations
 
-import json
 import struct
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
+
+from tests.comfyui.lora_files import write_lora_files
 
 TINY = "tiny.safetensors"
 DEEP = "deep.safetensors"  # many blocks: long steps made of short parts, and weights large enough to see in memory
@@ -19,12 +20,12 @@ WAN = "tiny_wan.safetensors"
 WAN_I2V = "tiny_wan_i2v.safetensors"  # 2.1: with CLIP's image tokens
 WAN_22_I2V = "tiny_wan_22_i2v.safetensors"
 WAN_22_5B = "tiny_wan_22_5b.safetensors"
+FLUX_FOLDER = "tiny_flux_diffusers"  # the same weights as a diffusers transformer folder
 SD_LIKE = "sd_like.safetensors"
 AURA_FLOW_LIKE = "aura_flow_like.safetensors"
 ORIGINAL_NAMES = "original_names.safetensors"  # Tencent's own parameter names, with the prefix of full checkpoints
 IMAGE_TO_VIDEO = "image_to_video.safetensors"  # 33 channels: the kind that concatenates a picture
 NO_GUIDANCE = "no_guidance.safetensors"
-LORA = "tiny_lora.safetensors"
 NVFP4_LIKE = "nvfp4_like.safetensors"
 
 HUNYUAN_VIDEO_KINDS: dict[str, dict[str, Any]] = {
@@ -73,13 +74,22 @@ def write_model_files(models: Path) -> None:
     write_tiny_wan(folder / WAN_I2V, seed=1, in_channels=36, clip=True)
     write_tiny_wan(folder / WAN_22_I2V, seed=2, in_channels=36)
     write_tiny_wan(folder / WAN_22_5B, seed=3, in_channels=48, out_channels=48)
+    _write_diffusers_folder(folder / FLUX, folder / FLUX_FOLDER)
     _write_zeros(folder / SD_LIKE, _SD_SHAPES)
     _write_zeros(folder / AURA_FLOW_LIKE, _AURA_FLOW_SHAPES)
-    _write_lora(models / "loras" / LORA, folder / TINY)
+    write_lora_files(models / "loras")
 
 
 def file_bytes(models: Path, name: str) -> int:
     return (models / "diffusion_models" / name).stat().st_size
+
+
+def _write_diffusers_folder(checkpoint: Path, folder: Path) -> None:
+    from parallel.worker.resident import ResidentModel
+
+    recipe = {"path": str(checkpoint), "weight_dtype": "float32", "compute_dtype": "float32"}
+    model: Any = ResidentModel(recipe, torch.device("cpu"), lambda done, total: None).model
+    model.save_pretrained(folder)
 
 
 def _write_zeros(path: Path, shapes: dict[str, tuple[int, ...]]) -> None:
@@ -95,27 +105,6 @@ def _write_nvfp4_like(path: Path, checkpoint: Path) -> None:
     tensors[f"{layer}.weight_scale_2"] = torch.tensor(1.0)
     tensors[f"{layer}.comfy_quant"] = torch.tensor(list(b'{"format": "nvfp4"}'), dtype=torch.uint8)
     save_file(tensors, path)
-
-
-def _write_lora(path: Path, checkpoint: Path, rank: int = 4) -> None:
-    """A LoRA on the first double block, large enough to change the result."""
-    key = "double_blocks.0.img_attn.qkv"
-    rows, columns = _read_shapes(checkpoint)[f"{key}.weight"]
-    generator = torch.Generator().manual_seed(5)
-    save_file(
-        {
-            f"diffusion_model.{key}.lora_down.weight": torch.randn(rank, columns, generator=generator) * 0.1,
-            f"diffusion_model.{key}.lora_up.weight": torch.randn(rows, rank, generator=generator) * 0.1,
-        },
-        path,
-    )
-
-
-def _read_shapes(path: Path) -> dict[str, list[int]]:
-    with path.open("rb") as file:
-        (size,) = struct.unpack("<Q", file.read(8))
-        header = json.loads(file.read(size))
-    return {name: entry["shape"] for name, entry in header.items() if name != "__metadata__"}
 
 
 # Just the keys by which ComfyUI tells these families, with tiny shapes. It recognises the last one.

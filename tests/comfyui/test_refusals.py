@@ -8,7 +8,7 @@ import torch
 
 from tests.comfyui import model_files
 from tests.comfyui.graphs import GraphBuilder, Setting, Swapped, add_sampling, fresh, model_node, sampling_graph
-from tests.comfyui.latents import relative_difference, sample
+from tests.comfyui.latents import read_latent, relative_difference, sample
 from tests.comfyui.server import ComfyServer, Graph, PromptResult
 
 pytestmark = pytest.mark.comfyui
@@ -89,12 +89,40 @@ def test_fewer_tokens_than_ranks(server: ComfyServer, width: int) -> None:
     assert_says(result.message, "token", r"\b3\b")
 
 
-def test_lora_is_refused(server: ComfyServer) -> None:
-    """Delete when LoRAs are supported; the native half belongs to the parity table then."""
-    lora = model_node("LoraLoaderModelOnly", lora_name=model_files.LORA, strength_model=1.0)
+def test_a_lora_in_bypass_mode_is_refused(server: ComfyServer) -> None:
+    lora = model_node("LoraLoaderBypassModelOnly", lora_name="hunyuan_native.safetensors", strength_model=1.0)
     setting = Setting(model_nodes=(lora,))
     assert relative_difference(sample(server, setting), sample(server, Setting())) > 1e-3
-    assert_says(refusal(server, sampling_graph(setting, TWO)).message, "lora")
+    assert_says(refusal(server, sampling_graph(setting, TWO)).message, "lora in bypass mode", "load lora")
+
+
+def test_a_lora_that_changes_a_shape_is_refused(server: ComfyServer) -> None:
+    lora = model_node("LoraLoaderModelOnly", lora_name="flux_control.safetensors", strength_model=1.0)
+    setting = Setting(checkpoint=model_files.FLUX, picture=True, model_nodes=(lora,))
+    sample(server, fresh(Setting()), TWO)  # the workers may be up: the weights are looked at only then
+    assert_says(refusal(server, sampling_graph(setting, TWO)).message, "lora", r"img_in\.weight", r"\[256, 128\]")
+
+
+def hooked_graph(setting: Setting, swapped: Swapped | None) -> Graph:
+    """A LoRA on the positive prompt only."""
+    builder = GraphBuilder()
+    hooks = builder.add("CreateHookLoraModelOnly", lora_name="hunyuan_native.safetensors", strength_model=1.0)
+    add_sampling(builder, setting, builder.add_loader(setting.checkpoint, swapped))
+    (sampler,) = (node for node in builder.graph.values() if node["class_type"] == "KSampler")
+    sampler["inputs"]["positive"] = builder.add(
+        "ConditioningSetProperties",
+        cond_NEW=sampler["inputs"]["positive"],
+        strength=1.0,
+        set_cond_area="default",
+        hooks=hooks,
+    )
+    return builder.graph
+
+
+def test_a_lora_hook_is_refused(server: ComfyServer) -> None:
+    hooked = read_latent(server, server.run(hooked_graph(Setting(), None)))
+    assert relative_difference(hooked, sample(server, Setting())) > 1e-3
+    assert_says(refusal(server, hooked_graph(Setting(), TWO)).message, "hook")
 
 
 @pytest.mark.parametrize("order", ["native first", "native second", "both"])

@@ -94,6 +94,21 @@ class SPTestCLIPVisionOutput:
         return (SimpleNamespace(penultimate_hidden_states=hidden),)
 
 
+class SPTestNoClip:
+    """No text encoder, for nodes that want one and do without."""
+
+    CATEGORY = "testing"
+    RETURN_TYPES = ("CLIP",)
+    FUNCTION = "make"
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict:
+        return {"required": {}}
+
+    def make(self) -> tuple:
+        return (None,)
+
+
 NODE_CLASS_MAPPINGS = {
-    node.__name__: node for node in (SPTestConditioning, SPTestLatent, SPTestVAE, SPTestCLIPVisionOutput)
+    node.__name__: node for node in (SPTestConditioning, SPTestLatent, SPTestVAE, SPTestCLIPVisionOutput, SPTestNoClip)
 }

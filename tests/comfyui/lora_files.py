@@ -1,0 +1,139 @@
+"""LoRA files in the formats and key names that users have, on a few tensors of each part of the tiny models."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+WIDTH = 256  # hidden size of the tiny models
+_RANK = 4
+
+Shape = tuple[int, ...]
+Form = Callable[[torch.Generator, Shape], dict[str, Tensor]]
+
+
+def _random(generator: torch.Generator, *shape: int, size: float = 0.1) -> Tensor:
+    return torch.randn(shape, generator=generator) * size
+
+
+def _kohya(generator: torch.Generator, shape: Shape) -> dict[str, Tensor]:
+    return {
+        "lora_down.weight": _random(generator, _RANK, shape[1]),
+        "lora_up.weight": _random(generator, shape[0], _RANK),
+        "alpha": torch.tensor(2.0),
+    }
+
+
+def _peft(generator: torch.Generator, shape: Shape) -> dict[str, Tensor]:
+    return {"lora_A.weight": _random(generator, _RANK, shape[1]), "lora_B.weight": _random(generator, shape[0], _RANK)}
+
+
+def _peft_of_another_shape(generator: torch.Generator, shape: Shape) -> dict[str, Tensor]:
+    return _peft(generator, shape) | {"reshape_weight": torch.tensor(shape)}
+
+
+def _dora(generator: torch.Generator, shape: Shape) -> dict[str, Tensor]:
+    return _kohya(generator, shape) | {"dora_scale": 1 + _random(generator, shape[0], 1).abs()}
+
+
+def _loha(generator: torch.Generator, shape: Shape) -> dict[str, Tensor]:
+    return {
+        "hada_w1_a": _random(generator, shape[0], _RANK, size=0.3),
+        "hada_w1_b": _random(generator, _RANK, shape[1], size=0.3),
+        "hada_w2_a": _random(generator, shape[0], _RANK, size=0.3),
+        "hada_w2_b": _random(generator, _RANK, shape[1], size=0.3),
+        "alpha": torch.tensor(2.0),
+    }
+
+
+def _lokr(generator: torch.Generator, shape: Shape) -> dict[str, Tensor]:
+    return {
+        "lokr_w1": _random(generator, 8, 4),
+        "lokr_w2": _random(generator, shape[0] // 8, shape[1] // 4),
+        "alpha": torch.tensor(2.0),
+    }
+
+
+def _difference(generator: torch.Generator, shape: Shape) -> dict[str, Tensor]:
+    return {"diff": _random(generator, *shape, size=0.02), "diff_b": _random(generator, shape[0])}
+
+
+_QKV, _SQUARE, _UP = (3 * WIDTH, WIDTH), (WIDTH, WIDTH), (4 * WIDTH, WIDTH)
+_LINEAR1, _LINEAR2 = (7 * WIDTH, WIDTH), (WIDTH, 5 * WIDTH)
+
+# File name → form of the patches, and the names of the patched layers with their weights' shapes.
+_FILES: dict[str, tuple[Form, dict[str, Shape]]] = {
+    # HunyuanVideo
+    "hunyuan_native": (
+        _kohya,
+        {
+            "diffusion_model.double_blocks.0.img_attn.qkv": _QKV,
+            "diffusion_model.single_blocks.0.linear1": _LINEAR1,
+            "diffusion_model.final_layer.adaLN_modulation.1": (2 * WIDTH, WIDTH),
+            "diffusion_model.txt_in.individual_token_refiner.blocks.0.self_attn.qkv": _QKV,
+        },
+    ),
+    "hunyuan_kohya": (
+        _kohya,
+        {"lora_unet_double_blocks_0_txt_mlp_0": _UP, "lora_unet_single_blocks_0_linear2": _LINEAR2},
+    ),
+    "hunyuan_diffusion_pipe": (
+        _peft,
+        {
+            "transformer.double_blocks.0.img_attn_proj": _SQUARE,
+            "transformer.double_blocks.0.img_mod.linear": (6 * WIDTH, WIDTH),
+            "transformer.double_blocks.0.txt_mlp.fc1": _UP,
+        },
+    ),
+    "hunyuan_differences": (
+        _difference,
+        {"diffusion_model.double_blocks.0.img_mlp.0": _UP, "diffusion_model.img_in.proj": (WIDTH, 16, 1, 2, 2)},
+    ),
+    "hunyuan_dora": (_dora, {"diffusion_model.double_blocks.0.img_attn.qkv": _QKV}),
+    "hunyuan_loha": (_loha, {"diffusion_model.double_blocks.0.img_attn.qkv": _QKV}),
+    "hunyuan_lokr": (_lokr, {"diffusion_model.double_blocks.0.img_attn.qkv": _QKV}),
+    # FLUX
+    "flux_native": (
+        _kohya,
+        {
+            "diffusion_model.double_blocks.0.txt_attn.qkv": _QKV,
+            "diffusion_model.single_blocks.0.linear2": _LINEAR2,
+            "diffusion_model.final_layer.linear": (64, WIDTH),
+        },
+    ),
+    "flux_kohya": (
+        _kohya,
+        {"lora_unet_double_blocks_0_img_attn_qkv": _QKV, "lora_unet_single_blocks_0_linear1": _LINEAR1},
+    ),
+    "flux_diffusers": (
+        _peft,
+        {
+            "transformer.transformer_blocks.0.attn.to_q": _SQUARE,
+            "transformer.transformer_blocks.0.attn.add_v_proj": _SQUARE,
+            "transformer.transformer_blocks.0.ff.net.0.proj": _UP,
+            "transformer.single_transformer_blocks.0.attn.to_k": _SQUARE,
+            "transformer.single_transformer_blocks.0.proj_mlp": _UP,
+            "transformer.single_transformer_blocks.0.norm.linear": _QKV,
+        },
+    ),
+    "flux_differences": (_difference, {"diffusion_model.img_in": (WIDTH, 64)}),
+    "flux_control": (_peft_of_another_shape, {"diffusion_model.img_in": (WIDTH, 128)}),
+}
+HUNYUAN_VIDEO = tuple(name for name in _FILES if name.startswith("hunyuan"))
+FLUX = tuple(name for name in _FILES if name.startswith("flux") and name != "flux_control")
+
+
+def write_lora_files(folder: Path) -> None:
+    """Writes all of them, as `NAME.safetensors`."""
+    for seed, (name, (form, layers)) in enumerate(_FILES.items()):
+        generator = torch.Generator().manual_seed(seed)
+        tensors = {
+            f"{layer}.{leaf}": tensor
+            for layer, shape in layers.items()
+            for leaf, tensor in form(generator, shape).items()
+        }
+        save_file(tensors, folder / f"{name}.safetensors")

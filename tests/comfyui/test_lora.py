@@ -1,0 +1,219 @@
+"""LoRA loaders act on the workers' weights just as they act on ComfyUI's own."""
+
+import time
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+import torch
+
+from tests.comfyui import lora_files
+from tests.comfyui.graphs import (
+    GraphBuilder,
+    ModelNode,
+    Setting,
+    Swapped,
+    add_sampling,
+    fresh,
+    model_node,
+    sampling_graph,
+)
+from tests.comfyui.latents import read_latent, relative_difference, sample
+from tests.comfyui.model_files import FLUX, FLUX_FOLDER, ORIGINAL_NAMES
+from tests.comfyui.server import ComfyServer
+
+pytestmark = pytest.mark.comfyui
+
+TOLERANCE = 1e-4
+VISIBLE = 1e-2
+"""What every LoRA here changes at least, relative."""
+TWO = Swapped()
+
+Reference = Callable[[Setting], torch.Tensor]
+
+
+def lora(name: str, strength: float = 1.0) -> ModelNode:
+    return model_node("LoraLoaderModelOnly", lora_name=f"{name}.safetensors", strength_model=strength)
+
+
+def with_loras(base: Setting, *loras: ModelNode) -> Setting:
+    return replace(base, model_nodes=loras)
+
+
+HUNYUAN_VIDEO_BASE = Setting()
+FLUX_BASE = Setting(checkpoint=FLUX, picture=True)
+BASES = {"hunyuan": HUNYUAN_VIDEO_BASE, "flux": FLUX_BASE}
+
+
+def base_of(name: str) -> Setting:
+    return BASES[name.partition("_")[0]]
+
+
+@pytest.fixture(scope="module")
+def native_latents() -> dict[Setting, torch.Tensor]:
+    return {}
+
+
+@pytest.fixture
+def reference(server: ComfyServer, native_latents: dict[Setting, torch.Tensor]) -> Reference:
+    """The native latent of a setting, sampled once."""
+
+    def get(setting: Setting) -> torch.Tensor:
+        if setting not in native_latents:
+            native_latents[setting] = sample(server, setting)
+        return native_latents[setting]
+
+    return get
+
+
+def sample_anew(server: ComfyServer, setting: Setting, swapped: Swapped = TWO) -> torch.Tensor:
+    """Samples, and makes sure that ComfyUI does not answer from its cache."""
+    graph = sampling_graph(setting, swapped)
+    result = server.run(graph)
+    latent = read_latent(server, result)
+    (sampler,) = (node_id for node_id, node in graph.items() if node["class_type"] == "KSampler")
+    for event in server.events("execution_cached", result.prompt_id):
+        assert sampler not in event.data["nodes"], "answered from the cache"
+    return latent
+
+
+@pytest.mark.parametrize("name", lora_files.HUNYUAN_VIDEO + lora_files.FLUX)
+def test_every_format_gives_the_native_latent(server: ComfyServer, reference: Reference, name: str) -> None:
+    setting = with_loras(base_of(name), lora(name))
+    expected = reference(setting)
+    assert relative_difference(expected, reference(base_of(name))) > VISIBLE
+    assert relative_difference(sample(server, setting, TWO), expected) <= TOLERANCE
+
+
+@pytest.mark.parametrize("strength", [0.5, -0.7])
+@pytest.mark.parametrize("name", ["hunyuan_native", "flux_diffusers"])
+def test_any_strength_gives_the_native_latent(
+    server: ComfyServer, reference: Reference, name: str, strength: float
+) -> None:
+    setting = with_loras(base_of(name), lora(name, strength))
+    expected = reference(setting)
+    assert relative_difference(expected, reference(with_loras(base_of(name), lora(name)))) > VISIBLE
+    assert relative_difference(sample(server, setting, TWO), expected) <= TOLERANCE
+
+
+@pytest.mark.parametrize(
+    "loras",
+    [
+        pytest.param((lora("hunyuan_native"), lora("hunyuan_kohya", -0.5)), id="hunyuan_disjoint"),
+        pytest.param((lora("hunyuan_native", 0.5), lora("hunyuan_dora")), id="hunyuan_same_tensor"),
+        pytest.param((lora("flux_diffusers"), lora("flux_kohya", 0.5)), id="flux_same_tensor"),
+    ],
+)
+def test_stacked_loras_give_the_native_latent(
+    server: ComfyServer, reference: Reference, loras: tuple[ModelNode, ...]
+) -> None:
+    base = base_of(dict(loras[0][1])["lora_name"])
+    expected = reference(with_loras(base, *loras))
+    for one in loras:
+        assert relative_difference(expected, reference(with_loras(base, one))) > VISIBLE
+    assert relative_difference(sample(server, with_loras(base, *loras), TWO), expected) <= TOLERANCE
+
+
+def test_a_checkpoint_with_original_names(server: ComfyServer, reference: Reference) -> None:
+    base = Setting(checkpoint=ORIGINAL_NAMES)
+    setting = with_loras(base, lora("hunyuan_native"), lora("hunyuan_diffusion_pipe"))
+    assert relative_difference(reference(setting), reference(base)) > VISIBLE
+    assert relative_difference(sample(server, setting, TWO), reference(setting)) <= TOLERANCE
+
+
+@pytest.mark.parametrize("name", lora_files.FLUX)
+def test_a_diffusers_folder_gives_the_latent_of_the_single_file(
+    server: ComfyServer, reference: Reference, name: str
+) -> None:
+    """Its tensors are parts of ComfyUI's, which is what ComfyUI patches."""
+    setting = with_loras(FLUX_BASE, lora(name))
+    actual = sample(server, replace(setting, checkpoint=FLUX_FOLDER), TWO)
+    assert relative_difference(actual, reference(setting)) <= TOLERANCE
+
+
+@pytest.mark.parametrize("weight_dtype", ["fp8_e4m3fn", "fp8_e5m2"])
+@pytest.mark.parametrize("name", ["hunyuan_native", "flux_diffusers"])
+def test_fp8_weights_are_rounded_as_the_native_ones(
+    server: ComfyServer, reference: Reference, name: str, weight_dtype: str
+) -> None:
+    """ComfyUI rounds patched fp8 weights at random, with a seed made of the weight's name."""
+    base = replace(base_of(name), weight_dtype=weight_dtype)
+    setting = with_loras(base, lora(name, 0.8))
+    assert relative_difference(reference(setting), reference(base)) > VISIBLE
+    assert relative_difference(sample(server, setting, TWO), reference(setting)) <= TOLERANCE
+
+
+@pytest.mark.parametrize("name", ["hunyuan_native", "flux_diffusers"])
+def test_strengths_change_from_prompt_to_prompt_and_leave_no_trace(server: ComfyServer, name: str) -> None:
+    base = base_of(name)
+    half = with_loras(base, lora(name, 0.5))
+    without = sample_anew(server, base)
+    workers = server.workers()
+    first = sample_anew(server, half)
+    assert relative_difference(first, without) > VISIBLE
+    assert relative_difference(sample_anew(server, with_loras(base, lora(name, -0.7))), first) > VISIBLE
+    assert torch.equal(sample_anew(server, with_loras(base, lora(name, 0.0))), without)
+    assert torch.equal(sample_anew(server, half), first)
+    assert torch.equal(sample_anew(server, base), without)
+    assert server.workers() == workers
+
+
+def test_weights_travel_once_and_with_progress(server: ComfyServer) -> None:
+    """The next seed goes straight to its first step."""
+    setting = with_loras(HUNYUAN_VIDEO_BASE, lora("hunyuan_native", 0.3))
+    sample(server, fresh(HUNYUAN_VIDEO_BASE), TWO)
+    first, second = (server.run(sampling_graph(fresh(setting), TWO)) for _ in range(2))
+    told = [{event.data["max"] for event in server.events("progress", run.prompt_id)} for run in (first, second)]
+    assert told[0] > {setting.steps}, "no progress of the weights"
+    assert told[1] == {setting.steps}
+
+
+def test_one_graph_may_use_the_model_with_and_without_a_lora(server: ComfyServer, reference: Reference) -> None:
+    """Both samplers share the workers' one copy of the weights."""
+    builder = GraphBuilder()
+    model = builder.add_loader(HUNYUAN_VIDEO_BASE.checkpoint, TWO)
+    class_type, inputs = lora("hunyuan_native")
+    add_sampling(builder, HUNYUAN_VIDEO_BASE, model)
+    add_sampling(builder, HUNYUAN_VIDEO_BASE, builder.add(class_type, model=model, **dict(inputs)), output="patched")
+    result = server.run(builder.graph)
+    expected = {
+        "latent": reference(HUNYUAN_VIDEO_BASE),
+        "patched": reference(with_loras(HUNYUAN_VIDEO_BASE, lora("hunyuan_native"))),
+    }
+    for output, latent in expected.items():
+        assert relative_difference(read_latent(server, result, output), latent) <= TOLERANCE
+
+
+def test_the_loader_for_model_and_text_encoder(server: ComfyServer, reference: Reference) -> None:
+    builder = GraphBuilder()
+    model = builder.add_loader(FLUX_BASE.checkpoint, TWO)
+    loader = builder.add(
+        "LoraLoader",
+        model=model,
+        clip=builder.add("SPTestNoClip"),
+        lora_name="flux_kohya.safetensors",
+        strength_model=0.6,
+        strength_clip=1.0,
+    )
+    add_sampling(builder, FLUX_BASE, loader)
+    expected = reference(with_loras(FLUX_BASE, lora("flux_kohya", 0.6)))
+    assert relative_difference(read_latent(server, server.run(builder.graph)), expected) <= TOLERANCE
+
+
+def test_fresh_workers_get_the_lora_too(server: ComfyServer) -> None:
+    setting = fresh(with_loras(HUNYUAN_VIDEO_BASE, lora("hunyuan_native")))
+    before = sample_anew(server, setting)
+    workers = server.workers()
+    workers[-1].kill()
+    time.sleep(0.5)
+    sample(server, fresh(setting), TWO)
+    assert not set(server.workers()) & set(workers)
+    assert torch.equal(sample_anew(server, setting), before)
+
+
+def test_unloaded_models_come_back_with_the_lora(server: ComfyServer) -> None:
+    setting = fresh(with_loras(HUNYUAN_VIDEO_BASE, lora("hunyuan_native")))
+    before = sample_anew(server, setting)
+    server.free()
+    sample(server, fresh(setting), TWO)
+    assert torch.equal(sample_anew(server, setting), before)
