@@ -6,7 +6,7 @@ import pytest
 
 from tests.comfyui.graphs import Setting, Text, sampling_graph
 from tests.comfyui.latents import relative_difference, sample
-from tests.comfyui.model_files import DEEP, NO_GUIDANCE, ORIGINAL_NAMES, TINY
+from tests.comfyui.model_files import DEEP, FLUX_KINDS, HUNYUAN_VIDEO_KINDS, NO_GUIDANCE, ORIGINAL_NAMES, TINY
 from tests.comfyui.server import ComfyServer
 
 pytestmark = pytest.mark.comfyui
@@ -35,10 +35,10 @@ def test_inputs_reach_the_model(native_server: ComfyServer, other: Setting) -> N
     assert relative_difference(sample(native_server, other), sample(native_server, BASE)) > 1e-3
 
 
-@pytest.mark.parametrize("checkpoint", [TINY, DEEP, ORIGINAL_NAMES, NO_GUIDANCE])
+@pytest.mark.parametrize("checkpoint", [TINY, DEEP, ORIGINAL_NAMES, NO_GUIDANCE, *HUNYUAN_VIDEO_KINDS, *FLUX_KINDS])
 def test_checkpoints_are_whole(native_server: ComfyServer, checkpoint: str) -> None:
     """Else ComfyUI samples with weights that it never set, and says so in the log only."""
-    sample(native_server, Setting(checkpoint=checkpoint, steps=1))
+    sample(native_server, Setting(checkpoint=checkpoint, steps=1, picture=checkpoint in FLUX_KINDS))
     assert not re.search("unet (missing|unexpected)", native_server.log())
 
 

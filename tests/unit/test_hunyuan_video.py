@@ -136,20 +136,6 @@ def test_fp8_weights_stay_fp8(files: dict[str, Path]):
 # --- what is refused ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("marker", ["scaled_fp8", "double_blocks.0.img_mod.lin.scale_weight"])
-def test_scaled_fp8_is_refused(files: dict[str, Path], tmp_path: Path, marker: str):
-    save_file(load_file(files["comfyui"]) | {marker: torch.ones(1)}, tmp_path / "scaled.safetensors")
-    with pytest.raises(UnsupportedError, match=f"scaled-fp8 or mixed-precision checkpoint .*{marker}"):
-        adapter_for(open_source(str(tmp_path / "scaled.safetensors")))
-
-
-@pytest.mark.parametrize("suffix", [".weight_scale", ".comfy_quant"])
-def test_other_quantised_layouts_are_refused(suffix: str):
-    names = [*ADAPTER.native_tensors(tiny_config(**TINY)), f"double_blocks.0.img_mlp.0{suffix}"]
-    with pytest.raises(UnsupportedError, match="scaled-fp8 or mixed-precision"):
-        adapter_for(source_of(names))
-
-
 @pytest.mark.parametrize(
     "extra",
     ["cond_type_embedding.weight", "byt5_in.fc1.weight", "vision_in.proj.0.weight", "time_r_in.in_layer.weight"],

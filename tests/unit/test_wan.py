@@ -190,12 +190,6 @@ def test_another_wan_class_of_diffusers_is_named(tmp_path: Path):
         adapter_for(open_source(str(tmp_path)))
 
 
-def test_scaled_fp8_is_refused(i2v: Path, tmp_path: Path):
-    save_file(load_file(i2v) | {"blocks.0.ffn.0.scale_weight": torch.ones(1)}, tmp_path / "scaled.safetensors")
-    with pytest.raises(UnsupportedError, match=r"scaled-fp8 or mixed-precision checkpoint .*ffn.0.scale_weight"):
-        adapter_for(open_source(str(tmp_path / "scaled.safetensors")))
-
-
 @pytest.mark.parametrize("lost", ["head.head.weight", "text_embedding.0.weight"])
 def test_an_incomplete_checkpoint_is_refused_before_it_is_read(i2v: Path, tmp_path: Path, lost: str):
     tensors = load_file(i2v)
