@@ -180,3 +180,31 @@ def add_start_image(builder: GraphBuilder, setting: Setting, positive: Link, neg
     vae = builder.add("SPTestVAE", channels=16, stride=8, seed=3)
     node, _ = builder.add("WanImageToVideo", vae=vae, positive=positive, negative=negative, **size)
     return [node, 0], [node, 1], [node, 2]
+
+
+def two_stage_graph(first: str, second: str, setting: Setting, swapped: Swapped | None = None) -> Graph:
+    """Two checkpoints share the steps, half each; ends with SaveLatent as `sampling_graph` does."""
+    builder = GraphBuilder()
+    positive, negative = builder.add_text(setting.positive), builder.add_text(setting.negative)
+    positive, negative, latent = add_start_image(builder, setting, positive, negative)
+    half = setting.steps // 2
+    stages = ((first, 0, half, "enable"), (second, half, setting.steps, "disable"))
+    for checkpoint, start, end, leftover_noise in stages:
+        latent = builder.add(
+            "KSamplerAdvanced",
+            model=builder.add_loader(checkpoint, swapped),
+            add_noise="disable" if start else "enable",
+            noise_seed=setting.seed,
+            steps=setting.steps,
+            cfg=setting.cfg,
+            sampler_name=setting.sampler,
+            scheduler=setting.scheduler,
+            positive=positive,
+            negative=negative,
+            latent_image=latent,
+            start_at_step=start,
+            end_at_step=end,
+            return_with_leftover_noise=leftover_noise,
+        )
+    builder.add("SaveLatent", node_id=OUTPUT, samples=latent, filename_prefix="latents/test")
+    return builder.graph

@@ -6,8 +6,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from tests.comfyui.graphs import Setting, Swapped, Text, fresh, model_node
-from tests.comfyui.latents import relative_difference, sample
+from tests.comfyui.graphs import Setting, Swapped, Text, fresh, model_node, two_stage_graph
+from tests.comfyui.latents import read_latent, relative_difference, sample
 from tests.comfyui.model_files import (
     FLUX,
     FLUX_KINDS,
@@ -55,6 +55,18 @@ _WAN = Setting(positive=Text(width=4096), negative=Text(seed=12, width=4096), le
 _WAN_I2V = replace(_WAN, checkpoint=WAN_I2V, start_image="WanImageToVideo", image_tokens=5)
 _WAN_5B = replace(_WAN, checkpoint=WAN_22_5B, start_image="Wan22ImageToVideoLatent", width=96, height=64)
 _DPMPP = {"sampler": "dpmpp_2m", "scheduler": "sgm_uniform", "steps": 4}
+_CONTEXT_WINDOWS = model_node(
+    "WanContextWindowsManual",
+    context_length=9,
+    context_overlap=4,
+    context_schedule="standard_uniform",
+    context_stride=1,
+    closed_loop=False,
+    fuse_method="pyramid",
+    freenoise=True,
+    retain_first_frame=False,
+    split_conds_to_windows=False,
+)
 WAN_CASES = {
     "t2v": replace(_WAN, checkpoint=WAN),
     "t2v_cfg": replace(_WAN, checkpoint=WAN, cfg=4.0, negative=Text(seed=12, tokens=5, width=4096), **_DPMPP),
@@ -62,6 +74,7 @@ WAN_CASES = {
     "i2v": _WAN_I2V,
     "i2v_cfg": replace(_WAN_I2V, cfg=4.0, **_DPMPP),
     "i2v_without_clip": replace(_WAN_I2V, image_tokens=0, cfg=4.0),
+    "i2v_context_windows": replace(_WAN_I2V, length=25, cfg=4.0, model_nodes=(_CONTEXT_WINDOWS,)),
     "22_i2v": replace(_WAN_I2V, checkpoint=WAN_22_I2V, **_DPMPP),
     "22_i2v_without_clip": replace(_WAN_I2V, checkpoint=WAN_22_I2V, image_tokens=0, cfg=4.0, batch=2),
     "22_5b": _WAN_5B,
@@ -166,6 +179,15 @@ def test_same_wan_latent_with_explicit_degrees(
     server: ComfyServer, reference: Reference, name: str, swapped: Swapped
 ) -> None:
     assert relative_difference(sample(server, WAN_CASES[name], swapped), reference(WAN_CASES[name])) <= TOLERANCE
+
+
+def test_same_wan_latent_from_two_models_in_turn(server: ComfyServer) -> None:
+    """As Wan 2.2 A14B: one model for the noisy steps, another one for the rest."""
+    latents = [
+        read_latent(server, server.run(two_stage_graph(WAN_22_I2V, WAN_I2V, WAN_CASES["i2v_cfg"], swapped)))
+        for swapped in (None, Swapped())
+    ]
+    assert relative_difference(latents[1], latents[0]) <= TOLERANCE
 
 
 def test_wan_cases_show_the_first_frame(reference: Reference) -> None:
