@@ -9,7 +9,7 @@ import pytest
 from tests.browser.frontend import FrontEnd
 from tests.comfyui.graphs import Setting, sampling_graph
 from tests.comfyui.installation import PACK_NAME, REPOSITORY
-from tests.comfyui.model_files import TINY
+from tests.comfyui.model_files import FLUX, TINY
 from tests.comfyui.server import ComfyServer
 
 pytestmark = [pytest.mark.comfyui, pytest.mark.browser]
@@ -81,10 +81,11 @@ def _check_inputs(server: ComfyServer, node_type: str, inputs: dict) -> None:
 
 
 @pytest.mark.slow
-def test_text_to_video_runs(front_end: FrontEnd, tmp_path: Path) -> None:
-    front_end.load_workflow(read_workflow(TEXT_TO_VIDEO))
+@pytest.mark.parametrize(("name", "checkpoint"), [(TEXT_TO_VIDEO, TINY), ("flux_t2i", FLUX)])
+def test_a_template_runs(front_end: FrontEnd, name: str, checkpoint: str, tmp_path: Path) -> None:
+    front_end.load_workflow(read_workflow(name))
     front_end.replace_large_models(width=64, height=48, length=5)
-    front_end.set_widget("SPLoadDiffusionModel", "unet_name", TINY)
+    front_end.set_widget("SPLoadDiffusionModel", "unet_name", checkpoint)
     front_end.set_widget("SPConfig", "devices", "cpu,cpu")
     entry = front_end.run()
     front_end.screenshot(tmp_path / "finished.png")
