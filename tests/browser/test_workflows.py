@@ -9,7 +9,7 @@ import pytest
 from tests.browser.frontend import FrontEnd
 from tests.comfyui.graphs import Setting, sampling_graph
 from tests.comfyui.installation import PACK_NAME, REPOSITORY
-from tests.comfyui.model_files import TINY, WAN
+from tests.comfyui.model_files import FLUX, TINY, WAN
 from tests.comfyui.server import ComfyServer
 
 pytestmark = [pytest.mark.comfyui, pytest.mark.browser]
@@ -81,8 +81,10 @@ def _check_inputs(server: ComfyServer, node_type: str, inputs: dict) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "checkpoint", "text_width"), [(TEXT_TO_VIDEO, TINY, 64), ("wan_t2v", WAN, 4096)])
-def test_text_to_video_runs(front_end: FrontEnd, name: str, checkpoint: str, text_width: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "checkpoint", "text_width"), [(TEXT_TO_VIDEO, TINY, 64), ("wan_t2v", WAN, 4096), ("flux_t2i", FLUX, 64)]
+)
+def test_a_template_runs(front_end: FrontEnd, name: str, checkpoint: str, text_width: int, tmp_path: Path) -> None:
     front_end.load_workflow(read_workflow(name))
     front_end.replace_large_models(width=64, height=48, length=5, text_width=text_width)
     front_end.set_widget("SPLoadDiffusionModel", "unet_name", checkpoint)

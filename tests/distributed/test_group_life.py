@@ -39,7 +39,7 @@ from tests.distributed.process_facts import (
     open_tcp_sockets,
     wait_until,
 )
-from tests.distributed.tiny_models import Inputs, TinyModels
+from tests.distributed.tiny_models import Inputs, TinyModels, loaded
 
 ROOT = Path(__file__).parents[2]
 CONFIG = SequenceParallelConfig(devices="cpu,cpu")
@@ -171,6 +171,19 @@ def test_conditioning_travels_once(model: RemoteModel, group: WorkerGroup, monke
     sent, back = step()  # as cond and uncond take turns
     assert sent == set()
     assert torch.equal(back, first)
+
+
+def test_one_reference_picture_of_several_travels_when_it_changes(
+    group: WorkerGroup, tiny_models: TinyModels, monkeypatch: pytest.MonkeyPatch
+):
+    x, timestep, conditioning = Inputs(frames=None, sigma=True, references=((4, 4), (6, 4)), method="index").make()
+    with loaded(group, tiny_models.path("flux")) as model:
+        calls = spy_on_calls(group, monkeypatch)
+        first = model.step(x, timestep, conditioning)
+        model.step(x, timestep, {name: tensor.clone() for name, tensor in conditioning.items()})
+        other = model.step(x, timestep, conditioning | {"ref_latents.1": conditioning["ref_latents.1"] + 1})
+    assert [len(message["put"]) for name, message in calls if name == "step"] == [len(conditioning), 0, 1]
+    assert not torch.equal(first, other)
 
 
 def test_many_prompts_do_not_pile_up_in_the_workers(
