@@ -121,10 +121,18 @@ _FILES: dict[str, tuple[Form, dict[str, Shape]]] = {
         },
     ),
     "flux_differences": (_difference, {"diffusion_model.img_in": (WIDTH, 64)}),
+    # Wan
+    "wan_native": (
+        _kohya,
+        {"diffusion_model.blocks.0.self_attn.q": _SQUARE, "diffusion_model.blocks.1.ffn.0": (384, WIDTH)},
+    ),
+    "wan_kohya": (_kohya, {"lora_unet_blocks_0_cross_attn_v": _SQUARE, "lora_unet_blocks_1_self_attn_o": _SQUARE}),
+    "wan_differences": (_difference, {"diffusion_model.blocks.0.self_attn.k": _SQUARE}),
     "flux_control": (_peft_of_another_shape, {"diffusion_model.img_in": (WIDTH, 128)}),
 }
 HUNYUAN_VIDEO = tuple(name for name in _FILES if name.startswith("hunyuan"))
 FLUX = tuple(name for name in _FILES if name.startswith("flux") and name != "flux_control")
+WAN = tuple(name for name in _FILES if name.startswith("wan"))
 
 
 def write_lora_files(folder: Path) -> None:

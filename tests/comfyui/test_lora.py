@@ -13,13 +13,14 @@ from tests.comfyui.graphs import (
     ModelNode,
     Setting,
     Swapped,
+    Text,
     add_sampling,
     fresh,
     model_node,
     sampling_graph,
 )
 from tests.comfyui.latents import read_latent, relative_difference, sample
-from tests.comfyui.model_files import FLUX, FLUX_FOLDER, ORIGINAL_NAMES
+from tests.comfyui.model_files import FLUX, FLUX_FOLDER, ORIGINAL_NAMES, WAN
 from tests.comfyui.server import ComfyServer
 
 pytestmark = pytest.mark.comfyui
@@ -42,7 +43,8 @@ def with_loras(base: Setting, *loras: ModelNode) -> Setting:
 
 HUNYUAN_VIDEO_BASE = Setting()
 FLUX_BASE = Setting(checkpoint=FLUX, picture=True)
-BASES = {"hunyuan": HUNYUAN_VIDEO_BASE, "flux": FLUX_BASE}
+WAN_BASE = Setting(checkpoint=WAN, positive=Text(width=4096), negative=Text(seed=12, width=4096))
+BASES = {"hunyuan": HUNYUAN_VIDEO_BASE, "flux": FLUX_BASE, "wan": WAN_BASE}
 
 
 def base_of(name: str) -> Setting:
@@ -77,7 +79,7 @@ def sample_anew(server: ComfyServer, setting: Setting, swapped: Swapped = TWO) -
     return latent
 
 
-@pytest.mark.parametrize("name", lora_files.HUNYUAN_VIDEO + lora_files.FLUX)
+@pytest.mark.parametrize("name", lora_files.HUNYUAN_VIDEO + lora_files.FLUX + lora_files.WAN)
 def test_every_format_gives_the_native_latent(server: ComfyServer, reference: Reference, name: str) -> None:
     setting = with_loras(base_of(name), lora(name))
     expected = reference(setting)

@@ -155,3 +155,10 @@ def test_block_patches_are_refused(server: ComfyServer) -> None:
     result = server.run(sampling_graph(setting, TWO))
     assert result.status == "error"
     assert_says(result.message, "SkipLayer|patches_replace|block patch|block replacement")
+
+
+def test_perturbed_attention_is_refused(server: ComfyServer) -> None:
+    setting = Setting(cfg=4.0, model_nodes=(model_node("PerturbedAttentionGuidance", scale=3.0),))
+    result = server.run(sampling_graph(setting, TWO))
+    assert result.status == "error"
+    assert_says(result.message, "PerturbedAttentionGuidance")
