@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ..adapters import registry
 from ..adapters.base import Adapter, StepContext
 from ..adapters.native import NativeTensors
+from ..checkpoints.quantised import FP8
 from ..checkpoints.source import TensorInfo, open_source
 from ..degrees import Degrees
 from ..errors import CheckpointError, UnsupportedError
@@ -20,8 +21,6 @@ from .scaled_linear import ScaledLinear
 
 Progress = Callable[[int, int], None]
 """Called with bytes read and bytes in total; may raise StepCancelled."""
-
-_FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 
 
 class ResidentModel:
@@ -51,7 +50,7 @@ class ResidentModel:
         model_class = self.adapter.model_class()
         with torch.device("meta"):  # no memory until a weight is read
             self.model = model_class(**self.config)
-        if self._storage in _FP8:
+        if self._storage in FP8:
             _keep_fp8(self.model, self._storage, self.compute_dtype)
         self._load(progress)
         self.model.eval().requires_grad_(False)
@@ -84,7 +83,7 @@ class ResidentModel:
         else:
             # ComfyUI rounds weights to the storage dtype first; so do we, to get its results.
             value = part.to(self.device, self._storage, copy=True)
-            if self.model.get_parameter(name).dtype not in _FP8:
+            if self.model.get_parameter(name).dtype not in FP8:
                 value = value.to(self.compute_dtype)
         module._parameters[leaf] = nn.Parameter(value, requires_grad=False)
 

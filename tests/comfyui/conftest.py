@@ -1,7 +1,9 @@
 from tests.comfyui.fixtures import (  # noqa: F401
     installation,
     model_files,
+    native_latents,
     native_server,
+    reference,
     server,
     start_server,
 )

@@ -6,8 +6,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
+from tests.comfyui.graphs import Setting
 from tests.comfyui.installation import PACK_NAME, REPOSITORY, Installation, find_installation
+from tests.comfyui.latents import sample
 from tests.comfyui.model_files import write_model_files
 from tests.comfyui.server import ComfyServer
 
@@ -17,6 +20,7 @@ _SHARED_SERVER = pytest.StashKey[ComfyServer]()
 _MODELS = pytest.StashKey[Path]()
 
 ServerFactory = Callable[..., ComfyServer]
+Reference = Callable[[Setting], torch.Tensor]
 
 
 @pytest.fixture(scope="session")
@@ -86,3 +90,20 @@ def require_pack(server: ComfyServer) -> None:
     if not server.has_node("SPLoadDiffusionModel"):
         lines = [line for line in server.log().splitlines() if "0.0 seconds" not in line]
         pytest.fail(f"{PACK_NAME} did not load in ComfyUI:\n" + "\n".join(lines[-60:]), pytrace=False)
+
+
+@pytest.fixture(scope="module")
+def native_latents() -> dict[Setting, torch.Tensor]:
+    return {}
+
+
+@pytest.fixture
+def reference(server: ComfyServer, native_latents: dict[Setting, torch.Tensor]) -> Reference:
+    """The native latent of a setting, sampled once."""
+
+    def get(setting: Setting) -> torch.Tensor:
+        if setting not in native_latents:
+            native_latents[setting] = sample(server, setting)
+        return native_latents[setting]
+
+    return get

@@ -1,13 +1,13 @@
 """LoRA loaders act on the workers' weights just as they act on ComfyUI's own."""
 
 import time
-from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
 import torch
 
 from tests.comfyui import lora_files
+from tests.comfyui.fixtures import Reference
 from tests.comfyui.graphs import (
     GraphBuilder,
     ModelNode,
@@ -30,8 +30,6 @@ VISIBLE = 1e-2
 """What every LoRA here changes at least, relative."""
 TWO = Swapped()
 
-Reference = Callable[[Setting], torch.Tensor]
-
 
 def lora(name: str, strength: float = 1.0) -> ModelNode:
     return model_node("LoraLoaderModelOnly", lora_name=f"{name}.safetensors", strength_model=strength)
@@ -49,23 +47,6 @@ BASES = {"hunyuan": HUNYUAN_VIDEO_BASE, "flux": FLUX_BASE, "wan": WAN_BASE}
 
 def base_of(name: str) -> Setting:
     return BASES[name.partition("_")[0]]
-
-
-@pytest.fixture(scope="module")
-def native_latents() -> dict[Setting, torch.Tensor]:
-    return {}
-
-
-@pytest.fixture
-def reference(server: ComfyServer, native_latents: dict[Setting, torch.Tensor]) -> Reference:
-    """The native latent of a setting, sampled once."""
-
-    def get(setting: Setting) -> torch.Tensor:
-        if setting not in native_latents:
-            native_latents[setting] = sample(server, setting)
-        return native_latents[setting]
-
-    return get
 
 
 def sample_anew(server: ComfyServer, setting: Setting, swapped: Swapped = TWO) -> torch.Tensor:

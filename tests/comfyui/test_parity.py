@@ -1,11 +1,11 @@
 """One swapped loader node, the same seed: the same latent."""
 
-from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
 import torch
 
+from tests.comfyui.fixtures import Reference
 from tests.comfyui.graphs import Setting, Swapped, Text, fresh, model_node, two_stage_graph
 from tests.comfyui.latents import read_latent, relative_difference, sample
 from tests.comfyui.model_files import (
@@ -81,26 +81,6 @@ WAN_CASES = {
     "22_5b_cfg": replace(_WAN_5B, cfg=4.0, **_DPMPP),
     "22_5b_odd_batch_2": replace(_WAN_5B, cfg=4.0, batch=2, height=48),
 }
-
-
-Reference = Callable[[Setting], torch.Tensor]
-
-
-@pytest.fixture(scope="module")
-def native_latents() -> dict[Setting, torch.Tensor]:
-    return {}
-
-
-@pytest.fixture
-def reference(server: ComfyServer, native_latents: dict[Setting, torch.Tensor]) -> Reference:
-    """The native latent of a setting, sampled once."""
-
-    def get(setting: Setting) -> torch.Tensor:
-        if setting not in native_latents:
-            native_latents[setting] = sample(server, setting)
-        return native_latents[setting]
-
-    return get
 
 
 def test_easy_cache_case_skips_steps(reference: Reference) -> None:
