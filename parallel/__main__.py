@@ -34,7 +34,7 @@ def main(arguments: list[str] | None = None) -> int:
         ("heads", 2, "attention heads"),
         ("batch", 1, "samples"),
         ("pipeline", 1, "chunks of heads that overlap exchange and kernel (attention only)"),
-        ("rounds", 5, "timed rounds"),
+        ("rounds", 15, "timed rounds"),
         ("ulysses-degree", 0, "0 chooses"),
         ("ring-degree", 0, "0 chooses"),
         ("share-of", 0, "measure one rank of a world of this size on one device, without peers (attention only)"),

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch.distributed as dist
-from torch.distributed.device_mesh import init_device_mesh
 
 from .degrees import Degrees
-
-AXES = ("dp", "cfg", "ring", "ulysses")
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,14 +20,24 @@ class Mesh:
     degrees: Degrees
     rank: int
     """In the world."""
-    ring: dist.ProcessGroup
-    ulysses: dist.ProcessGroup
+    ring: dist.ProcessGroup | None
+    """The ranks with the same heads; None where it would be this rank alone."""
+    ulysses: dist.ProcessGroup | None
+    """The ranks with the same chunk of the sequence; None where it would be this rank alone."""
 
     @classmethod
-    def build(cls, degrees: Degrees, device_type: str) -> Mesh:
-        shape = (degrees.dp, degrees.cfg, degrees.ring, degrees.ulysses)
-        mesh = init_device_mesh(device_type, shape, mesh_dim_names=AXES)
-        return cls(degrees, dist.get_rank(), mesh.get_group("ring"), mesh.get_group("ulysses"))
+    def build(cls, degrees: Degrees) -> Mesh:
+        ranks = range(degrees.world_size)
+        sp, ulysses = degrees.sp, degrees.ulysses
+        columns = [ranks[start + i : start + sp : ulysses] for start in ranks[::sp] for i in range(ulysses)]
+        rows = [ranks[start : start + ulysses] for start in ranks[::ulysses]]
+        return cls(degrees, dist.get_rank(), _group(columns), _group(rows))
+
+    @property
+    def ulysses_ranks(self) -> range:
+        """Those of `ulysses`, in the world."""
+        start = self.rank // self.degrees.ulysses * self.degrees.ulysses
+        return range(start, start + self.degrees.ulysses)
 
     @property
     def group(self) -> int:
@@ -45,3 +53,16 @@ class Mesh:
         """The part of a per-rank table that belongs to this rank's sequence-parallel group."""
         start = self.group * self.degrees.sp
         return weights[start : start + self.degrees.sp]
+
+
+def _group(parts: Sequence[range]) -> dist.ProcessGroup | None:
+    """This rank's among groups that part the world.
+
+    A group costs: with NCCL a communicator and its buffers, with gloo a thread that wakes a hundred times a second. So
+    one rank has none, and all together are the world's own. Groups that only share work (dp, cfg) send nothing.
+    """
+    if len(parts[0]) == 1:
+        return None
+    if len(parts) == 1:
+        return dist.group.WORLD
+    return dist.new_subgroups_by_enumeration([list(part) for part in parts])[0]

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..plan import SequencePlan
-from .exchange import CommonMemoryExchange
+from .common_memory import CommonMemoryExchange
 from .kernels import Kernel
 from .ring import RingAttention
 from .traffic import Traffic

@@ -4,11 +4,12 @@ Two collectives per attention, whatever the shapes: q, k and v travel packed in 
 Split sizes come from the plan, so no sizes are exchanged and no layer waits for the host. Shapes on rank r, with S_r
 local tokens of S, and H_r local heads of H:
 
-    q, k, v [B, S_r, H, D]  →  pack [S_r, B, 3, H_j, D] for each rank j  →  all-to-all  →  [S, B, 3, H_r, D]
+    q, k, v [B, S_r, H, D]  →  pack [3, S_r, B·H_j·D] for each rank j  →  all-to-all  →  [3, S, B·H_r·D]
     → kernel on [B, H_r, S, D] →  [S, B, H_r, D]  →  all-to-all  →  [S_r, B, H_j, D] of each rank j  →  [B, S_r, H, D]
 
-Tokens lead the layout, so the pieces of the senders land in order and the received buffer needs no copy: the kernel
-reads it through strides.
+In a collective tokens lead the layout in memory, so the pieces of the senders land in order and the received buffer
+needs no copy: the kernel reads it through strides. Through common memory it is copied once anyway, and q, k and v then
+lie one after the other.
 
 Pipelined, the heads are cut into chunks, each with two collectives of its own: while the kernel works on chunk i, chunk
 i + 1 is on its way in and chunk i − 1 on its way back.
@@ -24,7 +25,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..plan import Range, SequencePlan, ranges, shares
-from .exchange import Arrival, CollectiveExchange, CommonMemoryExchange, Exchange
+from .common_memory import CommonMemoryExchange
+from .exchange import CollectiveExchange, Exchange, Joined, Pieces
 from .traffic import Traffic
 
 T = TypeVar("T")
@@ -70,7 +72,7 @@ class UlyssesAttention:
         for start, stop in plan.head_ranges[row]:
             for chunk, (first, last) in zip(self.chunks, ranges(shares(stop - start, [1] * pipeline)), strict=True):
                 chunk.append((start + first, start + last))
-        self._collective = CollectiveExchange(group)
+        self._collective = CollectiveExchange(group, self.position)
         self._common = common if pipeline == 1 else None  # nothing moves there while the kernel works
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -83,17 +85,17 @@ class UlyssesAttention:
             return self._differentiable(q, k, v), work()
         batch, tokens, _, dim = q.shape
         exchange = self._exchange(batch * dim * q.element_size())
-        coming: Arrival | None = self._scatter(exchange, q, k, v, self.chunks[0])
+        coming: Joined | None = self._scatter(exchange, q, k, v, self.chunks[0])
         result = work()
-        returning: list[Arrival] = []
+        returning: list[Pieces] = []
         for i, heads in enumerate(self.chunks):
             assert coming is not None
-            received = coming.joined()
+            received = coming()
             coming = self._scatter(exchange, q, k, v, self.chunks[i + 1]) if i + 1 < len(self.chunks) else None
             returning.append(self._gather(exchange, self._attend(received, heads, batch, dim), heads))
         out = q.new_empty(tokens, batch, self.heads, dim)
-        for heads, arrival in zip(self.chunks, returning, strict=True):
-            for piece, (first, last) in zip(arrival.pieces(), heads, strict=True):
+        for heads, pieces in zip(self.chunks, returning, strict=True):
+            for piece, (first, last) in zip(pieces(), heads, strict=True):
                 out[:, :, first:last] = piece.view(tokens, batch, last - first, dim)
         return out.transpose(0, 1), result
 
@@ -102,21 +104,18 @@ class UlyssesAttention:
         largest = 3 * max(self.tokens) * self.heads * nbytes
         return self._common if self._common is not None and self._common.fits(largest) else self._collective
 
-    def _scatter(self, exchange: Exchange, q: Tensor, k: Tensor, v: Tensor, heads: list[Range]) -> Arrival:
-        """Starts [B, S_r, H, D] ×3 → [S, B, 3, H_r, D], flat."""
+    def _scatter(self, exchange: Exchange, q: Tensor, k: Tensor, v: Tensor, heads: list[Range]) -> Joined:
+        """Starts [B, S_r, H, D] ×3 → [3, S, B · H_r · D]."""
         batch, tokens, _, dim = q.shape
-        per_head = batch * 3 * dim
-        sent = [tokens * (last - first) * per_head for first, last in heads]
-        send = exchange.buffer(sum(sent), q)
-        for piece, (first, last) in zip(send.split(sent), heads, strict=True):
-            packed = piece.view(tokens, batch, 3, last - first, dim)
-            for i, x in enumerate((q, k, v)):
-                packed[:, :, i] = x[:, :, first:last].transpose(0, 1)
-        self.traffic.add((send.numel() - sent[self.position]) * send.element_size())
-        first, last = heads[self.position]
-        return exchange.start(send, sent, [n * (last - first) * per_head for n in self.tokens])
+        widths = [batch * (last - first) * dim for first, last in heads]
+        parcel = exchange.pack(widths, self.tokens, q)
+        for i, x in enumerate((q, k, v)):
+            for piece, (first, last) in zip(parcel.pieces, heads, strict=True):
+                piece[i].view(tokens, batch, last - first, dim).copy_(x[:, :, first:last].transpose(0, 1))
+        self.traffic.add(3 * tokens * (sum(widths) - widths[self.position]) * q.element_size())
+        return parcel.send()
 
-    def _gather(self, exchange: Exchange, out: Tensor, heads: list[Range]) -> Arrival:
+    def _gather(self, exchange: Exchange, out: Tensor, heads: list[Range]) -> Pieces:
         """Starts [B, H_r, S, D] → [S_r, B, H_j, D] of each rank j, flat."""
         batch, local, _, dim = out.shape
         tokens = self.tokens[self.position]
@@ -128,15 +127,16 @@ class UlyssesAttention:
         )
 
     def _attend(self, received: Tensor, heads: list[Range], batch: int, dim: int) -> Tensor:
+        """[3, S, B · H_r · D] → [B, H_r, S, D]."""
         first, last = heads[self.position]
-        q, k, v = received.view(sum(self.tokens), batch, 3, last - first, dim).permute(2, 1, 3, 0, 4)
+        q, k, v = received.view(3, sum(self.tokens), batch, last - first, dim).permute(0, 2, 3, 1, 4)
         return self.local(q, k, v) if last > first else q.contiguous()
 
     def _differentiable(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """The same exchange through autograd, in one chunk."""
         batch, tokens, _, dim = q.shape
         heads = [(first[0], last[1]) for first, last in zip(self.chunks[0], self.chunks[-1], strict=True)]
-        packed = torch.stack((q, k, v), dim=2).transpose(0, 1)  # [S_r, B, 3, H, D]
+        packed = torch.stack((q, k, v)).permute(2, 0, 1, 3, 4)  # [S_r, 3, B, H, D]
         pieces = [packed[:, :, :, first:last].flatten() for first, last in heads]
         mine = heads[self.position][1] - heads[self.position][0]
         received = _AllToAll.apply(
@@ -145,6 +145,7 @@ class UlyssesAttention:
             [n * batch * 3 * mine * dim for n in self.tokens],
             self.group,
         )
+        received = received.view(sum(self.tokens), 3, batch * mine * dim).transpose(0, 1)
         out = self._attend(received, heads, batch, dim).permute(2, 0, 1, 3).flatten()
         back = [tokens * batch * (last - first) * dim for first, last in heads]
         returned = _AllToAll.apply(out, [n * batch * mine * dim for n in self.tokens], back, self.group)

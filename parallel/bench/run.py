@@ -48,7 +48,7 @@ class Workload:
     """Chunks of heads that overlap exchange and kernel; 1 is unpipelined."""
     layers: tuple[int, int] = (8, 8)
     """Dual- and single-stream blocks of `bench step`."""
-    rounds: int = 5
+    rounds: int = 15
     dtype: torch.dtype = torch.float32
     slow: tuple[int, ...] = ()
     """How many times slower each rank is made; an equal plan is then measured beside the one of `devices`."""

@@ -37,7 +37,7 @@ def bench_share(work: Workload, world_size: int, rank: int) -> tuple[dict[str, A
     device = torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world_size)
     try:
-        mesh = Mesh.build(degrees, device.type)
+        mesh = Mesh.build(degrees)
         plan = SequencePlan((work.tokens, work.text), work.heads, (1.0,) * world_size, degrees.ring)
         kernel = select("auto", device)
         times = []

@@ -25,7 +25,7 @@ import torch
 import torch.distributed as dist
 
 from ..attention import kernels
-from ..attention.exchange import CommonMemory
+from ..attention.common_memory import CommonMemory
 from ..attention.traffic import Traffic
 from ..degrees import Degrees
 from ..errors import EngineError, StepCancelled

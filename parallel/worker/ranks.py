@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 
 from ..adapters.base import StepContext
-from ..attention.exchange import CommonMemory, CommonMemoryExchange
+from ..attention.common_memory import CommonMemory, CommonMemoryExchange
 from ..attention.joint import JointAttention, Unexchanged, joint_attention
 from ..attention.kernels import Kernel
 from ..attention.traffic import Traffic
@@ -70,10 +70,9 @@ class Ranks:
     def mesh(self, degrees: Degrees) -> Mesh:
         """All ranks must ask for the same meshes in the same order."""
         if degrees not in self._meshes:
-            self._meshes[degrees] = mesh = Mesh.build(degrees, self.device.type)
+            self._meshes[degrees] = mesh = Mesh.build(degrees)
             if self.memory is not None:
-                ranks = dist.get_process_group_ranks(mesh.ulysses)
-                self._common[degrees] = CommonMemoryExchange(self.memory, len(self._common), ranks)
+                self._common[degrees] = CommonMemoryExchange(self.memory, len(self._common), mesh.ulysses_ranks)
         return self._meshes[degrees]
 
     def joint_attention(self, plan: SequencePlan, mesh: Mesh, pipeline: int, traffic: Traffic) -> JointAttention:

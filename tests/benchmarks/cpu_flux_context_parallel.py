@@ -25,7 +25,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from parallel.attention.exchange import CommonMemory
+from parallel.attention.common_memory import CommonMemory
 from parallel.attention.kernels import Sdpa
 from parallel.degrees import Degrees
 from parallel.demo.checkpoint import write_tiny_flux

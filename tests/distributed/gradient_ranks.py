@@ -166,7 +166,7 @@ def _context(weights: tuple[float, ...], ring: int) -> ParallelContext:
     ranks = Ranks(weights, torch.device("cpu"), Sdpa())
     control = ControlPage.create()
     control.reset(len(weights))
-    return ParallelContext(ranks, Mesh.build(degrees, "cpu"), control)
+    return ParallelContext(ranks, Mesh.build(degrees), control)
 
 
 def main(rank: int, world: int, store: str, results: str, checkpoint_path: str) -> None:

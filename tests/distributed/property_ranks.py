@@ -18,7 +18,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from parallel.attention.exchange import CommonMemory
+from parallel.attention.common_memory import CommonMemory
 from parallel.attention.kernels import Sdpa
 from parallel.attention.traffic import Traffic
 from parallel.degrees import Degrees

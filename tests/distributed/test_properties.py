@@ -16,7 +16,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from parallel.attention.exchange import CommonMemory
+from parallel.attention.common_memory import CommonMemory
 from tests.distributed.property_ranks import Case, ModelCase, Plan
 from tests.distributed.start_ranks import ENVIRONMENT, ROOT
 from tests.distributed.tiny_models import Inputs, TinyModels

@@ -7,13 +7,14 @@ import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from parallel.attention.exchange import CommonMemory, CommonMemoryExchange
+from parallel.attention.common_memory import CommonMemory, CommonMemoryExchange
 
 pytestmark = pytest.mark.skipif(not CommonMemory.supported(), reason="no common memory on this kind of machine")
 
@@ -35,42 +36,50 @@ def run(ranks: Sequence[Callable[[], object]]) -> list[object]:
         return [future.result(timeout=60) for future in [pool.submit(rank) for rank in ranks]]
 
 
-# For each exchange, for each sender, elements for each receiver.
-SIZES = st.integers(1, 4).flatmap(
-    lambda world: st.lists(
-        st.lists(st.lists(st.integers(0, 9), min_size=world, max_size=world), min_size=world, max_size=world),
-        min_size=1,
-        max_size=12,
-    )
-)
+WORLDS = st.integers(1, 4)
 
 
-@settings(max_examples=60, deadline=None)
-@given(exchanges=SIZES, dtype=st.sampled_from([torch.float32, torch.bfloat16]), packed=st.booleans())
-def test_every_piece_arrives_whole_and_in_order(exchanges, dtype, packed):
-    world = len(exchanges[0])
+def sizes(draw: st.DrawFn, world: int) -> list[int]:
+    return draw(st.lists(st.integers(0, 9), min_size=world, max_size=world))
+
+
+@st.composite
+def exchanges(draw: st.DrawFn) -> list[tuple[bool, list[int], list[list[int]]]]:
+    """For each exchange: is it packed, rows of each rank, and widths for each rank or sizes of the pieces."""
+    world = draw(WORLDS)
+    return [
+        (draw(st.booleans()), sizes(draw, world), [sizes(draw, world) for _ in range(world)])
+        for _ in range(draw(st.integers(1, 12)))
+    ]
+
+
+@settings(max_examples=100, deadline=None)
+@given(exchanges=exchanges(), dtype=st.sampled_from([torch.float32, torch.bfloat16]))
+def test_every_piece_arrives_whole_and_in_order(exchanges, dtype):
+    world = len(exchanges[0][1])
     descriptor = os.memfd_create("test")
     memory = map_for(descriptor, world)
 
-    def value(number: int, sender: int, receiver: int, count: int) -> torch.Tensor:
-        return (torch.arange(count) + 100 * (number % 2) + 30 * sender + 7 * receiver).to(dtype)
+    def value(number: int, sender: int, receiver: int, *shape: int) -> torch.Tensor:
+        count = torch.arange(torch.Size(shape).numel()).view(shape)
+        return (count + 100 * (number % 2) + 30 * sender + 7 * receiver).to(dtype)
 
     def rank(me: int) -> bool:
         exchange = CommonMemoryExchange(memory[me], 0, range(world))
-        for number, table in enumerate(exchanges):
-            sent, received = table[me], [row[me] for row in table]
-            send = torch.cat([value(number, me, j, count) for j, count in enumerate(sent)])
+        for number, (packed, rows, table) in enumerate(exchanges):
             if packed:
-                buffer = exchange.buffer(len(send), send)
-                buffer.copy_(send)
-                send = buffer
-            arrival = exchange.start(send, sent, received)
-            expected = [value(number, j, me, count) for j, count in enumerate(received)]
-            if number % 2:
-                assert torch.equal(arrival.joined(), torch.cat(expected))
+                widths = table[0]
+                parcel = exchange.pack(widths, rows, torch.empty(0, dtype=dtype))
+                for j, (piece, width) in enumerate(zip(parcel.pieces, widths, strict=True)):
+                    piece.copy_(value(number, me, j, 3, rows[me], width))
+                expected = [value(number, j, me, 3, rows[j], widths[me]) for j in range(world)]
+                assert torch.equal(parcel.send()(), torch.cat(expected, dim=1))
             else:
-                for piece, right in zip(arrival.pieces(), expected, strict=True):
-                    assert torch.equal(piece, right)
+                sent, received = table[me], [row[me] for row in table]
+                send = [value(number, me, j, count) for j, count in enumerate(sent)]
+                pieces = exchange.start(torch.cat(send), sent, received)()
+                for j, (piece, count) in enumerate(zip(pieces, received, strict=True)):
+                    assert torch.equal(piece, value(number, j, me, count))
         return True
 
     try:
@@ -90,7 +99,7 @@ def test_groups_of_the_same_ranks_do_not_hear_each_other(file: int):
         heard = []
         for exchange, size in ((rows, 2), (everyone, 4), (everyone, 4), (rows, 2)):
             arrival = exchange.start(torch.full((size,), float(me)), [1] * size, [1] * size)
-            heard.append(arrival.joined().tolist())
+            heard.append(torch.cat(list(arrival())).tolist())
             barrier.wait()  # as between two steps
         return heard
 
@@ -105,7 +114,7 @@ def test_a_peer_with_another_plan_is_noticed(file: int):
 
     def rank(me: int, expected: int) -> object:
         exchange = CommonMemoryExchange(memory[me], 0, range(2))
-        return exchange.start(torch.zeros(4), [2, 2], [2, expected]).joined()
+        return exchange.start(torch.zeros(4), [2, 2], [expected, expected])()
 
     with pytest.raises(AssertionError, match="rank 1 sent 2 elements, the plan has 3"):
         run([lambda: rank(0, 3), lambda: rank(1, 2)])
@@ -117,26 +126,45 @@ def test_a_slow_peer_is_waited_for(file: int):
 
     def slow() -> object:
         late.wait()
-        return CommonMemoryExchange(memory[1], 0, range(2)).start(torch.ones(2), [1, 1], [1, 1]).joined()
+        return CommonMemoryExchange(memory[1], 0, range(2)).start(torch.ones(2), [1, 1], [1, 1])()
 
     def quick() -> object:
-        arrival = CommonMemoryExchange(memory[0], 0, range(2)).start(torch.zeros(2), [1, 1], [1, 1])
+        pieces = CommonMemoryExchange(memory[0], 0, range(2)).start(torch.zeros(2), [1, 1], [1, 1])
         threading.Timer(0.05, late.set).start()
-        return arrival.joined()
+        return pieces()
 
-    first, second = run([quick, slow])
-    assert torch.equal(first, torch.tensor([0.0, 1.0])) and torch.equal(second, first)
+    for heard in run([quick, slow]):
+        assert [piece.item() for piece in heard] == [0.0, 1.0]
 
 
 def test_released_memory_goes_back_to_the_system(file: int):
-    (memory,) = map_for(file, 1)
-    exchange = CommonMemoryExchange(memory, 0, [0])
-    megabytes = torch.ones(4 << 20)
-    exchange.start(megabytes, [len(megabytes)], [len(megabytes)]).joined()
-    assert taken(file) >= megabytes.nbytes
-    memory.release()
-    assert taken(file) <= 16 * mmap.PAGESIZE
-    assert torch.equal(exchange.start(megabytes, [len(megabytes)], [len(megabytes)]).joined(), megabytes)
+    memory = map_for(file, 2)
+    exchanges = [CommonMemoryExchange(memory[me], 0, range(2)) for me in range(2)]
+    width = 1 << 20
+    sent = 3 * width * 4  # bytes, of one row for one rank
+
+    def rank(me: int) -> torch.Tensor:
+        parcel = exchanges[me].pack([width, width], [1, 1], torch.empty(0))
+        for piece in parcel.pieces:
+            piece.fill_(me)
+        return parcel.send()()
+
+    for arrived in run([lambda me=me: rank(me) for me in range(2)]):
+        assert torch.equal(arrived[:, :, 0], torch.tensor([[0.0, 1.0]]).expand(3, 2))
+    assert taken(file) >= 2 * sent
+    held = resident()
+    for each in memory:
+        each.release()
+    assert taken(file) <= 32 * mmap.PAGESIZE
+    assert held - resident() >= 0.9 * 4 * sent  # what both have joined
+    for arrived in run([lambda me=me: rank(me) for me in range(2)]):
+        assert torch.equal(arrived[:, :, 0], torch.tensor([[0.0, 1.0]]).expand(3, 2))
+
+
+def resident() -> int:
+    """Bytes of this process's own memory."""
+    fields = Path("/proc/self/statm").read_text().split()
+    return (int(fields[1]) - int(fields[2])) * mmap.PAGESIZE
 
 
 def taken(file: int) -> int:

@@ -1,0 +1,185 @@
+"""All-to-all exchanges between CPU processes of one machine, through memory that they share."""
+
+from __future__ import annotations
+
+import mmap
+import os
+import platform
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from functools import partial
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+
+from .exchange import PARTS, Joined, Parcel, Pieces
+
+_HEADER = 64 << 10
+_TABLE = 4096
+_SLOT = 4 << 30
+"""Bytes of address space for one message; memory is taken only for what is written."""
+_MAP_NORESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000)
+"""Named since Python 3.13; the number is that of Linux on x86."""
+_SPIN_S = 0.002
+_SLEEP_S = 0.0001
+
+
+class CommonMemory:
+    """Memory that the CPU ranks of a world map: for each rank one word per channel, and two slots for messages.
+
+    A slot begins with a table: where each receiver's piece starts, in elements. What a rank has received it joins in
+    memory of its own, which stays mapped: the first touch of a page costs more than all copying of its bytes.
+
+    Args:
+        descriptor: of a file that is empty at first, the same for all ranks; the caller may close it.
+        rank: this process.
+        world_size: ranks that map the file.
+    """
+
+    def __init__(self, descriptor: int, rank: int, world_size: int):
+        self.rank = rank
+        self.world_size = world_size
+        size = _HEADER + 2 * world_size * _SLOT
+        if os.fstat(descriptor).st_size < size:
+            os.ftruncate(descriptor, size)
+        self._map = mmap.mmap(descriptor, size)
+        whole = memoryview(self._map)
+        self.words = whole[:_HEADER].cast("q")
+        starts = (_HEADER + i * _SLOT for i in range(2 * world_size))
+        self._tables = [whole[start : start + _TABLE].cast("q") for start in starts]
+        self._own = mmap.mmap(-1, _SLOT, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE)
+        with suppress(OSError):  # a kernel without huge pages
+            self._own.madvise(mmap.MADV_HUGEPAGE)
+
+    @staticmethod
+    def supported() -> bool:
+        """Whether what one process writes becomes visible to another in order, without barriers."""
+        return platform.system() == "Linux" and platform.machine() == "x86_64"
+
+    def table(self, rank: int, number: int) -> memoryview:
+        """Of the slot that holds message `number` of `rank`."""
+        return self._tables[2 * rank + number % 2]
+
+    def elements(self, rank: int, number: int, start: int, count: int, dtype: torch.dtype) -> Tensor:
+        """`count` elements of that slot, from element `start` on."""
+        return _view(
+            self._map, _HEADER + (2 * rank + number % 2) * _SLOT + _TABLE + start * dtype.itemsize, count, dtype
+        )
+
+    def room(self, count: int, dtype: torch.dtype) -> Tensor:
+        """Memory that only this rank sees; the same in every call."""
+        return _view(self._own, 0, count, dtype)
+
+    def release(self) -> None:
+        """Gives the memory of this rank's slots and its own back to the system; between exchanges only."""
+        self._map.madvise(mmap.MADV_REMOVE, _HEADER + 2 * self.rank * _SLOT, 2 * _SLOT)
+        self._own.madvise(mmap.MADV_DONTNEED)
+
+
+def _view(memory: mmap.mmap, offset: int, count: int, dtype: torch.dtype) -> Tensor:
+    return torch.frombuffer(memory, dtype=dtype, count=count, offset=offset) if count else torch.empty(0, dtype=dtype)
+
+
+class CommonMemoryExchange:
+    """Between CPU ranks, through their `CommonMemory`: each byte is written once and read once.
+
+    In every exchange a rank waits for all others. So one that has finished exchange n + 1 knows that all have finished
+    n and read what it sent in n: two slots are enough, and nothing is acknowledged. What a rank sends to itself is not
+    in the slots at all.
+
+    Args:
+        memory: the world's common memory.
+        channel: a number that no other group of these ranks has, the same on all of them.
+        ranks: the group's ranks of the world, this one among them.
+    """
+
+    def __init__(self, memory: CommonMemory, channel: int, ranks: Sequence[int]):
+        self.memory = memory
+        self._ranks = list(ranks)
+        self.position = self._ranks.index(memory.rank)
+        """Of this rank in the group."""
+        self._words = [channel * memory.world_size + rank for rank in ranks]
+        assert max(self._words) < len(memory.words) and len(self._ranks) < _TABLE // 8
+        self._number = 0
+
+    @staticmethod
+    def fits(nbytes: int) -> bool:
+        """Whether a message of so many bytes can be sent."""
+        return nbytes <= _SLOT - _TABLE
+
+    def pack(self, widths: Sequence[int], rows: Sequence[int], like: Tensor) -> Parcel:
+        return _InSlot(self, widths, rows, like.dtype)
+
+    def start(self, whole: Tensor, sent: Sequence[int], received: Sequence[int]) -> Pieces:
+        pieces = whole.reshape(-1).split(list(sent))
+        for i, target in enumerate(self.slot(sent, whole.dtype)):
+            if i != self.position:
+                target.copy_(pieces[i])
+        arrived = self.publish(received, whole.dtype)
+        return lambda: [pieces[i] if i == self.position else piece for i, piece in enumerate(arrived())]
+
+    def slot(self, sent: Sequence[int], dtype: torch.dtype) -> list[Tensor]:
+        """Where the pieces of the next message go; this rank's own is empty."""
+        memory, number = self.memory, self._number + 1
+        table = memory.table(memory.rank, number)
+        sizes = [0 if i == self.position else size for i, size in enumerate(sent)]
+        for i, start in enumerate(accumulate(sizes, initial=0)):
+            table[i] = start
+        return list(memory.elements(memory.rank, number, 0, sum(sizes), dtype).split(sizes))
+
+    def publish(self, received: Sequence[int], dtype: torch.dtype) -> Pieces:
+        """Lets the others read what has been laid into the slot. This rank's own piece does not arrive: it is empty."""
+        self._number += 1
+        self.memory.words[self._words[self.position]] = self._number
+        return partial(self._wait_for, self._number, received, dtype)
+
+    def _wait_for(self, number: int, received: Sequence[int], dtype: torch.dtype) -> list[Tensor]:
+        words = self.memory.words
+        pieces = []
+        for rank, word, count in zip(self._ranks, self._words, received, strict=True):
+            if words[word] < number:
+                _wait(words, word, number)
+            start, end = self.memory.table(rank, number)[self.position : self.position + 2]
+            expected = 0 if rank == self.memory.rank else count
+            assert end - start == expected, f"rank {rank} sent {end - start} elements, the plan has {expected}"
+            pieces.append(self.memory.elements(rank, number, start, expected, dtype))
+        return pieces
+
+
+class _InSlot:
+    """What is for others lies in the slot, what is for this rank already where it will be read."""
+
+    def __init__(self, exchange: CommonMemoryExchange, widths: Sequence[int], rows: Sequence[int], dtype: torch.dtype):
+        self._exchange = exchange
+        here = exchange.position
+        self._received = [PARTS * each * widths[here] for each in rows]
+        self._room = exchange.memory.room(sum(self._received), dtype).view(PARTS, sum(rows), widths[here])
+        self._places = self._room.split(list(rows), dim=1)
+        slot = exchange.slot([PARTS * rows[here] * width for width in widths], dtype)
+        self.pieces: Sequence[Tensor] = [
+            self._places[here] if i == here else piece.view(PARTS, rows[here], width)
+            for i, (piece, width) in enumerate(zip(slot, widths, strict=True))
+        ]
+
+    def send(self) -> Joined:
+        arrived = self._exchange.publish(self._received, self._room.dtype)
+
+        def joined() -> Tensor:
+            for i, (place, piece) in enumerate(zip(self._places, arrived(), strict=True)):
+                if i != self._exchange.position:
+                    place.copy_(piece.view(place.shape))
+            return self._room
+
+        return joined
+
+
+def _wait(words: memoryview, word: int, number: int) -> None:
+    """Gives the core away again and again; after a while sleeps, too. The host ends ranks whose peers have died."""
+    began = time.perf_counter()
+    while words[word] < number:
+        if time.perf_counter() - began < _SPIN_S:
+            os.sched_yield()
+        else:
+            time.sleep(_SLEEP_S)
