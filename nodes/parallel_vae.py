@@ -26,7 +26,6 @@ import torch
 from server import PromptServer
 from torch import Tensor, nn
 
-
 from ..parallel.config import SequenceParallelConfig, resolve
 from ..parallel.errors import ConfigError, UnsupportedError, WorkerOutOfMemoryError
 from ..parallel.host import running

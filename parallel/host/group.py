@@ -212,7 +212,7 @@ class WorkerGroup:
             try:
                 yield
             finally:
-                if self._tasks:
+                if self._tasks and not self._closing:
                     self._control.request_cancel()
 
     def submit(self, rank: int, operation: str, message: Message) -> Task:

@@ -37,6 +37,7 @@ class RemoteVAE:
         self.name = f"vae-{next(_VAES)}"
         self.nbytes = 0
         """Bytes of weights that one worker holds; 0 when not loaded."""
+        self.last_run: TileRun | None = None
         self._config = config
         self._source = dict(source)
         self._state = state
@@ -105,6 +106,7 @@ class RemoteVAE:
         group.settle(poll)
         run = TileRun(group, self.name, direction, tiles, dtype, poll=poll, on_progress=on_progress)
         run.announce()
+        self.last_run = run
         return run
 
     def unload(self) -> None:

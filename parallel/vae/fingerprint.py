@@ -11,8 +11,8 @@ Fingerprint = dict[str, str]
 """Name of a module or tensor → what it is."""
 
 _PATCHERS = {
-    "bias_function", "current_weight_patches_uuid", "device", "lowvram_patch_counter", "model_loaded_weight_memory", "model_lowvram",
-    "model_offload_buffer_memory", "prev_comfy_cast_weights", "training", "weight_function",
+    "bias_function", "current_weight_patches_uuid", "device", "lowvram_patch_counter", "model_loaded_weight_memory",
+    "model_lowvram", "model_offload_buffer_memory", "prev_comfy_cast_weights", "training", "weight_function",
 }  # fmt: skip
 """Attributes that ComfyUI's ModelPatcher and torch keep on a network: its state, not its settings."""
 _PLAIN = (bool, int, float, str, type(None))

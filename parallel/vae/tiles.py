@@ -61,9 +61,12 @@ class TileRun:
         poll: Poll | None = None,
         on_progress: Progress | None = None,
     ):
-        self.peak_bytes = 0
-        """The most memory that a rank said it used."""
+        self.rank_bytes = [0] * group.layout.world_size
+        """The most memory that each rank said it used after a tile."""
+        self.bytes_sent = 0
+        """To the workers."""
         self.bytes_back = 0
+        """Of finished tiles."""
         self._group = group
         self._vae = vae
         self._direction = direction
@@ -123,6 +126,7 @@ class TileRun:
             self._free_in.remove(slot_in)
             self._free_out.remove(slot_out)
             x = self._tiles[tile].make()
+            self.bytes_sent += x.nbytes
             place = TensorRef(IN, slot_in * self._in_size, (x.numel(),), dtype_name(self._dtype))
             # The order of strides is kept, because convolutions of another memory format give other bits.
             stride = torch.empty_like(x, device="meta").stride()
@@ -143,7 +147,7 @@ class TileRun:
                 continue
             del self._flying[tile]
             self._free_in.append(slot_in)
-            self.peak_bytes = max(self.peak_bytes, task.reply["memory"])
+            self.rank_bytes[task.rank] = max(self.rank_bytes[task.rank], task.reply["memory"])
             if not task.reply["ok"]:
                 self._put_back(slot_out)
                 out_of_memory = task.reply["error"]["out_of_memory"]

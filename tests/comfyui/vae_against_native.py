@@ -30,7 +30,7 @@ def _import(name: str, path: str, package: bool = False) -> Any:
 def main(comfyui: str, repository: str, cases: list[dict[str, Any]]) -> None:
     import torch
 
-    networks = _import("vae_networks", f"{repository}/tests/comfyui/vae_networks.py")
+    networks = _import("vae_networks", f"{repository}/tests/comfyui/test_pack/vae_networks.py")
     _import("pack", repository, package=True)
     parallel_vae = importlib.import_module("pack.nodes.parallel_vae")
     config = importlib.import_module("pack.parallel.config").SequenceParallelConfig
