@@ -78,16 +78,17 @@ def _config(config: SequenceParallelConfig | None) -> SequenceParallelConfig:
     if config is None:
         groups = running.running()
         if groups:
-            layout = groups[-1].layout
-            config = SequenceParallelConfig(devices=layout.describe(), attention=layout.attention)
+            running_on = groups[-1].layout
+            config = SequenceParallelConfig(devices=running_on.describe(), attention=running_on.attention)
         else:
             config = SequenceParallelConfig()
             try:
                 resolve(config)
             except ConfigError as error:
                 raise UnsupportedError(str(error)) from error
-    if resolve(config).world_size == 1:
-        raise UnsupportedError("SP Config has one device only")
+    layout = resolve(config)
+    if layout.world_size == 1:
+        raise UnsupportedError(f"there is only {layout.describe()} to compute on")
     return config
 
 

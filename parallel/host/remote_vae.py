@@ -79,10 +79,11 @@ class RemoteVAE:
         }
         try:
             self.nbytes = max(result["nbytes"] for result in group.call("load vae", message, poll=poll))
-        except WorkerError as error:
+        except BaseException as error:
             group.memory.drop(self.name)
-            if error.remote_type == UnsupportedError.__name__ and group.alive:
+            if group.alive:
                 group.post("unload vae", {"vae": self.name})
+            if isinstance(error, WorkerError) and error.remote_type == UnsupportedError.__name__:
                 raise UnsupportedError(str(error)) from error
             raise
         if group.layout.device_type != "cpu":

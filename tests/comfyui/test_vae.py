@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import resource
 import subprocess
 import time
 from pathlib import Path
@@ -96,11 +97,20 @@ def check(installation: Installation, cases: list[dict]) -> None:
 _seeds = iter(range(1000, 2000))
 
 
-def decode_graph(node: str, devices: str | None = None, seed: int = 0, frames: int = 5, vae: str = "wan_2_1") -> Graph:
+def decode_graph(
+    node: str,
+    devices: str | None = None,
+    *,
+    seed: int = 0,
+    frames: int = 5,
+    width: int = 18,
+    vae: str = "wan_2_1",
+    **tiles: int,
+) -> Graph:
     builder = GraphBuilder()
-    latent = builder.add("SPTestVideoLatent", seed=seed, frames=frames, height=13, width=18)
+    latent = builder.add("SPTestVideoLatent", seed=seed, frames=frames, height=width if width > 18 else 13, width=width)
     network = builder.add("SPTestRandomVAE", kind=vae, seed=0)
-    inputs: dict = {"samples": latent, "vae": network, **WIDE}
+    inputs: dict = {"samples": latent, "vae": network, **(tiles or WIDE)}
     if devices is not None:
         inputs["sp_config"] = builder.add("SPConfig", **vars(Swapped(devices=devices)))
     images = builder.add(node, node_id="vae", **inputs)
@@ -109,7 +119,7 @@ def decode_graph(node: str, devices: str | None = None, seed: int = 0, frames: i
 
 
 def decode(server: ComfyServer, node: str, devices: str | None = None, seed: int = 0) -> torch.Tensor:
-    return read_latent(server, server.run(decode_graph(node, devices, seed)))
+    return read_latent(server, server.run(decode_graph(node, devices, seed=seed)))
 
 
 def start_long_decode(server: ComfyServer) -> str:
@@ -169,6 +179,37 @@ def test_a_killed_worker_is_named_and_the_next_prompt_works(server: ComfyServer)
     assert result.ended - killed <= 5, f"the failure was shown after {result.ended - killed:.1f} s"
     assert re.search(r"worker rank [01] \(cpu, pid \d+\) was ended by SIGKILL during 'tile'", result.message)
     assert torch.equal(decode(server, "SPVAEDecode", TWO, seed=4), decode(server, DECODE, seed=4))
+
+
+def test_a_worker_out_of_memory_hands_its_tile_on(server: ComfyServer) -> None:
+    large = WIDE | {"tile_size": 192}
+    expected = read_latent(server, server.run(decode_graph(DECODE, seed=6, width=40, frames=2, **large)))
+    graph = decode_graph("SPVAEDecode", TWO, seed=6, width=40, frames=2, **large)
+    for limited in (1, 2):
+        decode(server, "SPVAEDecode", TWO, seed=next(_seeds))
+        workers = server.workers()
+        try:
+            for worker in workers[:limited]:
+                _limit_memory(worker, spare=40 << 20)  # enough for the shared memory, not for a tile
+            result = server.run(graph)
+            assert server.workers() == workers, "a worker that has run out of memory is still of use"
+        finally:
+            for worker in workers:
+                worker.kill()
+        if limited == 1:
+            assert torch.equal(read_latent(server, result), expected)
+            server.free()  # else ComfyUI answers from its cache
+        else:
+            assert result.status == "error"
+            assert re.search(r"worker rank [01] \(cpu, pid \d+\) failed in 'tile': .*memory", result.message)
+            assert "Use a smaller tile_size or temporal_size" in result.message
+    assert torch.equal(decode(server, "SPVAEDecode", TWO, seed=8), decode(server, DECODE, seed=8))
+
+
+def _limit_memory(worker: Process, spare: int) -> None:
+    """Lets the process allocate `spare` more bytes."""
+    limit = int(Path(f"/proc/{worker.pid}/statm").read_text().split()[0]) * resource.getpagesize() + spare
+    resource.prlimit(worker.pid, resource.RLIMIT_AS, (limit, limit))
 
 
 @pytest.mark.slow
