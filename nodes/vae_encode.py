@@ -9,7 +9,7 @@ from comfy_api.latest import io
 from ..parallel.config import SequenceParallelConfig
 from ..parallel.errors import ConfigError
 from .parallel_vae import run_tiled
-from .vae_decode import tile_inputs
+from .sp_config import SPConfig
 
 
 class SPVAEEncode(io.ComfyNode):
@@ -26,7 +26,38 @@ class SPVAEEncode(io.ComfyNode):
             inputs=[
                 io.Image.Input("pixels", tooltip="Pictures, or the frames of one video."),
                 io.Vae.Input("vae", tooltip="From Load VAE; the workers are sent its weights once."),
-                *tile_inputs("encode", 64),
+                io.Int.Input(
+                    "tile_size", default=512, min=64, max=4096, step=64, tooltip="Height and width, in pixels."
+                ),
+                io.Int.Input(
+                    "overlap",
+                    default=64,
+                    min=0,
+                    max=4096,
+                    step=32,
+                    tooltip="Pixels that neighbouring tiles share and blend.",
+                ),
+                io.Int.Input(
+                    "temporal_size",
+                    default=64,
+                    min=8,
+                    max=4096,
+                    step=4,
+                    tooltip="Video only: frames to encode at a time.",
+                ),
+                io.Int.Input(
+                    "temporal_overlap",
+                    default=8,
+                    min=4,
+                    max=4096,
+                    step=4,
+                    tooltip="Video only: frames that neighbouring tiles share and blend.",
+                ),
+                SPConfig.Input(
+                    "sp_config",
+                    optional=True,
+                    tooltip="Devices. Without it: those of the workers that run already, or every GPU.",
+                ),
             ],
             outputs=[io.Latent.Output()],
             hidden=[io.Hidden.unique_id],
