@@ -121,8 +121,6 @@ class SequenceParallelPatcher(comfy.model_patcher.ModelPatcher):
     def add_patches(self, patches: Any, strength_patch: float = 1.0, strength_model: float = 1.0) -> Any:
         """LoRAs are kept here as ComfyUI keeps them, and take effect in `_load`."""
         refuse_patches(patches)
-        if self.remote.inspected.source.scales:  # ComfyUI rounds the patched weight to fp8 with a scale of its own
-            raise refuse("a LoRA on a scaled-fp8 file", "use the model's bf16, fp16 or plain fp8 file with it")
         return super().add_patches(patches, strength_patch, strength_model)
 
     def set_injections(self, key: str, injections: Any) -> NoReturn:

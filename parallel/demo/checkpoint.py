@@ -202,6 +202,7 @@ def write_tiny_wan(
     context_dim: int = 4096,
     dtype: torch.dtype = torch.float32,
     prefix: str = "",
+    scaled: str = "",
 ) -> dict[str, Any]:
     """Writes a random Wan of hidden size heads × 128 as a single safetensors file; returns its configuration.
 
@@ -221,7 +222,7 @@ def write_tiny_wan(
         "pos_embed_seq_len": clip_positions,
     }
     tensors = random_tensors(WanAdapter(), config, seed)
-    save_file({prefix + name: tensor.to(dtype) for name, tensor in tensors.items()}, str(path))
+    _save(path, {name: tensor.to(dtype) for name, tensor in tensors.items()}, prefix, scaled)
     return config
 
 

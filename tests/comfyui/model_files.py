@@ -48,6 +48,7 @@ FLUX_KINDS: dict[str, dict[str, Any]] = {
     "flux_scaled_2.safetensors": {"scaled": "marker_2", "dtype": torch.float16},
     "flux_comfy_quant.safetensors": {"scaled": "comfy_quant", "dtype": torch.bfloat16},
 }
+WAN_KINDS: dict[str, dict[str, Any]] = {"wan_comfy_quant.safetensors": {"scaled": "comfy_quant"}}
 """Files of the same networks in other dtypes and layouts: name → how it is written."""
 
 
@@ -71,6 +72,8 @@ def write_model_files(models: Path) -> None:
         write_tiny_flux(folder / name, **options)
     _write_nvfp4_like(folder / NVFP4_LIKE, folder / FLUX)
     write_tiny_wan(folder / WAN, prefix="model.diffusion_model.")
+    for name, options in WAN_KINDS.items():
+        write_tiny_wan(folder / name, **options)
     write_tiny_wan(folder / WAN_I2V, seed=1, in_channels=36, clip=True)
     write_tiny_wan(folder / WAN_22_I2V, seed=2, in_channels=36)
     write_tiny_wan(folder / WAN_22_5B, seed=3, in_channels=48, out_channels=48)

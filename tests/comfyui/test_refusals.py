@@ -42,12 +42,6 @@ def works_afterwards(server: ComfyServer) -> Iterator[None]:
     sample(server, fresh(Setting()), TWO)
 
 
-def test_a_lora_on_scaled_fp8(server: ComfyServer) -> None:
-    lora = model_node("LoraLoaderModelOnly", lora_name="hunyuan_native.safetensors", strength_model=1.0)
-    setting = Setting(checkpoint="hunyuan_video_comfy_quant.safetensors", model_nodes=(lora,))
-    assert_says(refusal(server, sampling_graph(setting, TWO)).message, "a LoRA on a scaled-fp8 file", "bf16")
-
-
 @pytest.mark.parametrize(
     ("checkpoint", "patterns"),
     [

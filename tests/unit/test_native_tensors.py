@@ -31,7 +31,7 @@ def assert_reads(path: Path, expected: dict[str, torch.Tensor]) -> None:
     assert tensors.shapes == {name: tuple(tensor.shape) for name, tensor in expected.items()}
     with source.reader() as read:
         for name, tensor in expected.items():
-            assert torch.equal(tensors.read(name, read), tensor), name
+            assert torch.equal(tensors.read(name, read).tensor, tensor), name
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
