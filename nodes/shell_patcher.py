@@ -10,11 +10,10 @@ import comfy.model_management
 import comfy.model_patcher
 import comfy.utils
 
-from ..parallel.errors import WorkerOutOfMemoryError
 from ..parallel.host.group import Progress
 from ..parallel.host.remote_model import RemoteModel
 from .lora import patched_weight, refuse_patches
-from .refusals import refuse, refuse_transformer_options
+from .refusals import refuse
 
 
 class SequenceParallelPatcher(comfy.model_patcher.ModelPatcher):
@@ -37,36 +36,38 @@ class SequenceParallelPatcher(comfy.model_patcher.ModelPatcher):
     # --- residency: called by ComfyUI's memory management -----------------------------------------------------------
 
     def partially_load(self, device_to: Any, extra_memory: int = 0, force_patch_weights: bool = False) -> int:
-        """Runs before every sampling: brings the weights and their patches to what this clone says. All or nothing."""
+        """Runs before every sampling: makes room for the weights, which come with the first step. All or nothing.
+
+        Nothing is started or read before that step's inputs have been checked, nor by nodes that load a model for
+        another purpose and are refused, e.g. those that save it.
+        """
         self._refuse_patches()
         with self.use_ejected(skip_and_inject_on_exit_only=True):
             self.unpatch_model(self.offload_device, unpatch_weights=False)
             self.patch_model(load_weights=False)
         before = self.loaded_size()
-        try:
-            self._load()
-        except BaseException as error:
-            # ComfyUI forgets a model that did not load: what has been loaded of it could never be unloaded.
-            self.detach()
-            if isinstance(error, WorkerOutOfMemoryError):
-                raise comfy.model_management.OOM_EXCEPTION(str(error)) from error
-            raise
+        self.model.diffusion_model.load_weights = self._load
         self.model.device = device_to
         self.model.model_loaded_weight_memory = self.model_size()
         self.model.current_weight_patches_uuid = self.patches_uuid
         return self.loaded_size() - before
 
     def _load(self) -> None:
+        """Brings the workers, the weights and their patches to what this clone says."""
         poll = comfy.model_management.throw_exception_if_processing_interrupted
-        self.remote.ensure_loaded(poll=poll, on_progress=_progress_bar())
         keys = {self._checkpoint_name(key): key for key in self.patches}
-        self.remote.replace_weights(
-            self.patches_uuid if keys else None,
-            keys,
-            lambda name, weight: patched_weight(self.patches, keys[name], weight, self.load_device),
-            poll=poll,
-            on_progress=_progress_bar(),
-        )
+        try:
+            self.remote.ensure_loaded(poll=poll, on_progress=_progress_bar())
+            self.remote.replace_weights(
+                self.patches_uuid if keys else None,
+                keys,
+                lambda name, weight: patched_weight(self.patches, keys[name], weight, self.load_device),
+                poll=poll,
+                on_progress=_progress_bar(),
+            )
+        except BaseException:
+            self.detach()  # what has been loaded does not count as loaded
+            raise
 
     def _checkpoint_name(self, key: str) -> str:
         names = self.model.diffusion_model.checkpoint_names
@@ -81,14 +82,12 @@ class SequenceParallelPatcher(comfy.model_patcher.ModelPatcher):
 
     def unpatch_model(self, device_to: Any = None, unpatch_weights: bool = True) -> None:
         if unpatch_weights:
+            self.model.diffusion_model.load_weights = None
             self.remote.unload()
             self.model.model_loaded_weight_memory = 0
             self.model.current_weight_patches_uuid = None
             self.model.device = self.offload_device
         super().unpatch_model(None, unpatch_weights=False)
-
-    def load(self, *args: Any, **kwargs: Any) -> None:
-        self._load()
 
     def lowvram_patch_counter(self) -> int:
         return 0
@@ -97,16 +96,13 @@ class SequenceParallelPatcher(comfy.model_patcher.ModelPatcher):
         """The server's own memory holds no weight."""
         return 0
 
-    def pre_run(self) -> None:
-        refuse_transformer_options(self.model_options.get("transformer_options", {}))
-        super().pre_run()
-
     def cleanup(self) -> None:
         """After every sampling: takes object patches (e.g. ModelSampling's) off the model that all clones share.
 
         ComfyUI leaves them until the next load; until then a graph without the patch would still see it.
         """
         super().cleanup()
+        self.model.diffusion_model.load_weights = None
         self.unpatch_model(unpatch_weights=False)
 
     # --- refused by name --------------------------------------------------------------------------------------------

@@ -203,18 +203,18 @@ class RemoteModel:
             self._group.post("unload", {"model": self.name})
         self._group, self._generation = None, 0
 
-    def check(self, request: StepRequest, degrees: Degrees) -> None:
-        """Everything that can be told before any work.
+    def check(self, requests: Sequence[StepRequest], conditions: int = 1) -> None:
+        """Everything that can be told of `steps` before any work, also before the weights are loaded.
 
         Raises:
             UnsupportedError: an input that the family cannot honour.
             ConfigError: more ranks than tokens.
         """
-        shapes = {"x": request.x.shape, "timestep": request.timestep.shape}
-        shapes |= {name: tensor.shape for name, tensor in request.conditioning.items()}
-        inspected = self.inspected
-        tokens = inspected.adapter.check_inputs(inspected.model_config, {n: tuple(s) for n, s in shapes.items()})
-        SequencePlan((tokens,), 1, (1.0,) * degrees.sp)
+        inspected, degrees = self.inspected, self.degrees(conditions)
+        for request in requests:
+            inputs = {"x": request.x, "timestep": request.timestep, **request.conditioning}
+            tokens = inspected.adapter.check_inputs(inspected.model_config, inputs)
+            SequencePlan((tokens,), 1, (1.0,) * degrees.sp)
 
     def degrees(self, conditions: int) -> Degrees:
         """How a step with so many conditions is split; a change is logged."""
@@ -246,9 +246,7 @@ class RemoteModel:
             ConfigError, UnsupportedError: before any work.
             WorkerError: a worker failed; the weights are gone unless `loaded` still says otherwise.
         """
-        degrees = self.degrees(conditions)
-        for request in requests:
-            self.check(request, degrees)
+        self.check(requests, conditions)
         group = self._group
         assert group is not None, "call ensure_loaded first"
         group.settle(poll)
@@ -268,8 +266,12 @@ class RemoteModel:
             for x, timestep, out, held in zip(in_refs[::2], in_refs[1::2], out_refs, keys, strict=True)
         ]
         message = {
-            "model": self.name, "degrees": asdict(degrees), "requests": plain, "put": put, "drop": drop,
-        }  # fmt: skip
+            "model": self.name,
+            "degrees": asdict(self.degrees(conditions)),
+            "requests": plain,
+            "put": put,
+            "drop": drop,
+        }
         try:
             self.last_step = group.call("step", message, poll=poll)
         except BaseException:

@@ -302,14 +302,16 @@ def test_a_checkpoint_that_went_away_is_named(start_group: StartGroup, tiny_mode
     group = start_group(DEVICES)
     model = RemoteModel(recipe_of(path, DEVICES), group=group)
     model.ensure_loaded()
-    base = model.step(*Inputs().make())
+    base, pids = model.step(*Inputs().make()), group.pids
     model.replace_weights("changed", SOME, change)
     path.rename(tmp_path / "away.safetensors")
-    with pytest.raises(WorkerError, match=r"moved\.safetensors: cannot read"):
+    with pytest.raises(WorkerError, match=r"moved\.safetensors: cannot read") as caught:
         model.replace_weights(None, (), change)
+    assert caught.value.remote_type == "CheckpointError"
     (tmp_path / "away.safetensors").rename(path)
     model.replace_weights(None, (), change)
     assert torch.equal(model.step(*Inputs().make()), base)
+    assert group.pids == pids  # an error of all workers alike leaves them running
     model.unload()
 
 

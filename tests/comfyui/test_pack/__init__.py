@@ -3,6 +3,7 @@
 from types import SimpleNamespace
 
 import torch
+from comfy.controlnet import ControlBase
 
 
 class SPTestConditioning:
@@ -75,7 +76,7 @@ class SPTestVAE:
             shape = (1, channels, (frames - 1) // 4 + 1, height // stride, width // stride)
             return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
-        return (SimpleNamespace(encode=encode),)
+        return (SimpleNamespace(encode=encode, get_sd=dict),)
 
 
 class SPTestCLIPVisionOutput:
@@ -109,6 +110,39 @@ class SPTestNoClip:
         return (None,)
 
 
+class SPTestControlNet:
+    """A ControlNet that adds the same value to every token after the first block."""
+
+    CATEGORY = "testing"
+    RETURN_TYPES = ("CONTROL_NET",)
+    FUNCTION = "make"
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict:
+        return {"required": {}}
+
+    def make(self) -> tuple:
+        return (_ConstantControl(),)
+
+
+class _ConstantControl(ControlBase):
+    def get_control(self, x_noisy: torch.Tensor, *_: object) -> dict:
+        return {"input": [x_noisy.new_full((1, 1, 1), self.strength)], "output": []}
+
+    def copy(self) -> "_ConstantControl":
+        copied = _ConstantControl()
+        self.copy_to(copied)
+        return copied
+
+
 NODE_CLASS_MAPPINGS = {
-    node.__name__: node for node in (SPTestConditioning, SPTestLatent, SPTestVAE, SPTestCLIPVisionOutput, SPTestNoClip)
+    node.__name__: node
+    for node in (
+        SPTestConditioning,
+        SPTestLatent,
+        SPTestVAE,
+        SPTestCLIPVisionOutput,
+        SPTestNoClip,
+        SPTestControlNet,
+    )
 }
