@@ -161,7 +161,9 @@ def test_block_patches_are_refused(server: ComfyServer) -> None:
     )
     setting = Setting(cfg=4.0, model_nodes=(guidance,))
     assert relative_difference(sample(server, setting), sample(server, Setting(cfg=4.0))) > 1e-3
-    assert_says(refusal(server, sampling_graph(setting, UNUSED)).message, "SkipLayerGuidanceDiT", "block replacement")
+    result = server.run(sampling_graph(setting, TWO))  # the patch comes in the middle of a step, after the plain ones
+    assert result.status == "error"
+    assert_says(result.message, "SkipLayerGuidanceDiT", "block replacement")
 
 
 def test_perturbed_attention_is_refused(server: ComfyServer) -> None:
@@ -263,7 +265,7 @@ def test_controlnet_is_refused(server: ComfyServer) -> None:
             "ControlNetApplyAdvanced",
             positive=positive,
             negative=positive,
-            control_net=builder.add("SPTestControlNet"),
+            control_net=builder.add("SPTestControlNet", width=256),
             image=builder.add("EmptyImage", width=64, height=48, batch_size=1, color=0x808080),
             strength=1.0,
             start_percent=0.0,

@@ -111,7 +111,7 @@ class SPTestNoClip:
 
 
 class SPTestControlNet:
-    """A ControlNet that adds the same value to every token after the first block."""
+    """A ControlNet that adds the same vector to every token after the first block."""
 
     CATEGORY = "testing"
     RETURN_TYPES = ("CONTROL_NET",)
@@ -119,18 +119,22 @@ class SPTestControlNet:
 
     @classmethod
     def INPUT_TYPES(cls) -> dict:
-        return {"required": {}}
+        return {"required": {"width": ("INT", {"default": 256})}}
 
-    def make(self) -> tuple:
-        return (_ConstantControl(),)
+    def make(self, width: int) -> tuple:
+        return (_ConstantControl(torch.linspace(-1, 1, width)),)
 
 
 class _ConstantControl(ControlBase):
+    def __init__(self, vector: torch.Tensor):
+        super().__init__()
+        self._vector = vector
+
     def get_control(self, x_noisy: torch.Tensor, *_: object) -> dict:
-        return {"input": [x_noisy.new_full((1, 1, 1), self.strength)], "output": []}
+        return {"input": [self.strength * self._vector.to(x_noisy)[None, None]], "output": []}
 
     def copy(self) -> "_ConstantControl":
-        copied = _ConstantControl()
+        copied = _ConstantControl(self._vector)
         self.copy_to(copied)
         return copied
 
