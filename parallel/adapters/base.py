@@ -65,6 +65,9 @@ class Adapter(ABC):
     """Key in the registry, and the family's name in messages."""
     full_precision: ClassVar[tuple[str, ...]] = ()
     """Parameters of the diffusers model that ComfyUI keeps in fp32, whatever the storage dtype."""
+    read_directly: ClassVar[tuple[str, ...]] = ()
+    """Modules (patterns of their names) whose parameters `step` reads itself: fp8 storage leaves them out, since it
+    casts a module's parameters when the module is called."""
 
     @classmethod
     @abstractmethod

@@ -48,6 +48,7 @@ class _Prompt:
 
 class FluxAdapter(Adapter):
     family: ClassVar[str] = "flux"
+    read_directly: ClassVar[tuple[str, ...]] = ("x_embedder",)
 
     @classmethod
     def detect(cls, tensors: Mapping[str, TensorInfo]) -> bool:

@@ -102,6 +102,7 @@ class _Prompts:
 
 class HunyuanVideoAdapter(Adapter):
     family: ClassVar[str] = "hunyuan_video"
+    read_directly: ClassVar[tuple[str, ...]] = ("x_embedder",)
 
     # --- checkpoint ---------------------------------------------------------------------------------------------
 

@@ -98,6 +98,7 @@ _RENAMED = [
 class WanAdapter(Adapter):
     family: ClassVar[str] = "wan"
     full_precision: ClassVar[tuple[str, ...]] = ("patch_embedding.weight", "patch_embedding.bias")
+    read_directly: ClassVar[tuple[str, ...]] = ("patch_embedding",)
 
     # --- checkpoint ---------------------------------------------------------------------------------------------
 

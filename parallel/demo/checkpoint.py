@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -224,6 +225,14 @@ def write_tiny_wan(
     tensors = random_tensors(WanAdapter(), config, seed)
     _save(path, {name: tensor.to(dtype) for name, tensor in tensors.items()}, prefix, scaled)
     return config
+
+
+WRITERS: dict[str, Callable[..., dict[str, Any]]] = {
+    HunyuanVideoAdapter.family: write_tiny_hunyuan_video,
+    FluxAdapter.family: write_tiny_flux,
+    WanAdapter.family: write_tiny_wan,
+}
+"""Family → what writes its tiny checkpoints; all take `path`, `seed`, `heads`, `depth`, `dtype`, `prefix`, `scaled`."""
 
 
 def _save(path: str | Path, tensors: dict[str, torch.Tensor], prefix: str, scaled: str) -> None:

@@ -51,7 +51,7 @@ class ResidentModel:
         with torch.device("meta"):  # no memory until a weight is read
             self.model = model_class(**self.config)
         if self._storage in FP8:
-            _keep_fp8(self.model, self._storage, self.compute_dtype)
+            _keep_fp8(self.model, self._storage, self.compute_dtype, self.adapter.read_directly)
         self._load(progress)
         self.model.eval().requires_grad_(False)
         self._tensors = NativeTensors(self._source, self.adapter, self.config)
@@ -187,14 +187,14 @@ def _is_superfluous(model: Any, name: str) -> bool:
     return any(re.search(pattern, name) for pattern in model._keys_to_ignore_on_load_unexpected or ())
 
 
-def _keep_fp8(model: nn.Module, storage: torch.dtype, compute: torch.dtype) -> None:
-    """Keeps the blocks' large weights in fp8 and casts each for the time of its use.
+def _keep_fp8(model: nn.Module, storage: torch.dtype, compute: torch.dtype, but: tuple[str, ...]) -> None:
+    """Keeps the large weights in fp8, but for those of modules named so, and casts each for the time of its use.
 
     Called before there are any: no weight is ever held in more bits than it keeps.
     """
     from diffusers.hooks import apply_layerwise_casting
 
-    apply_layerwise_casting(model, storage, compute, skip_modules_pattern=("x_embedder", "patch_embedding"))
+    apply_layerwise_casting(model, storage, compute, skip_modules_pattern=but)
 
 
 def _nbytes(info: TensorInfo) -> int:

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from parallel.adapters.base import pack_text
+from parallel.adapters.registry import FAMILIES
 from parallel.errors import CheckpointError, ConfigError, UnsupportedError, WorkerError
 from parallel.host import memory, remote_model
 from parallel.host.recipe import Recipe
@@ -112,6 +113,11 @@ WAN = {
     "wan_22_5b_batch_2": Model(TI2V, WanInputs(channels=48, frames=3, height=6, clean_frames=2, batch=2)),
 }
 MODELS |= WAN
+
+
+def test_every_family_has_models():
+    assert {model.checkpoint.get("family", "hunyuan_video") for model in MODELS.values()} == set(FAMILIES)
+
 
 DEGREES = [
     ("cpu,cpu", {"ring_degree": 2}),
