@@ -211,6 +211,7 @@ def write_tiny_wan(
         clip: with the layers for CLIP image tokens, as 2.1 image-to-video has them.
         clip_positions: tokens of the position embedding that first-and-last-frame models add to them.
         context_dim: ComfyUI's loader knows 4096 only.
+        scaled: a layout of `scaled_fp8`, for a file of that kind.
     """
     config = {
         "num_attention_heads": heads,

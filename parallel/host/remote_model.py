@@ -204,7 +204,7 @@ class RemoteModel:
         self._group, self._generation = None, 0
 
     def check(self, requests: Sequence[StepRequest], conditions: int = 1) -> None:
-        """Everything that can be told of `steps` before any work, also before the weights are loaded.
+        """Everything that can be told of `steps` with these arguments before any work, and before there are weights.
 
         Raises:
             UnsupportedError: an input that the family cannot honour.
