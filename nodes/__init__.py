@@ -4,11 +4,13 @@ from comfy_api.latest import ComfyExtension, io
 
 from .load_diffusion_model import SPLoadDiffusionModel
 from .sp_config import SPConfigNode
+from .vae_decode import SPVAEDecode
+from .vae_encode import SPVAEEncode
 
 
 class SequenceParallelExtension(ComfyExtension):
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
-        return [SPConfigNode, SPLoadDiffusionModel]
+        return [SPConfigNode, SPLoadDiffusionModel, SPVAEDecode, SPVAEEncode]
 
 
 async def comfy_entrypoint() -> SequenceParallelExtension:

@@ -7,16 +7,14 @@ from typing import Any, NoReturn
 
 import comfy.hooks
 import comfy.model_management
-import comfy.model_patcher
-import comfy.utils
 
-from ..parallel.host.group import Progress
 from ..parallel.host.remote_model import RemoteModel
 from .lora import patched_weight, refuse_patches
 from .refusals import refuse
+from .residency import WorkersPatcher, progress_bar
 
 
-class SequenceParallelPatcher(comfy.model_patcher.ModelPatcher):
+class SequenceParallelPatcher(WorkersPatcher):
     """A ModelPatcher that moves no tensors: it asks the workers to load, to patch and to free.
 
     `clone` is inherited, so clones share the model, as ComfyUI expects.
@@ -33,40 +31,36 @@ class SequenceParallelPatcher(comfy.model_patcher.ModelPatcher):
     def remote(self) -> RemoteModel:
         return self.model.diffusion_model.remote
 
-    # --- residency: called by ComfyUI's memory management -----------------------------------------------------------
+    # --- residency ----------------------------------------------------------------------------------------------------
 
-    def partially_load(self, device_to: Any, extra_memory: int = 0, force_patch_weights: bool = False) -> int:
-        """Runs before every sampling: makes room for the weights, which come with the first step. All or nothing.
-
-        Nothing is started or read before that step's inputs have been checked, nor by nodes that load a model for
-        another purpose and are refused, e.g. those that save it.
-        """
+    def _prepare(self) -> None:
         self._refuse_patches()
         with self.use_ejected(skip_and_inject_on_exit_only=True):
             self.unpatch_model(self.offload_device, unpatch_weights=False)
             self.patch_model(load_weights=False)
-        before = self.loaded_size()
-        self.model.diffusion_model.load_weights = self._load
-        self.model.device = device_to
-        self.model.model_loaded_weight_memory = self.model_size()
-        self.model.current_weight_patches_uuid = self.patches_uuid
-        return self.loaded_size() - before
 
     def _load(self) -> None:
+        """Leaves the weights to the next step: nothing is started or read before its inputs have been checked.
+
+        Nor for nodes that load a model for another purpose and are refused, e.g. those that save it.
+        """
+        self.model.diffusion_model.load_weights = self._load_weights
+
+    def _load_weights(self) -> None:
         """Brings the workers, the weights and their patches to what this clone says."""
         poll = comfy.model_management.throw_exception_if_processing_interrupted
-        keys = {self._checkpoint_name(key): key for key in self.patches}
         try:
-            self.remote.ensure_loaded(poll=poll, on_progress=_progress_bar())
+            keys = {self._checkpoint_name(key): key for key in self.patches}
+            self.remote.ensure_loaded(poll=poll, on_progress=progress_bar())
             self.remote.replace_weights(
                 self.patches_uuid if keys else None,
                 keys,
                 lambda name, weight: patched_weight(self.patches, keys[name], weight, self.load_device),
                 poll=poll,
-                on_progress=_progress_bar(),
+                on_progress=progress_bar(),
             )
         except BaseException:
-            self.detach()  # what has been loaded does not count as loaded
+            self.detach()  # what has been loaded so far does not count as loaded
             raise
 
     def _checkpoint_name(self, key: str) -> str:
@@ -75,26 +69,10 @@ class SequenceParallelPatcher(comfy.model_patcher.ModelPatcher):
             raise refuse(f"a patch of {key}", "remove that node")
         return names[name]
 
-    def partially_unload(self, device_to: Any, memory_to_free: int = 0, force_patch_weights: bool = False) -> int:
-        freed = self.loaded_size()
-        self.detach()
-        return freed
-
     def unpatch_model(self, device_to: Any = None, unpatch_weights: bool = True) -> None:
         if unpatch_weights:
             self.model.diffusion_model.load_weights = None
-            self.remote.unload()
-            self.model.model_loaded_weight_memory = 0
-            self.model.current_weight_patches_uuid = None
-            self.model.device = self.offload_device
-        super().unpatch_model(None, unpatch_weights=False)
-
-    def lowvram_patch_counter(self) -> int:
-        return 0
-
-    def get_ram_usage(self) -> int:
-        """The server's own memory holds no weight."""
-        return 0
+        super().unpatch_model(device_to, unpatch_weights)
 
     def cleanup(self) -> None:
         """After every sampling: takes object patches (e.g. ModelSampling's) off the model that all clones share.
@@ -115,7 +93,7 @@ class SequenceParallelPatcher(comfy.model_patcher.ModelPatcher):
                 raise refuse(f"a patch of the network's {name.partition('.')[2] or 'forward'!r}")
 
     def add_patches(self, patches: Any, strength_patch: float = 1.0, strength_model: float = 1.0) -> Any:
-        """LoRAs are kept here as ComfyUI keeps them, and take effect in `_load`."""
+        """LoRAs are kept here as ComfyUI keeps them, and take effect in `_load_weights`."""
         refuse_patches(patches)
         return super().add_patches(patches, strength_patch, strength_model)
 
@@ -151,18 +129,6 @@ class SequenceParallelPatcher(comfy.model_patcher.ModelPatcher):
 
     def patch_weight_to_device(self, *args: Any, **kwargs: Any) -> NoReturn:
         raise refuse("patching a weight")
-
-
-def _progress_bar() -> Progress:
-    """Shown by the node that runs, from the first progress on."""
-    bar: comfy.utils.ProgressBar | None = None
-
-    def progress(done: int, total: int) -> None:
-        nonlocal bar
-        bar = bar or comfy.utils.ProgressBar(total)
-        bar.update_absolute(done, total)
-
-    return progress
 
 
 def _forget(remote: RemoteModel) -> None:
