@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import comfy.model_management
@@ -41,6 +41,8 @@ class ProxyDiffusionModel(nn.Module):
         self.dtype = dtype
         self.checkpoint_names = checkpoint_names
         self.look_ahead = LookAhead(remote)
+        self.load_weights: Callable[[], None] | None = None
+        """Set when ComfyUI loads the model, and run by the next step, once its inputs have been checked."""
         for name in ("in_channels", "out_channels", "patch_size", "hidden_size", "num_heads"):
             if name in unet_config:
                 setattr(self, name, unet_config[name])
@@ -81,6 +83,10 @@ class ProxyDiffusionModel(nn.Module):
         requests = [request, *self.look_ahead.others(running)]
         conditions = len(set(running)) + len(requests) - 1
         try:
+            self.remote.check(requests, conditions)
+            if self.load_weights is not None:
+                load, self.load_weights = self.load_weights, None
+                load()
             predictions = self.remote.steps(
                 requests,
                 conditions=conditions,

@@ -10,7 +10,7 @@ import comfy.model_management
 
 from ..parallel.host.remote_model import RemoteModel
 from .lora import patched_weight, refuse_patches
-from .refusals import refuse, refuse_transformer_options
+from .refusals import refuse
 from .residency import WorkersPatcher, progress_bar
 
 
@@ -40,16 +40,28 @@ class SequenceParallelPatcher(WorkersPatcher):
             self.patch_model(load_weights=False)
 
     def _load(self) -> None:
+        """Leaves the weights to the next step: nothing is started or read before its inputs have been checked.
+
+        Nor for nodes that load a model for another purpose and are refused, e.g. those that save it.
+        """
+        self.model.diffusion_model.load_weights = self._load_weights
+
+    def _load_weights(self) -> None:
+        """Brings the workers, the weights and their patches to what this clone says."""
         poll = comfy.model_management.throw_exception_if_processing_interrupted
-        self.remote.ensure_loaded(poll=poll, on_progress=progress_bar())
-        keys = {self._checkpoint_name(key): key for key in self.patches}
-        self.remote.replace_weights(
-            self.patches_uuid if keys else None,
-            keys,
-            lambda name, weight: patched_weight(self.patches, keys[name], weight, self.load_device),
-            poll=poll,
-            on_progress=progress_bar(),
-        )
+        try:
+            keys = {self._checkpoint_name(key): key for key in self.patches}
+            self.remote.ensure_loaded(poll=poll, on_progress=progress_bar())
+            self.remote.replace_weights(
+                self.patches_uuid if keys else None,
+                keys,
+                lambda name, weight: patched_weight(self.patches, keys[name], weight, self.load_device),
+                poll=poll,
+                on_progress=progress_bar(),
+            )
+        except BaseException:
+            self.detach()  # what has been loaded so far does not count as loaded
+            raise
 
     def _checkpoint_name(self, key: str) -> str:
         names = self.model.diffusion_model.checkpoint_names
@@ -57,9 +69,10 @@ class SequenceParallelPatcher(WorkersPatcher):
             raise refuse(f"a patch of {key}", "remove that node")
         return names[name]
 
-    def pre_run(self) -> None:
-        refuse_transformer_options(self.model_options.get("transformer_options", {}))
-        super().pre_run()
+    def unpatch_model(self, device_to: Any = None, unpatch_weights: bool = True) -> None:
+        if unpatch_weights:
+            self.model.diffusion_model.load_weights = None
+        super().unpatch_model(device_to, unpatch_weights)
 
     def cleanup(self) -> None:
         """After every sampling: takes object patches (e.g. ModelSampling's) off the model that all clones share.
@@ -67,6 +80,7 @@ class SequenceParallelPatcher(WorkersPatcher):
         ComfyUI leaves them until the next load; until then a graph without the patch would still see it.
         """
         super().cleanup()
+        self.model.diffusion_model.load_weights = None
         self.unpatch_model(unpatch_weights=False)
 
     # --- refused by name --------------------------------------------------------------------------------------------
@@ -79,10 +93,8 @@ class SequenceParallelPatcher(WorkersPatcher):
                 raise refuse(f"a patch of the network's {name.partition('.')[2] or 'forward'!r}")
 
     def add_patches(self, patches: Any, strength_patch: float = 1.0, strength_model: float = 1.0) -> Any:
-        """LoRAs are kept here as ComfyUI keeps them, and take effect in `_load`."""
+        """LoRAs are kept here as ComfyUI keeps them, and take effect in `_load_weights`."""
         refuse_patches(patches)
-        if self.remote.inspected.source.scales:  # ComfyUI rounds the patched weight to fp8 with a scale of its own
-            raise refuse("a LoRA on a scaled-fp8 file", "use the model's bf16, fp16 or plain fp8 file with it")
         return super().add_patches(patches, strength_patch, strength_model)
 
     def set_injections(self, key: str, injections: Any) -> NoReturn:

@@ -65,6 +65,9 @@ class Adapter(ABC):
     """Key in the registry, and the family's name in messages."""
     full_precision: ClassVar[tuple[str, ...]] = ()
     """Parameters of the diffusers model that ComfyUI keeps in fp32, whatever the storage dtype."""
+    read_directly: ClassVar[tuple[str, ...]] = ()
+    """Modules (patterns of their names) whose parameters `step` reads itself: fp8 storage leaves them out, since it
+    casts a module's parameters when the module is called."""
 
     @classmethod
     @abstractmethod
@@ -97,13 +100,13 @@ class Adapter(ABC):
         """Names and shapes of the family's single-file checkpoint in ComfyUI's own layout."""
 
     @abstractmethod
-    def check_inputs(self, config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> int:
+    def check_inputs(self, config: Mapping[str, Any], inputs: Mapping[str, Tensor]) -> int:
         """Checks the inputs of a step before any work; returns the latent's token count.
 
         Args:
             config: as `model_config` gave it.
-            shapes: name → shape of every tensor of the step: `x`, `timestep` and the conditioning, in which the
-                tensors of a list `refs` are named `refs.0`, `refs.1` and so on.
+            inputs: name → every tensor of the step: `x`, `timestep` and the conditioning, in which the tensors of a
+                list `refs` are named `refs.0`, `refs.1` and so on, and a text is packed (`pack_text`).
 
         Raises:
             UnsupportedError: an input that this adapter does not know, or cannot honour.

@@ -48,6 +48,7 @@ class _Prompt:
 
 class FluxAdapter(Adapter):
     family: ClassVar[str] = "flux"
+    read_directly: ClassVar[tuple[str, ...]] = ("x_embedder",)
 
     @classmethod
     def detect(cls, tensors: Mapping[str, TensorInfo]) -> bool:
@@ -93,7 +94,8 @@ class FluxAdapter(Adapter):
         linear["final_layer.linear"] = (config["out_channels"], d)
         return two_stream.with_biases(linear) | {f"{name}.weight": (size,) for name, size in norms.items()}
 
-    def check_inputs(self, config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> int:
+    def check_inputs(self, config: Mapping[str, Any], inputs: Mapping[str, Tensor]) -> int:
+        shapes = {name: tuple(tensor.shape) for name, tensor in inputs.items()}
         references = {name: shape for name, shape in shapes.items() if name.startswith(_REFERENCE)}
         known = {"x", "timestep", "context", "y", "guidance", "ref_latents_method"}
         if unknown := sorted(set(shapes) - known - set(references)):
@@ -116,25 +118,24 @@ class FluxAdapter(Adapter):
                     f"a reference latent needs the shape [{x[0]}, {x[1]}, height, width] for this latent;"
                     f" {name} is {list(shape)}"
                 )
+        method = _method(inputs)
+        if method not in _METHODS:
+            raise UnsupportedError(
+                f"FLUX.1 (SP) cannot use the reference method {method}; choose {', '.join(_METHODS)}"
+            )
         return prod(-(-size // 2) for size in x[2:])
 
     def output_shape(self, config: Mapping[str, Any], x_shape: tuple[int, ...]) -> tuple[int, ...]:
         return (x_shape[0], config["out_channels"] // prod(_PATCH), *x_shape[2:])
 
     def prepare(self, conditioning: Mapping[str, Tensor]) -> _Prompt:
-        chosen = conditioning.get("ref_latents_method")
-        method = _METHODS[0] if chosen is None else unpack_text(chosen)
-        if method not in _METHODS:
-            raise UnsupportedError(
-                f"FLUX.1 (SP) cannot use the reference method {method}; choose {', '.join(_METHODS)}"
-            )
         count = sum(name.startswith(_REFERENCE) for name in conditioning)
         return _Prompt(
             text=conditioning["context"],  # FLUX attends to its padding: nothing may be trimmed
             pooled=conditioning.get("y"),
             guidance=conditioning.get("guidance"),
             references=[conditioning[f"{_REFERENCE}{i}"] for i in range(count)],
-            method=method,
+            method=_method(conditioning),
         )
 
     def example(self, config: Mapping[str, Any], world_size: int, dtype: torch.dtype) -> dict[str, Tensor]:
@@ -197,6 +198,12 @@ def _whole_patches(x: Tensor) -> Tensor:
     if (x.shape[2] | x.shape[3]) % 2:
         x = F.pad(x, (0, x.shape[3] % 2, 0, x.shape[2] % 2), mode="circular")
     return x[:, :, None]
+
+
+def _method(inputs: Mapping[str, Tensor]) -> str:
+    """How the references are placed."""
+    chosen = inputs.get("ref_latents_method")
+    return _METHODS[0] if chosen is None else unpack_text(chosen)
 
 
 def _offsets(references: Sequence[Tensor], method: str, x: Tensor) -> list[Grid]:

@@ -102,6 +102,7 @@ class _Prompts:
 
 class HunyuanVideoAdapter(Adapter):
     family: ClassVar[str] = "hunyuan_video"
+    read_directly: ClassVar[tuple[str, ...]] = ("x_embedder",)
 
     # --- checkpoint ---------------------------------------------------------------------------------------------
 
@@ -178,7 +179,8 @@ class HunyuanVideoAdapter(Adapter):
 
     # --- inputs -------------------------------------------------------------------------------------------------
 
-    def check_inputs(self, config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> int:
+    def check_inputs(self, config: Mapping[str, Any], inputs: Mapping[str, Tensor]) -> int:
+        shapes = {name: tuple(tensor.shape) for name, tensor in inputs.items()}
         if "ref_latent" in shapes:
             raise UnsupportedError(
                 "HunyuanVideo (SP) cannot use the input ref_latent (guidance_type custom of HunyuanImageToVideo) yet;"
@@ -210,6 +212,8 @@ class HunyuanVideoAdapter(Adapter):
                 f"the pooled conditioning has the shape {list(shapes['y'])}; this checkpoint needs"
                 f" [batch, {config['pooled_projection_dim']}]: is it from CLIP-L?"
             )
+        if "attention_mask" in inputs and inputs["attention_mask"].is_floating_point():
+            raise UnsupportedError("attention_mask is floating-point; HunyuanVideo (SP) needs an integer 0/1 mask")
         if len(shapes["timestep"]) != 1:
             raise UnsupportedError(f"HunyuanVideo needs one timestep per sample; got {list(shapes['timestep'])}")
         return prod(size // step for size, step in zip(x[2:], patch, strict=True))
@@ -218,8 +222,6 @@ class HunyuanVideoAdapter(Adapter):
         context, mask = conditioning["context"], conditioning.get("attention_mask")
         wide = context.float() if context.dtype == torch.float16 else context
         mean = (wide.sum(dim=1) / context.shape[1]).to(context.dtype)
-        if mask is not None and mask.is_floating_point():
-            raise UnsupportedError("attention_mask is floating-point; HunyuanVideo (SP) needs an integer 0/1 mask")
 
         def prompts(rows: slice, keep: Tensor) -> _Prompts:
             def of(name: str) -> Tensor | None:

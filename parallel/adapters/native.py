@@ -6,9 +6,8 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from ..checkpoints.source import Reader, Source
+from ..checkpoints.source import Reader, Source, Stored
 from .base import Adapter, Piece
 
 
@@ -36,18 +35,18 @@ class NativeTensors:
         """Parameters of the diffusers model that the tensor becomes, see `Adapter.pieces`."""
         return self._adapter.pieces(name, self.shapes[name], self._config)
 
-    def read(self, name: str, read: Reader) -> Tensor:
+    def read(self, name: str, read: Reader) -> Stored:
         """The tensor as the checkpoint has it, on the CPU; copy it before changing it.
 
         Raises:
             CheckpointError: the file changed or is damaged.
         """
         if not self._source.is_diffusers:
-            return read(name)
+            return read.stored(name)
         pieces = self.pieces(name)
         parts = [read(piece.name) for piece in pieces]
         whole = torch.empty(self.shapes[name], dtype=parts[0].dtype)
         rows = torch.arange(len(whole))
         for piece, part in zip(pieces, parts, strict=True):
             whole[piece.take(rows)] = part.to(whole.dtype)
-        return whole
+        return Stored(whole)

@@ -46,6 +46,12 @@ _RELATIVES = {
     "ref_conv.weight": "with a reference image (ref_conv)",
 }
 
+# An input that is not supported yet → the nodes that set it.
+_NODES = {
+    "time_dim_concat": "WanPhantomSubjectToVideo",
+    "reference_latent": "WanSoundImageToVideo, WanHuMoImageToVideo, Wan22FunControlToVideo",
+}
+
 # Values that a diffusers config.json may leave out.
 _DEFAULTS = {
     "num_attention_heads": 40, "in_channels": 16, "out_channels": 16, "text_dim": 4096, "ffn_dim": 13824,
@@ -92,6 +98,7 @@ _RENAMED = [
 class WanAdapter(Adapter):
     family: ClassVar[str] = "wan"
     full_precision: ClassVar[tuple[str, ...]] = ("patch_embedding.weight", "patch_embedding.bias")
+    read_directly: ClassVar[tuple[str, ...]] = ("patch_embedding",)
 
     # --- checkpoint ---------------------------------------------------------------------------------------------
 
@@ -175,11 +182,14 @@ class WanAdapter(Adapter):
 
     # --- inputs -------------------------------------------------------------------------------------------------
 
-    def check_inputs(self, config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> int:
+    def check_inputs(self, config: Mapping[str, Any], inputs: Mapping[str, Tensor]) -> int:
+        shapes = {name: tuple(tensor.shape) for name, tensor in inputs.items()}
         # ComfyUI passes the noise mask, too; the network sees it in the timesteps only.
         known = {"x", "timestep", "context", "clip_fea", "denoise_mask"}
         if unknown := sorted(set(shapes) - known):
-            raise UnsupportedError(f"Wan (SP) cannot use the input {', '.join(unknown)} yet")
+            nodes = [_NODES[name] for name in unknown if name in _NODES]
+            made_by = f" (as {', '.join(nodes)} make it)" if nodes else ""
+            raise UnsupportedError(f"Wan (SP) cannot use the input {', '.join(unknown)} yet{made_by}")
         if "context" not in shapes:
             raise UnsupportedError("Wan needs a text encoder's conditioning ('context'); the conditioning has none")
         x, timestep, context = shapes["x"], shapes["timestep"], shapes["context"]

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -33,6 +33,14 @@ class TensorInfo:
 
     shape: tuple[int, ...]
     dtype: torch.dtype
+
+
+class Stored(NamedTuple):
+    """A tensor as it is kept: its true values are `tensor` × `scale`."""
+
+    tensor: Tensor
+    scale: float | None = None
+    """Of scaled fp8; None where the tensor itself holds the true values."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,14 +87,14 @@ class Reader:
         tensor, scale = self.stored(name)
         return tensor if scale is None else tensor.float().mul_(scale)
 
-    def stored(self, name: str) -> tuple[Tensor, float | None]:
-        """The tensor as the file has it, backed by the file, and what it must be multiplied by, if anything.
+    def stored(self, name: str) -> Stored:
+        """The tensor as the file has it, backed by the file.
 
         Raises:
             CheckpointError: the file changed or is damaged.
         """
         scale = self._source.scales.get(name)
-        return self._read(name), None if scale is None else self._read(scale).float().item()
+        return Stored(self._read(name), None if scale is None else self._read(scale).float().item())
 
     def _read(self, name: str) -> Tensor:
         file, key = self._source.files[name]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -202,6 +203,7 @@ def write_tiny_wan(
     context_dim: int = 4096,
     dtype: torch.dtype = torch.float32,
     prefix: str = "",
+    scaled: str = "",
 ) -> dict[str, Any]:
     """Writes a random Wan of hidden size heads × 128 as a single safetensors file; returns its configuration.
 
@@ -209,6 +211,7 @@ def write_tiny_wan(
         clip: with the layers for CLIP image tokens, as 2.1 image-to-video has them.
         clip_positions: tokens of the position embedding that first-and-last-frame models add to them.
         context_dim: ComfyUI's loader knows 4096 only.
+        scaled: a layout of `scaled_fp8`, for a file of that kind.
     """
     config = {
         "num_attention_heads": heads,
@@ -221,8 +224,16 @@ def write_tiny_wan(
         "pos_embed_seq_len": clip_positions,
     }
     tensors = random_tensors(WanAdapter(), config, seed)
-    save_file({prefix + name: tensor.to(dtype) for name, tensor in tensors.items()}, str(path))
+    _save(path, {name: tensor.to(dtype) for name, tensor in tensors.items()}, prefix, scaled)
     return config
+
+
+WRITERS: dict[str, Callable[..., dict[str, Any]]] = {
+    HunyuanVideoAdapter.family: write_tiny_hunyuan_video,
+    FluxAdapter.family: write_tiny_flux,
+    WanAdapter.family: write_tiny_wan,
+}
+"""Family → what writes its tiny checkpoints; all take `path`, `seed`, `heads`, `depth`, `dtype`, `prefix`, `scaled`."""
 
 
 def _save(path: str | Path, tensors: dict[str, torch.Tensor], prefix: str, scaled: str) -> None:

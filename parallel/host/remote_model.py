@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..adapters.native import NativeTensors
+from ..checkpoints.source import Stored
 from ..config import resolve
 from ..degrees import Degrees
 from ..errors import WorkerError
@@ -31,9 +32,9 @@ _KEPT_CONDITIONING = 16
 _BATCH_BYTES = 64 * 2**20
 """Replaced weights that travel together; a larger one travels alone."""
 
-Replace = Callable[[str, Tensor], Tensor]
-"""Name and tensor of the checkpoint, in the storage dtype → what the workers are to use, of the same shape and dtype.
-It must not write to the tensor, which may be the file itself."""
+Replace = Callable[[str, Stored], Stored]
+"""Name and tensor of the checkpoint → what the workers are to use, of the same shape and dtype, with a scale of its own
+if there was one. Without a scale the tensor is in the storage dtype. It must not be written to: it may be the file."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,25 +141,33 @@ class RemoteModel:
         group = self._group
         assert group is not None, "call ensure_loaded first"
         self._version = object()  # no caller's: whatever ends this early, the next call does it all
-        dtype = self.recipe.weight_dtype
-        sizes = {name: prod(self._tensors.shapes[name]) * dtype.itemsize for name in {*names, *self._replaced}}
+        sizes = {
+            name: prod(self._tensors.shapes[name]) * self._kept_dtype(name).itemsize
+            for name in {*names, *self._replaced}
+        }
         total, done = sum(sizes.values()), 0
         with self.inspected.source.reader() as read:
             for batch in _batches(sizes):
                 group.settle(poll)
                 put = [name for name in batch if name in names]
-                refs, size = lay_out("weights", [(self._tensors.shapes[name], dtype) for name in put])
+                refs, size = lay_out("weights", [(self._tensors.shapes[n], self._kept_dtype(n)) for n in put])
                 segment = group.memory.segment("weights", size)
+                scales: dict[str, float] = {}
                 for name, ref in zip(put, refs, strict=True):
                     if poll is not None:
                         poll()
-                    value = replace(name, self._tensors.read(name, read).to(dtype))
-                    assert value.shape == ref.shape and value.dtype == dtype
+                    stored = self._tensors.read(name, read)
+                    value, scale = replace(name, Stored(stored.tensor.to(self._kept_dtype(name)), stored.scale))
+                    assert value.shape == ref.shape and value.dtype == self._kept_dtype(name)
+                    assert (scale is None) == (stored.scale is None)
                     segment.tensor(ref).copy_(value)
+                    if scale is not None:
+                        scales[name] = scale
                 restore = [name for name in batch if name not in names]
                 message = {
                     "model": self.name,
                     "put": {name: ref.to_json() for name, ref in zip(put, refs, strict=True)},
+                    "scales": scales,
                     "restore": restore,
                 }
                 self._replaced |= set(put)
@@ -168,6 +177,14 @@ class RemoteModel:
                 if on_progress is not None:
                     on_progress(done, total)
         self._version = version
+
+    def _kept_dtype(self, name: str) -> torch.dtype:
+        """In which the workers keep a tensor of the checkpoint, but for what a family keeps in full precision."""
+        source = self.inspected.source
+        if name in source.scales:
+            return source.tensors[name].dtype
+        # What a scaled-fp8 file keeps out of fp8 stays out of it, whatever the storage dtype.
+        return self.recipe.compute_dtype if source.scales else self.recipe.weight_dtype
 
     def unload(self) -> None:
         """Frees the weights in the workers; the processes stay."""
@@ -186,18 +203,18 @@ class RemoteModel:
             self._group.post("unload", {"model": self.name})
         self._group, self._generation = None, 0
 
-    def check(self, request: StepRequest, degrees: Degrees) -> None:
-        """Everything that can be told before any work.
+    def check(self, requests: Sequence[StepRequest], conditions: int = 1) -> None:
+        """Everything that can be told of `steps` with these arguments before any work, and before there are weights.
 
         Raises:
             UnsupportedError: an input that the family cannot honour.
             ConfigError: more ranks than tokens.
         """
-        shapes = {"x": request.x.shape, "timestep": request.timestep.shape}
-        shapes |= {name: tensor.shape for name, tensor in request.conditioning.items()}
-        inspected = self.inspected
-        tokens = inspected.adapter.check_inputs(inspected.model_config, {n: tuple(s) for n, s in shapes.items()})
-        SequencePlan((tokens,), 1, (1.0,) * degrees.sp)
+        inspected, degrees = self.inspected, self.degrees(conditions)
+        for request in requests:
+            inputs = {"x": request.x, "timestep": request.timestep, **request.conditioning}
+            tokens = inspected.adapter.check_inputs(inspected.model_config, inputs)
+            SequencePlan((tokens,), 1, (1.0,) * degrees.sp)
 
     def degrees(self, conditions: int) -> Degrees:
         """How a step with so many conditions is split; a change is logged."""
@@ -229,9 +246,7 @@ class RemoteModel:
             ConfigError, UnsupportedError: before any work.
             WorkerError: a worker failed; the weights are gone unless `loaded` still says otherwise.
         """
-        degrees = self.degrees(conditions)
-        for request in requests:
-            self.check(request, degrees)
+        self.check(requests, conditions)
         group = self._group
         assert group is not None, "call ensure_loaded first"
         group.settle(poll)
@@ -251,8 +266,12 @@ class RemoteModel:
             for x, timestep, out, held in zip(in_refs[::2], in_refs[1::2], out_refs, keys, strict=True)
         ]
         message = {
-            "model": self.name, "degrees": asdict(degrees), "requests": plain, "put": put, "drop": drop,
-        }  # fmt: skip
+            "model": self.name,
+            "degrees": asdict(self.degrees(conditions)),
+            "requests": plain,
+            "put": put,
+            "drop": drop,
+        }
         try:
             self.last_step = group.call("step", message, poll=poll)
         except BaseException:

@@ -27,6 +27,7 @@ import torch.distributed as dist
 from ..attention import kernels
 from ..attention.common_memory import CommonMemory
 from ..attention.traffic import Traffic
+from ..checkpoints.source import Stored
 from ..degrees import Degrees
 from ..errors import EngineError, StepCancelled, UnsupportedError
 from ..mesh import Mesh
@@ -158,7 +159,7 @@ class Worker:
         model = self._models[message["model"]]
         with torch.no_grad():
             for name, ref in message["put"].items():
-                model.put_weight(name, self._tensor(ref))
+                model.put_weight(name, Stored(self._tensor(ref), message["scales"].get(name)))
             model.restore_weights(message["restore"])
         return {}
 

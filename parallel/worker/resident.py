@@ -13,7 +13,7 @@ from ..adapters import registry
 from ..adapters.base import Adapter, StepContext
 from ..adapters.native import NativeTensors
 from ..checkpoints.quantised import FP8
-from ..checkpoints.source import TensorInfo, open_source
+from ..checkpoints.source import Stored, TensorInfo, open_source
 from ..degrees import Degrees
 from ..errors import CheckpointError, UnsupportedError
 from .ranks import SoloContext
@@ -51,7 +51,7 @@ class ResidentModel:
         with torch.device("meta"):  # no memory until a weight is read
             self.model = model_class(**self.config)
         if self._storage in FP8:
-            _keep_fp8(self.model, self._storage, self.compute_dtype)
+            _keep_fp8(self.model, self._storage, self.compute_dtype, self.adapter.read_directly)
         self._load(progress)
         self.model.eval().requires_grad_(False)
         self._tensors = NativeTensors(self._source, self.adapter, self.config)
@@ -63,20 +63,17 @@ class ResidentModel:
         """Bytes of weights on the device."""
         return sum(p.nbytes for p in self.model.parameters())
 
-    def set_parameter(self, name: str, part: Tensor, scale: float | None = None) -> None:
+    def set_parameter(self, name: str, part: Tensor, scale: float | None) -> None:
         """Sets a parameter of the diffusers model to a copy of `part` × `scale`, in the dtype in which it is kept.
 
         With a scale `part` is fp8, and stays so if it is the weight of a linear layer.
         """
         path, _, leaf = name.rpartition(".")
         module = self.model.get_submodule(path)
-        linear = leaf == "weight" and type(module) in (nn.Linear, ScaledLinear)
-        if linear and scale is not None:
-            ScaledLinear.keep(module, part.to(self.device, copy=True), scale)
-            return
-        if linear:
-            module.__class__ = nn.Linear
         if scale is not None:
+            if leaf == "weight" and type(module) in (nn.Linear, ScaledLinear):
+                ScaledLinear.keep(module, part.to(self.device, copy=True), scale)
+                return
             part = part.float().mul_(scale)
         if name in self.adapter.full_precision:
             value = part.to(self.device, torch.float32, copy=True)
@@ -87,10 +84,10 @@ class ResidentModel:
                 value = value.to(self.compute_dtype)
         module._parameters[leaf] = nn.Parameter(value, requires_grad=False)
 
-    def put_weight(self, name: str, tensor: Tensor) -> None:
+    def put_weight(self, name: str, stored: Stored) -> None:
         """Replaces the checkpoint's tensor `name` (of `NativeTensors`) by a copy of another one of its shape."""
         for piece in self._tensors.pieces(name):
-            self.set_parameter(piece.name, piece.take(tensor))
+            self.set_parameter(piece.name, piece.take(stored.tensor), stored.scale)
 
     def restore_weights(self, names: Iterable[str]) -> None:
         """Undoes `put_weight`.
@@ -100,12 +97,7 @@ class ResidentModel:
         """
         with self._source.reader() as read:
             for name in names:
-                if name in self._source.scales:
-                    stored, scale = read.stored(name)
-                    for piece in self._tensors.pieces(name):
-                        self.set_parameter(piece.name, piece.take(stored), scale)
-                else:
-                    self.put_weight(name, self._tensors.read(name, read))
+                self.put_weight(name, self._tensors.read(name, read))
 
     def put_conditioning(self, key: str, tensor: Tensor) -> None:
         """Keeps a copy on the device; floating-point tensors in the compute dtype."""
@@ -195,14 +187,14 @@ def _is_superfluous(model: Any, name: str) -> bool:
     return any(re.search(pattern, name) for pattern in model._keys_to_ignore_on_load_unexpected or ())
 
 
-def _keep_fp8(model: nn.Module, storage: torch.dtype, compute: torch.dtype) -> None:
-    """Keeps the blocks' large weights in fp8 and casts each for the time of its use.
+def _keep_fp8(model: nn.Module, storage: torch.dtype, compute: torch.dtype, but: tuple[str, ...]) -> None:
+    """Keeps the large weights in fp8, but for those of modules named so, and casts each for the time of its use.
 
     Called before there are any: no weight is ever held in more bits than it keeps.
     """
     from diffusers.hooks import apply_layerwise_casting
 
-    apply_layerwise_casting(model, storage, compute, skip_modules_pattern=("x_embedder", "patch_embedding"))
+    apply_layerwise_casting(model, storage, compute, skip_modules_pattern=but)
 
 
 def _nbytes(info: TensorInfo) -> int:

@@ -27,6 +27,13 @@ ORIGINAL_NAMES = "original_names.safetensors"  # Tencent's own parameter names, 
 IMAGE_TO_VIDEO = "image_to_video.safetensors"  # 33 channels: the kind that concatenates a picture
 NO_GUIDANCE = "no_guidance.safetensors"
 NVFP4_LIKE = "nvfp4_like.safetensors"
+WAN_RELATIVES = {
+    "wan_vace.safetensors": "vace_patch_embedding.weight",
+    "wan_camera.safetensors": "control_adapter.conv.weight",
+    "wan_humo.safetensors": "audio_proj.audio_proj_glob_1.layer.bias",
+    "wan_s2v.safetensors": "casual_audio_encoder.encoder.final_linear.weight",
+}
+"""Name → the tensor by which ComfyUI tells this relative of Wan."""
 
 HUNYUAN_VIDEO_KINDS: dict[str, dict[str, Any]] = {
     "hunyuan_video_fp16.safetensors": {"dtype": torch.float16},
@@ -48,6 +55,7 @@ FLUX_KINDS: dict[str, dict[str, Any]] = {
     "flux_scaled_2.safetensors": {"scaled": "marker_2", "dtype": torch.float16},
     "flux_comfy_quant.safetensors": {"scaled": "comfy_quant", "dtype": torch.bfloat16},
 }
+WAN_KINDS: dict[str, dict[str, Any]] = {"wan_comfy_quant.safetensors": {"scaled": "comfy_quant"}}
 """Files of the same networks in other dtypes and layouts: name → how it is written."""
 
 
@@ -71,9 +79,13 @@ def write_model_files(models: Path) -> None:
         write_tiny_flux(folder / name, **options)
     _write_nvfp4_like(folder / NVFP4_LIKE, folder / FLUX)
     write_tiny_wan(folder / WAN, prefix="model.diffusion_model.")
+    for name, options in WAN_KINDS.items():
+        write_tiny_wan(folder / name, **options)
     write_tiny_wan(folder / WAN_I2V, seed=1, in_channels=36, clip=True)
     write_tiny_wan(folder / WAN_22_I2V, seed=2, in_channels=36)
     write_tiny_wan(folder / WAN_22_5B, seed=3, in_channels=48, out_channels=48)
+    for name, marker in WAN_RELATIVES.items():
+        save_file(load_file(folder / "wan_comfy_quant.safetensors") | {marker: torch.zeros(1)}, folder / name)
     _write_diffusers_folder(folder / FLUX, folder / FLUX_FOLDER)
     _write_zeros(folder / SD_LIKE, _SD_SHAPES)
     _write_zeros(folder / AURA_FLOW_LIKE, _AURA_FLOW_SHAPES)

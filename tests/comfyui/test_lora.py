@@ -126,9 +126,47 @@ def test_fp8_weights_are_rounded_as_the_native_ones(
     assert relative_difference(sample(server, setting, TWO), reference(setting)) <= TOLERANCE
 
 
-@pytest.mark.parametrize("name", ["hunyuan_native", "flux_diffusers"])
-def test_strengths_change_from_prompt_to_prompt_and_leave_no_trace(server: ComfyServer, name: str) -> None:
-    base = base_of(name)
+def scaled(name: str, layout: str) -> Setting:
+    """The base of a LoRA, from a file of scaled fp8."""
+    family = {"hunyuan": "hunyuan_video"}.get(name.partition("_")[0], name.partition("_")[0])
+    return replace(base_of(name), checkpoint=f"{family}_{layout}.safetensors")
+
+
+SCALED = [
+    *((name, "comfy_quant") for name in lora_files.HUNYUAN_VIDEO + lora_files.FLUX + lora_files.WAN),
+    *((name, layout) for name in ("hunyuan_native", "flux_diffusers") for layout in ("scaled_0", "scaled_2")),
+    ("hunyuan_native", "metadata"),
+]
+
+
+@pytest.mark.parametrize(("name", "layout"), SCALED)
+def test_scaled_fp8_weights_are_rounded_as_the_native_ones(
+    server: ComfyServer, reference: Reference, name: str, layout: str
+) -> None:
+    """ComfyUI gives a patched weight a new scale, and rounds it to fp8 at random, with a seed made of its name."""
+    base = scaled(name, layout)
+    setting = with_loras(base, lora(name, 0.8))
+    assert relative_difference(reference(setting), reference(base)) > VISIBLE
+    assert relative_difference(sample(server, setting, TWO), reference(setting)) <= TOLERANCE
+
+
+def test_stacked_loras_on_scaled_fp8(server: ComfyServer, reference: Reference) -> None:
+    setting = with_loras(scaled("flux", "scaled_2"), lora("flux_diffusers"), lora("flux_kohya", -0.5))
+    assert relative_difference(sample(server, setting, TWO), reference(setting)) <= TOLERANCE
+
+
+@pytest.mark.parametrize(
+    ("base", "name"),
+    [
+        pytest.param(HUNYUAN_VIDEO_BASE, "hunyuan_native", id="hunyuan"),
+        pytest.param(FLUX_BASE, "flux_diffusers", id="flux"),
+        pytest.param(scaled("hunyuan", "scaled_0"), "hunyuan_native", id="hunyuan_scaled_fp8"),
+        pytest.param(scaled("flux", "comfy_quant"), "flux_diffusers", id="flux_scaled_fp8"),
+    ],
+)
+def test_strengths_change_from_prompt_to_prompt_and_leave_no_trace(
+    server: ComfyServer, base: Setting, name: str
+) -> None:
     half = with_loras(base, lora(name, 0.5))
     without = sample_anew(server, base)
     workers = server.workers()
@@ -183,8 +221,9 @@ def test_the_loader_for_model_and_text_encoder(server: ComfyServer, reference: R
     assert relative_difference(read_latent(server, server.run(builder.graph)), expected) <= TOLERANCE
 
 
-def test_fresh_workers_get_the_lora_too(server: ComfyServer) -> None:
-    setting = fresh(with_loras(HUNYUAN_VIDEO_BASE, lora("hunyuan_native")))
+@pytest.mark.parametrize("base", [HUNYUAN_VIDEO_BASE, scaled("hunyuan", "metadata")], ids=["fp32", "scaled_fp8"])
+def test_fresh_workers_get_the_lora_too(server: ComfyServer, base: Setting) -> None:
+    setting = fresh(with_loras(base, lora("hunyuan_native")))
     before = sample_anew(server, setting)
     workers = server.workers()
     workers[-1].kill()

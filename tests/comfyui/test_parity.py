@@ -26,6 +26,7 @@ pytestmark = pytest.mark.comfyui
 
 TOLERANCE = 1e-4
 DEVICES = ("cpu", "cpu,cpu", "cpu,cpu,cpu")
+HYBRID = Swapped(devices="cpu,cpu,cpu,cpu", ulysses_degree=2, ring_degree=2)
 SHORT = Text(seed=12, tokens=5)
 MASKED = Text(tokens=8, valid=5)
 ODD = Setting(width=48, height=80, length=9)  # 45 tokens
@@ -51,10 +52,11 @@ CASES = {
     "easy_cache": Setting(steps=8, model_nodes=(EASY_CACHE,)),
 }
 
+_DPMPP = {"sampler": "dpmpp_2m", "scheduler": "sgm_uniform", "steps": 4}
+_FLUX = Setting(checkpoint=FLUX, picture=True)
 _WAN = Setting(positive=Text(width=4096), negative=Text(seed=12, width=4096), length=9)
 _WAN_I2V = replace(_WAN, checkpoint=WAN_I2V, start_image="WanImageToVideo", image_tokens=5)
 _WAN_5B = replace(_WAN, checkpoint=WAN_22_5B, start_image="Wan22ImageToVideoLatent", width=96, height=64)
-_DPMPP = {"sampler": "dpmpp_2m", "scheduler": "sgm_uniform", "steps": 4}
 _CONTEXT_WINDOWS = model_node(
     "WanContextWindowsManual",
     context_length=9,
@@ -67,19 +69,22 @@ _CONTEXT_WINDOWS = model_node(
     retain_first_frame=False,
     split_conds_to_windows=False,
 )
-WAN_CASES = {
-    "t2v": replace(_WAN, checkpoint=WAN),
-    "t2v_cfg": replace(_WAN, checkpoint=WAN, cfg=4.0, negative=Text(seed=12, tokens=5, width=4096), **_DPMPP),
-    "t2v_batch_2": replace(_WAN, checkpoint=WAN, batch=2, width=72, height=56, **_DPMPP),
-    "i2v": _WAN_I2V,
-    "i2v_cfg": replace(_WAN_I2V, cfg=4.0, **_DPMPP),
-    "i2v_without_clip": replace(_WAN_I2V, image_tokens=0, cfg=4.0),
-    "i2v_context_windows": replace(_WAN_I2V, length=25, cfg=4.0, model_nodes=(_CONTEXT_WINDOWS,)),
-    "22_i2v": replace(_WAN_I2V, checkpoint=WAN_22_I2V, **_DPMPP),
-    "22_i2v_without_clip": replace(_WAN_I2V, checkpoint=WAN_22_I2V, image_tokens=0, cfg=4.0, batch=2),
-    "22_5b": _WAN_5B,
-    "22_5b_cfg": replace(_WAN_5B, cfg=4.0, **_DPMPP),
-    "22_5b_odd_batch_2": replace(_WAN_5B, cfg=4.0, batch=2, height=48),
+CASES |= {
+    "flux_63_text_tokens": replace(_FLUX, positive=Text(tokens=63)),
+    "flux_odd_size_cfg": replace(_FLUX, width=72, height=56, cfg=4.0, negative=SHORT),
+    "flux_dpmpp_2m_batch_2": replace(_FLUX, batch=2, **_DPMPP),
+    "wan_t2v": replace(_WAN, checkpoint=WAN),
+    "wan_t2v_cfg": replace(_WAN, checkpoint=WAN, cfg=4.0, negative=Text(seed=12, tokens=5, width=4096), **_DPMPP),
+    "wan_t2v_batch_2": replace(_WAN, checkpoint=WAN, batch=2, width=72, height=56, **_DPMPP),
+    "wan_i2v": _WAN_I2V,
+    "wan_i2v_cfg": replace(_WAN_I2V, cfg=4.0, **_DPMPP),
+    "wan_i2v_without_clip": replace(_WAN_I2V, image_tokens=0, cfg=4.0),
+    "wan_i2v_context_windows": replace(_WAN_I2V, length=25, cfg=4.0, model_nodes=(_CONTEXT_WINDOWS,)),
+    "wan_22_i2v": replace(_WAN_I2V, checkpoint=WAN_22_I2V, **_DPMPP),
+    "wan_22_i2v_without_clip": replace(_WAN_I2V, checkpoint=WAN_22_I2V, image_tokens=0, cfg=4.0, batch=2),
+    "wan_22_5b": _WAN_5B,
+    "wan_22_5b_cfg": replace(_WAN_5B, cfg=4.0, **_DPMPP),
+    "wan_22_5b_odd_batch_2": replace(_WAN_5B, cfg=4.0, batch=2, height=48),
 }
 
 
@@ -116,7 +121,14 @@ def test_same_latent_from_other_dtypes(server: ComfyServer, reference: Reference
         pytest.param("masked", Swapped(ring_degree=2), id="ring"),
         pytest.param("cfg_unequal_prompts", Swapped(cfg_degree=2), id="cfg"),
         pytest.param("batch_2", Swapped(dp_degree=2), id="dp"),
-        pytest.param("odd_tokens", Swapped(devices="cpu,cpu,cpu,cpu", ulysses_degree=2, ring_degree=2), id="hybrid"),
+        pytest.param("odd_tokens", HYBRID, id="hybrid"),
+        pytest.param("flux_63_text_tokens", Swapped(ring_degree=2), id="flux_ring"),
+        pytest.param("flux_odd_size_cfg", Swapped(ring_degree=2), id="flux_ring_cfg"),
+        pytest.param("flux_dpmpp_2m_batch_2", Swapped(ring_degree=2), id="flux_ring_batch"),
+        pytest.param("wan_22_5b_cfg", Swapped(ring_degree=2), id="wan_ring"),
+        pytest.param("wan_i2v_cfg", Swapped(cfg_degree=2), id="wan_cfg"),
+        pytest.param("wan_22_5b_odd_batch_2", Swapped(dp_degree=2), id="wan_dp"),
+        pytest.param("wan_t2v", HYBRID, id="wan_hybrid"),
     ],
 )
 def test_same_latent_with_explicit_degrees(
@@ -125,46 +137,10 @@ def test_same_latent_with_explicit_degrees(
     assert relative_difference(sample(server, CASES[name], swapped), reference(CASES[name])) <= TOLERANCE
 
 
-@pytest.mark.parametrize("swapped", [Swapped(), Swapped(ring_degree=2)], ids=["ulysses", "ring"])
-@pytest.mark.parametrize(
-    "setting",
-    [
-        pytest.param(Setting(positive=Text(tokens=63)), id="63_text_tokens"),
-        pytest.param(Setting(width=72, height=56, cfg=4.0, negative=SHORT), id="odd_size_cfg"),
-        pytest.param(Setting(sampler="dpmpp_2m", scheduler="sgm_uniform", batch=2, steps=4), id="dpmpp_2m_batch_2"),
-    ],
-)
-def test_same_flux_latent(server: ComfyServer, reference: Reference, setting: Setting, swapped: Swapped) -> None:
-    setting = replace(setting, checkpoint=FLUX, picture=True)
-    assert relative_difference(sample(server, setting, swapped), reference(setting)) <= TOLERANCE
-
-
-@pytest.mark.parametrize("devices", ["cpu", "cpu,cpu"])
-@pytest.mark.parametrize("name", WAN_CASES)
-def test_same_wan_latent(server: ComfyServer, reference: Reference, name: str, devices: str) -> None:
-    setting = WAN_CASES[name]
-    assert relative_difference(sample(server, setting, Swapped(devices=devices)), reference(setting)) <= TOLERANCE
-
-
-@pytest.mark.parametrize(
-    ("name", "swapped"),
-    [
-        pytest.param("22_5b_cfg", Swapped(ring_degree=2), id="ring"),
-        pytest.param("i2v_cfg", Swapped(cfg_degree=2), id="cfg"),
-        pytest.param("22_5b_odd_batch_2", Swapped(dp_degree=2), id="dp"),
-        pytest.param("t2v", Swapped(devices="cpu,cpu,cpu,cpu", ulysses_degree=2, ring_degree=2), id="hybrid"),
-    ],
-)
-def test_same_wan_latent_with_explicit_degrees(
-    server: ComfyServer, reference: Reference, name: str, swapped: Swapped
-) -> None:
-    assert relative_difference(sample(server, WAN_CASES[name], swapped), reference(WAN_CASES[name])) <= TOLERANCE
-
-
 def test_same_wan_latent_from_two_models_in_turn(server: ComfyServer) -> None:
     """As Wan 2.2 A14B: one model for the noisy steps, another one for the rest."""
     latents = [
-        read_latent(server, server.run(two_stage_graph(WAN_22_I2V, WAN_I2V, WAN_CASES["i2v_cfg"], swapped)))
+        read_latent(server, server.run(two_stage_graph(WAN_22_I2V, WAN_I2V, CASES["wan_i2v_cfg"], swapped)))
         for swapped in (None, Swapped())
     ]
     assert relative_difference(latents[1], latents[0]) <= TOLERANCE
@@ -172,11 +148,11 @@ def test_same_wan_latent_from_two_models_in_turn(server: ComfyServer) -> None:
 
 def test_wan_cases_show_the_first_frame(reference: Reference) -> None:
     """Those comparisons would notice a lost CLIP image, start image or noise mask."""
-    latent = reference(WAN_CASES["i2v"])
+    latent = reference(CASES["wan_i2v"])
     assert relative_difference(latent, reference(replace(_WAN_I2V, image_tokens=0))) > 1e-2
     assert relative_difference(latent, reference(replace(_WAN_I2V, start_image="", image_tokens=0))) > 1e-2
     given = torch.randn(1, 48, 1, 4, 6, generator=torch.Generator().manual_seed(3))  # as SPTestVAE makes it
-    assert relative_difference(reference(WAN_CASES["22_5b"])[:, :, :1], given) < TOLERANCE
+    assert relative_difference(reference(CASES["wan_22_5b"])[:, :, :1], given) < TOLERANCE
 
 
 def test_the_workers_do_the_work(server: ComfyServer, reference: Reference) -> None:

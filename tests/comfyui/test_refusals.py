@@ -2,18 +2,33 @@
 
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 import torch
 
 from tests.comfyui import model_files
-from tests.comfyui.graphs import GraphBuilder, Setting, Swapped, add_sampling, fresh, model_node, sampling_graph
+from tests.comfyui.graphs import (
+    Arrange,
+    GraphBuilder,
+    Link,
+    Setting,
+    Swapped,
+    Text,
+    add_sampling,
+    fresh,
+    model_node,
+    sampling_graph,
+)
 from tests.comfyui.latents import read_latent, relative_difference, sample
 from tests.comfyui.server import ComfyServer, Graph, PromptResult
 
 pytestmark = pytest.mark.comfyui
 
 TWO = Swapped(devices="cpu,cpu")
+UNUSED = Swapped(devices="cpu*5,cpu*3")
+"""Nothing else has workers of these speeds: a prompt that gets so far as to need them would start them."""
+WAN = Setting(checkpoint=model_files.WAN, positive=Text(width=4096), negative=Text(seed=12, width=4096))
 
 
 def refusal(server: ComfyServer, graph: Graph) -> PromptResult:
@@ -40,12 +55,6 @@ def assert_says(message: str, *patterns: str) -> None:
 def works_afterwards(server: ComfyServer) -> Iterator[None]:
     yield
     sample(server, fresh(Setting()), TWO)
-
-
-def test_a_lora_on_scaled_fp8(server: ComfyServer) -> None:
-    lora = model_node("LoraLoaderModelOnly", lora_name="hunyuan_native.safetensors", strength_model=1.0)
-    setting = Setting(checkpoint="hunyuan_video_comfy_quant.safetensors", model_nodes=(lora,))
-    assert_says(refusal(server, sampling_graph(setting, TWO)).message, "a LoRA on a scaled-fp8 file", "bf16")
 
 
 @pytest.mark.parametrize(
@@ -152,9 +161,9 @@ def test_block_patches_are_refused(server: ComfyServer) -> None:
     )
     setting = Setting(cfg=4.0, model_nodes=(guidance,))
     assert relative_difference(sample(server, setting), sample(server, Setting(cfg=4.0))) > 1e-3
-    result = server.run(sampling_graph(setting, TWO))
+    result = server.run(sampling_graph(setting, TWO))  # the patch comes in the middle of a step, after the plain ones
     assert result.status == "error"
-    assert_says(result.message, "SkipLayer|patches_replace|block patch|block replacement")
+    assert_says(result.message, "SkipLayerGuidanceDiT", "block replacement")
 
 
 def test_perturbed_attention_is_refused(server: ComfyServer) -> None:
@@ -162,3 +171,108 @@ def test_perturbed_attention_is_refused(server: ComfyServer) -> None:
     result = server.run(sampling_graph(setting, TWO))
     assert result.status == "error"
     assert_says(result.message, "PerturbedAttentionGuidance")
+
+
+def test_free_u_fails_as_with_the_native_loader(server: ComfyServer) -> None:
+    """It knows UNets only, and ComfyUI's own model of this kind makes it fail, too."""
+    setting = Setting(model_nodes=(model_node("FreeU_V2", b1=1.3, b2=1.4, s1=0.9, s2=0.2),))
+    results = [refusal(server, sampling_graph(setting, swapped)) for swapped in (None, UNUSED)]
+    assert {(result.node_type, result.message) for result in results} == {("FreeU_V2", "'model_channels'")}
+
+
+@pytest.mark.parametrize("node", ["ModelMergeAdd", "ModelMergeSubtract"])
+def test_other_merging_nodes_are_refused(server: ComfyServer, node: str) -> None:
+    builder = GraphBuilder()
+    first, second = (builder.add_loader(model_files.TINY, side) for side in (None, UNUSED))
+    extra = {"multiplier": 1.0} if node == "ModelMergeSubtract" else {}
+    add_sampling(builder, Setting(), builder.add(node, model1=first, model2=second, **extra))
+    assert_says(refusal(server, builder.graph).message, "merging", "ModelMerge")
+
+
+@pytest.mark.parametrize("node", ["ModelSave", "CheckpointSave"])
+def test_saving_the_model_is_refused(server: ComfyServer, node: str) -> None:
+    builder = GraphBuilder()
+    model = builder.add_loader(model_files.TINY, UNUSED)
+    vae = {"channels": 16, "stride": 8, "seed": 3}
+    parts = (
+        {"clip": builder.add("SPTestNoClip"), "vae": builder.add("SPTestVAE", **vae)}
+        if node == "CheckpointSave"
+        else {}
+    )
+    builder.add(node, model=model, filename_prefix="saved/test", **parts)
+    result = refusal(server, builder.graph)
+    assert_says(result.message, "saving the model", "native|Load Diffusion Model")
+    assert result.node_type == node
+
+
+@pytest.mark.parametrize("checkpoint", model_files.WAN_RELATIVES)
+def test_relatives_of_wan_are_refused_by_name(server: ComfyServer, checkpoint: str) -> None:
+    relative = checkpoint.removeprefix("wan_").removesuffix(".safetensors")
+    result = refusal(server, sampling_graph(Setting(checkpoint=checkpoint), UNUSED))
+    assert_says(result.message, rf"\bWan {relative}\b", checkpoint)
+    assert result.node_type == "SPLoadDiffusionModel"
+
+
+def wan_node(node: str, outputs: tuple[int, int, int], picture: str) -> Arrange:
+    """A node of Wan's that puts a grey picture into the prompt. `outputs`: its positive, negative and latent."""
+
+    def arrange(builder: GraphBuilder, setting: Setting, positive: Link, latent: Link) -> tuple[Link, Link]:
+        node_id, _ = builder.add(
+            node,
+            positive=positive,
+            negative=positive,
+            vae=builder.add("SPTestVAE", channels=16, stride=8, seed=3),
+            width=setting.width,
+            height=setting.height,
+            length=setting.length,
+            batch_size=1,
+            **{picture: builder.add("EmptyImage", width=64, height=48, batch_size=1, color=0x808080)},
+            **({"strength": 1.0} if node == "WanVaceToVideo" else {}),
+        )
+        return [node_id, outputs[0]], [node_id, outputs[2]]
+
+    return arrange
+
+
+@pytest.mark.parametrize(
+    ("node", "picture", "latent", "name"),
+    [
+        ("WanPhantomSubjectToVideo", "images", 3, "time_dim_concat"),
+        ("WanHuMoImageToVideo", "ref_image", 2, "reference_latent"),
+        ("WanSoundImageToVideo", "ref_image", 2, "reference_latent"),
+    ],
+)
+def test_inputs_of_wans_other_nodes_are_refused_by_name(
+    server: ComfyServer, node: str, picture: str, latent: int, name: str
+) -> None:
+    setting = replace(WAN, arrange=wan_node(node, (0, 1, latent), picture))
+    assert_says(refusal(server, sampling_graph(setting, UNUSED)).message, rf"the input {name}\b", rf"\b{node}\b")
+
+
+@pytest.mark.parametrize(
+    ("node", "picture"), [("WanVaceToVideo", "control_video"), ("WanCameraImageToVideo", "start_image")]
+)
+def test_inputs_that_the_native_model_ignores_change_nothing(server: ComfyServer, node: str, picture: str) -> None:
+    """A text-to-video model does not read them: ComfyUI does not hand them to its network."""
+    setting = replace(WAN, arrange=wan_node(node, (0, 1, 2), picture))
+    expected = sample(server, setting)
+    assert relative_difference(sample(server, setting, TWO), expected) <= 1e-4
+
+
+def test_controlnet_is_refused(server: ComfyServer) -> None:
+    def arrange(builder: GraphBuilder, setting: Setting, positive: Link, latent: Link) -> tuple[Link, Link]:
+        applied = builder.add(
+            "ControlNetApplyAdvanced",
+            positive=positive,
+            negative=positive,
+            control_net=builder.add("SPTestControlNet", width=256),
+            image=builder.add("EmptyImage", width=64, height=48, batch_size=1, color=0x808080),
+            strength=1.0,
+            start_percent=0.0,
+            end_percent=1.0,
+        )
+        return applied, latent
+
+    setting = Setting(arrange=arrange)
+    assert relative_difference(sample(server, setting), sample(server, Setting())) > 1e-3
+    assert_says(refusal(server, sampling_graph(setting, UNUSED)).message, "ControlNet", "remove Apply ControlNet")

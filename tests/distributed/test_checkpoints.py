@@ -88,14 +88,14 @@ def test_scaled_fp8_in_bf16_arithmetic(tiny_models: TinyModels, family: str):
         assert torch.equal(layer(identity), twin(identity))
 
 
-def test_a_scaled_weight_gives_way_to_a_whole_one_and_comes_back(tiny_models: TinyModels):
+def test_a_scaled_weight_gives_way_to_another_one_and_comes_back(tiny_models: TinyModels):
     model = resident(tiny_models.path("flux", scaled="comfy_quant"))
     name = "single_transformer_blocks.0.proj_mlp"
     layer = model.model.get_submodule(name)
     assert isinstance(layer, ScaledLinear)
     x, before = torch.ones(1, layer.in_features), layer.weight.clone()
     scale, expected = layer.scale, layer(x)
-    model.set_parameter(f"{name}.weight", torch.full(layer.weight.shape, 0.5))
+    model.set_parameter(f"{name}.weight", torch.full(layer.weight.shape, 2.0).to(FP8[0]), 0.25)
     assert torch.allclose(layer(x), 0.5 * x.sum() + layer.bias)
     model.set_parameter(f"{name}.weight", before, scale)
     assert torch.equal(layer(x), expected)

@@ -11,6 +11,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from parallel.adapters.base import pack_text
+from parallel.adapters.registry import FAMILIES
 from parallel.errors import CheckpointError, ConfigError, UnsupportedError, WorkerError
 from parallel.host import memory, remote_model
 from parallel.host.recipe import Recipe
@@ -111,6 +113,11 @@ WAN = {
     "wan_22_5b_batch_2": Model(TI2V, WanInputs(channels=48, frames=3, height=6, clean_frames=2, batch=2)),
 }
 MODELS |= WAN
+
+
+def test_every_family_has_models():
+    assert {model.checkpoint.get("family", "hunyuan_video") for model in MODELS.values()} == set(FAMILIES)
+
 
 DEGREES = [
     ("cpu,cpu", {"ring_degree": 2}),
@@ -348,16 +355,25 @@ def test_an_unknown_input_is_refused(start_group: StartGroup, tiny_models: TinyM
         assert remote.step(x, timestep, conditioning).isfinite().all()
 
 
-def test_an_error_of_all_workers_alike_leaves_them_running(start_group: StartGroup, tiny_models: TinyModels):
-    group = start_group("cpu,cpu")
-    x, timestep, conditioning = PADDED.make()
-    pids = group.pids
-    with loaded(group, tiny_models.path()) as remote:
-        with pytest.raises(WorkerError, match=r"^attention_mask is floating-point") as caught:
-            remote.step(x, timestep, conditioning | {"attention_mask": conditioning["attention_mask"].float()})
-        assert caught.value.remote_type == "UnsupportedError"
-        assert remote.step(x, timestep, conditioning).isfinite().all()
-    assert group.pids == pids
+@pytest.mark.parametrize(
+    ("name", "changes", "complaint"),
+    [
+        pytest.param("padded_text", {"attention_mask": torch.ones(1, 8)}, "attention_mask is floating", id="mask"),
+        pytest.param("flux_references", {"ref_latents_method": pack_text("far")}, "reference method far", id="method"),
+    ],
+)
+def test_a_value_that_cannot_be_honoured_is_refused_before_anything_is_sent(
+    start_group: StartGroup, tiny_models: TinyModels, name: str, changes: dict[str, Tensor], complaint: str
+):
+    """Of several batch groups only some would see it, and the group would have to be started again."""
+    group, model = start_group(FOUR), MODELS[name]
+    x, timestep, conditioning = model.inputs.make()
+    with loaded(group, tiny_models.path(**model.checkpoint), dp_degree=4) as remote:
+        pids, expected = group.pids, remote.step(x, timestep, conditioning)
+        with pytest.raises(UnsupportedError, match=complaint):
+            remote.step(x, timestep, conditioning | changes)
+        assert torch.equal(remote.step(x, timestep, conditioning), expected)
+        assert group.pids == pids
 
 
 def test_a_checkpoint_that_the_workers_cannot_load(start_group: StartGroup, tiny_models: TinyModels, tmp_path):

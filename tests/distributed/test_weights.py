@@ -14,7 +14,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from parallel.checkpoints.source import Stored, open_source
 from parallel.config import SequenceParallelConfig, resolve
+from parallel.demo.checkpoint import SCALED_LAYOUTS
 from parallel.errors import WorkerDiedError, WorkerError
 from parallel.host import remote_model
 from parallel.host.group import WorkerGroup
@@ -35,9 +37,27 @@ class Cancelled(Exception):
     """Stands for ComfyUI's InterruptProcessingException."""
 
 
-def change(name: str, tensor: Tensor, factor: float = 1.5) -> Tensor:
+def change(name: str, stored: Stored, factor: float = 1.5) -> Stored:
     """What the tests replace a weight by."""
-    return (tensor.float() * factor + 0.01).to(tensor.dtype)
+    tensor, scale = stored
+    if scale is None:
+        return Stored((tensor.float() * factor + 0.01).to(tensor.dtype))
+    return Stored((tensor.float() * -0.7).to(tensor.dtype), scale * factor)
+
+
+def write_changed(path: Path, target: Path, storage: torch.dtype) -> set[str]:
+    """The checkpoint with every tensor changed; returns their names."""
+    source, tensors = open_source(str(path)), load_file(path)
+    with source.reader() as read:
+        for name in source.tensors:
+            tensor, scale = read.stored(name)
+            keep = tensor.dtype if scale is not None else torch.float32 if source.scales else storage
+            changed = change(name, Stored(tensor.to(keep), scale))
+            tensors[source.files[name][1]] = changed.tensor
+            if changed.scale is not None:
+                tensors[source.files[source.scales[name]][1]] = torch.tensor(changed.scale)
+    save_file(tensors, target, source.metadata)
+    return set(source.tensors)
 
 
 @dataclass
@@ -51,7 +71,7 @@ class Case:
         return self.model.step(*self.inputs.make())
 
     def replace(self, version: Any, names: Collection[str], factor: float = 1.5, **options: Any) -> None:
-        self.model.replace_weights(version, names, lambda name, tensor: change(name, tensor, factor), **options)
+        self.model.replace_weights(version, names, lambda name, stored: change(name, stored, factor), **options)
 
 
 @pytest.fixture
@@ -96,6 +116,12 @@ def predict(group: WorkerGroup, path: Path, inputs: Inputs, dtype: torch.dtype =
         pytest.param({}, Inputs(), fp8, id="fp8"),
         pytest.param({"family": "flux"}, FLUX_INPUTS, torch.float32, id="flux"),
         pytest.param({"family": "flux"}, FLUX_INPUTS, fp8, id="flux_fp8"),
+        *(
+            pytest.param({"scaled": layout, "dtype": torch.bfloat16}, Inputs(), torch.float32, id=layout)
+            for layout in SCALED_LAYOUTS
+        ),
+        pytest.param({"scaled": "comfy_quant"}, Inputs(), fp8, id="scaled_and_fp8_chosen"),
+        pytest.param({"family": "flux", "scaled": "marker_2"}, FLUX_INPUTS, torch.float32, id="flux_scaled"),
     ],
 )
 def test_replaced_weights_give_what_a_checkpoint_with_them_gives(
@@ -108,14 +134,12 @@ def test_replaced_weights_give_what_a_checkpoint_with_them_gives(
 ):
     """Every tensor of the file, so that none of them goes to a wrong place."""
     group, path = start_group(DEVICES), tiny_models.path(**checkpoint)
-    prefix = checkpoint.get("prefix", "")
-    rounded = {name: tensor.to(storage) for name, tensor in load_file(path).items()}
-    save_file({name: change(name, tensor) for name, tensor in rounded.items()}, tmp_path / "changed.safetensors")
+    names = write_changed(path, tmp_path / "changed.safetensors", storage)
     expected = predict(group, tmp_path / "changed.safetensors", inputs, storage)
     model = RemoteModel(recipe_of(path, DEVICES, storage), group=group)
     model.ensure_loaded()
     base = model.step(*inputs.make())
-    model.replace_weights("changed", {name.removeprefix(prefix) for name in rounded}, change)
+    model.replace_weights("changed", names, change)
     changed = model.step(*inputs.make())
     model.replace_weights(None, (), change)
     restored = model.step(*inputs.make())
@@ -151,9 +175,9 @@ def test_a_diffusers_folder_takes_the_replacements_of_the_single_file(
 def test_each_replacement_starts_from_the_checkpoint(case: Case, tiny_models: TinyModels):
     seen: dict[str, Tensor] = {}
 
-    def look(name: str, tensor: Tensor) -> Tensor:
-        seen[name] = tensor.clone()
-        return change(name, tensor, 0.5)
+    def look(name: str, stored: Stored) -> Stored:
+        seen[name] = stored.tensor.clone()
+        return change(name, stored, 0.5)
 
     case.replace("half", SOME, 0.5)
     half = case.step()
@@ -263,7 +287,7 @@ def test_cancel_while_the_workers_are_at_it(case: Case):
 def test_a_failure_on_the_host_is_the_callers(case: Case):
     base = case.step()
 
-    def fail(name: str, tensor: Tensor) -> Tensor:
+    def fail(name: str, stored: Stored) -> Stored:
         raise KeyError(name)
 
     with pytest.raises(KeyError):
@@ -278,14 +302,16 @@ def test_a_checkpoint_that_went_away_is_named(start_group: StartGroup, tiny_mode
     group = start_group(DEVICES)
     model = RemoteModel(recipe_of(path, DEVICES), group=group)
     model.ensure_loaded()
-    base = model.step(*Inputs().make())
+    base, pids = model.step(*Inputs().make()), group.pids
     model.replace_weights("changed", SOME, change)
     path.rename(tmp_path / "away.safetensors")
-    with pytest.raises(WorkerError, match=r"moved\.safetensors: cannot read"):
+    with pytest.raises(WorkerError, match=r"moved\.safetensors: cannot read") as caught:
         model.replace_weights(None, (), change)
+    assert caught.value.remote_type == "CheckpointError"
     (tmp_path / "away.safetensors").rename(path)
     model.replace_weights(None, (), change)
     assert torch.equal(model.step(*Inputs().make()), base)
+    assert group.pids == pids  # an error of all workers alike leaves them running
     model.unload()
 
 

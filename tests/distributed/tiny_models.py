@@ -13,16 +13,13 @@ from torch import Tensor
 
 from parallel.adapters.base import pack_text
 from parallel.config import SequenceParallelConfig
-from parallel.demo.checkpoint import write_tiny_flux, write_tiny_hunyuan_video, write_tiny_wan
+from parallel.demo.checkpoint import WRITERS
 from parallel.host.group import WorkerGroup
 from parallel.host.recipe import Recipe
 from parallel.host.remote_model import RemoteModel
 
 StartGroup = Callable[[str], WorkerGroup]
 TEXT_WIDTH = 64
-
-
-_WRITERS = {"hunyuan_video": write_tiny_hunyuan_video, "flux": write_tiny_flux, "wan": write_tiny_wan}
 
 
 class TinyModels:
@@ -37,7 +34,7 @@ class TinyModels:
         key = repr((family, sorted(options.items())))
         if key not in self._written:
             path = self._folder / f"{len(self._written)}.safetensors"
-            _WRITERS[family](path, **options)
+            WRITERS[family](path, **options)
             self._written[key] = path
         return self._written[key]
 

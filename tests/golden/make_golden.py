@@ -36,9 +36,8 @@ import vectors  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 from parallel.adapters.base import pack_text, unpack_text  # noqa: E402
-from parallel.demo.checkpoint import write_tiny_flux, write_tiny_hunyuan_video, write_tiny_wan  # noqa: E402
+from parallel.demo.checkpoint import WRITERS  # noqa: E402
 
-WRITERS = {"hunyuan_video": write_tiny_hunyuan_video, "flux": write_tiny_flux, "wan": write_tiny_wan}
 TEXT_WIDTH = 64
 REFERENCES = {"references": ((5, 4), (3, 8), (4, 4))}
 VIDEO = {"family": "hunyuan_video"}

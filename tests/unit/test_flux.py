@@ -8,17 +8,21 @@ import torch
 from parallel.adapters.base import pack_text, unpack_text
 from parallel.adapters.flux import FluxAdapter, _offsets
 from parallel.errors import UnsupportedError
+from tests.unit.inputs import of_shapes
 
 ADAPTER = FluxAdapter()
 CONFIG = {"in_channels": 64, "out_channels": 64, "joint_attention_dim": 32, "pooled_projection_dim": 768}
 INPUTS: dict[str, tuple[int, ...]] = {
     "x": (1, 16, 9, 6), "timestep": (1,), "context": (1, 8, 32), "y": (1, 768), "guidance": (1,),
 }  # fmt: skip
-REFERENCES = {"ref_latents.0": (1, 16, 3, 4), "ref_latents.1": (1, 16, 8, 8), "ref_latents_method": (1, 5)}
+REFERENCES = {"ref_latents.0": (1, 16, 3, 4), "ref_latents.1": (1, 16, 8, 8)}
 
 
 def test_references_do_not_count_as_tokens_of_the_latent():
-    assert ADAPTER.check_inputs(CONFIG, INPUTS) == ADAPTER.check_inputs(CONFIG, INPUTS | REFERENCES) == 5 * 3
+    for method in (None, "offset", "index", "uxo"):
+        placed = {} if method is None else {"ref_latents_method": pack_text(method)}
+        assert ADAPTER.check_inputs(CONFIG, of_shapes(INPUTS | REFERENCES) | placed) == 5 * 3
+    assert ADAPTER.check_inputs(CONFIG, of_shapes(INPUTS)) == 5 * 3
 
 
 @pytest.mark.parametrize(
@@ -33,13 +37,14 @@ def test_references_do_not_count_as_tokens_of_the_latent():
 )
 def test_inputs_that_cannot_be_honoured_are_named(changes: dict[str, tuple[int, ...]], complaint: str):
     with pytest.raises(UnsupportedError, match=complaint):
-        ADAPTER.check_inputs(CONFIG, INPUTS | changes)
+        ADAPTER.check_inputs(CONFIG, of_shapes(INPUTS | changes))
 
 
 @pytest.mark.parametrize("method", ["index_timestep_zero", "unheard_of"])
 def test_a_method_that_cannot_be_honoured_is_named(method: str):
+    """On the host, before anything is sent: workers that have no part of the step would not see it."""
     with pytest.raises(UnsupportedError, match=f"reference method {method}; choose offset, index, uxo"):
-        ADAPTER.prepare({"context": torch.zeros(1, 8, 32), "ref_latents_method": pack_text(method)})
+        ADAPTER.check_inputs(CONFIG, of_shapes(INPUTS | REFERENCES) | {"ref_latents_method": pack_text(method)})
 
 
 def test_more_than_ten_references_keep_their_order():
@@ -68,4 +73,4 @@ def test_the_self_checks_example_is_a_legal_step():
     for world in (2, 3, 8):
         example = ADAPTER.example(CONFIG, world, torch.float32)
         assert any(name.startswith("ref_latents") for name in example)
-        assert ADAPTER.check_inputs(CONFIG, {name: tuple(t.shape) for name, t in example.items()}) > world
+        assert ADAPTER.check_inputs(CONFIG, example) > world

@@ -17,6 +17,7 @@ from parallel.checkpoints.source import Source, TensorInfo, open_source
 from parallel.demo.checkpoint import random_tensors, tiny_config, write_tiny_hunyuan_video
 from parallel.errors import CheckpointError, UnsupportedError
 from parallel.worker.resident import ResidentModel
+from tests.unit.inputs import of_shapes
 
 ADAPTER = HunyuanVideoAdapter()
 TINY: dict[str, Any] = {
@@ -234,10 +235,11 @@ INPUTS: dict[str, tuple[int, ...]] = {
 
 
 def test_good_inputs_give_the_number_of_tokens():
-    assert ADAPTER.check_inputs(CONFIG, INPUTS) == 3 * 5 * 3
+    assert ADAPTER.check_inputs(CONFIG, of_shapes(INPUTS)) == 3 * 5 * 3
     required = {name: INPUTS[name] for name in ("x", "timestep", "context", "y")}
-    assert ADAPTER.check_inputs(CONFIG, required) == 45
-    assert ADAPTER.check_inputs(CONFIG, INPUTS | {"y": (1, 2048)}) == 45  # ComfyUI takes the first 768, so do we
+    assert ADAPTER.check_inputs(CONFIG, of_shapes(required)) == 45
+    long = INPUTS | {"y": (1, 2048)}  # ComfyUI takes the first 768, so do we
+    assert ADAPTER.check_inputs(CONFIG, of_shapes(long)) == 45
 
 
 @pytest.mark.parametrize(
@@ -260,13 +262,12 @@ def test_good_inputs_give_the_number_of_tokens():
 def test_inputs_that_cannot_be_honoured_are_named(changes: dict[str, tuple[int, ...] | None], complaint: str):
     shapes = {name: shape for name, shape in (INPUTS | changes).items() if shape is not None}
     with pytest.raises(UnsupportedError, match=complaint):
-        ADAPTER.check_inputs(CONFIG, shapes)
+        ADAPTER.check_inputs(CONFIG, of_shapes(shapes))
 
 
 def test_a_floating_point_mask_is_refused():
-    conditioning = {"context": torch.zeros(1, 8, 32), "y": torch.zeros(1, 768), "attention_mask": torch.zeros(1, 8)}
     with pytest.raises(UnsupportedError, match="attention_mask is floating-point"):
-        ADAPTER.prepare(conditioning)
+        ADAPTER.check_inputs(CONFIG, of_shapes(INPUTS) | {"attention_mask": torch.zeros(1, 8)})
 
 
 def test_padding_is_trimmed_but_counts_in_the_mean():
@@ -288,8 +289,7 @@ def test_texts_of_unequal_length_run_one_by_one():
 def test_the_self_checks_example_is_a_legal_step():
     for world in (2, 3, 8):
         example = ADAPTER.example(CONFIG, world, torch.float32)
-        tokens = ADAPTER.check_inputs(CONFIG, {name: tuple(tensor.shape) for name, tensor in example.items()})
-        assert tokens > world
+        assert ADAPTER.check_inputs(CONFIG, example) > world
 
 
 def test_a_seed_gives_the_same_weights():

@@ -16,6 +16,7 @@ from parallel.checkpoints.source import Source, TensorInfo, open_source
 from parallel.demo.checkpoint import write_tiny_wan
 from parallel.errors import CheckpointError, UnsupportedError
 from parallel.worker.resident import ResidentModel
+from tests.unit.inputs import of_shapes
 
 ADAPTER = WanAdapter()
 TINY: dict[str, Any] = {"heads": 1, "depth": 1, "context_dim": 32}
@@ -212,9 +213,10 @@ def config_of(tmp_path: Path, variant: str) -> dict[str, Any]:
 
 def test_good_inputs_give_the_number_of_tokens(tmp_path: Path):
     config = config_of(tmp_path, "i2v")
-    assert ADAPTER.check_inputs(config, INPUTS) == 3 * 5 * 4
-    assert ADAPTER.check_inputs(config, INPUTS | {"timestep": (1, 3), "denoise_mask": (1, 1, 3, 10, 7)}) == 60
-    assert ADAPTER.check_inputs(config, {name: INPUTS[name] for name in ("x", "timestep", "context")}) == 60
+    assert ADAPTER.check_inputs(config, of_shapes(INPUTS)) == 3 * 5 * 4
+    per_frame = INPUTS | {"timestep": (1, 3), "denoise_mask": (1, 1, 3, 10, 7)}
+    required = {name: INPUTS[name] for name in ("x", "timestep", "context")}
+    assert ADAPTER.check_inputs(config, of_shapes(per_frame)) == ADAPTER.check_inputs(config, of_shapes(required)) == 60
     assert ADAPTER.output_shape(config, INPUTS["x"]) == (1, 16, 3, 10, 7)
 
 
@@ -238,7 +240,7 @@ def test_inputs_that_cannot_be_honoured_are_named(
 ):
     shapes = {name: shape for name, shape in (INPUTS | changes).items() if shape is not None}
     with pytest.raises(UnsupportedError, match=complaint):
-        ADAPTER.check_inputs(config_of(tmp_path, "first_and_last_frame"), shapes)
+        ADAPTER.check_inputs(config_of(tmp_path, "first_and_last_frame"), of_shapes(shapes))
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -246,5 +248,5 @@ def test_the_self_checks_example_is_a_legal_uneven_step(tmp_path: Path, variant:
     config = config_of(tmp_path, variant)
     for world in (2, 3, 8):
         example = ADAPTER.example(config, world, torch.float32)
-        tokens = ADAPTER.check_inputs(config, {name: tuple(tensor.shape) for name, tensor in example.items()})
+        tokens = ADAPTER.check_inputs(config, example)
         assert tokens > world and tokens % world

@@ -3,6 +3,7 @@
 from types import SimpleNamespace
 
 import torch
+from comfy.controlnet import ControlBase
 
 from .vae_networks import NETWORKS, make_vae
 
@@ -77,7 +78,7 @@ class SPTestVAE:
             shape = (1, channels, (frames - 1) // 4 + 1, height // stride, width // stride)
             return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
-        return (SimpleNamespace(encode=encode),)
+        return (SimpleNamespace(encode=encode, get_sd=dict),)
 
 
 class SPTestCLIPVisionOutput:
@@ -109,6 +110,35 @@ class SPTestNoClip:
 
     def make(self) -> tuple:
         return (None,)
+
+
+class SPTestControlNet:
+    """A ControlNet that adds the same vector to every token after the first block."""
+
+    CATEGORY = "testing"
+    RETURN_TYPES = ("CONTROL_NET",)
+    FUNCTION = "make"
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict:
+        return {"required": {"width": ("INT", {"default": 256})}}
+
+    def make(self, width: int) -> tuple:
+        return (_ConstantControl(torch.linspace(-1, 1, width)),)
+
+
+class _ConstantControl(ControlBase):
+    def __init__(self, vector: torch.Tensor):
+        super().__init__()
+        self._vector = vector
+
+    def get_control(self, x_noisy: torch.Tensor, *_: object) -> dict:
+        return {"input": [self.strength * self._vector.to(x_noisy)[None, None]], "output": []}
+
+    def copy(self) -> "_ConstantControl":
+        copied = _ConstantControl(self._vector)
+        self.copy_to(copied)
+        return copied
 
 
 class SPTestRandomVAE:
@@ -161,7 +191,7 @@ class SPTestImageAsLatent:
 NODE_CLASS_MAPPINGS = {
     node.__name__: node
     for node in (
-        SPTestConditioning, SPTestLatent, SPTestVAE, SPTestCLIPVisionOutput, SPTestNoClip, SPTestRandomVAE,
-        SPTestVideoLatent, SPTestImageAsLatent,
+        SPTestConditioning, SPTestLatent, SPTestVAE, SPTestCLIPVisionOutput, SPTestNoClip, SPTestControlNet,
+        SPTestRandomVAE, SPTestVideoLatent, SPTestImageAsLatent,
     )
 }  # fmt: skip

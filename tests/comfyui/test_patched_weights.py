@@ -1,0 +1,34 @@
+"""A LoRA on scaled fp8 gives the workers ComfyUI's own weights and scales, to the bit."""
+
+import json
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from parallel.adapters.registry import FAMILIES
+from parallel.demo.checkpoint import SCALED_LAYOUTS
+from tests.comfyui.installation import REPOSITORY, Installation
+
+pytestmark = pytest.mark.comfyui
+
+SCRIPT = Path(__file__).with_name("patched_weights.py")
+
+
+@pytest.mark.slow
+def test_scaled_weights_and_their_scales_are_the_native_ones(installation: Installation, tmp_path: Path) -> None:
+    """For every family and layout, and both kinds of fp8."""
+    drop = {"PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV"}
+    run = subprocess.run(
+        [installation.python, SCRIPT, installation.path, REPOSITORY, tmp_path],
+        cwd=tmp_path,
+        env={key: value for key, value in os.environ.items() if key not in drop},
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stderr[-4000:]
+    results: dict[str, list[int]] = json.loads(run.stdout.splitlines()[-1])
+    assert len(results) == len(FAMILIES) * (len(SCALED_LAYOUTS) + 1)
+    for case, (patched, scaled, different) in results.items():
+        assert patched and scaled and not different, f"{case}: {different} of {patched} differ, {scaled} are scaled"

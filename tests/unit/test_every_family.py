@@ -1,0 +1,114 @@
+"""What every family in the registry must fulfil. A new one is tested here as soon as it has a writer of tiny files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from parallel.adapters.base import Adapter
+from parallel.adapters.registry import FAMILIES, adapter_for
+from parallel.checkpoints.source import Source, open_source
+from parallel.demo.checkpoint import SCALED_LAYOUTS, WRITERS
+from parallel.errors import UnsupportedError
+from parallel.worker.resident import ResidentModel
+from tests.golden import vectors
+
+PACKAGE = Path(__file__).parents[2]
+TINY: dict[str, Any] = {"heads": 1, "depth": 2}
+CASES = [
+    pytest.param(family, options, id=f"{family}-{name}")
+    for family in FAMILIES
+    for name, options in {
+        "plain": {},
+        "prefix": {"prefix": "model.diffusion_model."},
+        "bf16": {"dtype": torch.bfloat16},
+        **{layout: {"scaled": layout} for layout in SCALED_LAYOUTS},
+    }.items()
+]
+
+
+def written(folder: Path, family: str, **options: Any) -> tuple[Source, Adapter, dict[str, Any]]:
+    """A tiny checkpoint, and what the engine makes of its header."""
+    WRITERS[family](folder / "tiny.safetensors", **TINY, **options)
+    source = open_source(str(folder / "tiny.safetensors"))
+    adapter = FAMILIES[family]()
+    return source, adapter, adapter.model_config(source)
+
+
+def example(adapter: Adapter, config: dict[str, Any], ranks: int = 2) -> dict[str, Tensor]:
+    return adapter.example(config, ranks, torch.float32)
+
+
+def test_every_family_can_be_written_and_has_golden_vectors():
+    assert set(WRITERS) == set(FAMILIES), "parallel/demo/checkpoint.py lacks a writer"
+    compared = {vectors.read(name).checkpoint["family"] for name in vectors.names()}
+    assert compared == set(FAMILIES), "tests/golden/make_golden.py lacks a case"
+
+
+@pytest.mark.parametrize(("family", "options"), CASES)
+def test_a_file_is_of_one_family_and_fills_every_parameter_once(tmp_path: Path, family: str, options: dict[str, Any]):
+    source, adapter, config = written(tmp_path, family, **options)
+    assert isinstance(adapter_for(source), FAMILIES[family])
+    assert [name for name, other in FAMILIES.items() if other.detect(source.tensors)] == [family]
+    assert adapter.native_tensors(config) == {name: info.shape for name, info in source.tensors.items()}
+    with torch.device("meta"):
+        expected = {name: tensor.shape for name, tensor in adapter.model_class()(**config).named_parameters()}
+    filled: dict[str, torch.Size] = {}
+    for name, info in source.tensors.items():
+        whole = torch.zeros(info.shape, device="meta")
+        rows = []
+        for piece in adapter.pieces(name, info.shape, config):
+            assert piece.name not in filled, f"{piece.name} is filled twice"
+            filled[piece.name] = piece.take(whole).shape
+            rows += piece.take(torch.arange(info.shape[0])).tolist()
+        assert sorted(rows) == list(range(info.shape[0])), f"rows of {name} are lost or doubled"
+    assert filled == expected
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_diffusers_folder_is_recognised(tmp_path: Path, family: str):
+    written(tmp_path, family)
+    recipe = {"path": str(tmp_path / "tiny.safetensors"), "weight_dtype": "float32", "compute_dtype": "float32"}
+    model: Any = ResidentModel(recipe, torch.device("cpu"), lambda done, total: None).model
+    model.save_pretrained(tmp_path / "folder")
+    source = open_source(str(tmp_path / "folder"))
+    assert [name for name, other in FAMILIES.items() if other.detect_diffusers(source.config or {})] == [family]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_example_is_a_legal_step(tmp_path: Path, family: str):
+    _, adapter, config = written(tmp_path, family)
+    for ranks in (2, 3, 8):
+        assert adapter.check_inputs(config, example(adapter, config, ranks)) > ranks
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_cannot_be_honoured_is_named(tmp_path: Path, family: str):
+    _, adapter, config = written(tmp_path, family)
+    inputs = example(adapter, config)
+    latent = inputs["x"]
+    for changes, said in [
+        ({"unheard_of": torch.zeros(1)}, "unheard_of"),
+        ({"control.0": torch.zeros(1)}, "control.0"),
+        ({"x": latent[:, :1]}, f"[{latent.shape[0]}, 1, "),
+        ({"context": inputs["context"][..., :-1]}, str(list(inputs["context"][..., :-1].shape))),
+    ]:
+        with pytest.raises(UnsupportedError) as refusal:
+            adapter.check_inputs(config, inputs | changes)
+        assert said in str(refusal.value)
+    del inputs["context"]
+    with pytest.raises(UnsupportedError, match="text encoder"):
+        adapter.check_inputs(config, inputs)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_nothing_else_knows_a_family(family: str):
+    """A family is its own file and a line in the registry; the tiny checkpoints import it to make theirs."""
+    files = [path for half in ("nodes", "parallel") for path in (PACKAGE / half).rglob("*.py")]
+    line = f"import {FAMILIES[family].__name__}\n"
+    users = {path.relative_to(PACKAGE).as_posix() for path in files if line in path.read_text()}
+    assert users == {"parallel/adapters/registry.py", "parallel/demo/checkpoint.py"}
