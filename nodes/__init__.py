@@ -2,13 +2,15 @@
 
 from comfy_api.latest import ComfyExtension, io
 
+from .first_block_cache import SPFirstBlockCache
 from .load_diffusion_model import SPLoadDiffusionModel
 from .sp_config import SPConfigNode
+from .tea_cache import SPTeaCache
 
 
 class SequenceParallelExtension(ComfyExtension):
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
-        return [SPConfigNode, SPLoadDiffusionModel]
+        return [SPConfigNode, SPLoadDiffusionModel, SPFirstBlockCache, SPTeaCache]
 
 
 async def comfy_entrypoint() -> SequenceParallelExtension:
