@@ -216,7 +216,7 @@ def relative_changes(new: Tensor, old: Tensor, total: Total) -> list[float]:
 
     A sample without any size changes infinitely.
     """
-    parts = ((new - old).abs(), old.abs())
+    parts = ((new - old).abs_(), old.abs())
     sums = torch.stack([part.flatten(1).sum(1, dtype=torch.float32) for part in parts])
     total(sums)
     changes, sizes = sums.tolist()
