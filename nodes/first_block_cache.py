@@ -8,7 +8,6 @@ from comfy_api.latest import io
 
 from ..parallel.cache.settings import FirstBlockCacheSettings
 from .caching import with_cache
-from .percent import end_percent, start_percent
 
 
 class SPFirstBlockCache(io.ComfyNode):
@@ -33,8 +32,24 @@ class SPFirstBlockCache(io.ComfyNode):
                     tooltip="Relative change of what the first block adds (a ratio: 0.08 is 8 %) below which the"
                     " other blocks are skipped. Larger is faster and less exact; 0 never skips.",
                 ),
-                start_percent(0.0),
-                end_percent(1.0),
+                io.Float.Input(
+                    "start_percent",
+                    default=0.0,
+                    min=0.0,
+                    max=1.0,
+                    step=0.01,
+                    tooltip="Part of the sampling (0 to 1) before which every step is computed. 0: none.",
+                    advanced=True,
+                ),
+                io.Float.Input(
+                    "end_percent",
+                    default=1.0,
+                    min=0.0,
+                    max=1.0,
+                    step=0.01,
+                    tooltip="Part of the sampling (0 to 1) after which every step is computed. 1: none.",
+                    advanced=True,
+                ),
                 io.Int.Input(
                     "max_consecutive_hits",
                     default=0,

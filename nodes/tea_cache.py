@@ -8,7 +8,6 @@ from comfy_api.latest import io
 
 from ..parallel.cache.settings import TeaCacheSettings
 from .caching import with_cache
-from .percent import end_percent, start_percent
 
 
 class SPTeaCache(io.ComfyNode):
@@ -33,8 +32,24 @@ class SPTeaCache(io.ComfyNode):
                     tooltip="Estimated relative change of the output since the last computed step (a ratio: 0.15 is"
                     " 15 %) below which the blocks are skipped. Larger is faster and less exact; 0 never skips.",
                 ),
-                start_percent(0.1),
-                end_percent(0.95),
+                io.Float.Input(
+                    "start_percent",
+                    default=0.1,
+                    min=0.0,
+                    max=1.0,
+                    step=0.01,
+                    tooltip="Part of the sampling (0 to 1) before which every step is computed. 0: none.",
+                    advanced=True,
+                ),
+                io.Float.Input(
+                    "end_percent",
+                    default=0.95,
+                    min=0.0,
+                    max=1.0,
+                    step=0.01,
+                    tooltip="Part of the sampling (0 to 1) after which every step is computed. 1: none.",
+                    advanced=True,
+                ),
             ],
             outputs=[io.Model.Output()],
             hidden=[io.Hidden.unique_id],
