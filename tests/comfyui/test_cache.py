@@ -7,7 +7,7 @@ import torch
 
 from tests.comfyui.graphs import GraphBuilder, Setting, Swapped, Text, add_sampling, fresh, model_node, sampling_graph
 from tests.comfyui.latents import read_latent, relative_difference, sample
-from tests.comfyui.model_files import FLUX, WAN_22_5B
+from tests.comfyui.model_files import FLUX, WAN, WAN_22_5B
 from tests.comfyui.server import ComfyServer, PromptResult
 
 pytestmark = pytest.mark.comfyui
@@ -102,6 +102,27 @@ def test_hits_in_a_row_are_limited(server: ComfyServer) -> None:
     start = server.mark()
     sample(server, fresh(Setting(steps=6, model_nodes=(first_block(most=1),))), TWO)
     assert told(server, start) == [(3, 6)]
+
+
+def test_each_context_window_is_a_pass_of_its_own(server: ComfyServer) -> None:
+    """Three windows of a video, of one size: the second may not be answered with what the first has left."""
+    windows = model_node(
+        "WanContextWindowsManual",
+        context_length=9,
+        context_overlap=4,
+        context_schedule="standard_static",
+        context_stride=1,
+        closed_loop=False,
+        fuse_method="pyramid",
+        freenoise=True,
+        retain_first_frame=False,
+        split_conds_to_windows=False,
+    )
+    text = Text(width=4096)
+    setting = Setting(checkpoint=WAN, positive=text, negative=text, length=25, model_nodes=(windows, first_block()))
+    start = server.mark()
+    sample(server, fresh(setting), TWO)
+    assert told(server, start) == [(6, 9)]
 
 
 # --- refused ------------------------------------------------------------------------------------------------------
