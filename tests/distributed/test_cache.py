@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from statistics import median
@@ -367,12 +368,16 @@ def test_what_is_remembered_ends_with_the_sampling_a_cancel_a_size_and_the_weigh
 
         assert [decide(request), decide(request)] == [0, 1]
         assert [decide(wider), decide(wider), decide(request), decide(request)] == [0, 1, 0, 1]
+        number = cache.number
         with pytest.raises(Cancelled):
             decide(request, poll=cancel)
+        assert cache.number != number, "a rank that is told late to forget would remember what others do not"
         assert [decide(request), decide(request)] == [0, 1]
         remote.replace_weights("double", ["final_layer.linear.weight"], lambda name, weight: weight * 2)
         assert [decide(request), decide(request)] == [0, 1]
         remote.forget(cache)
+        time.sleep(0.3)  # nobody waits for it
+        assert [decide(request), decide(request)] == [0, 1]
         cache = CachedSampling(first_block(ALWAYS))
         assert [decide(request), decide(request)] == [0, 1]
 
