@@ -110,9 +110,12 @@ class BlockCache(ABC):
             # The fastest: a first run may have included compilation.
             self.tally.skipped_s += min(seconds_between(*timing) for timing in known.timings)
             return hidden + known.change
+        timings = known.timings if known is not None else []
+        self._remembered.pop(key, None)
+        known = None  # its tensors are not to take memory beside the blocks' own
         began = mark(self._device)
         last = last_of(blocks, hidden)
-        timings = [*(known.timings if known is not None else []), (began, mark(self._device))]
+        timings.append((began, mark(self._device)))
         self._remembered[key] = _Remembered(inputs, compared, last - hidden, timings)
         return last
 
