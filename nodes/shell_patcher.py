@@ -7,17 +7,14 @@ from typing import Any, NoReturn
 
 import comfy.hooks
 import comfy.model_management
-import comfy.model_patcher
-import comfy.utils
 
-from ..parallel.errors import WorkerOutOfMemoryError
-from ..parallel.host.group import Progress
 from ..parallel.host.remote_model import RemoteModel
 from .lora import patched_weight, refuse_patches
 from .refusals import refuse, refuse_transformer_options
+from .residency import WorkersPatcher, progress_bar
 
 
-class SequenceParallelPatcher(comfy.model_patcher.ModelPatcher):
+class SequenceParallelPatcher(WorkersPatcher):
     """A ModelPatcher that moves no tensors: it asks the workers to load, to patch and to free.
 
     `clone` is inherited, so clones share the model, as ComfyUI expects.
@@ -34,38 +31,24 @@ class SequenceParallelPatcher(comfy.model_patcher.ModelPatcher):
     def remote(self) -> RemoteModel:
         return self.model.diffusion_model.remote
 
-    # --- residency: called by ComfyUI's memory management -----------------------------------------------------------
+    # --- residency ----------------------------------------------------------------------------------------------------
 
-    def partially_load(self, device_to: Any, extra_memory: int = 0, force_patch_weights: bool = False) -> int:
-        """Runs before every sampling: brings the weights and their patches to what this clone says. All or nothing."""
+    def _prepare(self) -> None:
         self._refuse_patches()
         with self.use_ejected(skip_and_inject_on_exit_only=True):
             self.unpatch_model(self.offload_device, unpatch_weights=False)
             self.patch_model(load_weights=False)
-        before = self.loaded_size()
-        try:
-            self._load()
-        except BaseException as error:
-            # ComfyUI forgets a model that did not load: what has been loaded of it could never be unloaded.
-            self.detach()
-            if isinstance(error, WorkerOutOfMemoryError):
-                raise comfy.model_management.OOM_EXCEPTION(str(error)) from error
-            raise
-        self.model.device = device_to
-        self.model.model_loaded_weight_memory = self.model_size()
-        self.model.current_weight_patches_uuid = self.patches_uuid
-        return self.loaded_size() - before
 
     def _load(self) -> None:
         poll = comfy.model_management.throw_exception_if_processing_interrupted
-        self.remote.ensure_loaded(poll=poll, on_progress=_progress_bar())
+        self.remote.ensure_loaded(poll=poll, on_progress=progress_bar())
         keys = {self._checkpoint_name(key): key for key in self.patches}
         self.remote.replace_weights(
             self.patches_uuid if keys else None,
             keys,
             lambda name, weight: patched_weight(self.patches, keys[name], weight, self.load_device),
             poll=poll,
-            on_progress=_progress_bar(),
+            on_progress=progress_bar(),
         )
 
     def _checkpoint_name(self, key: str) -> str:
@@ -73,29 +56,6 @@ class SequenceParallelPatcher(comfy.model_patcher.ModelPatcher):
         if (name := key.removeprefix("diffusion_model.")) not in names:
             raise refuse(f"a patch of {key}", "remove that node")
         return names[name]
-
-    def partially_unload(self, device_to: Any, memory_to_free: int = 0, force_patch_weights: bool = False) -> int:
-        freed = self.loaded_size()
-        self.detach()
-        return freed
-
-    def unpatch_model(self, device_to: Any = None, unpatch_weights: bool = True) -> None:
-        if unpatch_weights:
-            self.remote.unload()
-            self.model.model_loaded_weight_memory = 0
-            self.model.current_weight_patches_uuid = None
-            self.model.device = self.offload_device
-        super().unpatch_model(None, unpatch_weights=False)
-
-    def load(self, *args: Any, **kwargs: Any) -> None:
-        self._load()
-
-    def lowvram_patch_counter(self) -> int:
-        return 0
-
-    def get_ram_usage(self) -> int:
-        """The server's own memory holds no weight."""
-        return 0
 
     def pre_run(self) -> None:
         refuse_transformer_options(self.model_options.get("transformer_options", {}))
@@ -157,18 +117,6 @@ class SequenceParallelPatcher(comfy.model_patcher.ModelPatcher):
 
     def patch_weight_to_device(self, *args: Any, **kwargs: Any) -> NoReturn:
         raise refuse("patching a weight")
-
-
-def _progress_bar() -> Progress:
-    """Shown by the node that runs, from the first progress on."""
-    bar: comfy.utils.ProgressBar | None = None
-
-    def progress(done: int, total: int) -> None:
-        nonlocal bar
-        bar = bar or comfy.utils.ProgressBar(total)
-        bar.update_absolute(done, total)
-
-    return progress
 
 
 def _forget(remote: RemoteModel) -> None:

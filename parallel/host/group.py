@@ -16,7 +16,7 @@ import subprocess
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -41,8 +41,6 @@ _STUCK_AFTER_S = 600.0
 _DRAIN_TIMEOUT_S = 60.0
 _LEAVE_S = 2.0
 """How long idle workers may take to end by themselves."""
-_LENT_AT_MOST = 4
-"""Steps whose results stay where the workers wrote them until the caller lets go; multistep samplers keep three."""
 _GRACE_S = 1.0
 """How long peers of a failed rank may take to report, before the group is ended."""
 
@@ -56,6 +54,15 @@ class _Call:
     replies: dict[int, Message] = field(default_factory=dict)
     order: list[int] = field(default_factory=list)
     progress: dict[int, tuple[int, int]] = field(default_factory=dict)
+
+
+@dataclass(slots=True)
+class Task:
+    """An operation that one rank is to answer."""
+
+    rank: int
+    operation: str
+    reply: Message | None = None
 
 
 class WorkerGroup:
@@ -81,6 +88,8 @@ class WorkerGroup:
         self._call_lock = threading.RLock()
         self._changed = threading.Condition()
         self._call: _Call | None = None
+        self._tasks: dict[int, Task] = {}
+        """Those without an answer, by number."""
         self._numbers = itertools.count(1)
         self._posted: deque[Message] = deque()
         self._failure: WorkerError | None = None
@@ -187,6 +196,59 @@ class WorkerGroup:
             self._call = None
             return [call.replies[rank]["result"] for rank in range(len(self._workers))]
 
+    @contextlib.contextmanager
+    def tasks(self, poll: Poll | None = None) -> Iterator[None]:
+        """Inside, ranks can be given operations of their own with `submit`; no other call runs meanwhile.
+
+        Operations that need peers (collectives) do not belong here. Whatever ends it early asks the workers to stop;
+        the next call first waits until they have.
+
+        Raises:
+            WorkerError: the group has failed.
+        """
+        with self._call_lock:
+            self.settle(poll)
+            self._control.reset(len(self._workers))
+            try:
+                yield
+            finally:
+                if self._tasks and not self._closing:
+                    self._control.request_cancel()
+
+    def submit(self, rank: int, operation: str, message: Message) -> Task:
+        """Gives one rank an operation, behind those it already has. Segments must have been announced by a call.
+
+        Raises:
+            WorkerError: the group has failed.
+        """
+        self._raise_failure()
+        number, task = next(self._numbers), Task(rank, operation)
+        self._tasks[number] = task
+        with contextlib.suppress(ChannelClosed):  # the supervisor sees it too, and says why
+            self._workers[rank].channel.send({"op": operation, "id": number, "segments": [], **message})
+        return task
+
+    def wait_for_tasks(self, condition: Callable[[], bool], poll: Poll | None = None) -> None:
+        """Waits for something that the tasks' replies make true.
+
+        Raises:
+            WorkerError: a worker has died meanwhile.
+        """
+        while not self._when(condition):
+            if poll is not None:
+                poll()
+
+    def task_error(self, task: Task, advice: str) -> WorkerError:
+        """What a failed reply says. The group stays usable.
+
+        Args:
+            advice: what a user can do when it was the memory.
+        """
+        assert task.reply is not None and not task.reply["ok"]
+        error = task.reply["error"]
+        log.error("%s", _prefixed(task.rank, error["traceback"]))
+        return self._remote_error(self._workers[task.rank], task.operation, error, alike=True, advice=advice)
+
     def post(self, operation: str, message: Message) -> None:
         """Asks every rank for an operation without waiting for an answer.
 
@@ -215,6 +277,7 @@ class WorkerGroup:
         Raises:
             WorkerError: the group has failed, now or earlier.
         """
+        self._settle_tasks(poll)
         call, began = self._call, time.monotonic()
         if call is None:
             self._raise_failure()
@@ -231,6 +294,15 @@ class WorkerGroup:
                 if not self.alive:
                     raise
         self._call = None
+
+    def _settle_tasks(self, poll: Poll | None) -> None:
+        began = time.monotonic()
+        while self._tasks and not self._when(lambda: not self._tasks):
+            if poll is not None:
+                poll()
+            if time.monotonic() - began > _DRAIN_TIMEOUT_S:
+                task = next(iter(self._tasks.values()))
+                self._fail_stuck(_Call(0, task.operation), self._control.beats(len(self._workers)))
 
     def _when(self, condition: Callable[[], bool]) -> bool:
         """Waits a slice of time for the condition.
@@ -259,7 +331,7 @@ class WorkerGroup:
         first = min(range(len(failed)), key=lambda i: (not errors[i]["expected"], not errors[i]["out_of_memory"], i))
         error = self._remote_error(self._workers[failed[first]], call.operation, errors[first], alike)
         for rank, detail in zip(failed, errors, strict=True):
-            log.error("%s", _prefixed(rank, detail["traceback"]))
+            log.log(logging.INFO if detail["expected"] else logging.ERROR, "%s", _prefixed(rank, detail["traceback"]))
         if alike:
             self._call = None
         else:
@@ -267,7 +339,14 @@ class WorkerGroup:
             self.stop()
         raise error
 
-    def _remote_error(self, worker: WorkerProcess, operation: str, error: dict[str, Any], alike: bool) -> WorkerError:
+    def _remote_error(
+        self,
+        worker: WorkerProcess,
+        operation: str,
+        error: dict[str, Any],
+        alike: bool,
+        advice: str = "Use a smaller size or fewer frames, more devices, or an fp8 weight_dtype",
+    ) -> WorkerError:
         kind = WorkerOutOfMemoryError if error["out_of_memory"] else WorkerError
         if error["expected"] and alike:
             text = error["message"]
@@ -275,7 +354,7 @@ class WorkerGroup:
             text = f"{worker.describe()} failed in '{operation}': {error['type']}: {error['message']}"
             text += f" (memory in use there: {worker.memory / 2**20:.0f} MiB)"
         if error["out_of_memory"]:
-            text += ". Use a smaller size or fewer frames, more devices, or an fp8 weight_dtype"
+            text += f". {advice}"
         if not alike:
             text += ". The workers were stopped; the next prompt starts fresh ones"
         return kind(
@@ -375,6 +454,8 @@ class WorkerGroup:
                     self._call.progress[worker.rank] = (message["done"], message["total"])
             else:
                 worker.memory = message["memory"]
+                if (task := self._tasks.pop(message["id"], None)) is not None:
+                    task.reply = message
                 if self._call is not None and message["id"] == self._call.number:
                     self._call.replies[worker.rank] = message
                     self._call.order.append(worker.rank)
@@ -383,17 +464,22 @@ class WorkerGroup:
 
     def _on_output(self, worker: WorkerProcess) -> bool:
         lines = worker.read_output()
-        for line in lines:
+        for line in lines or ():
             log.debug("[rank %d] %s", worker.rank, line)
-        return bool(lines)
+        return lines is not None
 
     def _on_end(self, worker: WorkerProcess) -> None:
         """A worker's socket closed: unless the group is ending, the worker died."""
         worker.gone = True
         if self._closing:
             return
-        text = worker.describe_end(self._call.operation if self._call is not None else None)
+        text = worker.describe_end(self._busy_with(worker.rank))
         self._fail(WorkerDiedError(text + ". The next prompt starts fresh workers", rank=worker.rank))
+
+    def _busy_with(self, rank: int) -> str | None:
+        if self._call is not None:
+            return self._call.operation
+        return next((task.operation for task in list(self._tasks.values()) if task.rank == rank), None)
 
     def _fail(self, failure: WorkerError) -> None:
         with self._changed:
@@ -407,7 +493,7 @@ class WorkerGroup:
 
     def _end_processes(self) -> None:
         """Lets idle workers leave by themselves, ends the others."""
-        patience = 0.0 if self._failure is not None or self._call is not None else _LEAVE_S
+        patience = 0.0 if self._failure is not None or self._call is not None or self._tasks else _LEAVE_S
         deadline = time.monotonic() + patience
         for worker in self._workers:
             try:

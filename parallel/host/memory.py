@@ -30,6 +30,12 @@ class GroupMemory:
             current.close()
         return segment
 
+    def drop(self, name: str) -> None:
+        """Forgets a segment; its memory goes when the workers have dropped it too."""
+        self._new.pop(name, None)
+        if (segment := self._segments.pop(name, None)) is not None:
+            segment.close()
+
     def for_results(
         self, tensors: Sequence[tuple[Sequence[int], torch.dtype]]
     ) -> tuple[Segment, list[TensorRef], bool]:

@@ -44,6 +44,7 @@ class WorkerProcess:
         self.gone = False
         self.memory = 0
         self.last_lines: deque[str] = deque(maxlen=30)
+        self._unfinished = ""
         ours, theirs = socket.socketpair()
         settings = {
             "fd": theirs.fileno(),
@@ -79,11 +80,12 @@ class WorkerProcess:
     def describe(self) -> str:
         return f"worker rank {self.rank} ({self.device.name}, pid {self.process.pid})"
 
-    def read_output(self) -> list[str]:
-        """The lines it has written since; none when its output has closed."""
-        lines = os.read(self.output.fileno(), 65536).decode(errors="replace").splitlines()
+    def read_output(self) -> list[str] | None:
+        """The lines it has written since, the last one once it is whole; None when its output has closed."""
+        text = os.read(self.output.fileno(), 65536).decode(errors="replace")
+        *lines, self._unfinished = (self._unfinished + text).split("\n")
         self.last_lines.extend(lines)
-        return lines
+        return lines if text else None
 
     def describe_end(self, operation: str | None) -> str:
         """Why the process ended, as far as its exit code tells; waits for the end, and forces it if need be.
@@ -91,13 +93,14 @@ class WorkerProcess:
         Args:
             operation: what it was doing.
         """
-        with contextlib.suppress(BlockingIOError, OSError):
-            self.read_output()
         try:
             code = self.process.wait(timeout=5)
         except subprocess.TimeoutExpired:
             self.process.kill()
             code = self.process.wait()
+        with contextlib.suppress(BlockingIOError, OSError):
+            while self.read_output() is not None:
+                pass
         how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
         text = f"{self.describe()} {how}"
         if operation is not None:
@@ -106,8 +109,8 @@ class WorkerProcess:
             text += f"; it had {self.memory / 2**20:.0f} MiB in use"
         if code == -signal.SIGKILL:
             text += "; if nobody ended it, the system ran out of memory (see dmesg)"
-        elif not self.ready and self.last_lines:
-            text += "; its last lines:\n" + "\n".join(self.last_lines)
+        elif not self.ready and (self.last_lines or self._unfinished):
+            text += "; its last lines:\n" + "\n".join([*self.last_lines, self._unfinished]).rstrip()
         return text
 
     def close(self) -> None:

@@ -114,6 +114,11 @@ class Segment:
             return torch.empty(ref.shape, dtype=dtype)
         return torch.frombuffer(buffer, dtype=dtype, count=prod(ref.shape), offset=ref.offset).view(ref.shape)
 
+    def clear(self) -> None:
+        """Gives the memory of all of it back to the system, where it can; what lies in it is lost."""
+        if hasattr(mmap, "MADV_REMOVE"):
+            self._map.madvise(mmap.MADV_REMOVE)
+
     def close(self) -> None:
         """Drops this process's descriptor; the mapping goes when the last tensor on it goes."""
         if self._fd >= 0:

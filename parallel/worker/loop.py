@@ -29,14 +29,15 @@ from ..attention.common_memory import CommonMemory
 from ..attention.traffic import Traffic
 from ..cache.blocks import StepPasses
 from ..degrees import Degrees
-from ..errors import EngineError, StepCancelled
+from ..errors import EngineError, StepCancelled, UnsupportedError
 from ..mesh import Mesh
 from ..plan import SequencePlan, share_of
 from ..wire.channel import Channel, ChannelClosed, Message
 from ..wire.control import SIZE as CONTROL_SIZE
 from ..wire.control import ControlPage
-from ..wire.shared import Segment, TensorRef
+from ..wire.shared import Segment, TensorRef, dtype_name
 from .measurement import Slowed, measure_attention
+from .native_vae import NativeVAE
 from .ranks import ParallelContext, Ranks, SoloContext, join
 from .resident import ResidentModel
 
@@ -80,6 +81,7 @@ class Worker:
         self._segments: dict[str, Segment] = {}
         self._control: ControlPage | None = None
         self._models: dict[str, ResidentModel] = {}
+        self._vaes: dict[str, NativeVAE] = {}
         self._checked: set[tuple[str, torch.dtype, Degrees]] = set()
         self._operations: dict[str, Callable[[Message], dict[str, Any]]] = {
             "load": self._load,
@@ -90,6 +92,10 @@ class Worker:
             "echo": self._echo,
             "attention": self._attention,
             "slow": self._slow,
+            "load vae": self._load_vae,
+            "unload vae": self._unload_vae,
+            "begin tiles": self._begin_tiles,
+            "tile": self._tile,
         }
         self._times = 1
 
@@ -137,6 +143,10 @@ class Worker:
 
     def _unload(self, message: Message) -> dict[str, Any]:
         self._models.pop(message["model"], None)
+        self._give_memory_back()
+        return {}
+
+    def _give_memory_back(self) -> None:
         gc.collect()
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
@@ -144,7 +154,6 @@ class Worker:
             ctypes.CDLL(None).malloc_trim(0)
         if self._ranks.memory is not None:
             self._ranks.memory.release()
-        return {}
 
     def _weights(self, message: Message) -> dict[str, Any]:
         """Puts tensors in the place of the checkpoint's, and the checkpoint's back in theirs."""
@@ -192,6 +201,50 @@ class Worker:
             torch.cuda.synchronize(self._device)  # the result lies in shared memory when the host hears of it
         counted = {} if cache is None else {"cache": asdict(cache.tally)}
         return {"seconds": time.perf_counter() - began, **asdict(context.traffic), **counted}
+
+    def _load_vae(self, message: Message) -> dict[str, Any]:
+        """Rebuilds ComfyUI's VAE around the weights that the host shares; a CPU rank computes with them where they are.
+
+        Raises:
+            UnsupportedError: it would not be the same VAE.
+        """
+        state = {name: self._tensor(ref) for name, ref in message["state"].items()}
+        vae = NativeVAE(message["source"], state, self._device)
+        self._vaes[message["vae"]] = vae
+        if self._device.type != "cpu":
+            self._drop_segment(message["vae"])
+        return {"nbytes": vae.nbytes}
+
+    def _unload_vae(self, message: Message) -> dict[str, Any]:
+        self._vaes.pop(message["vae"], None)
+        self._drop_segment(message["vae"])
+        self._give_memory_back()
+        return {}
+
+    def _begin_tiles(self, message: Message) -> dict[str, Any]:
+        """All ranks hear of the segments that tiles will travel in."""
+        assert message["vae"] in self._vaes
+        return {}
+
+    def _tile(self, message: Message) -> dict[str, Any]:
+        """Decodes or encodes one tile."""
+        assert self._control is not None
+        if self._control.cancel_requested:
+            raise StepCancelled("stopped before a tile")
+        self._control.beat(self._rank)
+        began = time.perf_counter()
+        try:
+            x = self._tensor(message["x"]).as_strided(message["shape"], message["stride"])
+            result = self._vaes[message["vae"]].run(message["direction"], x)
+            room = message["out"]
+            ref = TensorRef(room["segment"], room["offset"], tuple(result.shape), dtype_name(result.dtype))
+            if ref.nbytes > room["size"]:
+                raise UnsupportedError(f"a tile of {ref.nbytes} bytes came out where {room['size']} were expected")
+            self._tensor(ref.to_json()).copy_(result)
+        except torch.OutOfMemoryError:
+            torch.cuda.empty_cache()
+            raise
+        return {"seconds": time.perf_counter() - began, "out": ref.to_json()}
 
     def _echo(self, message: Message) -> dict[str, Any]:
         """Writes this rank's share of the input to the output: the cost of a remote call without a model."""
@@ -241,6 +294,10 @@ class Worker:
         place = TensorRef.from_json(ref)
         return self._segments[place.segment].tensor(place)
 
+    def _drop_segment(self, name: str) -> None:
+        if segment := self._segments.pop(name, None):
+            segment.close()
+
     def _attach(self, announced: list[dict[str, Any]], fds: list[int]) -> None:
         """Maps segments that the host shares for the first time, or in a new size."""
         for entry, fd in zip(announced, fds, strict=True):
@@ -249,8 +306,7 @@ class Worker:
                 assert segment.size == CONTROL_SIZE
                 self._control = ControlPage(segment)
                 continue
-            if old := self._segments.pop(segment.name, None):
-                old.close()
+            self._drop_segment(segment.name)
             self._segments[segment.name] = segment
 
     def _memory(self) -> int:

@@ -4,6 +4,8 @@ from types import SimpleNamespace
 
 import torch
 
+from .vae_networks import NETWORKS, make_vae
+
 
 class SPTestConditioning:
     """Random conditioning, always the same for the same inputs, in the form HunyuanVideo's text encoder gives."""
@@ -109,6 +111,57 @@ class SPTestNoClip:
         return (None,)
 
 
+class SPTestRandomVAE:
+    """ComfyUI's own VAE with random weights."""
+
+    CATEGORY = "testing"
+    RETURN_TYPES = ("VAE",)
+    FUNCTION = "make"
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict:
+        return {"required": {"kind": (list(NETWORKS),), "seed": ("INT", {"default": 0})}}
+
+    def make(self, kind: str, seed: int) -> tuple:
+        return (make_vae(kind, seed),)
+
+
+class SPTestVideoLatent:
+    """A random video's latent, always the same for the same inputs; sizes as they are in the latent."""
+
+    CATEGORY = "testing"
+    RETURN_TYPES = ("LATENT",)
+    FUNCTION = "make"
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict:
+        sizes = {name: ("INT", {"default": 4, "min": 1, "max": 4096}) for name in ("frames", "height", "width")}
+        return {"required": {"seed": ("INT", {"default": 0}), **sizes}}
+
+    def make(self, seed: int, frames: int, height: int, width: int) -> tuple:
+        generator = torch.Generator().manual_seed(seed)
+        return ({"samples": torch.randn(1, 16, frames, height, width, generator=generator)},)
+
+
+class SPTestImageAsLatent:
+    """Pictures as they are, for SaveLatent."""
+
+    CATEGORY = "testing"
+    RETURN_TYPES = ("LATENT",)
+    FUNCTION = "make"
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict:
+        return {"required": {"images": ("IMAGE",)}}
+
+    def make(self, images: torch.Tensor) -> tuple:
+        return ({"samples": images},)
+
+
 NODE_CLASS_MAPPINGS = {
-    node.__name__: node for node in (SPTestConditioning, SPTestLatent, SPTestVAE, SPTestCLIPVisionOutput, SPTestNoClip)
-}
+    node.__name__: node
+    for node in (
+        SPTestConditioning, SPTestLatent, SPTestVAE, SPTestCLIPVisionOutput, SPTestNoClip, SPTestRandomVAE,
+        SPTestVideoLatent, SPTestImageAsLatent,
+    )
+}  # fmt: skip

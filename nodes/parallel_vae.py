@@ -1,0 +1,288 @@
+"""Runs ComfyUI's own tiled VAE functions with every tile computed by the workers.
+
+The functions run twice. First with a network that only notes what it is given, and results that have no data: that
+gives the tiles, in their order. Then with a network that hands over what the workers have computed of them. So tiles,
+masks and the order of sums are ComfyUI's by construction, whatever VAE and whatever version it is.
+"""
+
+from __future__ import annotations
+
+import copy
+import importlib
+import logging
+import math
+import time
+from collections.abc import Callable, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from weakref import WeakKeyDictionary, finalize, ref
+
+import comfy.cli_args
+import comfy.model_management
+import comfy.sd
+import comfy.utils
+import torch
+from server import PromptServer
+from torch import Tensor, nn
+
+from ..parallel.config import SequenceParallelConfig, resolve
+from ..parallel.errors import ConfigError, UnsupportedError, WorkerOutOfMemoryError
+from ..parallel.host import running
+from ..parallel.host.remote_vae import RemoteVAE
+from ..parallel.vae.arguments import as_plain
+from ..parallel.vae.fingerprint import fingerprint
+from ..parallel.vae.tiles import Tile
+from .residency import WorkersPatcher, progress_bar
+
+log = logging.getLogger("sequence_parallel")
+
+
+def run_tiled(
+    node: str, vae: Any, config: SequenceParallelConfig | None, node_id: str | None, **inputs: Any
+) -> tuple[Any, ...]:
+    """What ComfyUI's node gives, computed by the workers where that gives the same.
+
+    Args:
+        node: `VAEDecodeTiled` or `VAEEncodeTiled`.
+        vae: ComfyUI's VAE.
+        config: whose devices compute; by default those of the workers that run already, or every GPU.
+        node_id: where to show how it was done.
+        inputs: the node's other inputs.
+
+    Raises:
+        ConfigError: the configuration does not fit this machine.
+        WorkerError: a worker failed.
+    """
+    native = importlib.import_module("nodes").NODE_CLASS_MAPPINGS[node]()  # ComfyUI's, not this pack's
+    function: Callable[..., tuple[Any, ...]] = getattr(native, native.FUNCTION)
+    began = time.perf_counter()
+    try:
+        patcher = _patcher(vae, _config(config))
+        result, tiles = _in_workers(function, vae, patcher, "decode" if "Decode" in node else "encode", inputs)
+    except UnsupportedError as error:
+        _tell(node_id, f"Computed natively, on one device: {error}")
+        return function(vae=vae, **inputs)
+    devices = resolve(patcher.config).describe()
+    _tell(node_id, f"{tiles} tiles on {devices} in {time.perf_counter() - began:.1f} s")
+    return result
+
+
+def _config(config: SequenceParallelConfig | None) -> SequenceParallelConfig:
+    """The devices to use.
+
+    Raises:
+        UnsupportedError: there are no workers, and none were asked for.
+        ConfigError: the given configuration does not fit this machine.
+    """
+    if config is None:
+        groups = running.running()
+        if groups:
+            layout = groups[-1].layout
+            config = SequenceParallelConfig(devices=layout.describe(), attention=layout.attention)
+        else:
+            config = SequenceParallelConfig()
+            try:
+                resolve(config)
+            except ConfigError as error:
+                raise UnsupportedError(str(error)) from error
+    if resolve(config).world_size == 1:
+        raise UnsupportedError("SP Config has one device only")
+    return config
+
+
+# --- the VAE in the workers -------------------------------------------------------------------------------------------
+
+
+class _Shell(nn.Module):
+    """What ComfyUI's memory management sees of a VAE in the workers."""
+
+    def __init__(self, remote: RemoteVAE):
+        super().__init__()
+        self.remote = remote
+
+
+class VAEPatcher(WorkersPatcher):
+    """Residency of a VAE's weights in the workers: /free and short memory drop them."""
+
+    def __init__(self, remote: RemoteVAE, config: SequenceParallelConfig, size: int):
+        layout = resolve(config)
+        device = torch.device(layout.devices[0].name)
+        super().__init__(_Shell(remote), device, torch.device("cpu"), size)
+        self.config = config
+
+    @property
+    def remote(self) -> RemoteVAE:
+        remote: RemoteVAE = self.model.remote
+        return remote
+
+    def _load(self) -> None:
+        self.remote.ensure_loaded(comfy.model_management.throw_exception_if_processing_interrupted, progress_bar())
+
+
+_patchers: WeakKeyDictionary[nn.Module, VAEPatcher] = WeakKeyDictionary()
+
+
+def _patcher(vae: Any, config: SequenceParallelConfig) -> VAEPatcher:
+    """The VAE's place in the workers, the same for every prompt.
+
+    Raises:
+        UnsupportedError: workers cannot give this VAE's result.
+    """
+    device_type = resolve(config).device_type
+    if type(vae) is not comfy.sd.VAE:
+        raise UnsupportedError(f"this VAE is a {type(vae).__name__}, not ComfyUI's own")
+    if vae.first_stage_model is None:
+        raise UnsupportedError("the VAE is empty")
+    if vae.latent_dim not in (2, 3) or vae.extra_1d_channel is not None:
+        raise UnsupportedError("it is an audio VAE")
+    if vae.handles_tiling:
+        raise UnsupportedError(f"{type(vae.first_stage_model).__name__} tiles by itself")
+    if vae.patcher.patches or vae.patcher.object_patches:
+        raise UnsupportedError("the VAE has patches")
+    if vae.device.type != device_type:
+        raise UnsupportedError(f"ComfyUI runs this VAE on {vae.device}, the workers are on {device_type}")
+    network = vae.first_stage_model
+    if (patcher := _patchers.get(network)) is not None:
+        if patcher.config == config:
+            return patcher
+        patcher.remote.release()  # its devices are not wanted any more
+    weak = ref(network)
+    source = {
+        "comfyui": str(Path(comfy.sd.__file__).parent.parent),
+        "arguments": as_plain(vars(comfy.cli_args.args)),
+        "dtype": str(vae.vae_dtype).removeprefix("torch."),
+        "fingerprint": fingerprint(network),
+    }
+
+    def state() -> dict[str, Tensor]:
+        alive = weak()
+        assert alive is not None, "its finalizer has ended this VAE"
+        return alive.state_dict()
+
+    remote = RemoteVAE(config, source, state)
+    patcher = _patchers[network] = VAEPatcher(remote, config, comfy.model_management.module_size(network))
+    finalize(network, remote.release).atexit = False
+    return patcher
+
+
+# --- two runs ---------------------------------------------------------------------------------------------------------
+
+
+def _in_workers(
+    function: Callable[..., tuple[Any, ...]], vae: Any, patcher: VAEPatcher, direction: str, inputs: dict[str, Any]
+) -> tuple[tuple[Any, ...], int]:
+    """The result, and how many tiles there were."""
+    poll = comfy.model_management.throw_exception_if_processing_interrupted
+    parts = _parts(function, vae, patcher, direction, inputs)
+    tiles = [_tile(vae, direction, part) for part in parts]
+    run = patcher.remote.start(direction, tiles, vae.vae_dtype, poll=poll, on_progress=progress_bar())
+    group = patcher.remote.group
+    assert group is not None
+    try:
+        with group.tasks(poll):
+            return function(vae=_stand_in(vae, patcher, _Collector(run.take)), **inputs), len(tiles)
+    except WorkerOutOfMemoryError as error:
+        raise comfy.model_management.OOM_EXCEPTION(str(error)) from error
+    finally:
+        run.close()
+
+
+def _parts(
+    function: Callable[..., tuple[Any, ...]], vae: Any, patcher: VAEPatcher, direction: str, inputs: dict[str, Any]
+) -> list[Tensor]:
+    """What each call of the network is given, before ComfyUI has scaled or cast it: views of the node's input."""
+    recorder = _Recorder(lambda shape: _out_shape(vae, direction, shape))
+    shadow = _stand_in(vae, patcher, recorder)
+    shadow.output_device = torch.device("meta")
+    shadow.device = torch.device("cpu")
+    shadow.process_input = recorder.before_scaling
+    with _no_progress():
+        function(vae=shadow, **inputs)
+    return recorder.parts
+
+
+def _stand_in(vae: Any, patcher: VAEPatcher, network: Any) -> Any:
+    """The VAE with another network: nothing is cast or moved for it, and the workers' memory is what is asked for."""
+    shadow = copy.copy(vae)
+    shadow.first_stage_model = network
+    shadow.patcher = patcher
+    shadow.device = torch.device("meta")
+    shadow.vae_dtype = torch.float32
+    shadow.process_input = lambda pixels: pixels
+    shadow.memory_used_decode = lambda shape, _: vae.memory_used_decode(shape, vae.vae_dtype)
+    shadow.memory_used_encode = lambda shape, _: vae.memory_used_encode(shape, vae.vae_dtype)
+    return shadow
+
+
+class _Recorder:
+    def __init__(self, out_shape: Callable[[Sequence[int]], list[int]]):
+        self.parts: list[Tensor] = []
+        self._out_shape = out_shape
+
+    def before_scaling(self, pixels: Tensor) -> Tensor:
+        self.parts.append(pixels)
+        return pixels
+
+    def decode(self, latent: Tensor) -> Tensor:
+        self.parts.append(latent)
+        return self._result(latent)
+
+    def encode(self, pixels: Tensor) -> Tensor:
+        return self._result(pixels)  # noted by `before_scaling`
+
+    def _result(self, x: Tensor) -> Tensor:
+        return torch.empty(self._out_shape(x.shape), device="meta")
+
+
+class _Collector:
+    def __init__(self, take: Callable[[], Tensor]):
+        self._take = take
+
+    def decode(self, _: Tensor) -> Tensor:
+        return self._take()
+
+    def encode(self, _: Tensor) -> Tensor:
+        return self._take()
+
+
+def _tile(vae: Any, direction: str, part: Tensor) -> Tile:
+    def make() -> Tensor:
+        x = vae.process_input(part) if direction == "encode" else part
+        tensor: Tensor = x.to(vae.vae_dtype)
+        return tensor
+
+    # Twice as much as ComfyUI expects: memory is only taken for what is written.
+    return Tile(tuple(part.shape), 2 * math.prod(_out_shape(vae, direction, part.shape)), make)
+
+
+def _out_shape(vae: Any, direction: str, shape: Sequence[int]) -> list[int]:
+    """About what comes out of the network; enough for `tiled_scale_multidim`, which does not trust it either."""
+    decode = direction == "decode"
+    ratios = vae.upscale_ratio if decode else vae.downscale_ratio
+    ratios = ratios if isinstance(ratios, tuple | list) else [ratios] * (len(shape) - 2)
+    sizes = [
+        ratio(size) if callable(ratio) else size * ratio if decode else size / ratio
+        for size, ratio in zip(shape[2:], ratios, strict=True)
+    ]
+    return [shape[0], vae.output_channels if decode else vae.latent_channels, *(math.ceil(size) for size in sizes)]
+
+
+# --- what the user sees -----------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _no_progress() -> Any:
+    """ComfyUI's own bars of the first run would be full before anything is done."""
+    hook = comfy.utils.PROGRESS_BAR_HOOK
+    comfy.utils.set_progress_bar_global_hook(None)
+    try:
+        yield
+    finally:
+        comfy.utils.set_progress_bar_global_hook(hook)
+
+
+def _tell(node_id: str | None, text: str) -> None:
+    log.info("%s", text)
+    if node_id is not None:
+        PromptServer.instance.send_progress_text(text, node_id)

@@ -1,0 +1,49 @@
+"""ComfyUI's parsed command line as plain data: a worker's ComfyUI has to decide as the host's did."""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Mapping
+from typing import Any
+
+
+def as_plain(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments that are plain data, enumerations, or lists and sets of those; no VAE depends on others."""
+    found = {}
+    for name, value in arguments.items():
+        try:
+            found[name] = _encode(value)
+        except TypeError:
+            continue
+    return found
+
+
+def restore(arguments: Mapping[str, Any], module: Any) -> dict[str, Any]:
+    """The opposite of `as_plain`.
+
+    Args:
+        module: where the classes of the enumerations are.
+    """
+    return {name: _decode(value, module) for name, value in arguments.items()}
+
+
+def _encode(value: Any) -> Any:
+    if isinstance(value, enum.Enum):
+        return {"enum": type(value).__name__, "value": value.value}
+    if isinstance(value, bool | int | float | str | type(None)):
+        return value
+    if isinstance(value, set):
+        return {"set": [_encode(item) for item in value]}
+    if isinstance(value, list | tuple):
+        return [_encode(item) for item in value]
+    raise TypeError
+
+
+def _decode(value: Any, module: Any) -> Any:
+    if isinstance(value, list):
+        return [_decode(item, module) for item in value]
+    if not isinstance(value, dict):
+        return value
+    if "enum" in value:
+        return getattr(module, value["enum"])(value["value"])
+    return {_decode(item, module) for item in value["set"]}

@@ -1,0 +1,69 @@
+"""ComfyUI's own VAE in a worker: the only place of the engine that imports ComfyUI."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import UnsupportedError
+from ..vae.arguments import restore
+from ..vae.fingerprint import fingerprint, first_difference
+
+
+class NativeVAE:
+    """The network of a VAE, built by ComfyUI's class from the host's tensors.
+
+    Args:
+        source: `comfyui`, the folder of the host's ComfyUI; `arguments`, its parsed command line (see
+            `vae.arguments`); `dtype` of the VAE; `fingerprint` of the host's network.
+        state: the host's state dict. On a CPU the network computes with these tensors; elsewhere it copies them.
+        device: where it computes.
+
+    Raises:
+        UnsupportedError: ComfyUI makes another network of it here.
+    """
+
+    def __init__(self, source: Mapping[str, Any], state: Mapping[str, Tensor], device: torch.device):
+        try:
+            _prepare_comfyui(source["comfyui"], source["arguments"])
+            sd = importlib.import_module("comfy.sd")
+            vae = sd.VAE(sd=dict(state), device=device, dtype=getattr(torch, source["dtype"]))
+            if vae.first_stage_model is not None:
+                vae.first_stage_model.load_state_dict(state, assign=True)
+        except Exception as error:
+            raise UnsupportedError(f"the workers cannot build this VAE: {type(error).__name__}: {error}") from error
+        if vae.first_stage_model is None:
+            raise UnsupportedError("the workers cannot build this VAE: ComfyUI does not recognise its tensors there")
+        if difference := first_difference(source["fingerprint"], fingerprint(vae.first_stage_model)):
+            raise UnsupportedError(f"the workers would build another VAE; {difference}")
+        self._network = vae.first_stage_model.to(device)
+        self._device = device
+        self.nbytes = sum(tensor.nbytes for tensor in state.values())
+
+    def run(self, direction: str, x: Tensor) -> Tensor:
+        """One tile as ComfyUI's tiled functions call the network.
+
+        Args:
+            direction: `decode` or `encode`.
+            x: [1, C, (T,) H, W] on the CPU, in the VAE's dtype.
+        """
+        with torch.inference_mode():
+            call = {"decode": self._network.decode, "encode": self._network.encode}[direction]
+            result: Tensor = call(x.to(self._device))
+            return result
+
+
+def _prepare_comfyui(folder: str, arguments: Mapping[str, Any]) -> None:
+    """ComfyUI decides on devices and dtypes when it is imported, from arguments that must be in place by then."""
+    if folder not in sys.path:
+        sys.path.append(folder)
+    if "comfy.model_management" in sys.modules:
+        return
+    module = importlib.import_module("comfy.cli_args")
+    for name, value in restore(arguments, module).items():
+        setattr(module.args, name, value)

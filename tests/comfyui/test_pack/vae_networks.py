@@ -1,0 +1,60 @@
+"""ComfyUI's own VAEs with random weights. Imported where ComfyUI can be: in its process, not in the tests'."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import comfy.ldm.cogvideo.vae
+import comfy.ldm.models.autoencoder
+import comfy.ldm.wan.vae
+import comfy.sd
+import torch
+from torch import nn
+
+_PICTURE = {
+    "double_z": True, "z_channels": 16, "resolution": 256, "in_channels": 3, "out_ch": 3, "ch": 128,
+    "ch_mult": [1, 2, 4, 4], "num_res_blocks": 2, "attn_resolutions": [], "dropout": 0.0,
+}  # fmt: skip
+_WAN = {
+    "z_dim": 16, "dim_mult": [1, 2, 4, 4], "num_res_blocks": 2, "attn_scales": [],
+    "temperal_downsample": [False, True, True], "dropout": 0.0,
+}  # fmt: skip
+
+
+def _engine(parameters: dict[str, Any]) -> nn.Module:
+    parts = {
+        f"{part.lower()}_config": {
+            "target": f"comfy.ldm.modules.diffusionmodules.model.{part}", "params": parameters
+        }
+        for part in ("Encoder", "Decoder")
+    }  # fmt: skip
+    regularizer = {"target": "comfy.ldm.models.autoencoder.DiagonalGaussianRegularizer"}
+    return comfy.ldm.models.autoencoder.AutoencodingEngine(regularizer_config=regularizer, **parts)
+
+
+NETWORKS: dict[str, Callable[[], nn.Module]] = {
+    "flux": lambda: _engine(_PICTURE),
+    "hunyuan_video": lambda: comfy.ldm.models.autoencoder.AutoencoderKL(
+        ddconfig={**_PICTURE, "conv3d": True, "time_compress": 4}, embed_dim=16
+    ),
+    "wan_2_1": lambda: comfy.ldm.wan.vae.WanVAE(dim=16, image_channels=3, conv_out_channels=3, **_WAN),
+    "cogvideox": lambda: comfy.ldm.cogvideo.vae.AutoencoderKLCogVideoX(latent_channels=16),
+}
+
+
+def make_vae(kind: str, seed: int = 0) -> comfy.sd.VAE:
+    """As Load VAE makes it from a file, in float32."""
+    generator = torch.Generator().manual_seed(seed)
+    state = {name: _random(name, tensor, generator) for name, tensor in NETWORKS[kind]().state_dict().items()}
+    return comfy.sd.VAE(sd=state, dtype=torch.float32)
+
+
+def _random(name: str, tensor: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    if tensor.ndim < 2:
+        value = torch.randn(tensor.shape, generator=generator) * 0.1
+        return value + 1 if name.endswith(("weight", "gamma")) else value
+    if name.endswith("gamma"):  # Wan's norms
+        return 1 + torch.randn(tensor.shape, generator=generator) * 0.1
+    fan_in = tensor[0].numel()
+    return torch.randn(tensor.shape, generator=generator) / fan_in**0.5

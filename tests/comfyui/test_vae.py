@@ -1,0 +1,204 @@
+"""The parallel VAE nodes: ComfyUI's own result, and what a user notices besides it."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.comfyui.fixtures import ServerFactory, require_pack
+from tests.comfyui.graphs import OUTPUT, Graph, GraphBuilder, Setting, Swapped, fresh
+from tests.comfyui.installation import REPOSITORY, Installation
+from tests.comfyui.latents import read_latent, sample
+from tests.comfyui.processes import Process, total_resident_bytes, wait_until
+from tests.comfyui.server import ComfyServer, PromptResult
+
+pytestmark = pytest.mark.comfyui
+
+DECODE, ENCODE = "VAEDecodeTiled", "VAEEncodeTiled"
+SMALL = {"tile_size": 64, "overlap": 16, "temporal_size": 8, "temporal_overlap": 4}
+"""Several tiles along each axis of small videos."""
+WIDE = SMALL | {"overlap": 32}
+TWO, THREE, UNEQUAL = "cpu,cpu", "cpu,cpu,cpu", "cpu*3,cpu"
+
+
+def case(kind: str, node: str, shape: list[int], devices: list[str], inputs: dict[str, int] = SMALL) -> dict:
+    return {"kind": kind, "node": node, "shape": shape, "devices": devices, "inputs": inputs}
+
+
+def parity_id(cases: list[dict]) -> str:
+    return f"{cases[0]['kind']}"
+
+
+TABLE = [
+    [
+        case("wan_2_1", DECODE, [1, 16, 5, 13, 18], ["cpu", TWO, THREE, UNEQUAL], WIDE),
+        case("wan_2_1", DECODE, [2, 16, 3, 11, 18], [TWO]),
+        case("wan_2_1", DECODE, [1, 16, 2, 8, 8], [TWO]),  # one tile
+        case("wan_2_1", ENCODE, [17, 104, 152, 3], [TWO, THREE], WIDE),
+    ],
+    [
+        case("flux", DECODE, [2, 16, 9, 13], [TWO, THREE]),
+        case("flux", ENCODE, [2, 76, 100, 3], [TWO]),
+    ],
+    [
+        case("hunyuan_video", DECODE, [1, 16, 3, 9, 9], [TWO]),
+        case("hunyuan_video", ENCODE, [9, 72, 100, 3], [TWO]),
+    ],
+    [
+        case("cogvideox", DECODE, [1, 16, 3, 9, 9], [TWO]),
+        case("cogvideox", ENCODE, [9, 72, 100, 3], [TWO]),
+    ],
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("cases", TABLE, ids=parity_id)
+def test_the_result_is_the_native_one_bit_for_bit(installation: Installation, cases: list[dict]) -> None:
+    check(installation, cases)
+
+
+@pytest.mark.thousands
+@pytest.mark.parametrize("kind", ["hunyuan_video", "cogvideox"])
+def test_large_networks_on_more_workers_and_in_batches(installation: Installation, kind: str) -> None:
+    """Minutes each: these networks have one size only."""
+    check(
+        installation,
+        [case(kind, DECODE, [2, 16, 3, 9, 13], [TWO, THREE]), case(kind, ENCODE, [9, 72, 100, 3], [THREE])],
+    )
+
+
+def check(installation: Installation, cases: list[dict]) -> None:
+    script = Path(__file__).with_name("vae_against_native.py")
+    done = subprocess.run(
+        [installation.python, script, installation.path, REPOSITORY, json.dumps(cases)],
+        capture_output=True, text=True, timeout=1500, cwd=installation.path,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-4000:]
+    results = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    assert len(results) == len(cases)
+    for given, result in zip(cases, results, strict=True):
+        assert result["finite"], f"{given}: the native result is no test"
+        for devices in given["devices"]:
+            found = result["results"][devices]
+            assert found["equal"], f"{given['kind']} {given['node']} {given['shape']} differs on {devices}"
+            expected = "one device" if devices == "cpu" else rf"\d+ tiles on {re.escape(devices)} "
+            assert re.search(expected, found["told"]), found["told"]
+
+
+# --- in a graph -------------------------------------------------------------------------------------------------------
+
+_seeds = iter(range(1000, 2000))
+
+
+def decode_graph(node: str, devices: str | None = None, seed: int = 0, frames: int = 5, vae: str = "wan_2_1") -> Graph:
+    builder = GraphBuilder()
+    latent = builder.add("SPTestVideoLatent", seed=seed, frames=frames, height=13, width=18)
+    network = builder.add("SPTestRandomVAE", kind=vae, seed=0)
+    inputs: dict = {"samples": latent, "vae": network, **WIDE}
+    if devices is not None:
+        inputs["sp_config"] = builder.add("SPConfig", **vars(Swapped(devices=devices)))
+    images = builder.add(node, node_id="vae", **inputs)
+    builder.add("SaveLatent", OUTPUT, samples=builder.add("SPTestImageAsLatent", images=images), filename_prefix="vae")
+    return builder.graph
+
+
+def decode(server: ComfyServer, node: str, devices: str | None = None, seed: int = 0) -> torch.Tensor:
+    return read_latent(server, server.run(decode_graph(node, devices, seed)))
+
+
+def start_long_decode(server: ComfyServer) -> str:
+    """Queue a decode of many tiles; return in the middle of it."""
+    graph = decode_graph("SPVAEDecode", TWO, seed=next(_seeds), frames=101)
+    prompt_id = server.queue(graph)
+    assert isinstance(prompt_id, str), prompt_id
+    server.wait_for_event(
+        lambda event: event.kind == "progress" and event.data.get("node") == "vae" and event.data["value"] >= 4,
+        prompt_id, timeout=90,
+    )  # fmt: skip
+    return prompt_id
+
+
+def test_decode_and_encode_equal_the_native_nodes(server: ComfyServer) -> None:
+    expected = decode(server, DECODE)
+    start = server.mark()
+    assert torch.equal(decode(server, "SPVAEDecode", TWO), expected)
+    progress = [e.data for e in server.events("progress", since=start) if e.data["node"] == "vae"]
+    assert progress[-1]["value"] == progress[-1]["max"] == 24, "the bar is to count tiles"
+    workers = server.workers()
+    assert torch.equal(decode(server, "SPVAEDecode", TWO, seed=1), decode(server, DECODE, seed=1))
+    assert server.workers() == workers, "the second prompt started other workers"
+
+
+def test_workers_of_the_diffusion_model_are_used(server: ComfyServer) -> None:
+    """Without SP Config on the VAE node."""
+    sample(server, fresh(Setting()), Swapped(devices=TWO))
+    workers = server.workers()
+    start = len(server.log())
+    assert torch.equal(decode(server, "SPVAEDecode", seed=2), decode(server, DECODE, seed=2))
+    assert re.search(r"24 tiles on cpu,cpu in", server.log()[start:])
+    assert server.workers() == workers
+
+
+def test_cancel_stops_between_tiles(server: ComfyServer) -> None:
+    decode(server, "SPVAEDecode", TWO)
+    workers = server.workers()
+    prompt_id = start_long_decode(server)
+    asked = time.monotonic()
+    server.interrupt()
+    result = server.wait(prompt_id)
+    assert result.status == "interrupted"
+    assert result.ended - asked <= 1.0, f"Cancel took {result.ended - asked:.2f} s"
+    assert torch.equal(decode(server, "SPVAEDecode", TWO, seed=3), decode(server, DECODE, seed=3))
+    assert server.workers() == workers, "Cancel cost the workers"
+
+
+def test_a_killed_worker_is_named_and_the_next_prompt_works(server: ComfyServer) -> None:
+    decode(server, "SPVAEDecode", TWO)
+    prompt_id = start_long_decode(server)
+    victim: Process = server.workers()[-1]
+    killed = time.monotonic()
+    victim.kill()
+    result: PromptResult = server.wait(prompt_id)
+    assert result.status == "error"
+    assert result.ended - killed <= 5, f"the failure was shown after {result.ended - killed:.1f} s"
+    assert re.search(r"worker rank [01] \(cpu, pid \d+\) was ended by SIGKILL during 'tile'", result.message)
+    assert torch.equal(decode(server, "SPVAEDecode", TWO, seed=4), decode(server, DECODE, seed=4))
+
+
+@pytest.mark.slow
+def test_free_drops_the_weights_in_the_workers(server: ComfyServer) -> None:
+    graph = decode_graph("SPVAEDecode", TWO, seed=5, vae="hunyuan_video", frames=1)
+    first = read_latent(server, server.run(graph, timeout=300))
+    before = total_resident_bytes(server.workers())
+    server.free()
+    weights = 246_000_000 * 4
+    assert wait_until(lambda: before - total_resident_bytes(server.workers()) > 0.9 * weights, timeout=20)
+    assert torch.equal(read_latent(server, server.run(graph, timeout=300)), first)
+    server.free()
+
+
+def test_without_workers_it_is_decoded_natively_and_said_so(start_server: ServerFactory) -> None:
+    with start_server() as server:
+        require_pack(server)
+        start = server.mark()
+        assert torch.equal(decode(server, "SPVAEDecode"), decode(server, DECODE))
+        assert not server.workers(), "workers were started without being asked for"
+        shown = [e.data["bytes"].decode(errors="replace") for e in server.events(since=start) if "bytes" in e.data]
+        assert any("Computed natively, on one device: " in text for text in shown), shown
+
+
+def test_overlap_as_large_as_the_tile_is_refused(server: ComfyServer) -> None:
+    builder = GraphBuilder()
+    picture = builder.add("EmptyImage", width=96, height=64, batch_size=1, color=0)
+    vae = builder.add("SPTestRandomVAE", kind="flux", seed=0)
+    latent = builder.add("SPVAEEncode", pixels=picture, vae=vae, **(WIDE | {"overlap": 32}))
+    builder.add("SaveLatent", OUTPUT, samples=latent, filename_prefix="vae")
+    result = server.run(builder.graph)
+    assert result.status == "error"
+    assert "overlap is 32; allowed with tile_size 64 are less than 32" in result.message

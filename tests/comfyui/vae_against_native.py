@@ -1,0 +1,72 @@
+"""Native tiled VAE nodes against the parallel ones, in one process of ComfyUI's; prints a line of JSON for each case.
+
+Started by `test_vae.py` with ComfyUI's Python: `vae_against_native.py <ComfyUI> <repository> <cases as JSON>`.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+from typing import Any
+
+
+def _prepare(comfyui: str) -> None:
+    sys.argv = [sys.argv[0], "--cpu"]
+    sys.path[0] = comfyui
+    options = importlib.import_module("comfy.options")
+    options.enable_args_parsing()
+
+
+def _import(name: str, path: str, package: bool = False) -> Any:
+    folders = {"submodule_search_locations": [path]} if package else {}
+    spec = importlib.util.spec_from_file_location(name, f"{path}/__init__.py" if package else path, **folders)
+    assert spec is not None and spec.loader is not None
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def main(comfyui: str, repository: str, cases: list[dict[str, Any]]) -> None:
+    import torch
+
+    networks = _import("vae_networks", f"{repository}/tests/comfyui/test_pack/vae_networks.py")
+    _import("pack", repository, package=True)
+    parallel_vae = importlib.import_module("pack.nodes.parallel_vae")
+    config = importlib.import_module("pack.parallel.config").SequenceParallelConfig
+    comfy_nodes = importlib.import_module("nodes")
+    torch.set_num_threads(1)
+    told: list[str] = []
+    parallel_vae._tell = lambda node_id, text: told.append(text)
+    vaes: dict[str, Any] = {}
+    for case in cases:
+        kind = case["kind"]
+        if kind not in vaes:
+            vaes.clear()
+            vaes[kind] = networks.make_vae(kind)
+        vae = vaes[kind]
+        given = torch.randn(case["shape"], generator=torch.Generator().manual_seed(1))
+        if case["node"] == "VAEDecodeTiled":
+            inputs = {"samples": {"samples": given}, **case["inputs"]}
+        else:
+            inputs = {"pixels": given.sigmoid(), **case["inputs"]}
+        with torch.inference_mode():
+            native = comfy_nodes.NODE_CLASS_MAPPINGS[case["node"]]()
+            expected = _tensor(getattr(native, native.FUNCTION)(vae=vae, **inputs))
+            results = {}
+            for devices in case["devices"]:
+                actual = _tensor(parallel_vae.run_tiled(case["node"], vae, config(devices=devices), None, **inputs))
+                results[devices] = {"equal": torch.equal(actual, expected), "told": told[-1]}
+        finite = bool(expected.isfinite().all()) and expected.std().item() > 1e-3
+        print(json.dumps({"shape": list(expected.shape), "finite": finite, "results": results}), flush=True)
+    importlib.import_module("pack.parallel.host.running").stop_all()
+
+
+def _tensor(result: tuple[Any, ...]) -> Any:
+    return result[0]["samples"] if isinstance(result[0], dict) else result[0]
+
+
+if __name__ == "__main__":
+    path, root, table = sys.argv[1:4]
+    _prepare(path)
+    main(path, root, json.loads(table))
