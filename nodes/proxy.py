@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ..parallel.adapters.base import pack_text
 from ..parallel.errors import WorkerOutOfMemoryError
 from ..parallel.host.remote_model import RemoteModel, StepRequest
+from .cached_call import cached_sampling, label
 from .refusals import refuse_transformer_options, refuse_value
 from .side_by_side import LookAhead, Recorded
 
@@ -61,7 +62,7 @@ class ProxyDiffusionModel(nn.Module):
         """As ComfyUI's networks: called by `BaseModel`, runs the wrappers that nodes such as EasyCache have set."""
         options = {} if transformer_options is None else transformer_options
         if self.look_ahead.recording:
-            raise Recorded(self._request(x, timestep, context=context, control=control, **conditioning))
+            raise Recorded(self._request(options, x, timestep, context=context, control=control, **conditioning))
         wrappers = comfy.patcher_extension.get_all_wrappers(comfy.patcher_extension.WrappersMP.DIFFUSION_MODEL, options)
         executor = comfy.patcher_extension.WrapperExecutor.new_class_executor(self._forward, self, wrappers)
         return executor.execute(x, timestep, context, control, options, **conditioning)
@@ -76,12 +77,13 @@ class ProxyDiffusionModel(nn.Module):
         **conditioning: Any,
     ) -> Tensor:
         refuse_transformer_options(transformer_options)
-        request = self._request(x, timestep, context=context, control=control, **conditioning)
+        request = self._request(transformer_options, x, timestep, context=context, control=control, **conditioning)
         if (early := self.look_ahead.take(request)) is not None:
             return early
         running = transformer_options.get("cond_or_uncond", [0])
         requests = [request, *self.look_ahead.others(running)]
         conditions = len(set(running)) + len(requests) - 1
+        cache, sigma = cached_sampling(transformer_options)
         try:
             self.remote.check(requests, conditions)
             if self.load_weights is not None:
@@ -90,6 +92,8 @@ class ProxyDiffusionModel(nn.Module):
             predictions = self.remote.steps(
                 requests,
                 conditions=conditions,
+                cache=cache,
+                sigma=sigma,
                 poll=comfy.model_management.throw_exception_if_processing_interrupted,
             )
         except WorkerOutOfMemoryError as error:
@@ -99,7 +103,7 @@ class ProxyDiffusionModel(nn.Module):
         return predictions[0]
 
     @staticmethod
-    def _request(x: Tensor, timestep: Tensor, **conditioning: Any) -> StepRequest:
+    def _request(options: Mapping[str, Any], x: Tensor, timestep: Tensor, **conditioning: Any) -> StepRequest:
         tensors: dict[str, Tensor] = {}
         for name, value in conditioning.items():
             if value is None:
@@ -111,7 +115,7 @@ class ProxyDiffusionModel(nn.Module):
             if not parts or not all(isinstance(part, Tensor) for part in parts.values()):
                 raise refuse_value(name, value)
             tensors |= parts
-        return StepRequest(x, timestep, tensors)
+        return StepRequest(x, timestep, tensors, label(options))
 
 
 def add_parameters(module: nn.Module, parameters: Mapping[str, Tensor]) -> None:

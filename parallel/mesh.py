@@ -33,6 +33,18 @@ class Mesh:
         rows = [ranks[start : start + ulysses] for start in ranks[::ulysses]]
         return cls(degrees, dist.get_rank(), _group(columns), _group(rows))
 
+    def sequence(self) -> dist.ProcessGroup | None:
+        """The ranks that share a sequence; None where it would be this rank alone.
+
+        With both a ring and Ulysses that is a group of its own, made at each call: all ranks of the world must call.
+        """
+        if self.degrees.ring == 1:
+            return self.ulysses
+        if self.degrees.ulysses == 1:
+            return self.ring
+        ranks, sp = range(self.degrees.world_size), self.degrees.sp
+        return _group([ranks[start : start + sp] for start in ranks[::sp]])
+
     @property
     def ulysses_ranks(self) -> range:
         """Those of `ulysses`, in the world."""

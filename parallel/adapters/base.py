@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..attention.joint import JointAttention
+from ..cache.blocks import Blocks, Probe, StepPasses, last_of
 from ..checkpoints.source import Source, TensorInfo
 from ..plan import SequencePlan
 
@@ -40,6 +41,8 @@ class StepContext(ABC):
 
     rank: int
     """Among the ranks that share the sequence."""
+    cache: StepPasses | None = None
+    """Remembers what blocks have added, for steps that skip them."""
 
     @abstractmethod
     def plan(self, streams: tuple[int, ...], heads: int) -> SequencePlan:
@@ -56,6 +59,22 @@ class StepContext(ABC):
         Raises:
             StepCancelled: the host asked to stop; raised on all ranks before the same block.
         """
+
+    def run_blocks(self, plan: SequencePlan, hidden: Tensor, blocks: Blocks, probe: Probe) -> Tensor:
+        """Runs the network's blocks, or as many as a cache leaves to be run: once for each pass through the network.
+
+        Args:
+            hidden: [B, S_r, hidden] of this rank's tokens of the latent, before the first block.
+            blocks: yields these hidden states after each block.
+            probe: their modulated form, the input of the first block's attention; or what modulates them, where the
+                family's TeaCache looks at that.
+
+        Returns:
+            The hidden states after the last block.
+        """
+        if self.cache is not None:
+            return self.cache.run(plan, hidden, blocks, probe)
+        return last_of(blocks, hidden)
 
 
 class Adapter(ABC):

@@ -180,15 +180,7 @@ class FluxAdapter(Adapter):
             for part, grid, offset in zip(parts, grids, offsets, strict=True)
         ]
         table = rope(torch.cat(positions, dim=1).unbind(), ROPE_AXES, ROPE_THETA)
-        image = two_stream.run_blocks(
-            m,
-            image,
-            text,
-            by,
-            two_stream.rope_with_text(table, t1 - t0),
-            context.attention(plan),
-            lambda: context.enter_block(plan),
-        )
+        image = two_stream.run_blocks(m, image, text, by, two_stream.rope_with_text(table, t1 - t0), context, plan)
         start, stop = parts[0]  # the references are context: no prediction is made for them
         write_tokens(two_stream.head(m, image[:, : stop - start], by), out[:, :, None], start, stop, _PATCH)
 

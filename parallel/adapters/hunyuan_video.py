@@ -286,9 +286,7 @@ class HunyuanVideoAdapter(Adapter):
         weight = m.x_embedder.proj.weight.flatten(1)
         video = F.linear(read_tokens(x, v0, v1, patch, weight), weight, m.x_embedder.proj.bias)
         table = two_stream.rope_with_text(_rope(v0, v1, grid, device), t1 - t0)
-        video = two_stream.run_blocks(
-            m, video, text, by, table, context.attention(plan), lambda: context.enter_block(plan)
-        )
+        video = two_stream.run_blocks(m, video, text, by, table, context, plan)
         write_tokens(two_stream.head(m, video, by), out, v0, v1, patch)
 
 

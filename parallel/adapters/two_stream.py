@@ -19,9 +19,11 @@ from torch import Tensor, nn
 
 from ..attention.joint import JointAttention
 from ..attention.rope import Rope, rotate
+from ..cache.blocks import Blocks
 from ..checkpoints.source import Source
 from ..errors import UnsupportedError
-from .base import Piece
+from ..plan import SequencePlan
+from .base import Piece, StepContext
 
 HEAD_DIM = 128
 """ComfyUI's loader knows these families with this head size only."""
@@ -194,20 +196,33 @@ def modulation(embed: Any, timestep: Tensor, pooled: Tensor, guidance: Tensor | 
 
 
 def run_blocks(
-    model: Any, image: Tensor, text: Tensor, by: Modulation, table: Rope, attend: JointAttention, enter: Any
+    model: Any, image: Tensor, text: Tensor, by: Modulation, table: Rope, context: StepContext, plan: SequencePlan
 ) -> Tensor:
     """All blocks on this rank's image [B, n, hidden] and text [B, m, hidden] rows; returns the image rows.
 
-    `table` is for n + m rows; `enter` is called before each block.
+    `table` is for n + m rows.
     """
+
+    def probe() -> Tensor:
+        return _modulated(model.transformer_blocks[0].norm1, image, by.image)[0]
+
+    return context.run_blocks(plan, image, _each_block(model, image, text, by, table, context, plan), probe)
+
+
+def _each_block(
+    model: Any, image: Tensor, text: Tensor, by: Modulation, table: Rope, context: StepContext, plan: SequencePlan
+) -> Blocks:
+    """Yields the image rows after each block."""
+    attend = context.attention(plan)
     for block in model.transformer_blocks:
-        enter()
+        context.enter_block(plan)
         image, text = _dual_stream_block(block, image, text, by, table, attend)
+        yield image
     hidden = torch.cat([_finite(image), text], dim=1)
     for block in model.single_transformer_blocks:
-        enter()
+        context.enter_block(plan)
         hidden = _single_stream_block(block, hidden, by.joint, table, attend)
-    return hidden[:, : image.shape[1]]
+        yield hidden[:, : image.shape[1]]
 
 
 def head(model: Any, image: Tensor, by: Modulation) -> Tensor:

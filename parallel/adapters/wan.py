@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from ..attention.joint import JointAttention
 from ..attention.rope import Rope, rope, rotate
+from ..cache.blocks import Blocks
 from ..checkpoints.source import Source, TensorInfo
 from ..errors import CheckpointError, UnsupportedError
 from . import two_stream
@@ -259,10 +260,15 @@ class WanAdapter(Adapter):
         own = _OwnRows(frame if times.shape[1] > 1 else None)
         weight = m.patch_embedding.weight.flatten(1)  # fp32, as ComfyUI keeps and applies it
         hidden = F.linear(read_tokens(x, start, stop, _PATCH, weight), weight, m.patch_embedding.bias).type_as(text)
-        attend = context.attention(plan)
-        for block in m.blocks:
-            context.enter_block(plan)
-            hidden = _block(block, hidden, modulation, own, table, text, image, attend)
+
+        def each_block(hidden: Tensor) -> Blocks:
+            attend = context.attention(plan)
+            for block in m.blocks:
+                context.enter_block(plan)
+                hidden = _block(block, hidden, modulation, own, table, text, image, attend)
+                yield hidden
+
+        hidden = context.run_blocks(plan, hidden, each_block(hidden), lambda: modulation)
         shift, scale = (m.scale_shift_table + times[:, :, None]).unbind(2)
         hidden = m.proj_out(own.modulate(_norm(m.norm_out, hidden), shift, scale))
         write_tokens(rearrange(hidden, "b s (p c) -> b s (c p)", p=prod(_PATCH)), out, start, stop, _PATCH)

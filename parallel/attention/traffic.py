@@ -10,7 +10,7 @@ class Traffic:
     """Counters of one step or one measurement; backward passes are not counted."""
 
     collectives: int = 0
-    """All-to-alls and ring exchanges that this rank has taken part in."""
+    """All-to-alls, ring exchanges and a cache's sums that this rank has taken part in."""
     bytes_sent: int = 0
     """Bytes that have left this rank."""
 

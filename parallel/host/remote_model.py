@@ -21,6 +21,7 @@ from ..errors import WorkerError
 from ..plan import SequencePlan
 from ..wire.shared import Segment, TensorRef, lay_out
 from . import running
+from .cached_sampling import CachedSampling
 from .group import Poll, Progress, WorkerGroup
 from .recipe import Inspected, Recipe, inspect
 
@@ -47,6 +48,15 @@ class StepRequest:
     """As ComfyUI hands it over."""
     conditioning: Mapping[str, Tensor]
     """Input name → tensor; only what changed since an earlier step travels."""
+    label: str = ""
+    """Names what is computed among the calls of a step, e.g. cond and uncond: what a cache remembers of one of them is
+    not for another."""
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Of all tensors, by name."""
+        tensors = {"x": self.x, "timestep": self.timestep, **self.conditioning}
+        return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
 
 
 class RemoteModel:
@@ -67,7 +77,8 @@ class RemoteModel:
         self.nbytes = 0
         """Bytes of weights that one worker holds; 0 when not loaded."""
         self.last_step: list[dict[str, Any]] = []
-        """What each rank said of the last step: `seconds`, `collectives` and `bytes_sent` to other ranks."""
+        """What each rank said of the last step: `seconds`, `collectives` and `bytes_sent` to other ranks; with a cache
+        also `cache`: `passes`, `hits` and `skipped_s` (`cache.blocks.Tally`)."""
         self._layout = resolve(recipe.config)
         self._told_degrees: Degrees | None = None
         self._own_group = group
@@ -203,6 +214,11 @@ class RemoteModel:
             self._group.post("unload", {"model": self.name})
         self._group, self._generation = None, 0
 
+    def forget(self, cache: CachedSampling) -> None:
+        """Frees what the workers remember of a sampling, without waiting."""
+        if self._group is not None and self.loaded:
+            self._group.post("forget_cache", {"model": self.name, "sampling": cache.number})
+
     def check(self, requests: Sequence[StepRequest], conditions: int = 1) -> None:
         """Everything that can be told of `steps` with these arguments before any work, and before there are weights.
 
@@ -231,12 +247,22 @@ class RemoteModel:
         """One request, see `steps`."""
         return self.steps([StepRequest(x, timestep, conditioning)], poll=poll)[0]
 
-    def steps(self, requests: Sequence[StepRequest], *, conditions: int = 1, poll: Poll | None = None) -> list[Tensor]:
+    def steps(
+        self,
+        requests: Sequence[StepRequest],
+        *,
+        conditions: int = 1,
+        cache: CachedSampling | None = None,
+        sigma: float = 1.0,
+        poll: Poll | None = None,
+    ) -> list[Tensor]:
         """The network's predictions for requests that may run side by side.
 
         Args:
             requests: each a call of the network.
             conditions: how many of cond and uncond are in the requests.
+            cache: the sampling that this step is part of, if it may skip blocks.
+            sigma: the step's, which decides whether it may.
             poll: see `WorkerGroup.call`.
 
         Returns:
@@ -247,12 +273,16 @@ class RemoteModel:
             WorkerError: a worker failed; the weights are gone unless `loaded` still says otherwise.
         """
         self.check(requests, conditions)
+        inspected, degrees = self.inspected, self.degrees(conditions)
+        told = None
+        if cache is not None:
+            told = cache.message(sigma, inspected.adapter.family, inspected.model_config, requests[0].shapes)
         group = self._group
         assert group is not None, "call ensure_loaded first"
         group.settle(poll)
         inputs, outputs = [], []
         for request in requests:
-            out_shape = self.inspected.adapter.output_shape(self.inspected.model_config, tuple(request.x.shape))
+            out_shape = inspected.adapter.output_shape(inspected.model_config, tuple(request.x.shape))
             inputs += [request.x, request.timestep]
             outputs.append((out_shape, request.x.dtype))
         in_refs, size = lay_out("step", [(tensor.shape, tensor.dtype) for tensor in inputs])
@@ -262,21 +292,35 @@ class RemoteModel:
         results, out_refs, lend = group.memory.for_results(outputs)
         keys, put, drop = self._conditioning.update([request.conditioning for request in requests], group)
         plain = [
-            {"x": x.to_json(), "timestep": timestep.to_json(), "out": out.to_json(), "conditioning": held}
-            for x, timestep, out, held in zip(in_refs[::2], in_refs[1::2], out_refs, keys, strict=True)
+            {
+                "x": x.to_json(),
+                "timestep": timestep.to_json(),
+                "out": out.to_json(),
+                "conditioning": held,
+                "label": label,
+            }
+            for x, timestep, out, held, label in zip(
+                in_refs[::2], in_refs[1::2], out_refs, keys, (request.label for request in requests), strict=True
+            )
         ]
         message = {
             "model": self.name,
-            "degrees": asdict(self.degrees(conditions)),
+            "degrees": asdict(degrees),
             "requests": plain,
             "put": put,
             "drop": drop,
+            "cache": told,
         }
         try:
             self.last_step = group.call("step", message, poll=poll)
         except BaseException:
             self._conditioning.clear()  # what the workers hold now is unknown: send it again
+            if cache is not None:
+                self.forget(cache)
+                cache.restart()
             raise
+        if cache is not None:
+            cache.count(self.last_step, degrees)
         return [
             _hand_over(results, ref, request.x.device, lend) for ref, request in zip(out_refs, requests, strict=True)
         ]

@@ -27,6 +27,7 @@ import torch.distributed as dist
 from ..attention import kernels
 from ..attention.common_memory import CommonMemory
 from ..attention.traffic import Traffic
+from ..cache.blocks import StepPasses
 from ..checkpoints.source import Stored
 from ..degrees import Degrees
 from ..errors import EngineError, StepCancelled, UnsupportedError
@@ -87,6 +88,7 @@ class Worker:
             "load": self._load,
             "unload": self._unload,
             "weights": self._weights,
+            "forget_cache": self._forget_cache,
             "step": self._step,
             "echo": self._echo,
             "attention": self._attention,
@@ -157,10 +159,17 @@ class Worker:
     def _weights(self, message: Message) -> dict[str, Any]:
         """Puts tensors in the place of the checkpoint's, and the checkpoint's back in theirs."""
         model = self._models[message["model"]]
+        model.forget_cache()
         with torch.no_grad():
             for name, ref in message["put"].items():
                 model.put_weight(name, Stored(self._tensor(ref), message["scales"].get(name)))
             model.restore_weights(message["restore"])
+        return {}
+
+    def _forget_cache(self, message: Message) -> dict[str, Any]:
+        """Frees what a sampling that is over has remembered. Nobody waits for it, and the model may be gone."""
+        if (model := self._models.get(message["model"])) is not None:
+            model.forget_cache(message["sampling"])
         return {}
 
     def _step(self, message: Message) -> dict[str, Any]:
@@ -177,13 +186,22 @@ class Worker:
             context = ParallelContext(self._ranks, mesh, self._control)
             requests = message["requests"]
             batches = [request["x"]["shape"][0] for request in requests]
+            cache = None
+            if (wanted := message["cache"]) is not None:
+                total = self._ranks.total(mesh, context.traffic)
+                cache = model.cache(wanted["sampling"], wanted["rule"])
+                cache.begin_step(mesh.degrees, wanted["active"])
             for request, rows in zip(requests, share_of(batches, mesh.group, mesh.degrees.groups), strict=True):
                 if rows.stop > rows.start:
                     x, timestep, out = (self._tensor(request[name]) for name in ("x", "timestep", "out"))
+                    if cache is not None:
+                        samples = (request["label"], rows.start, rows.stop)
+                        context.cache = StepPasses(cache, samples, tuple(x.shape), total)
                     model.step(x, timestep, request["conditioning"], rows, out, context)
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)  # the result lies in shared memory when the host hears of it
-        return {"seconds": time.perf_counter() - began, **asdict(context.traffic)}
+        counted = {} if cache is None else {"cache": asdict(cache.tally)}
+        return {"seconds": time.perf_counter() - began, **asdict(context.traffic), **counted}
 
     def _load_vae(self, message: Message) -> dict[str, Any]:
         """Rebuilds ComfyUI's VAE around the weights that the host shares; a CPU rank computes with them where they are.

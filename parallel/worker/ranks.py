@@ -13,6 +13,7 @@ from ..attention.common_memory import CommonMemory, CommonMemoryExchange
 from ..attention.joint import JointAttention, Unexchanged, joint_attention
 from ..attention.kernels import Kernel
 from ..attention.traffic import Traffic
+from ..cache.blocks import Total
 from ..degrees import Degrees
 from ..errors import StepCancelled
 from ..mesh import Mesh
@@ -62,6 +63,7 @@ class Ranks:
         self.memory = memory
         self._meshes: dict[Degrees, Mesh] = {}
         self._common: dict[Degrees, CommonMemoryExchange] = {}
+        self._sequences: dict[Degrees, dist.ProcessGroup | None] = {}
 
     @property
     def world_size(self) -> int:
@@ -74,6 +76,19 @@ class Ranks:
             if self.memory is not None:
                 self._common[degrees] = CommonMemoryExchange(self.memory, len(self._common), mesh.ulysses_ranks)
         return self._meshes[degrees]
+
+    def total(self, mesh: Mesh, traffic: Traffic) -> Total:
+        """Adds up over the ranks that share a sequence. All ranks of the world must ask, in the same order."""
+        if mesh.degrees not in self._sequences:
+            self._sequences[mesh.degrees] = mesh.sequence()
+        group = self._sequences[mesh.degrees]
+
+        def total(sums: torch.Tensor) -> None:
+            if group is not None:
+                dist.all_reduce(sums, group=group)
+                traffic.add(sums.nbytes)
+
+        return total
 
     def joint_attention(self, plan: SequencePlan, mesh: Mesh, pipeline: int, traffic: Traffic) -> JointAttention:
         """This rank's part of the joint attention of `plan` under `mesh`."""

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ..adapters import registry
 from ..adapters.base import Adapter, StepContext
 from ..adapters.native import NativeTensors
+from ..cache.blocks import BlockCache, block_cache
 from ..checkpoints.quantised import FP8
 from ..checkpoints.source import Stored, TensorInfo, open_source
 from ..degrees import Degrees
@@ -57,6 +58,7 @@ class ResidentModel:
         self._tensors = NativeTensors(self._source, self.adapter, self.config)
         self._conditioning: dict[str, Tensor] = {}
         self._prepared: dict[tuple[Any, ...], Any] = {}
+        self._caches: dict[int, BlockCache] = {}
 
     @property
     def nbytes(self) -> int:
@@ -83,6 +85,19 @@ class ResidentModel:
             if self.model.get_parameter(name).dtype not in FP8:
                 value = value.to(self.compute_dtype)
         module._parameters[leaf] = nn.Parameter(value, requires_grad=False)
+
+    def cache(self, sampling: int, rule: Mapping[str, Any]) -> BlockCache:
+        """What the sampling of this number remembers, with the rule of its first step."""
+        if sampling not in self._caches:
+            self._caches[sampling] = block_cache(rule, self.device)
+        return self._caches[sampling]
+
+    def forget_cache(self, sampling: int | None = None) -> None:
+        """Frees what a sampling remembers, or what all of them do."""
+        if sampling is None:
+            self._caches.clear()
+        else:
+            self._caches.pop(sampling, None)
 
     def put_weight(self, name: str, stored: Stored) -> None:
         """Replaces the checkpoint's tensor `name` (of `NativeTensors`) by a copy of another one of its shape."""

@@ -1,0 +1,96 @@
+"""What both cache nodes do: attach their settings to a MODEL, and follow each sampling that uses it."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from typing import Any
+
+import comfy.model_patcher
+from comfy.patcher_extension import WrappersMP
+
+from ..parallel.cache.settings import CacheSettings
+from ..parallel.errors import UnsupportedError
+from ..parallel.host.cached_sampling import CachedSampling, CacheReport
+from .cached_call import SAMPLING
+from .shell_patcher import SequenceParallelPatcher
+
+log = logging.getLogger("sequence_parallel")
+
+_ATTACHED = "sequence_parallel_cache"
+_NATIVE = "easycache"
+"""Where ComfyUI's EasyCache and LazyCache keep theirs; both are keys of `transformer_options`."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Attached:
+    """A node's settings on a MODEL."""
+
+    settings: CacheSettings
+    node_id: str
+    """Of the node that shows the result."""
+
+
+def with_cache(model: Any, settings: CacheSettings, node_id: str) -> SequenceParallelPatcher:
+    """A clone of the MODEL whose samplings skip blocks.
+
+    Raises:
+        UnsupportedError: a MODEL of another loader, of a family that this cache does not know, or with a cache.
+    """
+    if not isinstance(model, SequenceParallelPatcher):
+        raise UnsupportedError(
+            f"{settings.name} works on the MODEL of Load Diffusion Model (SP) only; this one comes from another loader."
+            " Use EasyCache for it"
+        )
+    options = model.model_options.get("transformer_options", {})
+    if (other := options.get(_ATTACHED)) is not None:
+        raise _stacked(settings.name, other.settings.name)
+    if (native := options.get(_NATIVE)) is not None:
+        raise _stacked(settings.name, native.name)
+    inspected = model.remote.inspected
+    settings.rule(inspected.adapter.family, inspected.model_config)
+    cached = model.clone()
+    cached.model_options.setdefault("transformer_options", {})[_ATTACHED] = _Attached(settings, node_id)
+    cached.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, _ATTACHED, _sample)
+    return cached
+
+
+def _sample(executor: Any, *args: Any, **kwargs: Any) -> Any:
+    """An OUTER_SAMPLE wrapper: a sampling starts with nothing remembered, and ends with a report."""
+    guider = executor.class_obj
+    original = guider.model_options
+    options = comfy.model_patcher.create_model_options_clone(original)
+    transformer_options = options["transformer_options"]
+    attached: _Attached = transformer_options[_ATTACHED]
+    if (native := transformer_options.get(_NATIVE)) is not None:
+        raise _stacked(native.name, attached.settings.name)
+    remote = guider.model_patcher.remote
+    to_sigma = guider.model_patcher.get_model_object("model_sampling").percent_to_sigma
+    sampling = transformer_options[SAMPLING] = CachedSampling(
+        attached.settings,
+        first_sigma=float(to_sigma(attached.settings.start_percent)),
+        last_sigma=float(to_sigma(attached.settings.end_percent)),
+    )
+    guider.model_options = options
+    try:
+        result = executor(*args, **kwargs)
+    finally:
+        guider.model_options = original
+        remote.forget(sampling)
+    _tell(sampling.report, attached.node_id)
+    return result
+
+
+def _tell(report: CacheReport, node_id: str) -> None:
+    """In the log and on the node."""
+    from server import PromptServer
+
+    log.info("%s", report)
+    if (server := getattr(PromptServer, "instance", None)) is not None:
+        server.send_progress_text(str(report), node_id)
+
+
+def _stacked(second: str, first: str) -> UnsupportedError:
+    return UnsupportedError(
+        f"{second} cannot be used together with {first}: each would skip steps by what the other has left; remove one"
+    )

@@ -1,0 +1,60 @@
+"""TeaCache (SP): skips the blocks while the timestep has hardly changed their input."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from comfy_api.latest import io
+
+from ..parallel.cache.settings import TeaCacheSettings
+from .caching import with_cache
+
+
+class SPTeaCache(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="SPTeaCache",
+            display_name="TeaCache (SP)",
+            category="sequence parallel",
+            description=(
+                "Faster, slightly different results: all blocks are skipped at steps until the estimated change of the"
+                " output adds up to the threshold. For HunyuanVideo, FLUX.1 and Wan 2.1 in Load Diffusion Model (SP)."
+            ),
+            inputs=[
+                io.Model.Input("model", tooltip="From Load Diffusion Model (SP), LoRAs and ModelSampling included."),
+                io.Float.Input(
+                    "rel_l1_thresh",
+                    default=0.15,
+                    min=0.0,
+                    max=10.0,
+                    step=0.01,
+                    tooltip="Estimated relative change of the output since the last computed step (a ratio: 0.15 is"
+                    " 15 %) below which the blocks are skipped. Larger is faster and less exact; 0 never skips.",
+                ),
+                io.Float.Input(
+                    "start_percent",
+                    default=0.1,
+                    min=0.0,
+                    max=1.0,
+                    step=0.01,
+                    tooltip="Part of the sampling (0 to 1) before which every step is computed. 0: none.",
+                    advanced=True,
+                ),
+                io.Float.Input(
+                    "end_percent",
+                    default=0.95,
+                    min=0.0,
+                    max=1.0,
+                    step=0.01,
+                    tooltip="Part of the sampling (0 to 1) after which every step is computed. 1: none.",
+                    advanced=True,
+                ),
+            ],
+            outputs=[io.Model.Output()],
+            hidden=[io.Hidden.unique_id],
+        )
+
+    @classmethod
+    def execute(cls, model: Any, **settings: Any) -> io.NodeOutput:
+        return io.NodeOutput(with_cache(model, TeaCacheSettings(**settings), cls.hidden.unique_id))

@@ -1,0 +1,1 @@
+"""Skipping blocks whose effect has hardly changed since an earlier step: First Block Cache and TeaCache."""

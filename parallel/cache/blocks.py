@@ -1,0 +1,226 @@
+"""Runs a network's blocks, or adds what they added at an earlier step.
+
+A *pass* is one run through the blocks: of cond, of uncond, or of both in one batch. What a pass remembers is kept apart
+from every other's, and its decision is the same on all ranks that share its sequence: each rank's tokens change by
+another amount, so the amounts are added up over these ranks before anything is compared. All that decides whether they
+are added up at all is known to every rank alike; otherwise a rank would wait for peers that have gone on.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Generator, Hashable, Mapping
+from dataclasses import dataclass, field
+from math import inf
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..degrees import Degrees
+from ..plan import SequencePlan
+from .clock import Mark, mark, seconds_between
+
+Blocks = Generator[Tensor, None, None]
+"""Runs a block at each `next`, and yields the hidden states [B, S_r, hidden] of this rank's tokens."""
+Probe = Callable[[], Tensor]
+"""The blocks' input as the timestep modulates it, [B, …] of this rank's tokens."""
+Total = Callable[[Tensor], None]
+"""Adds a tensor up, in place, over the ranks that share the sequence."""
+
+
+@dataclass(slots=True)
+class Tally:
+    """Counters of one step on one rank."""
+
+    passes: int = 0
+    hits: int = 0
+    """Passes whose blocks were skipped."""
+    skipped_s: float = 0.0
+    """Seconds that the skipped blocks took when they were computed."""
+
+
+@dataclass(slots=True)
+class _Remembered:
+    """By one pass."""
+
+    inputs: Hashable
+    """What must be the same again: sizes and split."""
+    compared: Tensor
+    change: Tensor
+    """What the blocks that may be skipped have added, [B, S_r, hidden]."""
+    timings: list[tuple[Mark, Mark]]
+    """Of these blocks, whenever they were computed."""
+    in_a_row: int = 0
+    """Hits since then."""
+    distances: list[float] = field(default_factory=list)
+    """Of each sample's output since then, estimated."""
+
+
+class BlockCache(ABC):
+    """The memory of one sampling on one rank.
+
+    Args:
+        threshold: relative change below which blocks are skipped. Each sample of a pass is judged by itself, and the
+            pass skips only if all of them may.
+        device: this rank's.
+    """
+
+    def __init__(self, threshold: float, device: torch.device):
+        self._threshold = threshold
+        self._device = device
+        self._degrees: Degrees | None = None
+        self._active = False
+        self._remembered: dict[Hashable, _Remembered] = {}
+        self.tally = Tally()
+
+    def begin_step(self, degrees: Degrees, active: bool) -> None:
+        """To be called on all ranks before each step.
+
+        Under other degrees another set of ranks shares a sequence, of which only some may remember a pass.
+
+        Args:
+            active: whether this step may skip blocks, and remembers them; otherwise its passes are only counted.
+        """
+        if degrees != self._degrees:
+            self._remembered.clear()
+            self._degrees = degrees
+        self._active = active
+        self.tally = Tally()
+
+    def run(
+        self, key: Hashable, inputs: Hashable, hidden: Tensor, blocks: Blocks, probe: Probe, total: Total
+    ) -> Tensor:
+        """hidden [B, S_r, hidden] before the first block → after the last.
+
+        Args:
+            key: names the pass among those of a step.
+            inputs: see `_Remembered.inputs`.
+        """
+        self.tally.passes += 1
+        if not self._active:
+            return last_of(blocks, hidden)
+        hidden, compared = self._start(hidden, blocks, probe)
+        known = self._remembered.get(key)
+        if known is not None and known.inputs != inputs:
+            known = None
+        if known is not None and self._may_skip(known, compared, total):
+            blocks.close()
+            self.tally.hits += 1
+            # The fastest: a first run may have included compilation.
+            self.tally.skipped_s += min(seconds_between(*timing) for timing in known.timings)
+            return hidden + known.change
+        timings = known.timings if known is not None else []
+        self._remembered.pop(key, None)
+        known = None  # its tensors are not to take memory beside the blocks' own
+        began = mark(self._device)
+        last = last_of(blocks, hidden)
+        timings.append((began, mark(self._device)))
+        self._remembered[key] = _Remembered(inputs, compared, last - hidden, timings)
+        return last
+
+    @abstractmethod
+    def _start(self, hidden: Tensor, blocks: Blocks, probe: Probe) -> tuple[Tensor, Tensor]:
+        """The hidden states from which on blocks may be skipped, and what to compare with that of an earlier step."""
+
+    @abstractmethod
+    def _may_skip(self, known: _Remembered, compared: Tensor, total: Total) -> bool:
+        """The same answer on all ranks that share the sequence."""
+
+
+class FirstBlockCache(BlockCache):
+    """Compares what the first block adds with what it added at the last computed step
+    (https://github.com/chengzeyi/ParaAttention, First Block Cache).
+
+    Args:
+        most_in_a_row: hits after which a pass is computed whatever has changed; 0 is no limit.
+    """
+
+    def __init__(self, threshold: float, device: torch.device, *, most_in_a_row: int):
+        super().__init__(threshold, device)
+        self._most_in_a_row = most_in_a_row or inf
+
+    def _start(self, hidden: Tensor, blocks: Blocks, probe: Probe) -> tuple[Tensor, Tensor]:
+        first = next(blocks)
+        return first, first - hidden
+
+    def _may_skip(self, known: _Remembered, compared: Tensor, total: Total) -> bool:
+        if known.in_a_row >= self._most_in_a_row:
+            return False
+        known.in_a_row += 1  # of no account in case of a miss: that remembers anew
+        return all(change < self._threshold for change in relative_changes(compared, known.compared, total))
+
+
+class TeaCache(BlockCache):
+    """Adds up estimates of how far the output has moved since the last computed step, from the change of the modulated
+    input between any two steps (https://arxiv.org/abs/2411.19108, equations 4 to 7).
+
+    Args:
+        coefficients: of the polynomial that makes the estimate, highest degree first.
+    """
+
+    def __init__(self, threshold: float, device: torch.device, *, coefficients: list[float]):
+        super().__init__(threshold, device)
+        self._coefficients = coefficients
+
+    def _start(self, hidden: Tensor, blocks: Blocks, probe: Probe) -> tuple[Tensor, Tensor]:
+        return hidden, probe()
+
+    def _may_skip(self, known: _Remembered, compared: Tensor, total: Total) -> bool:
+        estimates = [self._estimate(change) for change in relative_changes(compared, known.compared, total)]
+        known.compared = compared
+        known.distances = [a + b for a, b in zip(known.distances or [0.0] * len(estimates), estimates, strict=True)]
+        return all(distance < self._threshold for distance in known.distances)
+
+    def _estimate(self, change: float) -> float:
+        """Outside the range to which they were fitted some polynomials are negative, which no distance is."""
+        result = 0.0
+        for coefficient in self._coefficients:
+            result = result * change + coefficient
+        return max(result, 0.0)
+
+
+class StepPasses:
+    """The passes of one request in one step, in the order in which they come.
+
+    Args:
+        cache: what they remember.
+        request: names the request and its samples.
+        shape: of the latent.
+    """
+
+    def __init__(self, cache: BlockCache, request: Hashable, shape: tuple[int, ...], total: Total):
+        self._cache, self._request, self._shape, self._total = cache, request, shape, total
+        self._count = 0
+
+    def run(self, plan: SequencePlan, hidden: Tensor, blocks: Blocks, probe: Probe) -> Tensor:
+        """See `BlockCache.run`."""
+        key, self._count = (self._request, self._count), self._count + 1
+        inputs = (self._shape, plan, hidden.shape[0])
+        return self._cache.run(key, inputs, hidden, blocks, probe, self._total)
+
+
+def last_of(blocks: Blocks, hidden: Tensor) -> Tensor:
+    """Runs all blocks that are left; the last one's result, or `hidden` where none was left."""
+    for hidden in blocks:  # noqa: B007
+        pass
+    return hidden
+
+
+def block_cache(rule: Mapping[str, Any], device: torch.device) -> BlockCache:
+    """From `settings.CacheSettings.rule`."""
+    kinds: dict[str, type[BlockCache]] = {"first_block": FirstBlockCache, "teacache": TeaCache}
+    arguments = dict(rule)
+    return kinds[arguments.pop("kind")](arguments.pop("threshold"), device, **arguments)
+
+
+def relative_changes(new: Tensor, old: Tensor, total: Total) -> list[float]:
+    """Σ|new − old| / Σ|old| of each sample [B, …] over the tokens of all ranks: one sum of [2, B] numbers.
+
+    A sample without any size changes infinitely.
+    """
+    parts = ((new - old).abs_(), old.abs())
+    sums = torch.stack([part.flatten(1).sum(1, dtype=torch.float32) for part in parts])
+    total(sums)
+    changes, sizes = sums.tolist()
+    return [change / size if size else inf for change, size in zip(changes, sizes, strict=True)]

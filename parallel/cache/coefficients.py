@@ -1,0 +1,69 @@
+"""TeaCache's polynomials: the change of a timestep-modulated input → the change of the network's output.
+
+They were fitted to each model by TeaCache's authors (https://arxiv.org/abs/2411.19108), and published at
+https://github.com/ali-vilab/TeaCache in `TeaCache4HunyuanVideo/teacache_sample_video.py`,
+`TeaCache4FLUX/teacache_flux.py` and `TeaCache4Wan2.1/teacache_generate.py` (Wan with `--use_ret_steps`, whose input is
+the modulation itself, e0); for FLUX.1 Kontext at https://github.com/welltop-cn/ComfyUI-TeaCache, `nodes.py`. A model
+without a published polynomial has no TeaCache here: another model's would skip at random.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from ..errors import UnsupportedError
+
+Polynomial = tuple[float, ...]
+"""Highest degree first."""
+
+HUNYUAN_VIDEO: Polynomial = (7.33226126e02, -4.01131952e02, 6.75869174e01, -3.14987800e00, 9.61237896e-02)
+FLUX: Polynomial = (4.98651651e02, -2.83781631e02, 5.58554382e01, -3.82021401e00, 2.64230861e-01)
+FLUX_KONTEXT: Polynomial = (-1.04655119e03, 3.12563399e02, -1.69500694e01, 4.10995971e-01, 3.74537863e-02)
+WAN_T2V_1_3B: Polynomial = (-5.21862437e04, 9.23041404e03, -5.28275948e02, 1.36987616e01, -4.99875664e-02)
+WAN_T2V_14B: Polynomial = (-3.03318725e05, 4.90537029e04, -2.65530556e03, 5.87365115e01, -3.15583525e-01)
+WAN_I2V_480P: Polynomial = (2.57151496e05, -3.54229917e04, 1.40286849e03, -1.35890334e01, 1.32517977e-01)
+WAN_I2V_720P: Polynomial = (8.10705460e03, 2.13393892e03, -3.72934672e02, 1.66203073e01, -4.17769401e-02)
+
+_HEADS_OF_1_3B, _HEADS_OF_14B = 12, 40
+_LATENT_PIXELS_OF_480P = 832 * 480 // 64
+
+
+def coefficients(
+    family: str, config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]] | None = None
+) -> Polynomial:
+    """The polynomial of a checkpoint, see `settings.CacheSettings.rule` for the arguments.
+
+    Raises:
+        UnsupportedError: none has been published for it.
+    """
+    if family == "hunyuan_video":
+        return HUNYUAN_VIDEO
+    if family == "flux":
+        return FLUX_KONTEXT if any(name.startswith("ref_latents.") for name in shapes or {}) else FLUX
+    if family == "wan":
+        return _of_wan(config, shapes)
+    raise _unknown(family)
+
+
+def _of_wan(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]] | None) -> Polynomial:
+    heads, channels, has_image = config["num_attention_heads"], config["in_channels"], config["image_dim"] is not None
+    if channels == config["out_channels"] and not has_image:
+        if heads == _HEADS_OF_1_3B and channels == 16:
+            return WAN_T2V_1_3B
+        if heads == _HEADS_OF_14B and channels == 16:
+            return WAN_T2V_14B
+    if heads == _HEADS_OF_14B and has_image:
+        # The files for the two sizes look alike, and each is for its size: the size tells which is in use.
+        height, width = shapes["x"][3:] if shapes is not None else (0, 0)
+        return WAN_I2V_480P if height * width <= 1.5 * _LATENT_PIXELS_OF_480P else WAN_I2V_720P
+    raise _unknown(
+        f"this Wan model (in_channels {channels}, {heads} heads, {'with' if has_image else 'without'} CLIP image"
+        " layers; published are Wan 2.1 text to video 1.3B and 14B, and image to video 14B)"
+    )
+
+
+def _unknown(what: str) -> UnsupportedError:
+    return UnsupportedError(
+        f"TeaCache (SP): no TeaCache coefficients have been published for {what}; use First Block Cache (SP)"
+    )

@@ -1,0 +1,84 @@
+"""One sampling with a cache, as the host sees it: which steps may skip blocks, and what that has saved."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from math import inf
+from typing import Any
+
+from ..cache.settings import CacheSettings, Shapes
+from ..degrees import Degrees
+
+_NUMBERS = itertools.count(1)
+
+
+@dataclass(frozen=True, slots=True)
+class CacheReport:
+    """What a cache has done."""
+
+    name: str
+    hits: int
+    """Passes whose blocks were skipped. A pass is one run through the network: of cond, uncond, or both in a batch."""
+    passes: int
+    seconds: float
+    """Of all steps."""
+    seconds_saved: float
+    """Estimated: what the skipped blocks took when they were computed, on the devices that the others waited for."""
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def __str__(self) -> str:
+        times = (self.seconds + self.seconds_saved) / self.seconds if self.seconds else 1.0
+        return (
+            f"{self.name}: skipped the blocks in {self.hits} of {self.passes} network passes;"
+            f" {self.seconds:.1f} s instead of about {self.seconds + self.seconds_saved:.1f} s ({times:.2f}×)"
+        )
+
+
+class CachedSampling:
+    """What the workers remember under a number that is never used again: a new sampling starts with nothing.
+
+    Args:
+        settings: of the cache.
+        first_sigma, last_sigma: a step may skip blocks where `last_sigma` < its sigma ≤ `first_sigma`.
+    """
+
+    def __init__(self, settings: CacheSettings, *, first_sigma: float = inf, last_sigma: float = 0.0):
+        self.settings = settings
+        self.number = next(_NUMBERS)
+        self._first_sigma, self._last_sigma = first_sigma, last_sigma
+        self._hits = self._passes = 0
+        self._seconds = self._saved = 0.0
+
+    def restart(self) -> None:
+        """After a Cancel or a failure: some ranks may remember a step that others do not."""
+        self.number = next(_NUMBERS)
+
+    def message(self, sigma: float, family: str, config: Mapping[str, Any], shapes: Shapes) -> dict[str, Any]:
+        """What the workers are to be told with a step.
+
+        Raises:
+            UnsupportedError: see `CacheSettings.rule`.
+        """
+        return {
+            "sampling": self.number,
+            "rule": self.settings.rule(family, config, shapes),
+            "active": self._last_sigma < sigma <= self._first_sigma,
+        }
+
+    def count(self, results: Sequence[Mapping[str, Any]], degrees: Degrees) -> None:
+        """Takes in what the ranks said of a step."""
+        for result in results[:: degrees.sp]:  # the ranks of a sequence count alike
+            self._hits += result["cache"]["hits"]
+            self._passes += result["cache"]["passes"]
+        seconds = max(result["seconds"] for result in results)
+        self._seconds += seconds
+        self._saved += max(result["seconds"] + result["cache"]["skipped_s"] for result in results) - seconds
+
+    @property
+    def report(self) -> CacheReport:
+        """So far."""
+        return CacheReport(self.settings.name, self._hits, self._passes, self._seconds, self._saved)
