@@ -17,6 +17,10 @@ _OPTIONS = {
 }
 
 
+_REPLACES = "set_model_options_patch_replace"
+"""What ComfyUI's guidance nodes call, e.g. SkipLayerGuidanceDiT and PerturbedAttentionGuidance."""
+
+
 def refuse(what: str, instead: str = "use Load Diffusion Model for this graph, or remove the node") -> UnsupportedError:
     """The error for a feature that cannot reach the workers."""
     return UnsupportedError(f"{what} cannot be used with {_WHO}; {instead}")
@@ -41,6 +45,19 @@ def refuse_transformer_options(options: Mapping[str, Any]) -> None:
             continue
         nodes = sorted({name for function in _functions(value) if (name := _node_of(function))})
         raise refuse(f"{', '.join(nodes)} ({what})" if nodes else f"{what} ({option})")
+
+
+def refuse_sampling_functions(model_options: Mapping[str, Any]) -> None:
+    """Refuses guidance that will replace blocks when its time has come, which may be in the middle of the sampling.
+
+    Raises:
+        UnsupportedError: naming the node.
+    """
+    for option, value in model_options.items():
+        for function in _functions(value) if option.startswith("sampler_") else []:
+            code = getattr(function, "__code__", None)
+            if code is not None and _REPLACES in code.co_names:
+                raise refuse(f"{_node_of(function)} (a block replacement)")
 
 
 def _functions(value: Any) -> list[Any]:

@@ -300,7 +300,7 @@ class WorkerGroup:
         while self._tasks and not self._when(lambda: not self._tasks):
             if poll is not None:
                 poll()
-            if time.monotonic() - began > _DRAIN_TIMEOUT_S:
+            if time.monotonic() - began > _STUCK_AFTER_S:  # a task is not cut short
                 task = next(iter(self._tasks.values()))
                 self._fail_stuck(_Call(0, task.operation), self._control.beats(len(self._workers)))
 

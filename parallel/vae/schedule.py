@@ -51,7 +51,8 @@ class Schedule:
                 self._waiting.remove(tile)
                 self._backlog[rank].append(tile)
                 return tile, rank
-            return None  # its rank is busy; a tile after it would only be finished sooner to wait for it
+            if len(able) == len(speeds):
+                return None  # its rank is busy; a tile after it would only be finished sooner to wait for it
         return None
 
     def finished(self, tile: int, rank: int, seconds: float) -> None:

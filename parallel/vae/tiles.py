@@ -70,7 +70,7 @@ class TileRun:
         self._group = group
         self._vae = vae
         self._direction = direction
-        self._tiles = tiles
+        self.tiles = tiles
         self._dtype = dtype
         self._poll = poll
         self._on_progress = on_progress
@@ -125,7 +125,7 @@ class TileRun:
             slot_in, slot_out = min(self._free_in), min(self._free_out)
             self._free_in.remove(slot_in)
             self._free_out.remove(slot_out)
-            x = self._tiles[tile].make()
+            x = self.tiles[tile].make()
             self.bytes_sent += x.nbytes
             place = TensorRef(IN, slot_in * self._in_size, (x.numel(),), dtype_name(self._dtype))
             # The order of strides is kept, because convolutions of another memory format give other bits.
@@ -161,7 +161,7 @@ class TileRun:
             self._arrived[tile] = (ref, slot_out)
             self._finished += 1
             if self._on_progress is not None:
-                self._on_progress(self._finished, len(self._tiles))
+                self._on_progress(self._finished, len(self.tiles))
 
     def _put_back(self, slot_out: int) -> None:
         self._free_out.append(slot_out)

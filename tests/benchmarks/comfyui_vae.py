@@ -70,7 +70,7 @@ def main() -> None:
             {
                 "kind": args.kind,
                 "devices": args.devices,
-                "tiles": len(run._tiles),
+                "tiles": len(run.tiles),
                 "native_s": round(alone, 3),
                 "parallel_s": round(together, 3),
                 "speedup": round(alone / together, 3),

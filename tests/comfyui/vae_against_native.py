@@ -56,9 +56,15 @@ def main(comfyui: str, repository: str, cases: list[dict[str, Any]]) -> None:
             results = {}
             for devices in case["devices"]:
                 actual = _tensor(parallel_vae.run_tiled(case["node"], vae, config(devices=devices), None, **inputs))
-                results[devices] = {"equal": torch.equal(actual, expected), "told": told[-1]}
+                patcher = parallel_vae._patchers.get(vae.first_stage_model)
+                run = patcher.remote.last_run if patcher is not None else None
+                results[devices] = {
+                    "equal": torch.equal(actual, expected),
+                    "told": told[-1],
+                    "bytes_back": run.bytes_back if run is not None else 0,
+                }
         finite = bool(expected.isfinite().all()) and expected.std().item() > 1e-3
-        print(json.dumps({"shape": list(expected.shape), "finite": finite, "results": results}), flush=True)
+        print(json.dumps({"nbytes": expected.nbytes, "finite": finite, "results": results}), flush=True)
     importlib.import_module("pack.parallel.host.running").stop_all()
 
 
