@@ -25,6 +25,7 @@ DECODE, ENCODE = "VAEDecodeTiled", "VAEEncodeTiled"
 SMALL = {"tile_size": 64, "overlap": 16, "temporal_size": 8, "temporal_overlap": 4}
 """Several tiles along each axis of small videos."""
 WIDE = SMALL | {"overlap": 32}
+APART = SMALL | {"overlap": 0}
 TWO, THREE, UNEQUAL = "cpu,cpu", "cpu,cpu,cpu", "cpu*3,cpu"
 
 
@@ -41,6 +42,7 @@ TABLE = [
         case("wan_2_1", DECODE, [1, 16, 5, 13, 18], ["cpu", TWO, THREE, UNEQUAL], WIDE),
         case("wan_2_1", DECODE, [2, 16, 3, 11, 18], [TWO]),
         case("wan_2_1", DECODE, [1, 16, 2, 8, 8], [TWO]),  # one tile
+        case("wan_2_1", DECODE, [1, 16, 2, 16, 24], [TWO, THREE], APART),
         case("wan_2_1", ENCODE, [17, 104, 152, 3], [TWO, THREE], WIDE),
     ],
     [
@@ -88,7 +90,9 @@ def check(installation: Installation, cases: list[dict]) -> None:
         for devices in given["devices"]:
             found = result["results"][devices]
             assert found["equal"], f"{given['kind']} {given['node']} {given['shape']} differs on {devices}"
-            expected = "one device" if devices == "cpu" else rf"\d+ tiles on {re.escape(devices)} "
+            if given["inputs"] == APART:
+                assert found["bytes_back"] == result["nbytes"], "each pixel is to come back once"
+            expected = "there is only cpu to compute on" if devices == "cpu" else rf"\d+ tiles on {re.escape(devices)} "
             assert re.search(expected, found["told"]), found["told"]
 
 
