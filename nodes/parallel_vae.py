@@ -95,8 +95,8 @@ def _config(config: SequenceParallelConfig | None) -> SequenceParallelConfig:
 # --- the VAE in the workers -------------------------------------------------------------------------------------------
 
 
-class _Shell(nn.Module):
-    """What ComfyUI's memory management sees of a VAE in the workers."""
+class ParallelVAE(nn.Module):
+    """What ComfyUI's memory management sees of a VAE in the workers; its log shows the name."""
 
     def __init__(self, remote: RemoteVAE):
         super().__init__()
@@ -109,7 +109,7 @@ class VAEPatcher(WorkersPatcher):
     def __init__(self, remote: RemoteVAE, config: SequenceParallelConfig, size: int):
         layout = resolve(config)
         device = torch.device(layout.devices[0].name)
-        super().__init__(_Shell(remote), device, torch.device("cpu"), size)
+        super().__init__(ParallelVAE(remote), device, torch.device("cpu"), size)
         self.config = config
 
     @property
@@ -145,7 +145,7 @@ def _patcher(vae: Any, config: SequenceParallelConfig) -> VAEPatcher:
         raise UnsupportedError(f"ComfyUI runs this VAE on {vae.device}, the workers are on {device_type}")
     network = vae.first_stage_model
     if (patcher := _patchers.get(network)) is not None:
-        if patcher.config == config:
+        if resolve(patcher.config).same_workers(resolve(config)):
             return patcher
         patcher.remote.release()  # its devices are not wanted any more
     weak = ref(network)

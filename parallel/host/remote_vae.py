@@ -41,6 +41,8 @@ class RemoteVAE:
         self._config = config
         self._source = dict(source)
         self._state = state
+        self._refused = ""
+        """Why the workers cannot have this VAE, once that is known."""
         self._group: WorkerGroup | None = None
         self._generation = 0
 
@@ -62,6 +64,8 @@ class RemoteVAE:
             UnsupportedError: the workers would not compute with the same VAE.
             WorkerError: a worker failed.
         """
+        if self._refused:
+            raise UnsupportedError(self._refused)
         group = running.acquire(self._config, poll)
         if self.loaded and group is self._group:
             return self.nbytes
@@ -84,7 +88,8 @@ class RemoteVAE:
             if group.alive:
                 group.post("unload vae", {"vae": self.name})
             if isinstance(error, WorkerError) and error.remote_type == UnsupportedError.__name__:
-                raise UnsupportedError(str(error)) from error
+                self._refused = str(error)
+                raise UnsupportedError(self._refused) from error
             raise
         if group.layout.device_type != "cpu":
             group.memory.drop(self.name)  # each worker has its own copy now
