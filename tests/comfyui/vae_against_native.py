@@ -45,6 +45,8 @@ def main(comfyui: str, repository: str, cases: list[dict[str, Any]]) -> None:
             vaes.clear()
             vaes[kind] = networks.make_vae(kind)
         vae = vaes[kind]
+        for name, value in case.get("changed", {}).items():
+            setattr(vae.first_stage_model, name, value)
         given = torch.randn(case["shape"], generator=torch.Generator().manual_seed(1))
         if case["node"] == "VAEDecodeTiled":
             inputs = {"samples": {"samples": given}, **case["inputs"]}

@@ -16,6 +16,7 @@ from torch import Tensor
 from parallel.attention import kernels
 from parallel.cache.blocks import Blocks, Probe
 from parallel.cache.settings import CacheSettings, FirstBlockCacheSettings, TeaCacheSettings
+from parallel.checkpoints.source import Stored
 from parallel.host import group as group_module
 from parallel.host.cached_sampling import CachedSampling
 from parallel.host.remote_model import RemoteModel, StepRequest
@@ -353,6 +354,10 @@ def often_polled(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(group_module, "_SLICE_S", 0.0005)
 
 
+def _doubled(name: str, stored: Stored) -> Stored:
+    return Stored(stored.tensor * 2, stored.scale)
+
+
 def test_what_is_remembered_ends_with_the_sampling_a_cancel_a_size_and_the_weights(
     start_group: StartGroup, tiny_models: TinyModels, often_polled: None
 ):
@@ -373,7 +378,7 @@ def test_what_is_remembered_ends_with_the_sampling_a_cancel_a_size_and_the_weigh
             decide(request, poll=cancel)
         assert cache.number != number, "a rank that is told late to forget would remember what others do not"
         assert [decide(request), decide(request)] == [0, 1]
-        remote.replace_weights("double", ["final_layer.linear.weight"], lambda name, weight: weight * 2)
+        remote.replace_weights("double", ["final_layer.linear.weight"], _doubled)
         assert [decide(request), decide(request)] == [0, 1]
         remote.forget(cache)
         time.sleep(0.3)  # nobody waits for it
