@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,11 +10,10 @@ from comfy.patcher_extension import WrappersMP
 
 from ..parallel.cache.settings import CacheSettings
 from ..parallel.errors import UnsupportedError
-from ..parallel.host.cached_sampling import CachedSampling, CacheReport
+from ..parallel.host.cached_sampling import CachedSampling
 from .cached_call import SAMPLING
+from .node_text import tell
 from .shell_patcher import SequenceParallelPatcher
-
-log = logging.getLogger("sequence_parallel")
 
 _ATTACHED = "sequence_parallel_cache"
 _NATIVE = "easycache"
@@ -77,17 +75,8 @@ def _sample(executor: Any, *args: Any, **kwargs: Any) -> Any:
     finally:
         guider.model_options = original
         remote.forget(sampling)
-    _tell(sampling.report, attached.node_id)
+    tell(attached.node_id, str(sampling.report))
     return result
-
-
-def _tell(report: CacheReport, node_id: str) -> None:
-    """In the log and on the node."""
-    from server import PromptServer
-
-    log.info("%s", report)
-    if (server := getattr(PromptServer, "instance", None)) is not None:
-        server.send_progress_text(str(report), node_id)
 
 
 def _stacked(second: str, first: str) -> UnsupportedError:

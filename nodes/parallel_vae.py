@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import copy
 import importlib
-import logging
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -23,7 +22,6 @@ import comfy.model_management
 import comfy.sd
 import comfy.utils
 import torch
-from server import PromptServer
 from torch import Tensor, nn
 
 from ..parallel.config import SequenceParallelConfig, resolve
@@ -33,9 +31,8 @@ from ..parallel.host.remote_vae import RemoteVAE
 from ..parallel.vae.arguments import as_plain
 from ..parallel.vae.fingerprint import fingerprint
 from ..parallel.vae.tiles import Tile
+from .node_text import tell
 from .residency import WorkersPatcher, progress_bar
-
-log = logging.getLogger("sequence_parallel")
 
 
 def run_tiled(
@@ -61,10 +58,10 @@ def run_tiled(
         patcher = _patcher(vae, _config(config))
         result, tiles = _in_workers(function, vae, patcher, "decode" if "Decode" in node else "encode", inputs)
     except UnsupportedError as error:
-        _tell(node_id, f"Computed natively, on one device: {error}")
+        tell(node_id, f"Computed natively, on one device: {error}")
         return function(vae=vae, **inputs)
     devices = resolve(patcher.config).describe()
-    _tell(node_id, f"{tiles} tiles on {devices} in {time.perf_counter() - began:.1f} s")
+    tell(node_id, f"{tiles} tiles on {devices} in {time.perf_counter() - began:.1f} s")
     return result
 
 
@@ -118,7 +115,7 @@ class VAEPatcher(WorkersPatcher):
         return remote
 
     def _load(self) -> None:
-        self.remote.ensure_loaded(comfy.model_management.throw_exception_if_processing_interrupted, progress_bar())
+        self.remote.ensure_loaded(comfy.model_management.throw_exception_if_processing_interrupted)
 
 
 _patchers: WeakKeyDictionary[nn.Module, VAEPatcher] = WeakKeyDictionary()
@@ -269,9 +266,6 @@ def _out_shape(vae: Any, direction: str, shape: Sequence[int]) -> list[int]:
     return [shape[0], vae.output_channels if decode else vae.latent_channels, *(math.ceil(size) for size in sizes)]
 
 
-# --- what the user sees -----------------------------------------------------------------------------------------------
-
-
 @contextmanager
 def _no_progress() -> Any:
     """ComfyUI's own bars of the first run would be full before anything is done."""
@@ -281,9 +275,3 @@ def _no_progress() -> Any:
         yield
     finally:
         comfy.utils.set_progress_bar_global_hook(hook)
-
-
-def _tell(node_id: str | None, text: str) -> None:
-    log.info("%s", text)
-    if node_id is not None:
-        PromptServer.instance.send_progress_text(text, node_id)

@@ -67,9 +67,8 @@ class SPVAEEncode(io.ComfyNode):
     def execute(
         cls, vae: Any, tile_size: int, overlap: int, sp_config: SequenceParallelConfig | None = None, **inputs: Any
     ) -> io.NodeOutput:
-        limit = (
-            tile_size // 2 if vae.latent_dim == 2 else tile_size
-        )  # pictures are also cut into tiles of half the height
+        # Pictures are cut three times, also into tiles of half the height or width.
+        limit = tile_size // 2 if vae.latent_dim == 2 else tile_size
         if overlap >= limit:
             raise ConfigError(f"overlap is {overlap}; allowed with tile_size {tile_size} are less than {limit}")
         inputs |= {"tile_size": tile_size, "overlap": overlap}

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..config import SequenceParallelConfig
 from ..errors import UnsupportedError, WorkerError
-from ..vae.tiles import Tile, TileRun
+from ..vae.tiles import Tile, TileFigures, TileRun
 from ..wire.shared import lay_out
 from . import running
 from .group import Poll, Progress, WorkerGroup
@@ -37,7 +37,8 @@ class RemoteVAE:
         self.name = f"vae-{next(_VAES)}"
         self.nbytes = 0
         """Bytes of weights that one worker holds; 0 when not loaded."""
-        self.last_run: TileRun | None = None
+        self.last_run: TileFigures | None = None
+        """Figures only: a run's tiles would keep the input and the VAE alive."""
         self._config = config
         self._source = dict(source)
         self._state = state
@@ -54,7 +55,7 @@ class RemoteVAE:
     def group(self) -> WorkerGroup | None:
         return self._group
 
-    def ensure_loaded(self, poll: Poll | None = None, on_progress: Progress | None = None) -> int:
+    def ensure_loaded(self, poll: Poll | None = None) -> int:
         """Starts workers and sends the weights unless both have been done.
 
         Returns:
@@ -112,7 +113,7 @@ class RemoteVAE:
         group.settle(poll)
         run = TileRun(group, self.name, direction, tiles, dtype, poll=poll, on_progress=on_progress)
         run.announce()
-        self.last_run = run
+        self.last_run = run.figures
         return run
 
     def unload(self) -> None:

@@ -35,6 +35,19 @@ class Tile:
     make: Callable[[], Tensor]
 
 
+@dataclass(slots=True)
+class TileFigures:
+    """What a run has cost."""
+
+    tiles: int
+    rank_bytes: list[int]
+    """The most memory that each rank said it used after a tile."""
+    bytes_sent: int = 0
+    """To the workers."""
+    bytes_back: int = 0
+    """Of finished tiles."""
+
+
 class TileRun:
     """All tiles of one picture or video; to be used once, inside `group.tasks()`.
 
@@ -61,16 +74,11 @@ class TileRun:
         poll: Poll | None = None,
         on_progress: Progress | None = None,
     ):
-        self.rank_bytes = [0] * group.layout.world_size
-        """The most memory that each rank said it used after a tile."""
-        self.bytes_sent = 0
-        """To the workers."""
-        self.bytes_back = 0
-        """Of finished tiles."""
+        self.figures = TileFigures(len(tiles), [0] * group.layout.world_size)
         self._group = group
         self._vae = vae
         self._direction = direction
-        self.tiles = tiles
+        self._tiles = tiles
         self._dtype = dtype
         self._poll = poll
         self._on_progress = on_progress
@@ -125,8 +133,8 @@ class TileRun:
             slot_in, slot_out = min(self._free_in), min(self._free_out)
             self._free_in.remove(slot_in)
             self._free_out.remove(slot_out)
-            x = self.tiles[tile].make()
-            self.bytes_sent += x.nbytes
+            x = self._tiles[tile].make()
+            self.figures.bytes_sent += x.nbytes
             place = TensorRef(IN, slot_in * self._in_size, (x.numel(),), dtype_name(self._dtype))
             # The order of strides is kept, because convolutions of another memory format give other bits.
             stride = torch.empty_like(x, device="meta").stride()
@@ -147,7 +155,8 @@ class TileRun:
                 continue
             del self._flying[tile]
             self._free_in.append(slot_in)
-            self.rank_bytes[task.rank] = max(self.rank_bytes[task.rank], task.reply["memory"])
+            rank_bytes = self.figures.rank_bytes
+            rank_bytes[task.rank] = max(rank_bytes[task.rank], task.reply["memory"])
             if not task.reply["ok"]:
                 self._put_back(slot_out)
                 out_of_memory = task.reply["error"]["out_of_memory"]
@@ -157,11 +166,11 @@ class TileRun:
             result = task.reply["result"]
             self._schedule.finished(tile, task.rank, result["seconds"])
             ref = TensorRef.from_json(result["out"])
-            self.bytes_back += ref.nbytes
+            self.figures.bytes_back += ref.nbytes
             self._arrived[tile] = (ref, slot_out)
             self._finished += 1
             if self._on_progress is not None:
-                self._on_progress(self._finished, len(self.tiles))
+                self._on_progress(self._finished, len(self._tiles))
 
     def _put_back(self, slot_out: int) -> None:
         self._free_out.append(slot_out)

@@ -39,7 +39,7 @@ def main() -> None:
     networks = _import("vae_networks", REPOSITORY / "tests/comfyui/test_pack/vae_networks.py")
     _import("pack", REPOSITORY / "__init__.py", [str(REPOSITORY)])
     parallel_vae = importlib.import_module("pack.nodes.parallel_vae")
-    parallel_vae._tell = lambda *_: None
+    parallel_vae.tell = lambda *_: None
     config = importlib.import_module("pack.parallel.config").SequenceParallelConfig(devices=args.devices)
     native = importlib.import_module("nodes").NODE_CLASS_MAPPINGS["VAEDecodeTiled"]()
     rounds = importlib.import_module("pack.parallel.measure").QuietRounds
@@ -70,7 +70,7 @@ def main() -> None:
             {
                 "kind": args.kind,
                 "devices": args.devices,
-                "tiles": len(run.tiles),
+                "tiles": run.tiles,
                 "native_s": round(alone, 3),
                 "parallel_s": round(together, 3),
                 "speedup": round(alone / together, 3),

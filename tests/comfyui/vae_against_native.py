@@ -5,6 +5,7 @@ Started by `test_vae.py` with ComfyUI's Python: `vae_against_native.py <ComfyUI>
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import json
 import sys
@@ -37,12 +38,13 @@ def main(comfyui: str, repository: str, cases: list[dict[str, Any]]) -> None:
     comfy_nodes = importlib.import_module("nodes")
     torch.set_num_threads(1)
     told: list[str] = []
-    parallel_vae._tell = lambda node_id, text: told.append(text)
+    parallel_vae.tell = lambda node_id, text: told.append(text)
     vaes: dict[str, Any] = {}
     for case in cases:
         kind = case["kind"]
         if kind not in vaes:
-            vaes.clear()
+            vae = patcher = None
+            _forget(vaes, parallel_vae)
             vaes[kind] = networks.make_vae(kind)
         vae = vaes[kind]
         for name, value in case.get("changed", {}).items():
@@ -67,7 +69,17 @@ def main(comfyui: str, repository: str, cases: list[dict[str, Any]]) -> None:
                 }
         finite = bool(expected.isfinite().all()) and expected.std().item() > 1e-3
         print(json.dumps({"nbytes": expected.nbytes, "finite": finite, "results": results}), flush=True)
+    vae = patcher = run = None
+    _forget(vaes, parallel_vae)
     importlib.import_module("pack.parallel.host.running").stop_all()
+
+
+def _forget(vaes: dict[str, Any], parallel_vae: Any) -> None:
+    """As when ComfyUI drops a VAE: nothing here may keep it, or the workers would keep its weights."""
+    vaes.clear()
+    importlib.import_module("comfy.model_management").unload_all_models()
+    gc.collect()
+    assert not parallel_vae._patchers, "a VAE that nobody has is still alive"
 
 
 def _tensor(result: tuple[Any, ...]) -> Any:

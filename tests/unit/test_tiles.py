@@ -78,8 +78,8 @@ def test_results_come_in_order_and_once(world_size):
     for number, shape in enumerate(SHAPES):
         assert torch.equal(run.take(), 2 * make(number, shape))
     assert told == [(n, len(SHAPES)) for n in range(1, len(SHAPES) + 1)]
-    assert run.bytes_back == run.bytes_sent == sum(torch.Size(shape).numel() * 4 for shape in SHAPES)
-    assert set(ranks.computed) == set(range(world_size)) and run.rank_bytes == [5] * world_size
+    assert run.figures.bytes_back == run.figures.bytes_sent == sum(torch.Size(shape).numel() * 4 for shape in SHAPES)
+    assert set(ranks.computed) == set(range(world_size)) and run.figures.rank_bytes == [5] * world_size
 
 
 def test_a_tile_goes_to_a_rank_that_has_the_memory():
