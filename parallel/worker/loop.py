@@ -248,12 +248,13 @@ class Worker:
         return {"seconds": time.perf_counter() - began, "out": ref.to_json()}
 
     def _echo(self, message: Message) -> dict[str, Any]:
-        """Writes this rank's share of the input to the output: the cost of a remote call without a model."""
+        """Writes this rank's share of the input to the output: a remote call without a model."""
+        began = time.perf_counter()
         x, out = self._tensor(message["inputs"]["x"]).flatten(), self._tensor(message["out"]).flatten()
         share = -(-x.numel() // self._ranks.world_size)
         mine = slice(self._rank * share, (self._rank + 1) * share)
         out[mine].copy_(x[mine])
-        return {}
+        return {"seconds": time.perf_counter() - began}
 
     def _attention(self, message: Message) -> dict[str, Any]:
         """One attention on random data, for the benchmarks."""
