@@ -59,7 +59,7 @@ class WorkerProcess:
         }
         flags = ["-s"] if sys.flags.no_user_site else []
         try:
-            self.process = subprocess.Popen(
+            self.process = subprocess.Popen(  # noqa: S603 (this interpreter, our own script, no shell)
                 [sys.executable, *flags, str(_BOOT), json.dumps(settings)],
                 pass_fds=(theirs.fileno(), store, common),
                 stdin=subprocess.DEVNULL,
