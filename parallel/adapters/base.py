@@ -90,8 +90,8 @@ class Adapter(ABC):
 
     not_quantised: ClassVar[tuple[str, ...]] = ()
     """Linear layers (patterns of ComfyUI's names, see `quantise.selection.matches`) that FP8 leaves as they are:
-    embedders, modulations and the last layer. Their error would be in every token or in the result, and they are a small
-    part of the time."""
+    embedders, modulations and the last layer. Their error would be in every token or in the result, and they take a
+    small part of the time."""
 
     @classmethod
     @abstractmethod

@@ -19,7 +19,16 @@ from ..config import resolve
 from ..degrees import Degrees
 from ..errors import WorkerError
 from ..plan import SequencePlan
-from ..quantise.settings import FP8Choice, FP8Report, FP8Settings, choose
+from ..quantise.selection import Selection, select
+from ..quantise.settings import (
+    FP8Choice,
+    FP8Report,
+    FP8Settings,
+    choose,
+    likely_scheme,
+    refuse_devices,
+    refuse_weights_mode,
+)
 from ..wire.shared import Segment, TensorRef, lay_out
 from . import running
 from .cached_sampling import CachedSampling
@@ -78,7 +87,7 @@ class RemoteModel:
         self.nbytes = 0
         """Bytes of weights that one worker holds; 0 when not loaded."""
         self.fp8_report: FP8Report | None = None
-        """What has been quantised, of the weights that are loaded."""
+        """What has been quantised, of the weights that were loaded last."""
         self.last_step: list[dict[str, Any]] = []
         """What each rank said of the last step: `seconds`, `collectives` and `bytes_sent` to other ranks; with a cache
         also `cache`: `passes`, `hits` and `skipped_s` (`cache.blocks.Tally`)."""
@@ -141,6 +150,25 @@ class RemoteModel:
         if choice is not None:
             self.fp8_report = FP8Report(scheme=choice.scheme, reason=choice.reason, **results[0]["fp8"])
         return self.nbytes
+
+    def select_fp8(self, fp8: FP8Settings) -> Selection:
+        """What `fp8` will do to this model, told without workers.
+
+        Raises:
+            ConfigError: the devices cannot do it, or `skip` has a pattern that means no layer.
+            UnsupportedError: the way in which the weights are kept does not go with it.
+        """
+        refuse_weights_mode(self.recipe.config.weights)
+        refuse_devices(fp8, self._layout)
+        return select(
+            self.inspected.source,
+            self.inspected.adapter,
+            self._tensors,
+            scheme=likely_scheme(fp8, self._layout),
+            skip=fp8.patterns,
+            storage=self.recipe.weight_dtype,
+            compute=self.recipe.compute_dtype,
+        )
 
     def replace_weights(
         self,

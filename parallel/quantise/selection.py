@@ -63,8 +63,8 @@ def select(
         source, adapter, tensors: the checkpoint.
         scheme: not `auto`.
         skip: patterns; the family's own are added.
-        storage, compute: dtypes of the recipe. Weights that are stored in fp8, or scaled fp8 in the file, are left so by
-            `weight_only`, and keep their values under the others.
+        storage, compute: dtypes of the recipe. Weights that are stored in fp8, or are scaled fp8 in the file, are left
+            so by `weight_only`, and keep their values under the others.
 
     Raises:
         ConfigError: a pattern means no layer.
@@ -79,7 +79,7 @@ def select(
         mine = {pattern for pattern in skip if matches(layer, pattern) or matches(target, pattern)}
         used |= mine
         is_fp8 = f"{layer}.weight" in source.scales or (storage in FP8 and not source.scales)
-        if fixed or mine or any(matches(layer, pattern) or matches(target, pattern) for pattern in adapter.not_quantised):
+        if fixed or mine or any(matches(layer, pattern) for pattern in adapter.not_quantised):
             skipped += 1
         elif is_fp8 and not dynamic:
             already += 1

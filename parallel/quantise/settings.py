@@ -13,7 +13,7 @@ from ..errors import ConfigError, UnsupportedError
 
 NODE = "FP8 Quantize (SP)"
 DYNAMIC = ("dynamic_rowwise", "dynamic_tensorwise")
-"""Schemes that multiply in FP8: activations are rounded, too, with scales of the moment. The first is the better one."""
+"""Schemes that multiply in FP8: activations are rounded, too, with scales of the moment. The first is the better."""
 WEIGHT_ONLY = "weight_only"
 SCHEMES = ("auto", *DYNAMIC, WEIGHT_ONLY)
 CAPABILITY = (8, 9)
@@ -138,8 +138,9 @@ def choose(settings: FP8Settings, layout: Layout, found: Sequence[Mapping[str, s
     Raises:
         ConfigError: the scheme asked for does not work on a device.
     """
+    ranks = list(zip(layout.devices, found, strict=True))
     problems = {
-        scheme: next((f"{d.name}: {why[scheme]}" for d, why in zip(layout.devices, found, strict=True) if why[scheme]), "")
+        scheme: next((f"{device.name}: {why[scheme]}" for device, why in ranks if why[scheme]), "")
         for scheme in DYNAMIC
     }
     if settings.scheme != "auto":

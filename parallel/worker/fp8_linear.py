@@ -1,9 +1,10 @@
 """Linear layers that multiply in FP8, and how weights get there.
 
-torchao does the same with tensor subclasses. This is done here with what torch itself has, because users keep the torch
-of their ComfyUI, and a torchao that does not fit it breaks diffusers' import; because torchao 0.18 makes NaN of rows
-that are all zero, and takes bf16 weights only for row-wise scales (Wan runs in fp16), so that those of a scaled-fp8 file
-would be rounded twice; and because its eager rounding of activations takes eight passes over them, this one two.
+torchao does the same with tensor subclasses, and `tests/golden/torchao` holds its results to compare with. Here it is
+done with what torch has itself. Users keep the torch of their ComfyUI, and a torchao that does not fit it breaks
+diffusers' import. And torchao 0.18 makes NaN of rows that are all zero, quantises from bf16 only (Wan runs in fp16, and
+scaled-fp8 files would be rounded twice), and takes some eight passes over the activations unless compiled; here it is
+two.
 """
 
 from __future__ import annotations
@@ -42,9 +43,11 @@ def to_fp8(x: Tensor, *, rowwise: bool) -> tuple[Tensor, Tensor]:
 class FP8Linear(nn.Linear):
     """y = x·Wᵀ + b with both factors in e4m3, and sums in fp32; activations are rounded at each call.
 
-    `weight` is [N, K] e4m3. `scale` is fp32, [N, 1] (row-wise: a scale for each output channel and each token) or [1, 1]
-    (tensor-wise). A token's row-wise scale does not depend on other tokens, so the result does not depend on how these
-    are split over ranks; a tensor-wise one is for the tokens of this rank.
+    `weight` is [N, K] e4m3. `scale` is fp32, [N, 1] (row-wise: one for each output channel, and for each token) or
+    [1, 1] (tensor-wise). A token's own scale does not depend on other tokens, so the result does not depend on how
+    these are split over ranks; a tensor-wise one is of the tokens of this rank.
+
+    The kernels' speed on GPUs has not been measured yet.
     """
 
     scale: Tensor

@@ -27,6 +27,11 @@ Progress = Callable[[int, int], None]
 """Called with bytes read and bytes in total; may raise StepCancelled."""
 
 
+_ALLOWED_IN_FP8 = 0.2
+"""Of the self-check: tensor-wise scales are those of each rank's tokens, which alone makes 0.03; a wrong split makes
+0.4 and more."""
+
+
 class ResidentModel:
     """Weights of one recipe, loaded, and the conditioning that its prompts have sent.
 
@@ -188,8 +193,9 @@ class ResidentModel:
         self.adapter.step(self.model, x, timestep, prepared, alone, solo)
         mine = ours != untouched
         difference = (ours - alone)[mine].abs().max() / alone.abs().max() if mine.any() else torch.tensor(0.0)
-        exact = self.compute_dtype == torch.float32 and self.scheme not in DYNAMIC
-        allowed = 1e-4 if exact else 0.05
+        allowed = 1e-4 if self.compute_dtype == torch.float32 else 0.05
+        if self.scheme in DYNAMIC:
+            allowed = _ALLOWED_IN_FP8
         if not difference <= allowed:
             raise UnsupportedError(
                 f"{self.adapter.family} failed its self-check: split as {degrees}, the prediction differs"
