@@ -30,14 +30,14 @@ def to_fp8(x: Tensor, *, rowwise: bool) -> tuple[Tensor, Tensor]:
     """Rounds to e4m3, so that the largest magnitude of each row, or of all, becomes the largest e4m3 has.
 
     Returns:
-        x [M, K] in fp8; scales in fp32, [M, 1] or [1, 1]: their product is about the given x.
+        x [M, K] in fp8, contiguous; scales in fp32, [M, 1] or [1, 1]: their product is about the given x.
     """
     largest = torch.linalg.vector_norm(x, torch.inf, dim=1 if rowwise else (0, 1), keepdim=True, dtype=torch.float32)
     scale = (largest / LARGEST).clamp_(min=_SMALLEST_SCALE)
     if torch.compiler.is_compiling():
         return (x / scale).to(E4M3), scale
     # One pass over x, where `(x / scale).to(…)` takes two, with fp32 in between.
-    return torch.div(x, scale, out=torch.empty_like(x, dtype=E4M3)), scale
+    return torch.div(x, scale, out=torch.empty(x.shape, dtype=E4M3, device=x.device)), scale
 
 
 class FP8Linear(nn.Linear):

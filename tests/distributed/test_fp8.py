@@ -91,8 +91,7 @@ def test_weight_only_is_within_5_percent_and_alike_on_any_number_of_ranks(
 
 
 @pytest.mark.usefixtures("on_cpus")
-@pytest.mark.parametrize("dtype", [FP32, BF16], ids=["fp32", "bf16"])
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(("name", "dtype"), [*((name, FP32) for name in MODELS), ("flux", BF16)])
 def test_dynamic_schemes_hold_on_two_ranks(
     start_group: StartGroup, tiny_models: TinyModels, name: str, dtype: torch.dtype
 ):

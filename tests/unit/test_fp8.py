@@ -18,7 +18,7 @@ from parallel.host.recipe import Recipe
 from parallel.host.remote_model import RemoteModel
 from parallel.quantise.selection import matches, select
 from parallel.quantise.settings import DYNAMIC, SCHEMES, FP8Report, FP8Settings, choose, refuse_weights_mode
-from parallel.worker.fp8_linear import E4M3, FP8Linear, quantise
+from parallel.worker.fp8_linear import E4M3, FP8Linear, quantise, to_fp8
 from parallel.worker.resident import ResidentModel
 
 GOLDEN = load_file(Path(__file__).parents[1] / "golden" / "torchao" / "linear.safetensors")
@@ -255,6 +255,14 @@ def test_a_dynamic_layer_is_the_product_of_what_both_are_rounded_to(scheme: str,
     exact = F.linear(x.float(), weight.float(), bias.float())
     small = [0, 2]  # without the large token, whose error would hide that of the others
     assert (found.float() - exact)[small].norm() <= (0.05 if rowwise else 0.3) * exact[small].norm()
+
+
+def test_activations_that_lie_across_memory_are_laid_out_in_rows():
+    """As GPUs want them."""
+    x = inputs(torch.bfloat16)[0].flatten(0, 1)
+    data, scale = to_fp8(x.t().contiguous().t(), rowwise=True)
+    expected, expected_scale = to_fp8(x, rowwise=True)
+    assert data.is_contiguous() and torch.equal(data.float(), expected.float()) and torch.equal(scale, expected_scale)
 
 
 @pytest.mark.parametrize("scheme", ["dynamic_rowwise", "weight_only"])
