@@ -41,7 +41,9 @@ def load_native_model(path: str, weight_dtype: str, config: SequenceParallelConf
         ConfigError, CheckpointError, UnsupportedError: with a message for the user.
     """
     if weight_dtype == "fp8_e4m3fn_fast":
-        raise UnsupportedError("weight_dtype fp8_e4m3fn_fast is not supported yet; use fp8_e4m3fn or default")
+        raise UnsupportedError(
+            "weight_dtype fp8_e4m3fn_fast is not supported; use fp8_e4m3fn, or default with FP8 Quantize (SP)"
+        )
     layout = resolve(config)
     inspected = inspect(path)
     worker_device = torch.device(layout.devices[0].name)

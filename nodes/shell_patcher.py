@@ -9,7 +9,9 @@ import comfy.hooks
 import comfy.model_management
 
 from ..parallel.host.remote_model import RemoteModel
+from .attached_fp8 import attached_fp8
 from .lora import patched_weight, refuse_patches
+from .node_text import tell
 from .refusals import refuse, refuse_sampling_functions
 from .residency import WorkersPatcher, progress_bar
 
@@ -52,7 +54,8 @@ class SequenceParallelPatcher(WorkersPatcher):
         poll = comfy.model_management.throw_exception_if_processing_interrupted
         try:
             keys = {self._checkpoint_name(key): key for key in self.patches}
-            self.remote.ensure_loaded(poll=poll, on_progress=progress_bar())
+            fp8 = attached_fp8(self)
+            self.remote.ensure_loaded(poll=poll, on_progress=progress_bar(), fp8=None if fp8 is None else fp8.settings)
             self.remote.replace_weights(
                 self.patches_uuid if keys else None,
                 keys,
@@ -60,6 +63,8 @@ class SequenceParallelPatcher(WorkersPatcher):
                 poll=poll,
                 on_progress=progress_bar(),
             )
+            if fp8 is not None:
+                tell(fp8.node_id, str(self.remote.fp8_report))
         except BaseException:
             self.detach()  # what has been loaded so far does not count as loaded
             raise

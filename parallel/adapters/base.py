@@ -88,6 +88,11 @@ class Adapter(ABC):
     """Modules (patterns of their names) whose parameters `step` reads itself: fp8 storage leaves them out, since it
     casts a module's parameters when the module is called."""
 
+    not_quantised: ClassVar[tuple[str, ...]] = ()
+    """Linear layers (patterns of ComfyUI's names, see `quantise.selection.matches`) that FP8 leaves as they are:
+    embedders, modulations and the last layer. Their error would be in every token or in the result, and they take a
+    small part of the time."""
+
     @classmethod
     @abstractmethod
     def detect(cls, tensors: Mapping[str, TensorInfo]) -> bool:

@@ -28,6 +28,10 @@ from .base import Piece, StepContext
 HEAD_DIM = 128
 """ComfyUI's loader knows these families with this head size only."""
 
+NOT_QUANTISED = (
+    "img_in", "txt_in", "time_in", "vector_in", "guidance_in", "img_mod", "txt_mod", "modulation", "final_layer",
+)  # fmt: skip
+
 # ComfyUI's names → diffusers' names, for tensors of the blocks and embedders that keep their shape.
 RENAMED = [
     (r"^time_in\.", "time_text_embed.timestep_embedder."),

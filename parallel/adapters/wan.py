@@ -100,6 +100,9 @@ class WanAdapter(Adapter):
     family: ClassVar[str] = "wan"
     full_precision: ClassVar[tuple[str, ...]] = ("patch_embedding.weight", "patch_embedding.bias")
     read_directly: ClassVar[tuple[str, ...]] = ("patch_embedding",)
+    not_quantised: ClassVar[tuple[str, ...]] = (
+        "text_embedding", "time_embedding", "time_projection", "img_emb", "head",
+    )  # fmt: skip
 
     # --- checkpoint ---------------------------------------------------------------------------------------------
 

@@ -19,6 +19,16 @@ from ..config import resolve
 from ..degrees import Degrees
 from ..errors import WorkerError
 from ..plan import SequencePlan
+from ..quantise.selection import Selection, select
+from ..quantise.settings import (
+    FP8Choice,
+    FP8Report,
+    FP8Settings,
+    choose,
+    likely_scheme,
+    refuse_devices,
+    refuse_weights_mode,
+)
 from ..wire.shared import Segment, TensorRef, lay_out
 from . import running
 from .cached_sampling import CachedSampling
@@ -76,6 +86,8 @@ class RemoteModel:
         self.name = f"model-{next(_MODELS)}"
         self.nbytes = 0
         """Bytes of weights that one worker holds; 0 when not loaded."""
+        self.fp8_report: FP8Report | None = None
+        """What has been quantised, of the weights that were loaded last."""
         self.last_step: list[dict[str, Any]] = []
         """What each rank said of the last step: `seconds`, `collectives` and `bytes_sent` to other ranks; with a cache
         also `cache`: `passes`, `hits` and `skipped_s` (`cache.blocks.Tally`)."""
@@ -84,6 +96,7 @@ class RemoteModel:
         self._own_group = group
         self._group: WorkerGroup | None = None
         self._generation = 0
+        self._fp8: FP8Settings | None = None
         self._conditioning = _SentConditioning(self.name)
         self._tensors = NativeTensors(self.inspected.source, self.inspected.adapter, self.inspected.model_config)
         self._version: Hashable = None
@@ -99,28 +112,63 @@ class RemoteModel:
     def group(self) -> WorkerGroup | None:
         return self._group
 
-    def ensure_loaded(self, poll: Poll | None = None, on_progress: Progress | None = None) -> int:
+    def ensure_loaded(
+        self, poll: Poll | None = None, on_progress: Progress | None = None, *, fp8: FP8Settings | None = None
+    ) -> int:
         """Starts workers and loads the weights unless both have been done.
+
+        Args:
+            poll: see `WorkerGroup.call`.
+            on_progress: told in bytes.
+            fp8: quantises them on the way; other settings than those in place load them anew.
 
         Returns:
             Bytes of weights on one worker.
 
         Raises:
+            ConfigError: the devices cannot do what `fp8` asks for.
             WorkerError: loading failed.
         """
         group = self._own_group or running.acquire(self.recipe.config, poll)
-        if self.loaded and group is self._group:
+        if self.loaded and group is self._group and fp8 == self._fp8:
             return self.nbytes
-        message = {"model": self.name, "recipe": self.recipe.to_json()}
+        choice = None if fp8 is None else _choose(fp8, group, poll)
+        message = {
+            "model": self.name,
+            "recipe": self.recipe.to_json(),
+            "fp8": None if choice is None else choice.to_json(),
+        }
         self._group, self._generation = None, 0
         results = group.call("load", message, poll=poll, on_progress=on_progress)
-        self._group, self._generation = group, group.generation
+        self._group, self._generation, self._fp8 = group, group.generation, fp8
         self._conditioning.clear()
         self._version = None
         self._replaced.clear()
         self.nbytes = max(result["nbytes"] for result in results)
         log.info("%s: %.0f MiB of weights on each of %d workers", self.recipe.path, self.nbytes / 2**20, len(results))
+        self.fp8_report = None
+        if choice is not None:
+            self.fp8_report = FP8Report(scheme=choice.scheme, reason=choice.reason, **results[0]["fp8"])
         return self.nbytes
+
+    def select_fp8(self, fp8: FP8Settings) -> Selection:
+        """What `fp8` will do to this model, told without workers.
+
+        Raises:
+            ConfigError: the devices cannot do it, or `skip` has a pattern that means no layer.
+            UnsupportedError: the way in which the weights are kept does not go with it.
+        """
+        refuse_weights_mode(self.recipe.config.weights)
+        refuse_devices(fp8, self._layout)
+        return select(
+            self.inspected.source,
+            self.inspected.adapter,
+            self._tensors,
+            scheme=likely_scheme(fp8, self._layout),
+            skip=fp8.patterns,
+            storage=self.recipe.weight_dtype,
+            compute=self.recipe.compute_dtype,
+        )
 
     def replace_weights(
         self,
@@ -324,6 +372,12 @@ class RemoteModel:
         return [
             _hand_over(results, ref, request.x.device, lend) for ref, request in zip(out_refs, requests, strict=True)
         ]
+
+
+def _choose(fp8: FP8Settings, group: WorkerGroup, poll: Poll | None) -> FP8Choice:
+    """The scheme for all ranks, by what each says of its device."""
+    found = [result["support"] for result in group.call("fp8 support", {}, poll=poll)]
+    return choose(fp8, group.layout, found)
 
 
 def _batches(sizes: Mapping[str, int]) -> Iterator[list[str]]:

@@ -37,6 +37,7 @@ from ..wire.channel import Channel, ChannelClosed, Message
 from ..wire.control import SIZE as CONTROL_SIZE
 from ..wire.control import ControlPage
 from ..wire.shared import Segment, TensorRef, dtype_name
+from .fp8_linear import support
 from .measurement import Slowed, measure_attention
 from .native_vae import NativeVAE
 from .ranks import ParallelContext, Ranks, SoloContext, join
@@ -83,8 +84,9 @@ class Worker:
         self._control: ControlPage | None = None
         self._models: dict[str, ResidentModel] = {}
         self._vaes: dict[str, NativeVAE] = {}
-        self._checked: set[tuple[str, torch.dtype, Degrees]] = set()
+        self._checked: set[tuple[str, torch.dtype, str | None, Degrees]] = set()
         self._operations: dict[str, Callable[[Message], dict[str, Any]]] = {
+            "fp8 support": self._fp8_support,
             "load": self._load,
             "unload": self._unload,
             "weights": self._weights,
@@ -122,6 +124,11 @@ class Worker:
 
     # --- operations ---------------------------------------------------------------------------------------------
 
+    def _fp8_support(self, message: Message) -> dict[str, Any]:
+        """Which FP8 products this rank's device has."""
+        with torch.no_grad():
+            return {"support": support(self._device)}
+
     def _load(self, message: Message) -> dict[str, Any]:
         """Makes a model resident; the self-check runs the first time a family is used in a dtype."""
         self._models.pop(message["model"], None)
@@ -138,9 +145,9 @@ class Worker:
                 self._channel.send({"event": "progress", "done": done, "total": total})
 
         with torch.no_grad():
-            model = ResidentModel(message["recipe"], self._device, progress)
+            model = ResidentModel(message["recipe"], self._device, progress, message["fp8"])
             self._models[message["model"]] = model
-        return {"nbytes": model.nbytes, "family": model.adapter.family}
+        return {"nbytes": model.nbytes, "family": model.adapter.family, "fp8": model.fp8_report}
 
     def _unload(self, message: Message) -> dict[str, Any]:
         self._models.pop(message["model"], None)
@@ -285,7 +292,7 @@ class Worker:
 
     def _check(self, model: ResidentModel, mesh: Mesh) -> None:
         """Split against alone, before the first step of a family in a dtype and mesh; all ranks are here together."""
-        key = (model.adapter.family, model.compute_dtype, mesh.degrees)
+        key = (model.adapter.family, model.compute_dtype, model.scheme, mesh.degrees)
         if mesh.degrees.sp > 1 and key not in self._checked:
             assert self._control is not None
             context = ParallelContext(self._ranks, mesh, self._control)

@@ -17,11 +17,19 @@ from ..checkpoints.quantised import FP8
 from ..checkpoints.source import Stored, TensorInfo, open_source
 from ..degrees import Degrees
 from ..errors import CheckpointError, UnsupportedError
+from ..quantise.selection import Selection, select
+from ..quantise.settings import DYNAMIC
+from .fp8_linear import quantise
 from .ranks import SoloContext
 from .scaled_linear import ScaledLinear
 
 Progress = Callable[[int, int], None]
 """Called with bytes read and bytes in total; may raise StepCancelled."""
+
+
+_ALLOWED_IN_FP8 = 0.2
+"""Of the self-check: tensor-wise scales are those of each rank's tokens, which alone makes 0.03; a wrong split makes
+0.4 and more."""
 
 
 class ResidentModel:
@@ -31,13 +39,21 @@ class ResidentModel:
         recipe: `path`, `weight_dtype` (storage) and `compute_dtype`, see `host.recipe.Recipe`.
         device: where the weights go.
         progress: called after each tensor.
+        fp8: `scheme` and `skip` of `quantise.settings.FP8Choice`, if linear layers are to be quantised.
 
     Raises:
         CheckpointError: the file does not fit the family's model.
         UnsupportedError: the family is not supported.
+        ConfigError: `skip` has a pattern that means no layer.
     """
 
-    def __init__(self, recipe: Mapping[str, Any], device: torch.device, progress: Progress):
+    def __init__(
+        self,
+        recipe: Mapping[str, Any],
+        device: torch.device,
+        progress: Progress,
+        fp8: Mapping[str, Any] | None = None,
+    ):
         self._source = open_source(recipe["path"])
         self.adapter: Adapter = registry.adapter_for(self._source)
         self.config = self.adapter.model_config(self._source)
@@ -48,14 +64,18 @@ class ResidentModel:
             self._source.scales
         ):  # what is large is in fp8 already, and the rest of such a file was left out of it on purpose
             self._storage = self.compute_dtype
+        self._tensors = NativeTensors(self._source, self.adapter, self.config)
+        self.scheme: str | None = None if fp8 is None else fp8["scheme"]
+        self._selection = Selection({}, 0, 0, 0, 0) if fp8 is None else self._select(fp8)
         model_class = self.adapter.model_class()
         with torch.device("meta"):  # no memory until a weight is read
             self.model = model_class(**self.config)
         if self._storage in FP8:
-            _keep_fp8(self.model, self._storage, self.compute_dtype, self.adapter.read_directly)
+            quantised = [f"^{re.escape(name.removesuffix('.weight'))}$" for name in self._selection.weights]
+            but = (*self.adapter.read_directly, *quantised)
+            _keep_fp8(self.model, self._storage, self.compute_dtype, but)
         self._load(progress)
         self.model.eval().requires_grad_(False)
-        self._tensors = NativeTensors(self._source, self.adapter, self.config)
         self._conditioning: dict[str, Tensor] = {}
         self._prepared: dict[tuple[Any, ...], Any] = {}
         self._caches: dict[int, BlockCache] = {}
@@ -65,13 +85,28 @@ class ResidentModel:
         """Bytes of weights on the device."""
         return sum(p.nbytes for p in self.model.parameters())
 
+    @property
+    def fp8_report(self) -> dict[str, Any] | None:
+        """What has been quantised: the fields of `quantise.settings.FP8Report` that this worker knows."""
+        if self.scheme is None:
+            return None
+        of, nbytes = self._selection, self.nbytes
+        counts = {"layers": len(of.weights), "already": of.already, "skipped": of.skipped, "unfit": of.unfit}
+        return {**counts, "bytes_before": nbytes + of.saved, "bytes_after": nbytes}
+
     def set_parameter(self, name: str, part: Tensor, scale: float | None) -> None:
         """Sets a parameter of the diffusers model to a copy of `part` × `scale`, in the dtype in which it is kept.
 
-        With a scale `part` is fp8, and stays so if it is the weight of a linear layer.
+        With a scale `part` is fp8, and stays so if it is the weight of a linear layer. What is to be quantised is
+        quantised here, whether it comes from the file or from a LoRA: no other copy of it is kept.
         """
         path, _, leaf = name.rpartition(".")
         module = self.model.get_submodule(path)
+        if self.scheme is not None and name in self._selection.weights:
+            if scale is None:
+                part, scale = part.to(self._storage), 1.0 if self._storage in FP8 else None
+            quantise(module, self.scheme, part.to(self.device, copy=True), scale)
+            return
         if scale is not None:
             if leaf == "weight" and type(module) in (nn.Linear, ScaledLinear):
                 ScaledLinear.keep(module, part.to(self.device, copy=True), scale)
@@ -159,12 +194,25 @@ class ResidentModel:
         mine = ours != untouched
         difference = (ours - alone)[mine].abs().max() / alone.abs().max() if mine.any() else torch.tensor(0.0)
         allowed = 1e-4 if self.compute_dtype == torch.float32 else 0.05
+        if self.scheme in DYNAMIC:
+            allowed = _ALLOWED_IN_FP8
         if not difference <= allowed:
             raise UnsupportedError(
                 f"{self.adapter.family} failed its self-check: split as {degrees}, the prediction differs"
                 f" by {difference:.2g} (relative; allowed {allowed:g}) from one rank's. Please report this with your"
                 f" versions of torch ({torch.__version__}) and diffusers."
             )
+
+    def _select(self, fp8: Mapping[str, Any]) -> Selection:
+        return select(
+            self._source,
+            self.adapter,
+            self._tensors,
+            scheme=fp8["scheme"],
+            skip=fp8["skip"],
+            storage=self._storage,
+            compute=self.compute_dtype,
+        )
 
     def _load(self, progress: Progress) -> None:
         """Fills the model's parameters from the file, one tensor at a time."""

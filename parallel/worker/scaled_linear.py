@@ -9,7 +9,8 @@ from torch import Tensor, nn
 class ScaledLinear(nn.Linear):
     """The true weight is `weight` (fp8) × `scale`; it is made in the input's dtype, for the time of each call."""
 
-    scale: float
+    scale: float | Tensor
+    """One for the whole weight, or one for each row, [N, 1] in fp32."""
 
     @classmethod
     def keep(cls, layer: nn.Module, weight: Tensor, scale: float) -> None:
