@@ -214,14 +214,15 @@ def _each_block(
 ) -> Blocks:
     """Yields the image rows after each block."""
     attend = context.attention(plan)
+    dual_stream_block, single_stream_block = context.block(_dual_stream_block), context.block(_single_stream_block)
     for block in model.transformer_blocks:
         context.enter_block(plan)
-        image, text = _dual_stream_block(block, image, text, by, table, attend)
+        image, text = dual_stream_block(block, image, text, by, table, attend)
         yield image
     hidden = torch.cat([_finite(image), text], dim=1)
     for block in model.single_transformer_blocks:
         context.enter_block(plan)
-        hidden = _single_stream_block(block, hidden, by.joint, table, attend)
+        hidden = single_stream_block(block, hidden, by.joint, table, attend)
         yield hidden[:, : image.shape[1]]
 
 
