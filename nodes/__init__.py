@@ -6,13 +6,22 @@ from .first_block_cache import SPFirstBlockCache
 from .load_diffusion_model import SPLoadDiffusionModel
 from .sp_config import SPConfigNode
 from .tea_cache import SPTeaCache
+from .torch_compile import SPTorchCompile
 from .vae_decode import SPVAEDecode
 from .vae_encode import SPVAEEncode
 
 
 class SequenceParallelExtension(ComfyExtension):
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
-        return [SPConfigNode, SPLoadDiffusionModel, SPFirstBlockCache, SPTeaCache, SPVAEDecode, SPVAEEncode]
+        return [
+            SPConfigNode,
+            SPLoadDiffusionModel,
+            SPFirstBlockCache,
+            SPTeaCache,
+            SPTorchCompile,
+            SPVAEDecode,
+            SPVAEEncode,
+        ]
 
 
 async def comfy_entrypoint() -> SequenceParallelExtension:

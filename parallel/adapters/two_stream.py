@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
 from torch import Tensor, nn
 
 from ..attention.joint import JointAttention
@@ -244,7 +243,7 @@ def _finite(x: Tensor) -> Tensor:
 
 def heads(x: Tensor, norm: Any = None) -> Tensor:
     """[B, S, H·D] → [B, S, H, D], RMS-normalised per head as ComfyUI does it (epsilon of the dtype)."""
-    x = rearrange(x, "b s (h d) -> b s h d", d=HEAD_DIM)
+    x = x.unflatten(-1, (-1, HEAD_DIM))
     return x if norm is None else F.rms_norm(x, (HEAD_DIM,), norm.weight)
 
 

@@ -1,4 +1,4 @@
-"""Compiles the repeated blocks of a network in one worker: one graph for each kind of block, shared by all of that kind.
+"""Compiles the repeated blocks of a network in one worker: one graph for each kind of block, which they all share.
 
 Each rank compiles on its own, and may fall back on its own. Nothing needs to be agreed: what the ranks exchange, and in
 which order, is the same with compiled blocks and without (`attention.in_graph`), and what decides anything for all of

@@ -12,8 +12,9 @@ VARIABLE = "TORCHINDUCTOR_CACHE_DIR"
 def use_folder() -> Path:
     """Tells PyTorch's compiler to keep its code in a folder of this user, which is made if need be.
 
-    Whoever can write there can have code run: PyTorch executes what it finds. So it is not under ComfyUI's folders, some
-    of which take files over HTTP, nor in a /tmp that others share (PyTorch's default), and no one else may write to it.
+    Whoever can write there can have code run: PyTorch executes what it finds. So it is not under ComfyUI's folders,
+    some of which take files over HTTP, nor in a /tmp that others share (PyTorch's default), and no one else may write
+    to it.
 
     Raises:
         OSError: there is no such folder and none can be made, or it is not this user's alone.
@@ -24,8 +25,6 @@ def use_folder() -> Path:
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     status = folder.stat()
     if status.st_uid != os.geteuid() or status.st_mode & 0o022:
-        raise PermissionError(
-            f"{folder} belongs to, or can be written by, another user; set {VARIABLE} to one of yours"
-        )
+        raise PermissionError(f"others can write to {folder}; set {VARIABLE} to a folder that only you can write to")
     os.environ[VARIABLE] = str(folder)
     return folder

@@ -30,9 +30,7 @@ class CompileSettings:
                 " exchanges between the devices)"
             )
         if not isinstance(self.dynamic, bool):
-            raise ConfigError(
-                f"dynamic is {self.dynamic!r}; allowed are True (one compilation for all sizes) and False"
-            )
+            raise ConfigError(f"dynamic is {self.dynamic!r}; allowed are True and False")
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)

@@ -279,16 +279,15 @@ class WorkerGroup:
             WorkerError: the group has failed, now or earlier.
         """
         self._settle_tasks(poll)
-        call, last_sign, beats = self._call, time.monotonic(), ()
+        call, last_sign = self._call, time.monotonic()
+        beats: tuple[int, ...] = ()
         if call is None:
             self._raise_failure()
             return
         while not self._when(lambda: len(call.replies) == len(self._workers) or self._failed_reply(call)):
             if poll is not None:
                 poll()
-            if (
-                now := self._control.beats(len(self._workers))
-            ) != beats:  # e.g. a compilation, which cannot be cut short
+            if (now := self._control.beats(len(self._workers))) != beats:  # e.g. it compiles
                 beats, last_sign = now, time.monotonic()
             elif time.monotonic() - last_sign > _DRAIN_TIMEOUT_S:
                 self._fail_stuck(call, beats)

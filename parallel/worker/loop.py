@@ -301,7 +301,7 @@ class Worker:
             self._checked.add(key)
 
     def _compiled(self, model: ResidentModel, settings: CompileSettings, mesh: Mesh) -> CompiledBlocks:
-        """The model's blocks for the compiler. Before the first step under a mesh they are compared with uncompiled ones.
+        """The compiler of the model's blocks, which are compared with uncompiled ones before their first step.
 
         That is of use with dynamic sizes only: else what is compiled for the small step is for nothing else. Whether it
         is done is known to all ranks alike, whatever has become of a rank's compiler.
