@@ -35,12 +35,12 @@ class CompileReport:
             return f"{self.name}: WARNING: not compiled on worker rank {rank}{others}: {cause}"
         if not self.kinds:
             return f"{self.name}: WARNING: not compiled: this family's blocks cannot be compiled yet"
-        kinds = f"{self.kinds} kind{'s' * (self.kinds > 1)} of blocks"
+        kinds = f"{_count(self.kinds, 'kind')} of blocks"
         if not self.graphs:
             return f"{self.name}: {kinds}, compiled before"
         return (
-            f"{self.name}: {kinds}, {self.graphs} graphs compiled in {self.seconds:.1f} s (slowest worker);"
-            f" {self.breaks} graph breaks, {self.recompilations} recompilations"
+            f"{self.name}: {kinds}, {_count(self.graphs, 'graph')} compiled in {self.seconds:.1f} s (slowest worker);"
+            f" {_count(self.breaks, 'graph break')}, {_count(self.recompilations, 'recompilation')}"
         )
 
 
@@ -80,3 +80,7 @@ class CompiledSampling:
             kinds=self._kinds,
             failures=tuple(sorted(self._failures.items())),
         )
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}{'' if number == 1 else 's'}"
