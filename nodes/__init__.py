@@ -7,6 +7,7 @@ from .load_diffusion_model import SPLoadDiffusionModel
 from .quantize_fp8 import SPQuantizeFP8
 from .sp_config import SPConfigNode
 from .tea_cache import SPTeaCache
+from .torch_compile import SPTorchCompile
 from .vae_decode import SPVAEDecode
 from .vae_encode import SPVAEEncode
 
@@ -19,6 +20,7 @@ class SequenceParallelExtension(ComfyExtension):
             SPFirstBlockCache,
             SPTeaCache,
             SPQuantizeFP8,
+            SPTorchCompile,
             SPVAEDecode,
             SPVAEEncode,
         ]

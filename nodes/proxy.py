@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..parallel.adapters.base import pack_text
 from ..parallel.errors import WorkerOutOfMemoryError
 from ..parallel.host.remote_model import RemoteModel, StepRequest
-from .cached_call import cached_sampling, label
+from .cached_call import cached_sampling, compiled_sampling, label
 from .refusals import refuse_transformer_options, refuse_value
 from .side_by_side import LookAhead, Recorded
 
@@ -94,6 +94,7 @@ class ProxyDiffusionModel(nn.Module):
                 conditions=conditions,
                 cache=cache,
                 sigma=sigma,
+                compiled=compiled_sampling(transformer_options),
                 poll=comfy.model_management.throw_exception_if_processing_interrupted,
             )
         except WorkerOutOfMemoryError as error:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from typing import Any
 
 from ..parallel.errors import UnsupportedError
+
+log = logging.getLogger("sequence_parallel")
 
 _WHO = "Load Diffusion Model (SP)"
 
@@ -58,6 +61,12 @@ def refuse_sampling_functions(model_options: Mapping[str, Any]) -> None:
             code = getattr(function, "__code__", None)
             if code is not None and _REPLACES in code.co_names:
                 raise refuse(f"{_node_of(function)} (a block replacement)")
+
+
+def warn_of_native_compile(model_options: Mapping[str, Any]) -> None:
+    """ComfyUI's TorchCompileModel does no harm, but there is no network in this process for it to compile."""
+    if "torch_compile_kwargs" in model_options:
+        log.warning("TorchCompileModel changes nothing with %s; use Torch Compile (SP)", _WHO)
 
 
 def _functions(value: Any) -> list[Any]:

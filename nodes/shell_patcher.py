@@ -12,7 +12,7 @@ from ..parallel.host.remote_model import RemoteModel
 from .attached_fp8 import attached_fp8
 from .lora import patched_weight, refuse_patches
 from .node_text import tell
-from .refusals import refuse, refuse_sampling_functions
+from .refusals import refuse, refuse_sampling_functions, warn_of_native_compile
 from .residency import WorkersPatcher, progress_bar
 
 
@@ -38,6 +38,7 @@ class SequenceParallelPatcher(WorkersPatcher):
     def _prepare(self) -> None:
         self._refuse_patches()
         refuse_sampling_functions(self.model_options)
+        warn_of_native_compile(self.model_options)
         with self.use_ejected(skip_and_inject_on_exit_only=True):
             self.unpatch_model(self.offload_device, unpatch_weights=False)
             self.patch_model(load_weights=False)

@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
 from torch import Tensor, nn
 
 from ..attention.joint import JointAttention
@@ -218,14 +217,15 @@ def _each_block(
 ) -> Blocks:
     """Yields the image rows after each block."""
     attend = context.attention(plan)
+    dual_stream_block, single_stream_block = context.block(_dual_stream_block), context.block(_single_stream_block)
     for block in model.transformer_blocks:
         context.enter_block(plan)
-        image, text = _dual_stream_block(block, image, text, by, table, attend)
+        image, text = dual_stream_block(block, image, text, by, table, attend)
         yield image
     hidden = torch.cat([_finite(image), text], dim=1)
     for block in model.single_transformer_blocks:
         context.enter_block(plan)
-        hidden = _single_stream_block(block, hidden, by.joint, table, attend)
+        hidden = single_stream_block(block, hidden, by.joint, table, attend)
         yield hidden[:, : image.shape[1]]
 
 
@@ -247,7 +247,7 @@ def _finite(x: Tensor) -> Tensor:
 
 def heads(x: Tensor, norm: Any = None) -> Tensor:
     """[B, S, H·D] → [B, S, H, D], RMS-normalised per head as ComfyUI does it (epsilon of the dtype)."""
-    x = rearrange(x, "b s (h d) -> b s h d", d=HEAD_DIM)
+    x = x.unflatten(-1, (-1, HEAD_DIM))
     return x if norm is None else F.rms_norm(x, (HEAD_DIM,), norm.weight)
 
 

@@ -37,8 +37,9 @@ Progress = Callable[[int, int], None]
 _SLICE_S = 0.05
 _START_TIMEOUT_S = 180.0
 _STUCK_AFTER_S = 600.0
-"""No rank has given a sign of life for so long: one of them hangs. Covers the compilation of a first step."""
+"""No rank has given a sign of life for so long: one of them hangs. A rank that compiles gives signs."""
 _DRAIN_TIMEOUT_S = 60.0
+"""The same, for a call that has been cancelled."""
 _LEAVE_S = 2.0
 """How long idle workers may take to end by themselves."""
 _GRACE_S = 1.0
@@ -278,15 +279,18 @@ class WorkerGroup:
             WorkerError: the group has failed, now or earlier.
         """
         self._settle_tasks(poll)
-        call, began = self._call, time.monotonic()
+        call, last_sign = self._call, time.monotonic()
+        beats: tuple[int, ...] = ()
         if call is None:
             self._raise_failure()
             return
         while not self._when(lambda: len(call.replies) == len(self._workers) or self._failed_reply(call)):
             if poll is not None:
                 poll()
-            if time.monotonic() - began > _DRAIN_TIMEOUT_S:
-                self._fail_stuck(call, self._control.beats(len(self._workers)))
+            if (now := self._control.beats(len(self._workers))) != beats:  # e.g. it compiles
+                beats, last_sign = now, time.monotonic()
+            elif time.monotonic() - last_sign > _DRAIN_TIMEOUT_S:
+                self._fail_stuck(call, beats)
         if self._failed_reply(call):
             try:
                 self._raise_failed(call)

@@ -130,4 +130,6 @@ def _environment(threads: int) -> dict[str, str]:
         "NCCL_SOCKET_IFNAME": "lo",
         "HF_HUB_OFFLINE": "1",
         "PYTHONUNBUFFERED": "1",
+        # Every worker compiles; by default each would do so with as many processes as there are cores.
+        "TORCHINDUCTOR_COMPILE_THREADS": os.environ.get("TORCHINDUCTOR_COMPILE_THREADS", str(threads)),
     }

@@ -32,6 +32,7 @@ from ..quantise.settings import (
 from ..wire.shared import Segment, TensorRef, lay_out
 from . import running
 from .cached_sampling import CachedSampling
+from .compiled_sampling import CompiledSampling
 from .group import Poll, Progress, WorkerGroup
 from .recipe import Inspected, Recipe, inspect
 
@@ -90,7 +91,8 @@ class RemoteModel:
         """What has been quantised, of the weights that were loaded last."""
         self.last_step: list[dict[str, Any]] = []
         """What each rank said of the last step: `seconds`, `collectives` and `bytes_sent` to other ranks; with a cache
-        also `cache`: `passes`, `hits` and `skipped_s` (`cache.blocks.Tally`)."""
+        also `cache`: `passes`, `hits` and `skipped_s` (`cache.blocks.Tally`), with compiled blocks `compile`
+        (`compilation.blocks.Tally`)."""
         self._layout = resolve(recipe.config)
         self._told_degrees: Degrees | None = None
         self._own_group = group
@@ -302,6 +304,7 @@ class RemoteModel:
         conditions: int = 1,
         cache: CachedSampling | None = None,
         sigma: float = 1.0,
+        compiled: CompiledSampling | None = None,
         poll: Poll | None = None,
     ) -> list[Tensor]:
         """The network's predictions for requests that may run side by side.
@@ -311,6 +314,7 @@ class RemoteModel:
             conditions: how many of cond and uncond are in the requests.
             cache: the sampling that this step is part of, if it may skip blocks.
             sigma: the step's, which decides whether it may.
+            compiled: the sampling that this step is part of, if its blocks are to be compiled.
             poll: see `WorkerGroup.call`.
 
         Returns:
@@ -358,6 +362,7 @@ class RemoteModel:
             "put": put,
             "drop": drop,
             "cache": told,
+            "compile": None if compiled is None else compiled.settings.to_json(),
         }
         try:
             self.last_step = group.call("step", message, poll=poll)
@@ -369,6 +374,8 @@ class RemoteModel:
             raise
         if cache is not None:
             cache.count(self.last_step, degrees)
+        if compiled is not None:
+            compiled.count(self.last_step)
         return [
             _hand_over(results, ref, request.x.device, lend) for ref, request in zip(out_refs, requests, strict=True)
         ]

@@ -29,6 +29,8 @@ from ..attention.common_memory import CommonMemory
 from ..attention.traffic import Traffic
 from ..cache.blocks import StepPasses
 from ..checkpoints.source import Stored
+from ..compilation.blocks import CompiledBlocks
+from ..compilation.settings import CompileSettings
 from ..degrees import Degrees
 from ..errors import EngineError, StepCancelled, UnsupportedError
 from ..mesh import Mesh
@@ -189,8 +191,12 @@ class Worker:
         mesh = self._ranks.mesh(Degrees(**message["degrees"]))
         with torch.no_grad():
             self._check(model, mesh)
+            blocks = None
+            if message.get("compile") is not None:
+                blocks = self._compiled(model, CompileSettings(**message["compile"]), mesh)
             began = time.perf_counter()
             context = ParallelContext(self._ranks, mesh, self._control)
+            context.compiler = blocks
             requests = message["requests"]
             batches = [request["x"]["shape"][0] for request in requests]
             cache = None
@@ -208,6 +214,8 @@ class Worker:
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)  # the result lies in shared memory when the host hears of it
         counted = {} if cache is None else {"cache": asdict(cache.tally)}
+        if blocks is not None:
+            counted["compile"] = asdict(blocks.take_tally())
         return {"seconds": time.perf_counter() - began, **asdict(context.traffic), **counted}
 
     def _load_vae(self, message: Message) -> dict[str, Any]:
@@ -298,6 +306,21 @@ class Worker:
             context = ParallelContext(self._ranks, mesh, self._control)
             model.self_check(context, SoloContext(self._ranks.kernel), mesh.degrees)
             self._checked.add(key)
+
+    def _compiled(self, model: ResidentModel, settings: CompileSettings, mesh: Mesh) -> CompiledBlocks:
+        """The compiler of the model's blocks, which are compared with uncompiled ones before their first step.
+
+        That is of use with dynamic sizes only: else what is compiled for the small step is for nothing else. Whether it
+        is done is known to all ranks alike, whatever has become of a rank's compiler.
+        """
+        control = self._control
+        assert control is not None
+        blocks = model.compiled(settings, lambda: control.beat(self._rank))
+        if settings.dynamic and mesh.degrees not in blocks.checked:
+            compiled, uncompiled = (ParallelContext(self._ranks, mesh, control) for _ in range(2))
+            model.check_compiled(blocks, compiled, uncompiled, mesh.degrees)
+            blocks.checked.add(mesh.degrees)
+        return blocks
 
     def _tensor(self, ref: dict[str, Any]) -> torch.Tensor:
         place = TensorRef.from_json(ref)

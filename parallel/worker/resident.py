@@ -15,6 +15,8 @@ from ..adapters.native import NativeTensors
 from ..cache.blocks import BlockCache, block_cache
 from ..checkpoints.quantised import FP8
 from ..checkpoints.source import Stored, TensorInfo, open_source
+from ..compilation.blocks import CompiledBlocks
+from ..compilation.settings import CompileSettings
 from ..degrees import Degrees
 from ..errors import CheckpointError, UnsupportedError
 from ..quantise.selection import Selection, select
@@ -79,6 +81,7 @@ class ResidentModel:
         self._conditioning: dict[str, Tensor] = {}
         self._prepared: dict[tuple[Any, ...], Any] = {}
         self._caches: dict[int, BlockCache] = {}
+        self._compilers: dict[CompileSettings, CompiledBlocks] = {}
 
     @property
     def nbytes(self) -> int:
@@ -134,6 +137,15 @@ class ResidentModel:
         else:
             self._caches.pop(sampling, None)
 
+    def compiled(self, settings: CompileSettings, sign_of_life: Callable[[], None]) -> CompiledBlocks:
+        """The compiler of this model's blocks, kept as long as the model: MODELs that share it can want different ones.
+
+        See `CompiledBlocks` for the arguments.
+        """
+        if settings not in self._compilers:
+            self._compilers[settings] = CompiledBlocks(settings, sign_of_life)
+        return self._compilers[settings]
+
     def put_weight(self, name: str, stored: Stored) -> None:
         """Replaces the checkpoint's tensor `name` (of `NativeTensors`) by a copy of another one of its shape."""
         for piece in self._tensors.pieces(name):
@@ -184,18 +196,8 @@ class ResidentModel:
             UnsupportedError: they differ, so the family's split is wrong with these library versions.
         """
         inputs = self.adapter.example(self.config, degrees.sp, self.compute_dtype)
-        x, timestep = inputs.pop("x"), inputs.pop("timestep").to(self.device)
-        prepared = self.adapter.prepare({name: tensor.to(self.device) for name, tensor in inputs.items()})
-        untouched = 2.0**20
-        ours = torch.full(self.adapter.output_shape(self.config, tuple(x.shape)), untouched, dtype=x.dtype)
-        alone = ours.clone()
-        self.adapter.step(self.model, x, timestep, prepared, ours, context)
-        self.adapter.step(self.model, x, timestep, prepared, alone, solo)
-        mine = ours != untouched
-        difference = (ours - alone)[mine].abs().max() / alone.abs().max() if mine.any() else torch.tensor(0.0)
-        allowed = 1e-4 if self.compute_dtype == torch.float32 else 0.05
-        if self.scheme in DYNAMIC:
-            allowed = _ALLOWED_IN_FP8
+        difference = self._difference(inputs, context, solo)
+        allowed = self._allowed_difference
         if not difference <= allowed:
             raise UnsupportedError(
                 f"{self.adapter.family} failed its self-check: split as {degrees}, the prediction differs"
@@ -213,6 +215,43 @@ class ResidentModel:
             storage=self._storage,
             compute=self.compute_dtype,
         )
+
+    def check_compiled(
+        self, blocks: CompiledBlocks, compiled: StepContext, uncompiled: StepContext, degrees: Degrees
+    ) -> None:
+        """Runs a small step on all ranks with compiled blocks and again without; where this rank's part differs, this
+        rank leaves its blocks uncompiled.
+
+        The step has several tokens on each rank, so that its graphs fit the sizes of real ones: with dynamic sizes they
+        are compiled here, and for good.
+        """
+        compiled.compiler = blocks
+        inputs = self.adapter.example(self.config, 4 * degrees.sp, self.compute_dtype)
+        difference = self._difference(inputs, compiled, uncompiled)
+        if not blocks.failure and not difference <= self._allowed_difference:
+            blocks.give_up(f"compiled, a small step differs by {difference:.2g} (relative) from one that is not")
+
+    @property
+    def _allowed_difference(self) -> float:
+        """Relative, of two ways to compute a step."""
+        if self.scheme in DYNAMIC:
+            return _ALLOWED_IN_FP8
+        return 1e-4 if self.compute_dtype == torch.float32 else 0.05
+
+    def _difference(self, inputs: dict[str, Tensor], first: StepContext, second: StepContext) -> float:
+        """Largest relative difference between two runs of one step, over what `first` writes on this rank."""
+        x, timestep = inputs.pop("x"), inputs.pop("timestep").to(self.device)
+        prepared = self.adapter.prepare({name: tensor.to(self.device) for name, tensor in inputs.items()})
+        untouched = 2.0**20
+        out = torch.full(self.adapter.output_shape(self.config, tuple(x.shape)), untouched, dtype=x.dtype)
+        reference = out.clone()
+        self.adapter.step(self.model, x, timestep, prepared, out, first)
+        self.adapter.step(self.model, x, timestep, prepared, reference, second)
+        mine = out != untouched
+        if not mine.any():
+            return 0.0
+        largest = reference[reference != untouched].abs().max()
+        return float((out - reference)[mine].abs().max() / largest)
 
     def _load(self, progress: Progress) -> None:
         """Fills the model's parameters from the file, one tensor at a time."""
