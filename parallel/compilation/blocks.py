@@ -61,12 +61,10 @@ class CompiledBlocks:
     Args:
         settings: the user's.
         sign_of_life: called about once a second during a compilation, from another thread.
-        hint: what is known of this model that a failure may come from; it is told with the cause.
     """
 
-    def __init__(self, settings: CompileSettings, sign_of_life: Callable[[], None], hint: str = ""):
+    def __init__(self, settings: CompileSettings, sign_of_life: Callable[[], None]):
         self._settings = settings
-        self._hint = hint
         self._sign_of_life = sign_of_life
         self._compiled: dict[Callable[..., Any], Callable[..., Any]] = {}
         self._graphs_of: dict[Callable[..., Any], int] = {}
@@ -126,7 +124,7 @@ class CompiledBlocks:
                     if calls.begun:  # peers are in this attention
                         raise
                     log.info("%s: the compiler failed", self._settings.name, exc_info=True)
-                    self.give_up(_describe(error) + self._hint)
+                    self.give_up(_describe(error))
             return function(*arguments)
 
         return run

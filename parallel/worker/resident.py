@@ -108,12 +108,7 @@ class ResidentModel:
         See `CompiledBlocks` for the arguments.
         """
         if settings not in self._compilers:
-            hint = ""
-            if self._storage in FP8:
-                kept = str(self._storage).removeprefix("torch.")
-                hint = f" (weight_dtype {kept} casts weights at each use in a way that the compiler cannot follow;"
-                hint += " use default, or a scaled-fp8 file)"
-            self._compilers[settings] = CompiledBlocks(settings, sign_of_life, hint)
+            self._compilers[settings] = CompiledBlocks(settings, sign_of_life)
         return self._compilers[settings]
 
     def put_weight(self, name: str, stored: Stored) -> None:

@@ -111,10 +111,10 @@ def step(model: ResidentModel, size: int, context: StepContext) -> Tensor:
     return out
 
 
-def tiny(family: str, folder: Path, weight_dtype: str = "float32", **options: Any) -> ResidentModel:
+def tiny(family: str, folder: Path, **options: Any) -> ResidentModel:
     path = folder / "model.safetensors"
     WRITERS[family](path, **OPTIONS.get(family, {"depth": 2, "depth_single": 2}), **options)
-    recipe = {"path": str(path), "weight_dtype": weight_dtype, "compute_dtype": "float32"}
+    recipe = {"path": str(path), "weight_dtype": "float32", "compute_dtype": "float32"}
     return ResidentModel(recipe, torch.device("cpu"), lambda done, total: None)
 
 
@@ -139,13 +139,6 @@ def test_scaled_fp8_layers_share_a_graph_for_all_their_scales(quick: None, tmp_p
     assert torch.equal(step(model, 4, Part(0, 1, blocks)), step(model, 4, Part(0, 1)))
     tally = blocks.take_tally()
     assert (tally.failure, tally.graphs) == ("", 2)
-
-
-def test_weights_that_are_cast_at_each_use_are_named_as_the_cause(quick: None, tmp_path: Path):
-    model = tiny("wan", tmp_path, "float8_e4m3fn")
-    blocks = model.compiled(CompileSettings(), lambda: None)
-    assert torch.equal(step(model, 4, Part(0, 1, blocks)), step(model, 4, Part(0, 1)))
-    assert "weight_dtype float8_e4m3fn casts weights at each use" in blocks.take_tally().failure
 
 
 def test_a_block_that_cannot_be_compiled_runs_as_it_is(quick: None):
