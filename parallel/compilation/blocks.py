@@ -169,17 +169,15 @@ class _SignsOfLife:
     def __init__(self) -> None:
         self.give: Callable[[], None] = lambda: None
         self.seconds = 0.0
-        self._registered = False
         self._began = 0.0
         self._over = threading.Event()
 
     def register(self) -> None:
         from torch._dynamo.callback import callback_handler
 
-        if not self._registered:
+        if self._start not in callback_handler.start_callbacks:  # `torch.compiler.reset` takes them away
             callback_handler.register_start_callback(self._start)
             callback_handler.register_end_callback(self._end)
-            self._registered = True
 
     def _start(self, *_: Any) -> None:
         self._began, self._over = time.perf_counter(), threading.Event()

@@ -133,6 +133,14 @@ def test_blocks_are_one_graph_for_all_sizes_and_all_ranks(quick: None, tmp_path:
         assert tally.kinds <= tally.graphs <= 2 * tally.kinds, "with text and without, and no more"
 
 
+def test_scaled_fp8_layers_share_a_graph_for_all_their_scales(quick: None, tmp_path: Path):
+    model = tiny("hunyuan_video", tmp_path, scaled="comfy_quant")
+    blocks = CompiledBlocks(CompileSettings(), lambda: None)
+    assert torch.equal(step(model, 4, Part(0, 1, blocks)), step(model, 4, Part(0, 1)))
+    tally = blocks.take_tally()
+    assert (tally.failure, tally.graphs) == ("", 2)
+
+
 def test_a_block_that_cannot_be_compiled_runs_as_it_is(quick: None):
     def block(x: Tensor) -> Tensor:
         print("Python that the compiler cannot take into a graph", file=open(os.devnull, "w"))  # noqa: SIM115
