@@ -108,8 +108,8 @@ class ProxyDiffusionModel(nn.Module):
         for name, value in conditioning.items():
             if value is None:
                 continue
-            if isinstance(value, str):
-                tensors[name] = pack_text(value)
+            if isinstance(value, str | int | float):
+                tensors[name] = pack_text(str(value))
                 continue
             parts = {f"{name}.{i}": part for i, part in enumerate(value)} if isinstance(value, list) else {name: value}
             if not parts or not all(isinstance(part, Tensor) for part in parts.values()):

@@ -7,11 +7,12 @@ from ..errors import UnsupportedError
 from .base import Adapter
 from .flux import FluxAdapter
 from .hunyuan_video import HunyuanVideoAdapter
+from .mochi import MochiAdapter
 from .wan import WanAdapter
 
 FAMILIES: dict[str, type[Adapter]] = {
     adapter.family: adapter
-    for adapter in (HunyuanVideoAdapter, FluxAdapter, WanAdapter)
+    for adapter in (HunyuanVideoAdapter, FluxAdapter, WanAdapter, MochiAdapter)
 }  # fmt: skip
 
 

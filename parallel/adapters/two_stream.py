@@ -8,7 +8,7 @@ length. "Image" stands for video, too.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -121,23 +121,32 @@ def pieces(name: str, shape: tuple[int, ...], hidden: int, table: list[tuple[str
     """Where the tensor `name` (ComfyUI's) goes; `table` renames what keeps its shape."""
     stem, _, leaf = name.rpartition(".")
     if stem == "final_layer.adaLN_modulation.1":  # (shift, scale) → (scale, shift)
-        half = shape[0] // 2
-        return [Piece(f"norm_out.linear.{leaf}", lambda tensor: torch.cat([tensor[half:], tensor[:half]]))]
+        return [Piece(f"norm_out.linear.{leaf}", swap_halves)]
     for fused, parts in _FUSED_QKV.items():
         if stem.endswith(fused):
             base = rename(stem.removesuffix(fused) + ".", table).removesuffix(".")
-            third = shape[0] // 3
-            return [Piece(f"{base}{p}.{leaf}", _rows(i * third, (i + 1) * third)) for i, p in enumerate(parts)]
+            return thirds([f"{base}{part}.{leaf}" for part in parts], shape[0])
     if stem.endswith(".linear1"):  # q, k, v and the first half of the MLP in one projection
         base = rename(stem.removesuffix(".linear1") + ".", table).removesuffix(".")
         names = (".attn.to_q", ".attn.to_k", ".attn.to_v")
-        thirds = [Piece(f"{base}{p}.{leaf}", _rows(i * hidden, (i + 1) * hidden)) for i, p in enumerate(names)]
-        return [*thirds, Piece(f"{base}.proj_mlp.{leaf}", _rows(3 * hidden, shape[0]))]
+        qkv = thirds([f"{base}{part}.{leaf}" for part in names], 3 * hidden)
+        return [*qkv, Piece(f"{base}.proj_mlp.{leaf}", _rows(3 * hidden, shape[0]))]
     return [Piece(f"{rename(stem, table)}.{leaf}")]
 
 
-def _rows(start: int, stop: int):
+def thirds(names: list[str], rows: int) -> list[Piece]:
+    """The parameters `names`, each the next third of a tensor's first `rows`."""
+    third = rows // len(names)
+    return [Piece(name, _rows(i * third, (i + 1) * third)) for i, name in enumerate(names)]
+
+
+def _rows(start: int, stop: int) -> Callable[[Tensor], Tensor]:
     return lambda tensor: tensor[start:stop]
+
+
+def swap_halves(tensor: Tensor) -> Tensor:
+    """For `Piece.take`: the second half of the rows, then the first."""
+    return torch.cat(tensor.chunk(2)[::-1])
 
 
 def block_tensors(config: Mapping[str, Any]) -> tuple[Shapes, dict[str, int]]:

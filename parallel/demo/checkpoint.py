@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from ..adapters.base import Adapter
 from ..adapters.flux import FluxAdapter
 from ..adapters.hunyuan_video import HunyuanVideoAdapter
+from ..adapters.mochi import MochiAdapter
 from ..adapters.two_stream import HEAD_DIM
 from ..adapters.wan import WanAdapter
 
@@ -228,10 +229,41 @@ def write_tiny_wan(
     return config
 
 
+def write_tiny_mochi(
+    path: str | Path,
+    *,
+    seed: int = 0,
+    heads: int = 2,
+    depth: int = 2,
+    context_dim: int = 64,
+    dtype: torch.dtype = torch.float32,
+    prefix: str = "",
+    scaled: str = "",
+) -> dict[str, Any]:
+    """Writes a random Mochi of hidden size heads × 96 as a single safetensors file; returns its configuration.
+
+    Of these widths ComfyUI and diffusers make hidden layers of the same width. ComfyUI's loader reads no size from the
+    file: it must be told of these.
+    """
+    config = {
+        "num_attention_heads": heads,
+        "attention_head_dim": 96,
+        "num_layers": depth,
+        "pooled_projection_dim": 96,
+        "in_channels": 12,
+        "out_channels": 12,
+        "text_embed_dim": context_dim,
+    }
+    tensors = random_tensors(MochiAdapter(), config, seed)
+    _save(path, {name: tensor.to(dtype) for name, tensor in tensors.items()}, prefix, scaled)
+    return config
+
+
 WRITERS: dict[str, Callable[..., dict[str, Any]]] = {
     HunyuanVideoAdapter.family: write_tiny_hunyuan_video,
     FluxAdapter.family: write_tiny_flux,
     WanAdapter.family: write_tiny_wan,
+    MochiAdapter.family: write_tiny_mochi,
 }
 """Family → what writes its tiny checkpoints; all take `path`, `seed`, `heads`, `depth`, `dtype`, `prefix`, `scaled`."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -22,6 +23,7 @@ from parallel.wire.shared import TensorRef, lay_out
 from parallel.worker.resident import ResidentModel
 from tests.distributed.tiny_models import (
     Inputs,
+    MochiInputs,
     Model,
     StartGroup,
     TinyModels,
@@ -114,6 +116,20 @@ WAN = {
 }
 MODELS |= WAN
 
+MOCHI: dict[str, Any] = {"family": "mochi"}
+MODELS |= {
+    "mochi": Model(MOCHI, MochiInputs()),
+    "mochi_padded": Model(MOCHI, MochiInputs(valid=5)),
+    "mochi_odd_batch_2": Model(MOCHI | {"heads": 3}, MochiInputs(frames=3, height=6, width=10, valid=3, batch=2)),
+    "mochi_fp8_storage": Model(MOCHI, MochiInputs(valid=1), torch.float8_e4m3fn),
+}
+
+
+def stock_model(path: Path) -> Any:
+    """diffusers' own model with the weights of a checkpoint, in this process."""
+    recipe = {"path": str(path), "weight_dtype": "float32", "compute_dtype": "float32"}
+    return ResidentModel(recipe, torch.device("cpu"), lambda done, total: None).model
+
 
 def test_every_family_has_models():
     assert {model.checkpoint.get("family", "hunyuan_video") for model in MODELS.values()} == set(FAMILIES)
@@ -181,6 +197,7 @@ def test_many_workers_give_what_one_gives(predict: Predictions, name: str, devic
     [
         "odd_tokens", "mostly_text", "batch_2_unequal_masks", "four_heads", "first_frame_batch_2",
         "flux_odd_size", "flux_references", "wan_odd_size", "wan_i2v_batch_2", "wan_22_5b_batch_2",
+        "mochi_odd_batch_2",
     ],
 )  # fmt: skip
 def test_any_degrees_give_what_one_worker_gives(predict: Predictions, name: str, devices: str, degrees: dict[str, int]):
@@ -235,6 +252,7 @@ def test_the_dialect_of_a_checkpoint_does_not_matter(predict: Predictions, name:
         ("wan", "wan_fp8_storage"),
         ("wan_i2v", "wan_i2v_without_image"),
         ("wan_i2v", "wan_first_and_last_frame"),
+        ("mochi", "mochi_padded"),
     ],
 )
 def test_what_differs_shows(predict: Predictions, first: str, second: str):
@@ -301,6 +319,20 @@ def test_one_worker_gives_what_diffusers_gives_for_wan(predict: Predictions, tin
     with torch.no_grad():
         (expected,) = stock(x, timestep, conditioning["context"], conditioning.get("clip_fea"), return_dict=False)
     assert relative_difference(predict(name, "cpu"), expected) <= STOCK_TOLERANCE
+
+
+@pytest.mark.parametrize("name", ["mochi", "mochi_odd_batch_2"])
+def test_one_worker_gives_what_diffusers_gives_for_mochi(predict: Predictions, tiny_models: TinyModels, name: str):
+    """diffusers' time runs from 0 to 1000, against ComfyUI's, and so does its prediction."""
+    model = MODELS[name]
+    stock = stock_model(tiny_models.path(**model.checkpoint))
+    assert type(stock).__name__ == "MochiTransformer3DModel"
+    x, timestep, conditioning = model.inputs.make()
+    with torch.no_grad():
+        (expected,) = stock(
+            x, conditioning["context"], 1000 * (1 - timestep), conditioning["attention_mask"], return_dict=False
+        )
+    assert relative_difference(predict(name, "cpu"), -expected) <= STOCK_TOLERANCE
 
 
 def test_two_models_side_by_side(start_group: StartGroup, tiny_models: TinyModels, predict: Predictions):

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -123,12 +123,43 @@ class WanInputs:
 
 
 @dataclass(frozen=True)
+class MochiInputs:
+    """Sizes of one step's inputs for Mochi."""
+
+    frames: int = 2
+    height: int = 8
+    width: int = 8
+    text: int = 8
+    valid: int = 8
+    """Text tokens that are no padding."""
+    batch: int = 1
+
+    def make(self) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """x, timestep, conditioning."""
+        generator = torch.Generator().manual_seed(0)
+        conditioning = {
+            "context": torch.randn(self.batch, self.text, TEXT_WIDTH, generator=generator),
+            "attention_mask": (torch.arange(self.text) < self.valid).long().repeat(self.batch, 1),
+            "num_tokens": pack_text(str(self.valid)),
+        }
+        x = torch.randn(self.batch, 12, self.frames, self.height, self.width, generator=generator)
+        return x, torch.linspace(0.9, 0.3, self.batch), conditioning
+
+
+class StepInputs(Protocol):
+    """What makes the inputs of one step."""
+
+    def make(self) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """x, timestep, conditioning."""
+
+
+@dataclass(frozen=True)
 class Model:
     """A checkpoint, the step it is asked for, and how it is loaded."""
 
     checkpoint: dict[str, Any] = field(default_factory=dict)
     """Arguments of `TinyModels.path`."""
-    inputs: Inputs | WanInputs = field(default_factory=Inputs)
+    inputs: StepInputs = field(default_factory=Inputs)
     weight_dtype: torch.dtype = torch.float32
 
 

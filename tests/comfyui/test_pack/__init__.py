@@ -5,7 +5,10 @@ from types import SimpleNamespace
 import torch
 from comfy.controlnet import ControlBase
 
+from . import tiny_detection
 from .vae_networks import NETWORKS, make_vae
+
+tiny_detection.apply()
 
 
 class SPTestConditioning:
