@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from ..adapters.base import Adapter
 from ..adapters.flux import FluxAdapter
 from ..adapters.hunyuan_video import HunyuanVideoAdapter
+from ..adapters.ltxv import LTXVAdapter
 from ..adapters.mochi import MochiAdapter
 from ..adapters.two_stream import HEAD_DIM
 from ..adapters.wan import WanAdapter
@@ -259,18 +260,64 @@ def write_tiny_mochi(
     return config
 
 
+def write_tiny_ltxv(
+    path: str | Path,
+    *,
+    seed: int = 0,
+    heads: int = 2,
+    depth: int = 2,
+    context_dim: int = 64,
+    causal: bool = False,
+    dtype: torch.dtype = torch.float32,
+    prefix: str = "",
+    scaled: str = "",
+) -> dict[str, Any]:
+    """Writes a random LTXV of hidden size heads × 64 as a single safetensors file; returns its configuration.
+
+    Args:
+        causal: with the positions of version 0.9.5 and newer.
+    """
+    hidden = heads * 64
+    config = {
+        "in_channels": 128,
+        "out_channels": 128,
+        "num_attention_heads": heads,
+        "attention_head_dim": 64,
+        "cross_attention_dim": hidden,
+        "num_layers": depth,
+        "caption_channels": context_dim,
+        "causal_temporal_positioning": causal,
+    }
+    tensors = random_tensors(LTXVAdapter(), config, seed)
+    _save(
+        path,
+        {name: tensor.to(dtype) for name, tensor in tensors.items()},
+        prefix,
+        scaled,
+        {"config": json.dumps({"transformer": config})},
+    )
+    return config
+
+
 WRITERS: dict[str, Callable[..., dict[str, Any]]] = {
     HunyuanVideoAdapter.family: write_tiny_hunyuan_video,
     FluxAdapter.family: write_tiny_flux,
     WanAdapter.family: write_tiny_wan,
     MochiAdapter.family: write_tiny_mochi,
+    LTXVAdapter.family: write_tiny_ltxv,
 }
 """Family → what writes its tiny checkpoints; all take `path`, `seed`, `heads`, `depth`, `dtype`, `prefix`, `scaled`."""
 
 
-def _save(path: str | Path, tensors: dict[str, torch.Tensor], prefix: str, scaled: str) -> None:
-    tensors, metadata = scaled_fp8(tensors, scaled) if scaled else (tensors, {})
-    save_file({prefix + name: tensor for name, tensor in tensors.items()}, str(path), metadata)
+def _save(
+    path: str | Path,
+    tensors: dict[str, torch.Tensor],
+    prefix: str,
+    scaled: str,
+    metadata: dict[str, str] | None = None,
+) -> None:
+    tensors, of_scales = scaled_fp8(tensors, scaled) if scaled else (tensors, {})
+    save_file({prefix + name: tensor for name, tensor in tensors.items()}, str(path), of_scales | (metadata or {}))
 
 
 def _original_name(name: str) -> str:

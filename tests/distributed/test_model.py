@@ -23,6 +23,7 @@ from parallel.wire.shared import TensorRef, lay_out
 from parallel.worker.resident import ResidentModel
 from tests.distributed.tiny_models import (
     Inputs,
+    LTXVInputs,
     MochiInputs,
     Model,
     StartGroup,
@@ -124,6 +125,17 @@ MODELS |= {
     "mochi_fp8_storage": Model(MOCHI, MochiInputs(valid=1), torch.float8_e4m3fn),
 }
 
+LTXV: dict[str, Any] = {"family": "ltxv"}
+MODELS |= {
+    "ltxv": Model(LTXV, LTXVInputs()),
+    "ltxv_padded": Model(LTXV, LTXVInputs(valid=(5,))),
+    "ltxv_odd_first_frame": Model(
+        LTXV | {"heads": 3, "causal": True},
+        LTXVInputs(frames=3, height=3, width=5, valid=(5, 8), rate=23.976, clean_frames=1, batch=2),
+    ),
+    "ltxv_fp8_storage": Model(LTXV, LTXVInputs(valid=(1,)), torch.float8_e4m3fn),
+}
+
 
 def stock_model(path: Path) -> Any:
     """diffusers' own model with the weights of a checkpoint, in this process."""
@@ -197,7 +209,7 @@ def test_many_workers_give_what_one_gives(predict: Predictions, name: str, devic
     [
         "odd_tokens", "mostly_text", "batch_2_unequal_masks", "four_heads", "first_frame_batch_2",
         "flux_odd_size", "flux_references", "wan_odd_size", "wan_i2v_batch_2", "wan_22_5b_batch_2",
-        "mochi_odd_batch_2",
+        "mochi_odd_batch_2", "ltxv_odd_first_frame",
     ],
 )  # fmt: skip
 def test_any_degrees_give_what_one_worker_gives(predict: Predictions, name: str, devices: str, degrees: dict[str, int]):
@@ -253,6 +265,7 @@ def test_the_dialect_of_a_checkpoint_does_not_matter(predict: Predictions, name:
         ("wan_i2v", "wan_i2v_without_image"),
         ("wan_i2v", "wan_first_and_last_frame"),
         ("mochi", "mochi_padded"),
+        ("ltxv", "ltxv_padded"),
     ],
 )
 def test_what_differs_shows(predict: Predictions, first: str, second: str):
@@ -321,6 +334,7 @@ def test_one_worker_gives_what_diffusers_gives_for_wan(predict: Predictions, tin
     assert relative_difference(predict(name, "cpu"), expected) <= STOCK_TOLERANCE
 
 
+@pytest.mark.filterwarnings("ignore:In CPU autocast")
 @pytest.mark.parametrize("name", ["mochi", "mochi_odd_batch_2"])
 def test_one_worker_gives_what_diffusers_gives_for_mochi(predict: Predictions, tiny_models: TinyModels, name: str):
     """diffusers' time runs from 0 to 1000, against ComfyUI's, and so does its prediction."""
@@ -333,6 +347,31 @@ def test_one_worker_gives_what_diffusers_gives_for_mochi(predict: Predictions, t
             x, conditioning["context"], 1000 * (1 - timestep), conditioning["attention_mask"], return_dict=False
         )
     assert relative_difference(predict(name, "cpu"), -expected) <= STOCK_TOLERANCE
+
+
+@pytest.mark.parametrize("name", ["ltxv", "ltxv_padded", "ltxv_odd_first_frame"])
+def test_one_worker_gives_what_diffusers_gives_for_ltxv(predict: Predictions, tiny_models: TinyModels, name: str):
+    """diffusers takes a token's place from its caller: in frames at 25 a second, as its pipelines give it."""
+    model = MODELS[name]
+    stock = stock_model(tiny_models.path(**model.checkpoint))
+    assert type(stock).__name__ == "LTXVideoTransformer3DModel"
+    x, timestep, conditioning = model.inputs.make()
+    frames = 8 * torch.arange(x.shape[2])
+    if stock.config["causal_temporal_positioning"]:
+        frames = (frames - 7).clamp(min=0)
+    rows, columns = (32.0 * torch.arange(size) for size in x.shape[3:])
+    places = torch.meshgrid(frames / model.inputs.rate, rows, columns, indexing="ij")
+    with torch.no_grad():
+        (expected,) = stock(
+            x.flatten(2).transpose(1, 2),
+            conditioning["context"],
+            1000 * timestep,
+            conditioning.get("attention_mask"),
+            video_coords=torch.stack(places).flatten(1).repeat(len(x), 1, 1),
+            return_dict=False,
+        )
+    expected = expected.transpose(1, 2).unflatten(2, x.shape[2:])
+    assert relative_difference(predict(name, "cpu"), expected) <= STOCK_TOLERANCE
 
 
 def test_two_models_side_by_side(start_group: StartGroup, tiny_models: TinyModels, predict: Predictions):

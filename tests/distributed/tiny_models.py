@@ -146,6 +146,41 @@ class MochiInputs:
         return x, torch.linspace(0.9, 0.3, self.batch), conditioning
 
 
+@dataclass(frozen=True)
+class LTXVInputs:
+    """Sizes of one step's inputs for LTXV."""
+
+    frames: int = 2
+    height: int = 4
+    width: int = 4
+    text: int = 8
+    valid: tuple[int, ...] | None = None
+    """Valid text tokens of each sample; None sends no mask."""
+    rate: float = 25.0
+    clean_frames: int = 0
+    """Frames whose timestep is 0; with any, each token has a timestep of its own."""
+    batch: int = 1
+
+    def make(self) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """x, timestep, conditioning."""
+        generator = torch.Generator().manual_seed(0)
+        conditioning = {
+            "context": torch.randn(self.batch, self.text, TEXT_WIDTH, generator=generator),
+            "frame_rate": pack_text(str(self.rate)),
+        }
+        if self.valid is not None:
+            conditioning["attention_mask"] = (torch.arange(self.text) < torch.tensor(self.valid)[:, None]).long()
+        timestep = torch.linspace(0.9, 0.3, self.batch)
+        if self.clean_frames:
+            noisy = (torch.arange(self.frames) >= self.clean_frames).repeat_interleave(self.height * self.width)
+            timestep = (timestep[:, None] * noisy)[..., None]
+        return (
+            torch.randn(self.batch, 128, self.frames, self.height, self.width, generator=generator),
+            timestep,
+            conditioning,
+        )
+
+
 class StepInputs(Protocol):
     """What makes the inputs of one step."""
 

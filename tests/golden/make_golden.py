@@ -94,9 +94,18 @@ MOCHI_FORWARDS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         {"frames": 3, "height": 6, "width": 10, "text": 7, "valid": 3, "batch": 2},
     ),
 }
+LTXV = {"family": "ltxv"}
+LTXV_FORWARDS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "ltxv": (LTXV | {"seed": 31}, {"valid": (5,)}),
+    "ltxv_unequal_texts": (LTXV | {"seed": 32, "heads": 1}, {"valid": (5, 8), "rate": 24.0}),
+    "ltxv_first_frame": (
+        LTXV | {"seed": 33, "heads": 3, "causal": True},
+        {"frames": 3, "height": 3, "width": 2, "valid": (3, 3), "rate": 23.976, "clean_frames": 1},
+    ),
+}
 TRAJECTORY = (VIDEO | {"seed": 8, "depth": 2, "depth_single": 2}, {"valid": 5})
 STEPS = 4
-NUMBERS: dict[str, type] = {"num_tokens": int}
+NUMBERS: dict[str, type] = {"num_tokens": int, "frame_rate": float}
 """Inputs that are numbers (`pack_text`)."""
 
 
@@ -178,6 +187,31 @@ def mochi_inputs(
     }
 
 
+def ltxv_inputs(
+    *,
+    frames: int = 2,
+    height: int = 2,
+    width: int = 3,
+    text: int = 8,
+    valid: tuple[int, ...] = (8,),
+    rate: float = 25.0,
+    clean_frames: int = 0,
+) -> dict[str, Tensor]:
+    """`valid` is the number of text tokens of each sample that are no padding; `clean_frames` have a timestep of 0."""
+    generator, batch = torch.Generator().manual_seed(0), len(valid)
+    timestep = torch.linspace(0.85, 0.25, batch)
+    if clean_frames:
+        noisy = (torch.arange(frames) >= clean_frames).repeat_interleave(height * width)
+        timestep = (timestep[:, None] * noisy)[..., None]
+    return {
+        "x": torch.randn(batch, 128, frames, height, width, generator=generator),
+        "timestep": timestep,
+        "context": torch.randn(batch, text, TEXT_WIDTH, generator=generator),
+        "attention_mask": (torch.arange(text) < torch.tensor(valid)[:, None]).long(),
+        "frame_rate": pack_text(str(rate)),
+    }
+
+
 def forward(patcher: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """One call of ComfyUI's network."""
     network = patcher.model.diffusion_model
@@ -215,6 +249,7 @@ def main() -> None:
     cases = {name: (options, inputs(**sizes), forward) for name, (options, sizes) in FORWARDS.items()}
     cases |= {name: (options, wan_inputs(**sizes), forward) for name, (options, sizes) in WAN_FORWARDS.items()}
     cases |= {name: (options, mochi_inputs(**sizes), forward) for name, (options, sizes) in MOCHI_FORWARDS.items()}
+    cases |= {name: (options, ltxv_inputs(**sizes), forward) for name, (options, sizes) in LTXV_FORWARDS.items()}
     cases["trajectory"] = (TRAJECTORY[0], inputs(**TRAJECTORY[1]), trajectory)
     for name in sys.argv[1:] or cases:
         options, tensors, run = cases[name]
