@@ -1,4 +1,4 @@
-"""Checks of a step's inputs, and random ones, as several families need them."""
+"""Checks of a step's inputs, samples with equal texts, and random inputs, as several families need them."""
 
 from __future__ import annotations
 
@@ -67,6 +67,23 @@ def require_one_time_each(family: str, timestep: Tensor) -> None:
     """
     if timestep.ndim != 1:
         raise UnsupportedError(f"{family} needs one timestep per sample; got {list(timestep.shape)}")
+
+
+def alike(text: Tensor, mask: Tensor | None) -> list[tuple[slice, Tensor]]:
+    """Which samples can run together, none attending to padding: all, if their masks are equal, else each by itself.
+
+    Args:
+        text: [B, L, C].
+        mask: [B, L] or [1, L], not 0 for tokens that count; None counts all.
+
+    Returns:
+        (samples, [L] bool of the tokens to keep) for each group.
+    """
+    valid = text.new_ones(1, text.shape[1], dtype=torch.bool) if mask is None else mask != 0
+    valid = valid.expand(len(text), -1)
+    if (valid == valid[:1]).all():
+        return [(slice(None), valid[0])]
+    return [(slice(i, i + 1), keep) for i, keep in enumerate(valid)]
 
 
 def normal(dtype: torch.dtype) -> Callable[..., Tensor]:

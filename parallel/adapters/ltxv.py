@@ -23,7 +23,7 @@ from ..checkpoints.source import Source, TensorInfo
 from ..errors import CheckpointError, UnsupportedError
 from . import two_stream
 from .base import Adapter, Piece, StepContext, pack_text, unpack_text
-from .inputs import normal, require_known, require_latent, require_text
+from .inputs import alike, normal, require_known, require_latent, require_text
 from .patches import Grid, read_tokens, write_tokens
 from .two_stream import Shapes, rename
 
@@ -178,15 +178,10 @@ class LTXVAdapter(Adapter):
         return tokens
 
     def prepare(self, conditioning: Mapping[str, Tensor]) -> list[_Prompts]:
-        text, mask = conditioning["context"], conditioning.get("attention_mask")
+        text = conditioning["context"]
         rate = float(unpack_text(conditioning["frame_rate"])) if "frame_rate" in conditioning else FRAME_RATE
-        if mask is None:
-            return [_Prompts(slice(None), text, rate)]
-        valid = mask.expand(len(text), -1) != 0
-        if (valid == valid[:1]).all():
-            return [_Prompts(slice(None), text[:, valid[0]], rate)]
-        # Unequal texts: one pass per sample, so that none attends to padding.
-        return [_Prompts(slice(i, i + 1), text[i : i + 1, keep], rate) for i, keep in enumerate(valid)]
+        groups = alike(text, conditioning.get("attention_mask"))
+        return [_Prompts(rows, text[rows, keep], rate) for rows, keep in groups]
 
     def example(self, config: Mapping[str, Any], world_size: int, dtype: torch.dtype) -> dict[str, Tensor]:
         random, frames = normal(dtype), world_size + 1

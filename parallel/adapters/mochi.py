@@ -254,13 +254,6 @@ def _added(x: Tensor, change: Tensor, gate: Tensor) -> Tensor:
     return x + F.rms_norm(change, change.shape[-1:], eps=1e-6) * torch.tanh(gate)[:, None]
 
 
-def _qkv(x: Tensor, layers: tuple[Any, Any, Any], norms: tuple[Any, Any]) -> tuple[Tensor, ...]:
-    """x [B, S, C] → q, k, v [B, S, H, D]."""
-    head_dim = norms[0].weight.shape[0]
-    q, k, v = (layer(x).unflatten(2, (-1, head_dim)) for layer in layers)
-    return *(F.rms_norm(part, (head_dim,), norm.weight, 1e-5) for part, norm in zip((q, k), norms, strict=True)), v
-
-
 def _block(
     block: Any, video: Tensor, text: Tensor, by: Tensor, table: Rope, attend: JointAttention
 ) -> tuple[Tensor, Tensor]:
@@ -270,7 +263,7 @@ def _block(
     """
     attn, count = block.attn1, video.shape[1]
     scale, *gates = block.norm1.linear(by).chunk(4, dim=1)
-    parts = _qkv(_scaled(video, scale), (attn.to_q, attn.to_k, attn.to_v), (attn.norm_q, attn.norm_k))
+    parts = two_stream.qkv(_scaled(video, scale), (attn.to_q, attn.to_k, attn.to_v), (attn.norm_q, attn.norm_k), 1e-5)
     text_gates: list[Tensor] = []
     if text.shape[1]:
         if block.context_pre_only:
@@ -278,8 +271,8 @@ def _block(
         else:
             scale, *text_gates = block.norm1_context.linear(by).chunk(4, dim=1)
         layers = (attn.add_q_proj, attn.add_k_proj, attn.add_v_proj)
-        added = _qkv(_scaled(text, scale), layers, (attn.norm_added_q, attn.norm_added_k))
-        parts = tuple(torch.cat(pair, dim=1) for pair in zip(parts, added, strict=True))
+        added = two_stream.qkv(_scaled(text, scale), layers, (attn.norm_added_q, attn.norm_added_k), 1e-5)
+        parts = [torch.cat(pair, dim=1) for pair in zip(parts, added, strict=True)]
     q, k, v = parts
     out = attend(rotate(q, table), rotate(k, table), v).flatten(2)
     if text_gates:

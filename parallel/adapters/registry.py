@@ -9,11 +9,12 @@ from .flux import FluxAdapter
 from .hunyuan_video import HunyuanVideoAdapter
 from .ltxv import LTXVAdapter
 from .mochi import MochiAdapter
+from .qwen_image import QwenImageAdapter
 from .wan import WanAdapter
 
 FAMILIES: dict[str, type[Adapter]] = {
     adapter.family: adapter
-    for adapter in (HunyuanVideoAdapter, FluxAdapter, WanAdapter, MochiAdapter, LTXVAdapter)
+    for adapter in (HunyuanVideoAdapter, FluxAdapter, WanAdapter, MochiAdapter, LTXVAdapter, QwenImageAdapter)
 }  # fmt: skip
 
 

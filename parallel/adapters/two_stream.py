@@ -8,7 +8,7 @@ length. "Image" stands for video, too.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -236,7 +236,7 @@ def _each_block(
 
 def head(model: Any, image: Tensor, by: Modulation) -> Tensor:
     """The output projection of image rows [B, n, hidden]."""
-    return model.proj_out(_join([model.norm_out(image[:, rows], vector) for rows, vector in by.image]))
+    return model.proj_out(join([model.norm_out(image[:, rows], vector) for rows, vector in by.image]))
 
 
 def rope_with_text(table: Rope, text: int) -> Rope:
@@ -256,6 +256,13 @@ def heads(x: Tensor, norm: Any = None) -> Tensor:
     return x if norm is None else F.rms_norm(x, (HEAD_DIM,), norm.weight)
 
 
+def qkv(x: Tensor, layers: Sequence[Any], norms: Sequence[Any], eps: float) -> list[Tensor]:
+    """x [B, S, C] → q, k, v [B, S, H, D], of which the norms, for D channels, are applied to q and k."""
+    parts = [layer(x).unflatten(2, (-1, norms[0].weight.shape[0])) for layer in layers]
+    normed = [F.rms_norm(part, norm.weight.shape, norm.weight, eps) for part, norm in zip(parts, norms, strict=False)]
+    return [*normed, parts[2]]
+
+
 def _joint_qkv(attn: Any, image: Tensor, text: Tensor) -> tuple[Tensor, ...]:
     """q, k, v [B, S_r, H, D] of this rank's image rows, then text rows."""
     own = (
@@ -273,7 +280,7 @@ def _joint_qkv(attn: Any, image: Tensor, text: Tensor) -> tuple[Tensor, ...]:
     return tuple(torch.cat([x, y], dim=1) for x, y in zip(own, added, strict=True))
 
 
-def _join(parts: list[Tensor]) -> Tensor:
+def join(parts: list[Tensor]) -> Tensor:
     """Rows one after the other; one part alone is not copied."""
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
@@ -289,7 +296,7 @@ def _modulated(norm: nn.Module, x: Tensor, vectors: Vectors) -> tuple[Tensor, _G
         part, *rest = norm(x[:, rows], emb=vector)
         parts.append(part)
         gates.append((rows, rest))
-    return _join(parts), gates
+    return join(parts), gates
 
 
 def _dual_stream_block(
@@ -313,7 +320,7 @@ def _residuals(x: Tensor, attended: Tensor, gates: _Gates, norm: nn.Module, mlp:
     for rows, (gate_attention, shift, scale, gate_mlp) in gates:
         part = x[:, rows] + attended[:, rows] * gate_attention[:, None]
         parts.append(part + mlp(norm(part) * (1 + scale[:, None]) + shift[:, None]) * gate_mlp[:, None])
-    return _join(parts)
+    return join(parts)
 
 
 def _single_stream_block(block: Any, hidden: Tensor, vectors: Vectors, table: Rope, attend: JointAttention) -> Tensor:
@@ -324,4 +331,4 @@ def _single_stream_block(block: Any, hidden: Tensor, vectors: Vectors, table: Ro
     # The first half of the MLP does not need the attention: it runs while tokens and heads are exchanged.
     out, mlp = attend.with_work(rotate(q, table), rotate(k, table), v, lambda: block.act_mlp(block.proj_mlp(normed)))
     out = block.proj_out(torch.cat([out.flatten(2), mlp], dim=2))
-    return _finite(_join([hidden[:, rows] + gate[:, None] * out[:, rows] for rows, (gate,) in gates]))
+    return _finite(join([hidden[:, rows] + gate[:, None] * out[:, rows] for rows, (gate,) in gates]))

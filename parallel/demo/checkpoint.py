@@ -17,6 +17,7 @@ from ..adapters.flux import FluxAdapter
 from ..adapters.hunyuan_video import HunyuanVideoAdapter
 from ..adapters.ltxv import LTXVAdapter
 from ..adapters.mochi import MochiAdapter
+from ..adapters.qwen_image import QwenImageAdapter
 from ..adapters.two_stream import HEAD_DIM
 from ..adapters.wan import WanAdapter
 
@@ -299,12 +300,48 @@ def write_tiny_ltxv(
     return config
 
 
+def write_tiny_qwen_image(
+    path: str | Path,
+    *,
+    seed: int = 0,
+    heads: int = 2,
+    depth: int = 2,
+    context_dim: int = 64,
+    clean_references: bool = False,
+    layered: bool = False,
+    dtype: torch.dtype = torch.float32,
+    prefix: str = "",
+    scaled: str = "",
+) -> dict[str, Any]:
+    """Writes a random Qwen-Image of hidden size heads × 128 as a single safetensors file; returns its configuration.
+
+    ComfyUI's loader knows 24 heads and a text of 3584 channels only: it must be told of these.
+
+    Args:
+        clean_references: with the mark of Edit 2511.
+        layered: with the embedding that Layered has.
+    """
+    config = {
+        "in_channels": 64,
+        "out_channels": 16,
+        "num_layers": depth,
+        "num_attention_heads": heads,
+        "joint_attention_dim": context_dim,
+        "zero_cond_t": clean_references,
+        "use_additional_t_cond": layered,
+    }
+    tensors = random_tensors(QwenImageAdapter(), config, seed)
+    _save(path, {name: tensor.to(dtype) for name, tensor in tensors.items()}, prefix, scaled)
+    return config
+
+
 WRITERS: dict[str, Callable[..., dict[str, Any]]] = {
     HunyuanVideoAdapter.family: write_tiny_hunyuan_video,
     FluxAdapter.family: write_tiny_flux,
     WanAdapter.family: write_tiny_wan,
     MochiAdapter.family: write_tiny_mochi,
     LTXVAdapter.family: write_tiny_ltxv,
+    QwenImageAdapter.family: write_tiny_qwen_image,
 }
 """Family → what writes its tiny checkpoints; all take `path`, `seed`, `heads`, `depth`, `dtype`, `prefix`, `scaled`."""
 

@@ -181,6 +181,40 @@ class LTXVInputs:
         )
 
 
+@dataclass(frozen=True)
+class QwenImageInputs:
+    """Sizes of one step's inputs for Qwen-Image."""
+
+    frames: int = 1
+    height: int = 8
+    width: int = 8
+    text: int = 8
+    valid: tuple[int, ...] | None = None
+    """Valid text tokens of each sample; None sends no mask."""
+    references: tuple[tuple[int, int], ...] = ()
+    """Heights and widths of further pictures."""
+    method: str | None = None
+    """How the references are placed."""
+    batch: int = 1
+
+    def make(self) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """x, timestep, conditioning."""
+        generator = torch.Generator().manual_seed(0)
+
+        def random(*shape: int) -> Tensor:
+            return torch.randn(shape, generator=generator)
+
+        conditioning = {"context": random(self.batch, self.text, TEXT_WIDTH)}
+        if self.valid is not None:
+            conditioning["attention_mask"] = (torch.arange(self.text) < torch.tensor(self.valid)[:, None]).long()
+        for i, size in enumerate(self.references):
+            conditioning[f"ref_latents.{i}"] = random(self.batch, 16, 1, *size)
+        if self.method is not None:
+            conditioning["ref_latents_method"] = pack_text(self.method)
+        x = random(self.batch, 16, self.frames, self.height, self.width)
+        return x, torch.linspace(0.9, 0.3, self.batch), conditioning
+
+
 class StepInputs(Protocol):
     """What makes the inputs of one step."""
 

@@ -103,6 +103,18 @@ LTXV_FORWARDS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         {"frames": 3, "height": 3, "width": 2, "valid": (3, 3), "rate": 23.976, "clean_frames": 1},
     ),
 }
+QWEN = {"family": "qwen_image"}
+QWEN_FORWARDS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "qwen_image": (QWEN | {"seed": 41}, {}),
+    "qwen_image_unequal_texts": (QWEN | {"seed": 42, "heads": 1}, {"height": 5, "width": 7, "valid": (5, 8)}),
+    "qwen_image_references": (QWEN | {"seed": 43, "heads": 3}, REFERENCES),
+    "qwen_image_references_offset": (QWEN | {"seed": 43, "heads": 3}, REFERENCES | {"method": "offset"}),
+    "qwen_image_clean_references": (
+        QWEN | {"seed": 44, "clean_references": True},
+        {"height": 7, "valid": (3,), "references": ((9, 4),)},
+    ),
+    "qwen_image_layered": (QWEN | {"seed": 45, "layered": True}, {"frames": 2, "references": ((4, 6),)}),
+}
 TRAJECTORY = (VIDEO | {"seed": 8, "depth": 2, "depth_single": 2}, {"valid": 5})
 STEPS = 4
 NUMBERS: dict[str, type] = {"num_tokens": int, "frame_rate": float}
@@ -212,6 +224,34 @@ def ltxv_inputs(
     }
 
 
+def qwen_inputs(
+    *,
+    frames: int = 1,
+    height: int = 6,
+    width: int = 6,
+    text: int = 8,
+    valid: tuple[int, ...] = (),
+    references: tuple[tuple[int, int], ...] = (),
+    method: str = "",
+) -> dict[str, Tensor]:
+    """`valid` is the number of text tokens of each sample that are no padding; without it there is no mask."""
+    generator, batch = torch.Generator().manual_seed(0), len(valid) or 1
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator)
+
+    tensors = {
+        "x": random(batch, 16, frames, height, width),
+        "timestep": torch.linspace(0.85, 0.25, batch),
+        "context": random(batch, text, TEXT_WIDTH),
+    }
+    if valid:
+        tensors["attention_mask"] = (torch.arange(text) < torch.tensor(valid)[:, None]).long()
+    for i, size in enumerate(references):
+        tensors[f"ref_latents.{i}"] = random(batch, 16, 1, *size)
+    return tensors | {"ref_latents_method": pack_text(method)} if method else tensors
+
+
 def forward(patcher: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """One call of ComfyUI's network."""
     network = patcher.model.diffusion_model
@@ -250,6 +290,7 @@ def main() -> None:
     cases |= {name: (options, wan_inputs(**sizes), forward) for name, (options, sizes) in WAN_FORWARDS.items()}
     cases |= {name: (options, mochi_inputs(**sizes), forward) for name, (options, sizes) in MOCHI_FORWARDS.items()}
     cases |= {name: (options, ltxv_inputs(**sizes), forward) for name, (options, sizes) in LTXV_FORWARDS.items()}
+    cases |= {name: (options, qwen_inputs(**sizes), forward) for name, (options, sizes) in QWEN_FORWARDS.items()}
     cases["trajectory"] = (TRAJECTORY[0], inputs(**TRAJECTORY[1]), trajectory)
     for name in sys.argv[1:] or cases:
         options, tensors, run = cases[name]

@@ -26,7 +26,14 @@ def _mochi_sizes(shape_of: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-_SIZES = {"mochi_preview": _mochi_sizes}
+def _qwen_image_sizes(shape_of: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "num_attention_heads": shape_of["img_in.weight"][0] // 128,
+        "joint_attention_dim": shape_of["txt_norm.weight"][0],
+    }
+
+
+_SIZES = {"mochi_preview": _mochi_sizes, "qwen_image": _qwen_image_sizes}
 
 
 def apply() -> None:
