@@ -6,14 +6,28 @@ import pytest
 import torch
 
 from tests.comfyui.fixtures import Reference
-from tests.comfyui.graphs import Setting, Swapped, Text, fresh, model_node, two_stage_graph
+from tests.comfyui.graphs import (
+    GraphBuilder,
+    Link,
+    Setting,
+    Swapped,
+    Text,
+    fresh,
+    model_node,
+    two_stage_graph,
+)
 from tests.comfyui.latents import read_latent, relative_difference, sample
 from tests.comfyui.model_files import (
     FLUX,
     FLUX_KINDS,
     HUNYUAN_VIDEO_KINDS,
+    LTXV,
+    LTXV_CAUSAL,
+    MOCHI,
     NO_GUIDANCE,
     ORIGINAL_NAMES,
+    QWEN_IMAGE,
+    QWEN_IMAGE_2511,
     TINY,
     WAN,
     WAN_22_5B,
@@ -86,6 +100,58 @@ CASES |= {
     "wan_22_5b_cfg": replace(_WAN_5B, cfg=4.0, **_DPMPP),
     "wan_22_5b_odd_batch_2": replace(_WAN_5B, cfg=4.0, batch=2, height=48),
 }
+
+
+def with_references(builder: GraphBuilder, setting: Setting, positive: Link, latent: Link) -> tuple[Link, Link]:
+    """Two pictures of odd sizes."""
+    for seed, (height, width) in enumerate([(5, 4), (3, 7)]):
+        picture = builder.add("SPTestVideoLatent", seed=seed, frames=1, height=height, width=width)
+        positive = builder.add("ReferenceLatent", conditioning=positive, latent=picture)
+    return positive, latent
+
+
+# The network sees their texts' padding only as a mask, which Mochi's text encoder always gives.
+_MOCHI = Setting(
+    checkpoint=MOCHI, empty="EmptyMochiLatentVideo", length=13, positive=MASKED, negative=Text(12, tokens=8, valid=3)
+)
+_LTXV = replace(_MOCHI, checkpoint=LTXV, empty="EmptyLTXVLatentVideo", width=128, height=96, length=17)
+_QWEN = Setting(checkpoint=QWEN_IMAGE, picture=True, positive=MASKED, negative=Text(12, tokens=5))
+# name → setting, and where it is sampled: each costs a server two samplings
+ONE_PLAN: dict[str, tuple[Setting, Swapped]] = {
+    "mochi_cfg": (replace(_MOCHI, cfg=4.0), Swapped(ulysses_degree=2)),
+    "mochi_odd_batch_2": (replace(_MOCHI, batch=2, width=48, height=80, **_DPMPP), Swapped(ring_degree=2)),
+    "mochi_hybrid": (replace(_MOCHI, length=19, positive=Text(tokens=9, valid=1)), HYBRID),
+    "ltxv_cfg": (replace(_LTXV, cfg=4.0), Swapped(ulysses_degree=2)),
+    "ltxv_odd_image_batch_2": (
+        replace(_LTXV, checkpoint=LTXV_CAUSAL, start_image="LTXVImgToVideo", batch=2, cfg=4.0, width=96, **_DPMPP),
+        Swapped(ring_degree=2),
+    ),
+    "ltxv_image_hybrid": (replace(_LTXV, checkpoint=LTXV_CAUSAL, start_image="LTXVImgToVideo"), HYBRID),
+    "qwen_image_cfg": (replace(_QWEN, cfg=4.0), Swapped(ulysses_degree=2)),
+    "qwen_image_odd_batch_2": (replace(_QWEN, width=72, height=56, batch=2, **_DPMPP), Swapped(ring_degree=2)),
+    "qwen_image_references": (replace(_QWEN, cfg=4.0, arrange=with_references), Swapped(ring_degree=2)),
+    "qwen_image_2511": (replace(_QWEN, checkpoint=QWEN_IMAGE_2511, arrange=with_references), HYBRID),
+}
+
+
+@pytest.mark.parametrize("name", ONE_PLAN)
+def test_same_latent_with_one_plan(server: ComfyServer, reference: Reference, name: str) -> None:
+    setting, swapped = ONE_PLAN[name]
+    assert relative_difference(sample(server, setting, swapped), reference(setting)) <= TOLERANCE
+
+
+def test_these_cases_show_masks_and_pictures(reference: Reference) -> None:
+    """Those comparisons would notice a lost mask, start image or reference."""
+    whole = Text(tokens=8, valid=7)
+    for name, other in {
+        "mochi_cfg": {"positive": whole},
+        "ltxv_cfg": {"positive": whole},
+        "ltxv_image_hybrid": {"start_image": ""},
+        "qwen_image_cfg": {"positive": whole},
+        "qwen_image_references": {"arrange": None},
+    }.items():
+        setting, _ = ONE_PLAN[name]
+        assert relative_difference(reference(setting), reference(replace(setting, **other))) > 1e-3, name
 
 
 def test_easy_cache_case_skips_steps(reference: Reference) -> None:
