@@ -85,6 +85,9 @@ class _Prompts:
 
 class LTXVAdapter(Adapter):
     family: ClassVar[str] = "ltxv"
+    not_quantised: ClassVar[tuple[str, ...]] = (
+        "patchify_proj", "adaln_single", "caption_projection", "proj_out",
+    )  # fmt: skip
 
     @classmethod
     def detect(cls, tensors: Mapping[str, TensorInfo]) -> bool:

@@ -83,6 +83,9 @@ class _Prompt:
 class MochiAdapter(Adapter):
     family: ClassVar[str] = "mochi"
     read_directly: ClassVar[tuple[str, ...]] = ("patch_embed",)
+    not_quantised: ClassVar[tuple[str, ...]] = (
+        "x_embedder", "t_embedder", "t5_y_embedder", "t5_yproj", "mod_x", "mod_y", "final_layer",
+    )  # fmt: skip
 
     @classmethod
     def detect(cls, tensors: Mapping[str, TensorInfo]) -> bool:

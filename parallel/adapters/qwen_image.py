@@ -72,6 +72,9 @@ class _Prompts:
 
 class QwenImageAdapter(Adapter):
     family: ClassVar[str] = "qwen_image"
+    not_quantised: ClassVar[tuple[str, ...]] = (
+        "img_in", "txt_in", "time_text_embed", "img_mod", "txt_mod", "norm_out", "proj_out",
+    )  # fmt: skip
 
     @classmethod
     def detect(cls, tensors: Mapping[str, TensorInfo]) -> bool:
