@@ -52,7 +52,7 @@ def coefficients(
             return LTXV
         raise _unknown(
             f"this LTXV model ({config['num_layers']} layers, causal_temporal_positioning"
-            f" {config['causal_temporal_positioning']}; published is 2B 0.9.0)"
+            f" {config['causal_temporal_positioning']}; published is 2B 0.9.1)"
         )
     if family == "wan":
         return _of_wan(config, shapes)
