@@ -8,6 +8,7 @@ from typing import Any
 import comfy.model_management
 import comfy.patcher_extension
 import torch
+from comfy.ldm.lightricks.symmetric_patchifier import SymmetricPatchifier
 from torch import Tensor, nn
 
 from ..parallel.adapters.base import pack_text
@@ -16,6 +17,11 @@ from ..parallel.host.remote_model import RemoteModel, StepRequest
 from .cached_call import cached_sampling, compiled_sampling, label
 from .refusals import refuse_transformer_options, refuse_value
 from .side_by_side import LookAhead, Recorded
+
+_ATTRIBUTES: dict[str, dict[str, Any]] = {
+    "ltxv": {"patchifier": SymmetricPatchifier(1, start_end=True)},
+}
+"""What ComfyUI's model class of a family (its `image_model`) reads of the network, beside the sizes."""
 
 
 class ProxyDiffusionModel(nn.Module):
@@ -47,6 +53,8 @@ class ProxyDiffusionModel(nn.Module):
         for name in ("in_channels", "out_channels", "patch_size", "hidden_size", "num_heads"):
             if name in unet_config:
                 setattr(self, name, unet_config[name])
+        for name, value in _ATTRIBUTES.get(unet_config.get("image_model", ""), {}).items():
+            setattr(self, name, value)
         add_parameters(self, parameters)
 
     @torch.compiler.disable
@@ -109,8 +117,8 @@ class ProxyDiffusionModel(nn.Module):
         for name, value in conditioning.items():
             if value is None:
                 continue
-            if isinstance(value, str):
-                tensors[name] = pack_text(value)
+            if isinstance(value, str | int | float):
+                tensors[name] = pack_text(str(value))
                 continue
             parts = {f"{name}.{i}": part for i, part in enumerate(value)} if isinstance(value, list) else {name: value}
             if not parts or not all(isinstance(part, Tensor) for part in parts.values()):

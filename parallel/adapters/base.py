@@ -29,7 +29,10 @@ class Piece:
 
 
 def pack_text(text: str) -> Tensor:
-    """A choice that a node has made, as a conditioning input: [1, n] uint8."""
+    """A choice that a node has made, or a number, as a conditioning input: [1, n] uint8.
+
+    A number travels as text because conditioning tensors are rounded to the compute dtype: 23.976 in bf16 is 24.
+    """
     return torch.tensor([list(text.encode())], dtype=torch.uint8)
 
 

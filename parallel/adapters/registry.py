@@ -7,11 +7,14 @@ from ..errors import UnsupportedError
 from .base import Adapter
 from .flux import FluxAdapter
 from .hunyuan_video import HunyuanVideoAdapter
+from .ltxv import LTXVAdapter
+from .mochi import MochiAdapter
+from .qwen_image import QwenImageAdapter
 from .wan import WanAdapter
 
 FAMILIES: dict[str, type[Adapter]] = {
     adapter.family: adapter
-    for adapter in (HunyuanVideoAdapter, FluxAdapter, WanAdapter)
+    for adapter in (HunyuanVideoAdapter, FluxAdapter, WanAdapter, MochiAdapter, LTXVAdapter, QwenImageAdapter)
 }  # fmt: skip
 
 

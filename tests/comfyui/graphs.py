@@ -50,7 +50,8 @@ class Setting:
     length: int = 5
     batch: int = 1
     picture: bool = False  # a latent without frames, for FLUX
-    start_image: str = ""  # the node that puts a first frame in: "WanImageToVideo" or "Wan22ImageToVideoLatent"
+    empty: str = "EmptyHunyuanLatentVideo"  # the node that makes a video's latent
+    start_image: str = ""  # the node that puts a first frame in, see `add_start_image`
     image_tokens: int = 0  # of CLIP, for WanImageToVideo
     seed: int = 7
     steps: int = 3
@@ -133,7 +134,7 @@ def add_sampling(builder: GraphBuilder, setting: Setting, model: Link, output: s
     elif setting.picture:
         latent = builder.add("EmptySD3LatentImage", **size)
     else:
-        latent = builder.add("EmptyHunyuanLatentVideo", length=setting.length, **size)
+        latent = builder.add(setting.empty, length=setting.length, **size)
     if setting.arrange is not None:
         positive, latent = setting.arrange(builder, setting, positive, latent)
     if setting.chain == "ksampler":
@@ -169,12 +170,22 @@ def add_sampling(builder: GraphBuilder, setting: Setting, model: Link, output: s
 
 
 def add_start_image(builder: GraphBuilder, setting: Setting, positive: Link, negative: Link) -> tuple[Link, Link, Link]:
-    """Positive, negative and latent, with a grey picture as the first frame."""
+    """Positive, negative and latent, with a grey picture as the first frame.
+
+    `start_image` is one of WanImageToVideo, Wan22ImageToVideoLatent, and LTXVImgToVideo behind LTXVConditioning.
+    """
     size = {"width": setting.width, "height": setting.height, "batch_size": setting.batch, "length": setting.length}
     size["start_image"] = builder.add("EmptyImage", width=64, height=64, batch_size=1, color=0x808080)
     if setting.start_image == "Wan22ImageToVideoLatent":
         vae = builder.add("SPTestVAE", channels=48, stride=16, seed=3)
         return positive, negative, builder.add("Wan22ImageToVideoLatent", vae=vae, **size)
+    if setting.start_image == "LTXVImgToVideo":
+        size["image"] = size.pop("start_image")
+        vae = builder.add("SPTestVAE", channels=128, stride=32, seed=3)
+        node, _ = builder.add("LTXVConditioning", positive=positive, negative=negative, frame_rate=23.976)
+        texts = {"positive": [node, 0], "negative": [node, 1]}
+        node, _ = builder.add("LTXVImgToVideo", vae=vae, strength=0.9, **texts, **size)
+        return [node, 0], [node, 1], [node, 2]
     if setting.image_tokens:
         size["clip_vision_output"] = builder.add("SPTestCLIPVisionOutput", tokens=setting.image_tokens, width=1280)
     vae = builder.add("SPTestVAE", channels=16, stride=8, seed=3)

@@ -27,6 +27,11 @@ ORIGINAL_NAMES = "original_names.safetensors"  # Tencent's own parameter names, 
 IMAGE_TO_VIDEO = "image_to_video.safetensors"  # 33 channels: the kind that concatenates a picture
 NO_GUIDANCE = "no_guidance.safetensors"
 NVFP4_LIKE = "nvfp4_like.safetensors"
+MOCHI = "tiny_mochi.safetensors"
+LTXV = "tiny_ltxv.safetensors"
+LTXV_CAUSAL = "tiny_ltxv_causal.safetensors"  # as version 0.9.5 and newer
+QWEN_IMAGE = "tiny_qwen_image.safetensors"
+QWEN_IMAGE_2511 = "tiny_qwen_image_2511.safetensors"
 WAN_RELATIVES = {
     "wan_vace.safetensors": "vace_patch_embedding.weight",
     "wan_camera.safetensors": "control_adapter.conv.weight",
@@ -61,7 +66,14 @@ WAN_KINDS: dict[str, dict[str, Any]] = {"wan_comfy_quant.safetensors": {"scaled"
 
 def write_model_files(models: Path) -> None:
     """Fill a ComfyUI models folder."""
-    from parallel.demo.checkpoint import write_tiny_flux, write_tiny_hunyuan_video, write_tiny_wan
+    from parallel.demo.checkpoint import (
+        write_tiny_flux,
+        write_tiny_hunyuan_video,
+        write_tiny_ltxv,
+        write_tiny_mochi,
+        write_tiny_qwen_image,
+        write_tiny_wan,
+    )
 
     folder = models / "diffusion_models"
     write_tiny_hunyuan_video(folder / TINY)
@@ -86,6 +98,11 @@ def write_model_files(models: Path) -> None:
     write_tiny_wan(folder / WAN_22_5B, seed=3, in_channels=48, out_channels=48)
     for name, marker in WAN_RELATIVES.items():
         save_file(load_file(folder / "wan_comfy_quant.safetensors") | {marker: torch.zeros(1)}, folder / name)
+    write_tiny_mochi(folder / MOCHI)
+    write_tiny_ltxv(folder / LTXV, prefix="model.diffusion_model.", scaled="comfy_quant")
+    write_tiny_ltxv(folder / LTXV_CAUSAL, seed=1, heads=3, causal=True)
+    write_tiny_qwen_image(folder / QWEN_IMAGE)
+    write_tiny_qwen_image(folder / QWEN_IMAGE_2511, seed=1, clean_references=True)
     _write_diffusers_folder(folder / FLUX, folder / FLUX_FOLDER)
     _write_zeros(folder / SD_LIKE, _SD_SHAPES)
     _write_zeros(folder / AURA_FLOW_LIKE, _AURA_FLOW_SHAPES)

@@ -6,7 +6,10 @@ from typing import Any
 import torch
 from comfy.controlnet import ControlBase
 
+from . import tiny_detection
 from .vae_networks import NETWORKS, make_vae
+
+tiny_detection.apply()
 
 
 class SPTestConditioning:
