@@ -2,6 +2,7 @@
 
 from comfy_api.latest import ComfyExtension, io
 
+from . import panel
 from .first_block_cache import SPFirstBlockCache
 from .load_diffusion_model import SPLoadDiffusionModel
 from .sp_config import SPConfigNode
@@ -11,6 +12,12 @@ from .vae_encode import SPVAEEncode
 
 
 class SequenceParallelExtension(ComfyExtension):
+    async def on_load(self) -> None:
+        from server import PromptServer  # only a running ComfyUI has it
+
+        if (server := getattr(PromptServer, "instance", None)) is not None:
+            panel.register(server)
+
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         return [SPConfigNode, SPLoadDiffusionModel, SPFirstBlockCache, SPTeaCache, SPVAEDecode, SPVAEEncode]
 

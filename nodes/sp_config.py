@@ -61,13 +61,30 @@ class SPConfigNode(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, devices: str = "auto") -> bool | str:
-        """Flags wrong devices before anything is queued.
+    def validate_inputs(
+        cls,
+        devices: str | None = None,
+        ulysses_degree: int | None = None,
+        ring_degree: int | None = None,
+        cfg_degree: int | None = None,
+        dp_degree: int | None = None,
+    ) -> bool | str:
+        """Flags wrong devices, and degrees that do not fit them, before anything is queued.
 
-        Only this input is named here: ComfyUI repeats the answer for each that is. `execute` checks the rest.
+        ComfyUI repeats the answer for each input that is named here, and marks them all: these five depend on each
+        other. The rest is checked by `execute`. None is an input whose value comes from a link, not known yet.
         """
+        degrees = {
+            "ulysses_degree": ulysses_degree,
+            "ring_degree": ring_degree,
+            "cfg_degree": cfg_degree,
+            "dp_degree": dp_degree,
+        }
+        if devices is None:
+            return True
+        known = {} if None in degrees.values() else degrees
         try:
-            resolve(SequenceParallelConfig(devices=devices))
+            resolve(SequenceParallelConfig(devices=devices, **known))
         except EngineError as error:
             return str(error)
         return True
