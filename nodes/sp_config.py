@@ -35,13 +35,13 @@ class SPConfigNode(io.ComfyNode):
                     tooltip="One worker process per device, e.g. cuda:0,cuda:1 or cpu,cpu. cuda:0*2,cuda:1*1 gives"
                     " the first GPU twice the work. auto: every visible GPU.",
                 ),
-                degree("ulysses_degree", "Ranks that exchange attention heads for tokens (Ulysses)."),
+                degree("ulysses_degree", "Number of devices that exchange attention heads for tokens (Ulysses)."),
                 degree(
                     "ring_degree",
-                    "Ranks that pass keys and values around a ring; for more ranks than heads.",
+                    "Number of devices that pass keys and values around a ring; for more devices than heads.",
                 ),
-                degree("cfg_degree", "2: cond and uncond side by side, each on half of the devices."),
-                degree("dp_degree", "Groups of devices that share the samples of a batch."),
+                degree("cfg_degree", "Number of groups. 2: cond and uncond side by side, each on half of the devices."),
+                degree("dp_degree", "Number of groups of devices that share the samples of a batch."),
                 io.Combo.Input(
                     "weights",
                     options=list(WEIGHTS_MODES),
