@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from comfy_api.latest import io
@@ -82,9 +83,11 @@ class SPConfigNode(io.ComfyNode):
         }
         if devices is None:
             return True
-        known = {} if None in degrees.values() else degrees
+        known = {knob: value for knob, value in degrees.items() if value is not None}
+        if len(known) < len(degrees):
+            known = {}
         try:
-            resolve(SequenceParallelConfig(devices=devices, **known))
+            resolve(replace(SequenceParallelConfig(devices=devices), **known))
         except EngineError as error:
             return str(error)
         return True

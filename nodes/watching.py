@@ -43,7 +43,7 @@ def watched(
 
 
 def describe(remote: RemoteModel, sampling: Sampling) -> str:
-    """The degrees of the last step, the time per step where it is known, and why these degrees; a node has two lines."""
+    """The degrees of the last step, the time per step where it is known, and why; a node shows two lines."""
     group = remote.group
     if group is None or group.figures.plan is None:
         return ""

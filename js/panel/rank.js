@@ -26,8 +26,10 @@ export class RankView {
 
   /** @param {object} rank one of `ranks` of a group in the server's state */
   update(rank) {
-    const name = rank.title && rank.title !== "CPU" ? `${rank.device} · ${rank.title}` : rank.device;
-    setText(this._title, `${t("Rank {rank}", { rank: rank.rank })} · ${name}`);
+    const named = rank.title && rank.title !== "CPU";
+    const name = named ? `${rank.device} · ${rank.title}` : rank.device;
+    const short = name.replace(/NVIDIA (GeForce )?/, "");
+    setText(this._title, `${t("Rank {rank}", { rank: rank.rank })} · ${short}`);
     setAttribute(this._title, "title", `${name}, ${t("process {pid}", { pid: rank.pid })}`);
     setText(this._state, rankState(rank));
     setAttribute(this._state, "data-state", rank.state);

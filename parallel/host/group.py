@@ -145,7 +145,7 @@ class WorkerGroup:
     @property
     def busy(self) -> bool:
         """Whether an operation runs, a cancelled one included."""
-        return self._call is not None or bool(self._tasks)
+        return self._operation() is not None
 
     def status(self) -> dict[str, Any]:
         """What each worker is doing, and what the group has computed last (`GroupFigures.to_json`), as plain data.
@@ -173,7 +173,7 @@ class WorkerGroup:
 
     def _operation(self) -> str | None:
         call, tasks = self._call, list(self._tasks.values())
-        if call is not None:
+        if call is not None and len(call.replies) < self.layout.world_size:  # a cancelled one stays until it is settled
             return call.operation
         return tasks[0].operation if tasks else None
 
@@ -183,9 +183,7 @@ class WorkerGroup:
             state = "dead" if self._failure is not None and self._failure.rank == rank else "stopped"
         elif state == "starting":
             state = "ready" if worker.ready else "starting"
-        elif call is not None and rank in call.replies:
-            state = "waiting"
-        elif call is None and self._tasks and not any(task.rank == rank for task in list(self._tasks.values())):
+        elif self.busy and not self._is_busy(rank):
             state = "waiting"
         return {
             "rank": rank,
@@ -196,6 +194,12 @@ class WorkerGroup:
             **worker.device_status(),
             **self.figures.of_rank(rank),
         }
+
+    def _is_busy(self, rank: int) -> bool:
+        call = self._call
+        if call is not None and len(call.replies) < self.layout.world_size:
+            return rank not in call.replies
+        return any(task.rank == rank for task in list(self._tasks.values()))
 
     def stop(self, reason: str = "the workers were stopped") -> None:
         """Ends the processes. Safe to call again, and from any thread.

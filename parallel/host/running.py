@@ -19,7 +19,7 @@ _IDLE_CHECK_S = 10.0
 _lock = threading.Lock()
 _groups: list[WorkerGroup] = []
 _watcher: threading.Thread | None = None
-_keep_alive: Callable[[], float] = lambda: 0.0
+_keep_alive: Callable[[], float] | None = None
 
 
 def acquire(config: SequenceParallelConfig, poll: Poll | None = None) -> WorkerGroup:
@@ -115,12 +115,12 @@ def keep_alive(seconds: Callable[[], float]) -> None:
 def _watch_idle() -> None:
     while True:
         time.sleep(_IDLE_CHECK_S)
-        if _groups:
+        if _groups and _keep_alive is not None:
             end_idle(_keep_alive())
 
 
 def end_idle(seconds: float) -> None:
-    """Ends the groups that nothing has used for so long. Groups of a sampling that runs are in use between its steps."""
+    """Ends the groups that nothing has used for so long; while a sampling runs, none: they wait between its steps."""
     sampling = status.sampling()
     if seconds <= 0 or (sampling is not None and sampling.running) or not _lock.acquire(blocking=False):
         return  # a group that starts is in use, and holds the lock

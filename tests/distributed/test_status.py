@@ -83,6 +83,22 @@ def test_a_worker_at_work_is_shown_as_such(model: RemoteModel) -> None:
     assert shown()["state"] == "idle"
 
 
+class Cancelled(Exception):
+    """Stands for ComfyUI's InterruptProcessingException."""
+
+
+def test_after_a_cancel_the_workers_are_shown_idle(model: RemoteModel) -> None:
+    def cancel() -> None:
+        if shown()["state"] == "step":
+            raise Cancelled
+
+    with pytest.raises(Cancelled):
+        model.step(*Inputs(frames=4, height=32, width=32).make(), poll=cancel)
+    assert wait_until(lambda: shown()["state"] == "idle", 20)
+    assert [rank["state"] for rank in shown()["ranks"]] == ["idle", "idle"]
+    assert model.group is not None and not model.group.busy, "idle workers would never leave"
+
+
 def test_a_killed_worker_is_told_of_once_and_shown_until_others_take_its_place(
     model: RemoteModel, heard: list[Event]
 ) -> None:

@@ -1,4 +1,4 @@
-"""What ComfyUI's front end loads: translations that are complete, settings that both halves know, scripts that are safe."""
+"""What ComfyUI's front end loads: complete translations, settings that both halves know, safe scripts."""
 
 from __future__ import annotations
 
