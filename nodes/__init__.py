@@ -2,6 +2,7 @@
 
 from comfy_api.latest import ComfyExtension, io
 
+from . import panel
 from .first_block_cache import SPFirstBlockCache
 from .load_diffusion_model import SPLoadDiffusionModel
 from .quantize_fp8 import SPQuantizeFP8
@@ -13,6 +14,12 @@ from .vae_encode import SPVAEEncode
 
 
 class SequenceParallelExtension(ComfyExtension):
+    async def on_load(self) -> None:
+        from server import PromptServer  # only a running ComfyUI has it
+
+        if (server := getattr(PromptServer, "instance", None)) is not None:
+            panel.register(server)
+
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         return [
             SPConfigNode,

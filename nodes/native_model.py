@@ -19,6 +19,7 @@ from ..parallel.host.remote_model import RemoteModel
 from .proxy import ProxyDiffusionModel
 from .shell_patcher import SequenceParallelPatcher
 from .side_by_side import side_by_side
+from .watching import watched
 
 WEIGHT_DTYPES = {
     "default": None,
@@ -90,6 +91,7 @@ def load_native_model(path: str, weight_dtype: str, config: SequenceParallelConf
         size=_expected_bytes(inspected, recipe) if _uses(layout, load_device) else 1,
     )
     patcher.add_wrapper_with_key(WrappersMP.CALC_COND_BATCH, "sequence_parallel", side_by_side)
+    patcher.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, "sequence_parallel", watched)
     return patcher
 
 

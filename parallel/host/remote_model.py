@@ -95,6 +95,7 @@ class RemoteModel:
         (`compilation.blocks.Tally`)."""
         self._layout = resolve(recipe.config)
         self._told_degrees: Degrees | None = None
+        self._reason = ""
         self._own_group = group
         self._group: WorkerGroup | None = None
         self._generation = 0
@@ -147,6 +148,7 @@ class RemoteModel:
         self._version = None
         self._replaced.clear()
         self.nbytes = max(result["nbytes"] for result in results)
+        group.figures.holds(self.name, self.recipe.path, self.nbytes)
         log.info("%s: %.0f MiB of weights on each of %d workers", self.recipe.path, self.nbytes / 2**20, len(results))
         self.fp8_report = None
         if choice is not None:
@@ -253,6 +255,7 @@ class RemoteModel:
         self._group, self._generation, self.nbytes = None, 0, 0
         self._conditioning.clear()
         if group is not None and was_loaded:
+            group.figures.dropped(self.name)
             try:
                 group.call("unload", {"model": self.name})
             except WorkerError as error:  # the weights have gone with the workers
@@ -261,6 +264,7 @@ class RemoteModel:
     def release(self) -> None:
         """As `unload`, without waiting: for a finalizer, which may run in the middle of anything."""
         if self._group is not None and self.loaded:
+            self._group.figures.dropped(self.name)
             self._group.post("unload", {"model": self.name})
         self._group, self._generation = None, 0
 
@@ -285,10 +289,10 @@ class RemoteModel:
     def degrees(self, conditions: int) -> Degrees:
         """How a step with so many conditions is split; a change is logged."""
         heads = self.inspected.model_config["num_attention_heads"]
-        degrees, reason = self._layout.degrees.choose(conditions=conditions, heads=heads)
+        degrees, self._reason = self._layout.degrees.choose(conditions=conditions, heads=heads)
         if degrees != self._told_degrees:
             self._told_degrees = degrees
-            log.info("plan on %s: %s (%s)", self._layout.describe(), degrees, reason)
+            log.info("plan on %s: %s (%s)", self._layout.describe(), degrees, self._reason)
         return degrees
 
     def step(
@@ -376,9 +380,20 @@ class RemoteModel:
             cache.count(self.last_step, degrees)
         if compiled is not None:
             compiled.count(self.last_step)
+        self._note_step(group, requests, degrees, cache)
         return [
             _hand_over(results, ref, request.x.device, lend) for ref, request in zip(out_refs, requests, strict=True)
         ]
+
+    def _note_step(
+        self, group: WorkerGroup, requests: Sequence[StepRequest], degrees: Degrees, cache: CachedSampling | None
+    ) -> None:
+        """For those who watch: what was computed, by how many."""
+        recipe = self.recipe
+        sizes = tuple(tuple(sorted(request.shapes.items())) for request in requests)
+        work = (recipe.path, recipe.weight_dtype, recipe.compute_dtype, group.layout.attention, sizes)
+        report = None if cache is None else cache.report.to_json()
+        group.figures.stepped(work, degrees, self._reason, self.last_step, report)
 
 
 def _choose(fp8: FP8Settings, group: WorkerGroup, poll: Poll | None) -> FP8Choice:

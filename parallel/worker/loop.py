@@ -122,7 +122,7 @@ class Worker:
                 reply = {"ok": True, "result": None, "cancelled": True}
             except BaseException as error:
                 reply = {"ok": False, "error": self._describe(error)}
-            self._channel.send({"id": message["id"], "memory": self._memory(), **reply})
+            self._channel.send({"id": message["id"], "memory": self._memory(), "free": self._free(), **reply})
 
     # --- operations ---------------------------------------------------------------------------------------------
 
@@ -347,6 +347,13 @@ class Worker:
             return torch.cuda.memory_reserved(self._device)
         return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
 
+    def _free(self) -> int | None:
+        """Bytes that the GPU has left, whoever uses the others; the host looks after the system's memory itself.
+
+        Not yet run on a GPU.
+        """
+        return int(torch.cuda.mem_get_info(self._device)[0]) if self._device.type == "cuda" else None
+
     def _describe(self, error: BaseException) -> dict[str, Any]:
         out_of_memory = isinstance(error, torch.OutOfMemoryError | MemoryError)
         out_of_memory = out_of_memory or any(words in str(error).lower() for words in _OUT_OF_MEMORY)
@@ -399,11 +406,19 @@ def main(settings: dict[str, Any]) -> None:
         store=settings["store"],
         common=settings["common"],
     )
-    channel.send({"event": "ready", "pid": os.getpid()})
+    channel.send({"event": "ready", "pid": os.getpid(), **_describe_device(device)})
     worker.run(inbox)
     dist.destroy_process_group()
     sys.stdout.flush()
     os._exit(0)  # taking down an interpreter with all its modules costs seconds on a busy machine
+
+
+def _describe_device(device: torch.device) -> dict[str, Any]:
+    """A name for people, and bytes of memory. The GPU's part has not yet run on one."""
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        return {"title": properties.name, "total": int(properties.total_memory)}
+    return {"title": "CPU", "total": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")}
 
 
 def _listen(channel: Channel, inbox: queue.Queue[tuple[Message, list[int]]]) -> None:
