@@ -74,6 +74,7 @@ class WorkerGroup:
 
     Attributes:
         generation: changes with every group, so that a model knows whether its weights went with an older one.
+        messages: how many each worker has been sent by calls.
     """
 
     _generations = itertools.count(1)
@@ -82,6 +83,7 @@ class WorkerGroup:
         self.layout = layout
         self._threads = threads or _threads_per_worker(layout)
         self.generation = next(self._generations)
+        self.messages = 0
         self._workers: list[WorkerProcess] = []
         self._control = ControlPage.create()
         self.memory = GroupMemory()
@@ -264,6 +266,7 @@ class WorkerGroup:
         self._raise_failure()
         self._control.reset(len(self._workers))
         self._call = call = _Call(next(self._numbers), operation)
+        self.messages += 1
         segments, fds = self.memory.announce()
         frame = {"op": operation, "id": call.number, "segments": segments, **message}
         for worker in self._workers:

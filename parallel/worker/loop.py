@@ -27,7 +27,7 @@ import torch.distributed as dist
 from ..attention import kernels
 from ..attention.common_memory import CommonMemory
 from ..attention.traffic import Traffic
-from ..cache.blocks import StepPasses
+from ..cache.blocks import BlockCache, StepPasses, Tally
 from ..checkpoints.source import Stored
 from ..degrees import Degrees
 from ..errors import EngineError, StepCancelled, UnsupportedError
@@ -41,9 +41,12 @@ from .measurement import Slowed, measure_attention
 from .native_vae import NativeVAE
 from .ranks import ParallelContext, Ranks, SoloContext, join
 from .resident import ResidentModel
+from .sampling import Agreement, Sampling
 
 _PR_SET_PDEATHSIG = 1
 _PROGRESS_INTERVAL_S = 0.1
+_BLOCKS_OF_A_PASS = 2**20
+"""More than any step of a sampling enters."""
 _OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "cannot allocate memory")
 """What errors of CUDA's, PyTorch's and the system's allocators say, whatever their class."""
 
@@ -90,6 +93,7 @@ class Worker:
             "weights": self._weights,
             "forget_cache": self._forget_cache,
             "step": self._step,
+            "sample": self._sample,
             "echo": self._echo,
             "attention": self._attention,
             "slow": self._slow,
@@ -184,24 +188,84 @@ class Worker:
             self._check(model, mesh)
             began = time.perf_counter()
             context = ParallelContext(self._ranks, mesh, self._control)
-            requests = message["requests"]
-            batches = [request["x"]["shape"][0] for request in requests]
             cache = None
             if (wanted := message["cache"]) is not None:
-                total = self._ranks.total(mesh, context.traffic)
                 cache = model.cache(wanted["sampling"], wanted["rule"])
                 cache.begin_step(mesh.degrees, wanted["active"])
-            for request, rows in zip(requests, share_of(batches, mesh.group, mesh.degrees.groups), strict=True):
-                if rows.stop > rows.start:
-                    x, timestep, out = (self._tensor(request[name]) for name in ("x", "timestep", "out"))
-                    if cache is not None:
-                        samples = (request["label"], rows.start, rows.stop)
-                        context.cache = StepPasses(cache, samples, tuple(x.shape), total)
-                    model.step(x, timestep, request["conditioning"], rows, out, context)
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)  # the result lies in shared memory when the host hears of it
+            self._run_requests(model, message["requests"], mesh, context, cache)
         counted = {} if cache is None else {"cache": asdict(cache.tally)}
         return {"seconds": time.perf_counter() - began, **asdict(context.traffic), **counted}
+
+    def _sample(self, message: Message) -> dict[str, Any]:
+        """Runs a whole sampling. What it returns, and counts of a cache, is kept apart by the degrees of its passes."""
+        model = self._models[message["model"]]
+        model.drop_conditioning(message["drop"])
+        for key, ref in message["put"].items():
+            model.put_conditioning(key, self._tensor(ref))
+        assert self._control is not None
+        control = self._control
+        meshes = [self._ranks.mesh(Degrees(**degrees)) for degrees in message["degrees"]]
+        contexts: list[ParallelContext] = []
+        counted = [{"seconds": 0.0, "cache": Tally()} for _ in meshes]
+
+        def passes(instruction: dict[str, Any]) -> None:
+            mesh, count = meshes[instruction["degrees"]], counted[instruction["degrees"]]
+            # Batch groups may have run unequal numbers of blocks; under the next degrees their ranks may be one group.
+            context = ParallelContext(self._ranks, mesh, control, first_block=len(contexts) * _BLOCKS_OF_A_PASS)
+            contexts.append(context)
+            cache = None
+            if (wanted := message["cache"]) is not None:
+                cache = model.cache(wanted["sampling"], wanted["rule"])
+                cache.begin_step(mesh.degrees, instruction["active"])
+            began = time.perf_counter()
+            self._run_requests(model, instruction["network"], mesh, context, cache)
+            count["seconds"] += time.perf_counter() - began
+            if cache is not None:
+                count["cache"].add(cache.tally)
+
+        def told(done: int, total: int) -> None:
+            self._channel.send({"event": "progress", "done": done, "total": total})
+
+        with torch.no_grad():
+            for mesh in meshes:
+                self._check(model, mesh)
+            began = time.perf_counter()
+            sampling = Sampling(
+                message,
+                rank=self._rank,
+                world_size=self._ranks.world_size,
+                tensor_at=self._tensor,
+                agreement=Agreement(self._device),
+                cancel_requested=lambda: control.cancel_requested,
+            )
+            sampling.run(passes, told)
+        return {
+            "seconds": time.perf_counter() - began,
+            "collectives": sum(context.traffic.collectives for context in contexts),
+            "bytes_sent": sum(context.traffic.bytes_sent for context in contexts),
+            "degrees": [{"seconds": each["seconds"], "cache": asdict(each["cache"])} for each in counted],
+        }
+
+    def _run_requests(
+        self,
+        model: ResidentModel,
+        requests: list[dict[str, Any]],
+        mesh: Mesh,
+        context: ParallelContext,
+        cache: BlockCache | None,
+    ) -> None:
+        """This rank's part of requests that run side by side; the results lie in shared memory when it returns."""
+        total = None if cache is None else self._ranks.total(mesh, context.traffic)
+        batches = [request["x"]["shape"][0] for request in requests]
+        for request, rows in zip(requests, share_of(batches, mesh.group, mesh.degrees.groups), strict=True):
+            if rows.stop > rows.start:
+                x, timestep, out = (self._tensor(request[name]) for name in ("x", "timestep", "out"))
+                if cache is not None and total is not None:
+                    samples = (request["label"], rows.start, rows.stop)
+                    context.cache = StepPasses(cache, samples, tuple(x.shape), total)
+                model.step(x, timestep, request["conditioning"], rows, out, context)
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
 
     def _load_vae(self, message: Message) -> dict[str, Any]:
         """Rebuilds ComfyUI's VAE around the weights that the host shares; a CPU rank computes with them where they are.
