@@ -143,13 +143,9 @@ def _run(
     guider: Any, program: Program, cache: CachedSampling | None, callback: Any, disable_pbar: bool
 ) -> tuple[Tensor, SampleReport]:
     network = guider.inner_model.diffusion_model
-    last: tuple[Tensor, Tensor] | None = None
-    shown = 0
     with tqdm(total=program.steps, disable=disable_pbar) as bar:
 
         def on_step(step: int, denoised: Tensor, x: Tensor, steps: int) -> None:
-            nonlocal last, shown
-            last, shown = (denoised, x), step + 1
             bar.update(step + 1 - bar.n)
             if callback is not None:
                 callback(step, denoised, x, steps)
@@ -166,8 +162,6 @@ def _run(
         except WorkerOutOfMemoryError as error:
             # ComfyUI's own kind, so that it frees memory and shows its advice.
             raise comfy.model_management.OOM_EXCEPTION(str(error)) from error
-        if shown < program.steps:  # the last preview was still being made
-            on_step(program.steps - 1, *(last or (result, result)), program.steps)
     return result, report
 
 

@@ -58,30 +58,25 @@ class Sent:
         latent = (program.shape, torch.float32)
         result = self._room(*latent)
         world = self.degrees[0].world_size if self.degrees else 1
-        preview = (
-            {
-                "denoised": self._room(*latent),
-                "x": self._room(*latent),
-                "wanted": self._room((1,), torch.int64),
-                "shown": self._room((world,), torch.int64),
-            }
-            if with_previews
-            else None
-        )
+        shown = [[self._room(*latent) for _ in range(2)] for _ in range(2)] if with_previews else []
+        wanted, counts = self._room((1,), torch.int64), self._room((world, 2), torch.int64)
         refs, size = lay_out(SEGMENT, self._tensors)
         segment = self._segment = memory.segment(SEGMENT, size)
         for place, tensor in self._copies:
             segment.tensor(refs[place]).copy_(tensor)
         self._concatenate(refs)
         self._result = refs[result]
-        self._preview = None if preview is None else {name: refs[place] for name, place in preview.items()}
+        self._shown = [[refs[place] for place in pair] for pair in shown]
+        """Two pairs of a denoised latent and a latent, in turn: one may be looked at while the next one is written."""
+        self._counts = segment.tensor(refs[counts]).zero_()
+        """[world, 2]: how many latents a rank has shown, and of which step the last one was."""
+        self._wanted = segment.tensor(refs[wanted]).fill_(1)
+        """[1]: how many it may show."""
+        self._watched = {"wanted": refs[wanted].to_json(), "shown": refs[counts].to_json()}
         self._constants = {str(number): refs[place].to_json() for number, place in constants.items()}
         self._networks = [
             [{name: refs[at].to_json() for name, at in places.items()} for places in each] for each in networks
         ]
-        if self._preview is not None:
-            self._at("shown").zero_()
-            self._at("wanted").fill_(1)
 
     def message(self, keys: Sequence[dict[str, str]], cache: CachedSampling | None) -> dict[str, Any]:
         """What the workers are told, but for the model and its conditioning.
@@ -119,22 +114,25 @@ class Sent:
             "program": instructions,
             "free": self._program.last_uses(),
             "result": {"terms": plain(self._program.result), "out": self._result.to_json()},
-            "preview": None if self._preview is None else {n: ref.to_json() for n, ref in self._preview.items()},
+            "preview": {**self._watched, "latents": [[ref.to_json() for ref in pair] for pair in self._shown]}
+            if self._shown
+            else None,
         }
 
     def previewed(self, on_step: OnStep) -> Progress:
         """For `WorkerGroup.call`: shows the latest latent that is complete, and asks for the next one."""
-        shown = 0
+        seen = 0
 
         def progress(done: int, total: int) -> None:
-            nonlocal shown
-            steps = self._at("shown")
-            if int(steps.min()) != int(steps.max()) or int(steps[0]) <= shown:
+            nonlocal seen
+            counts = self._counts.clone()
+            (count, step), device = counts[0].tolist(), self._program.device
+            if not (counts == counts[0]).all() or count == seen:
                 return
-            shown = int(steps[0])
-            denoised, x = (self._at(name).to(self._program.device, copy=True) for name in ("denoised", "x"))
-            self._at("wanted").add_(1)
-            on_step(shown - 1, denoised, x, total)
+            seen = count
+            denoised, x = (self._segment.tensor(ref).to(device, copy=True) for ref in self._shown[count % 2])
+            self._wanted.fill_(count + 1)
+            on_step(step, denoised, x, total)
 
         return progress
 
@@ -178,7 +176,3 @@ class Sent:
         for (_, _, _, concat), (place, _) in self._places.items():
             if (channels := concats[concat]) is not None:
                 self._segment.tensor(refs[place])[:, -channels.shape[1] :].copy_(channels)
-
-    def _at(self, name: str) -> Tensor:
-        assert self._preview is not None
-        return self._segment.tensor(self._preview[name])

@@ -75,6 +75,7 @@ class Sampling:
         self._latents = {int(n): self._mine(tensor_at(ref)) for n, ref in message["constants"].items()}
         self._show = False
         self._shown = 0
+        self._last_report = max((i for i, each in enumerate(message["program"]) if "report" in each), default=-1)
 
     def run(self, passes: RunPasses, on_report: Callable[[int, int], None]) -> None:
         """Every instruction, then this rank's share of the result.
@@ -86,13 +87,14 @@ class Sampling:
         Raises:
             StepCancelled: on all ranks, after the same pass.
         """
-        for instruction, done_with in zip(self._message["program"], self._message["free"], strict=True):
+        steps = zip(self._message["program"], self._message["free"], strict=True)
+        for place, (instruction, done_with) in enumerate(steps):
             if "network" in instruction:
                 self._network(instruction, passes)
             elif "evaluate" in instruction:
                 self._latents[instruction["evaluate"]] = self._value(instruction["terms"])
             else:
-                self._report(instruction)
+                self._report(instruction, is_last=place == self._last_report)
                 on_report(instruction["report"] + 1, instruction["steps"])
             for number in done_with:
                 del self._latents[number]
@@ -123,16 +125,16 @@ class Sampling:
             for place, number in enumerate(each["results"]):
                 self._latents[number] = self._mine(out[place * size : (place + 1) * size]).float().clone()
 
-    def _report(self, instruction: Mapping[str, Any]) -> None:
-        """Shows the latent, where the host has looked at the one before."""
-        if not self._show:
+    def _report(self, instruction: Mapping[str, Any], is_last: bool) -> None:
+        """Shows the latent where the host has looked at the one before, and the last one in any case."""
+        preview = self._message["preview"]
+        if preview is None or not (self._show or is_last):
             return
         self._show = False
         self._shown += 1
-        preview = self._message["preview"]
-        for name in ("denoised", "x"):
-            self._mine(self._tensor_at(preview[name])).copy_(self._value(instruction[name]))
-        self._tensor_at(preview["shown"])[self._rank] = instruction["report"] + 1
+        for place, name in zip(preview["latents"][self._shown % 2], ("denoised", "x"), strict=True):
+            self._mine(self._tensor_at(place)).copy_(self._value(instruction[name]))
+        self._tensor_at(preview["shown"])[self._rank] = torch.tensor([self._shown, instruction["report"]])
 
     def _value(self, terms: list[Any]) -> Tensor:
         """This rank's share of a sum of products."""
