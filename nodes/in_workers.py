@@ -58,10 +58,12 @@ class InWorkers:
 
     Attributes:
         told: what happened, for the user.
+        report: what the workers have done; None where it was sampled step by step.
     """
 
     def __init__(self) -> None:
         self.told = ""
+        self.report: SampleReport | None = None
 
     def attach(self, model: SequenceParallelPatcher) -> SequenceParallelPatcher:
         """A clone of the MODEL that samples in the workers."""
@@ -85,13 +87,14 @@ class InWorkers:
             _refuse_other_code(guider, extra_args["model_options"])
             program = _recorded(executor, guider, sigmas, extra_args, noise, latent_image, denoise_mask)
         except NotRecordable as reason:
-            self.told = f"step by step, as KSampler, because {reason}"
+            self.told = f"sampled step by step, as by KSampler: {reason}"
             return executor(guider, sigmas, extra_args, callback, noise, latent_image, denoise_mask, disable_pbar)
         cache = extra_args["model_options"].get("transformer_options", {}).get(SAMPLING)
         result, report = _run(guider, program, cache, callback, disable_pbar)
+        self.report = report
         self.told = (
-            f"{report.steps} steps in the workers ({report.passes} network calls), with"
-            f" {report.messages} message{'s' * (report.messages != 1)} to them; {report.seconds:.1f} s"
+            f"{_counted(report.steps, 'step')} in the workers ({_counted(report.passes, 'network call')}), after"
+            f" {_counted(report.messages, 'message')} to them: {report.seconds:.1f} s"
         )
         return result
 
@@ -136,7 +139,7 @@ def _recorded(
         if isinstance(error, EngineError | interrupted) or not isinstance(error, Exception):
             raise
         # Whatever it is: native sampling will show it, or will not have it.
-        raise NotRecordable(f"it cannot be recorded ({type(error).__name__}: {error})") from error
+        raise NotRecordable(f"the sampler cannot be recorded ({type(error).__name__}: {error})") from error
 
 
 def _run(
@@ -174,19 +177,19 @@ def _refuse_other_code(guider: Any, options: dict[str, Any]) -> None:
     for name in _FUNCTIONS:
         if value := options.get(name):
             names = {node_of(function) for function in (value if isinstance(value, list) else [value])}
-            raise NotRecordable(f"{', '.join(sorted(names))} wants to see every step ({name})")
+            raise NotRecordable(f"{', '.join(sorted(names))} takes part in every step ({name})")
     if options.get("context_handler") is not None:
         raise NotRecordable("context windows cut the latent into parts")
     if "multigpu_clones" in options:
         raise NotRecordable("MultiGPU CFG Split shares out the conditions")
     for kind in _WRAPPERS:
         if keys := _keys(options, kind):
-            raise NotRecordable(f"{', '.join(keys)} wants to see every step (a {kind} wrapper)")
+            raise NotRecordable(f"{', '.join(keys)} takes part in every step (a {kind} wrapper)")
     for conditions in guider.conds.values():
         for condition in conditions:
             for name, what in _CONDITIONS.items():
                 if condition.get(name) is not None:
-                    raise NotRecordable(f"of {what}")
+                    raise NotRecordable(f"the positive or negative prompt has {what}")
 
 
 def _keys(options: dict[str, Any], kind: str) -> list[str]:
@@ -196,3 +199,7 @@ def _keys(options: dict[str, Any], kind: str) -> list[str]:
     ours = sum(len(list(found.get(key, []))) for key in _OURS)
     every = len(get_all_wrappers(kind, options, is_model_options=True))
     return keys or (["another node"] if every > ours else [])
+
+
+def _counted(number: int, thing: str) -> str:
+    return f"{number} {thing}{'s' * (number != 1)}"

@@ -91,9 +91,9 @@ class SPSampler(io.ComfyNode):
         if isinstance(model, SequenceParallelPatcher):
             model = in_workers.attach(model)
         else:
-            in_workers.told = "as KSampler: this MODEL is not from Load Diffusion Model (SP)"
+            in_workers.told = "sampled step by step, as by KSampler: this MODEL is not from Load Diffusion Model (SP)"
         (latent,) = common_ksampler(
             model, seed, steps, cfg, sampler_name, scheduler, positive, negative, latent_image, denoise=denoise
         )
-        tell(cls.hidden.unique_id, in_workers.told)
+        tell(cls.hidden.unique_id, f"Sampler (SP): {in_workers.told}")
         return io.NodeOutput(latent)

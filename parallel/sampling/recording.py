@@ -50,6 +50,8 @@ class RecordedLatent(Tensor):
     """Channels behind the latents'."""
     _is_part: bool
     """It is cut from another one, which would have to change with it."""
+    _is_zeros: bool = False
+    """It was made as zeros."""
 
     @staticmethod
     def __new__(
@@ -84,7 +86,7 @@ class RecordedLatent(Tensor):
             return handler(*args, **(kwargs or {}))
         result = function.decompose(*args, **(kwargs or {}))  # what PyTorch itself does with others
         if result is NotImplemented:
-            raise NotRecordable(f"it applies {function.overloadpacket} to the latent")
+            raise NotRecordable(f"the sampler applies {function.overloadpacket} to the latent")
         return result
 
 
@@ -102,7 +104,7 @@ class _Stack:
             dims = given.get("dims", args[2] if len(args) > 2 else None)
             if dims == ([stack._dim], [0]) and factors.shape == (len(stack._latents),):
                 return sum(latent * factor for latent, factor in zip(stack._latents, factors, strict=True))
-        raise NotRecordable(f"it applies {getattr(function, '__name__', function)} to stacked latents")
+        raise NotRecordable(f"the sampler applies {getattr(function, '__name__', function)} to stacked latents")
 
 
 class Recorder:
@@ -117,7 +119,7 @@ class Recorder:
     def __init__(self, shape: Sequence[int], device: torch.device, *, most_bytes: int):
         self.program = Program(tuple(shape), device)
         self._numbers = 0
-        self._room = most_bytes
+        self._most_bytes = self._room = most_bytes
         self._known: dict[tuple[Any, ...], list[Tensor]] = {}
         self._numbered: dict[int, int] = {}
         self._predictions: set[int] = set()
@@ -170,14 +172,14 @@ class Recorder:
     def report(self, step: int, denoised: Any, x: Any, steps: int) -> None:
         """A sampler's callback."""
         if not isinstance(denoised, RecordedLatent) or not isinstance(x, RecordedLatent):
-            raise NotRecordable("its callback shows something else than the latent")
+            raise NotRecordable("the sampler shows something else than the latent")
         self._settled(x._sums[0])
         self.program.instructions.append(Report(step, steps, _terms(denoised), _terms(x)))
 
     def finish(self, result: Any) -> Program:
         """The program that ends with this latent."""
         if not isinstance(result, RecordedLatent) or tuple(result.shape) != self.program.shape:
-            raise NotRecordable("it returns something else than the latent")
+            raise NotRecordable("the sampler returns something else than the latent")
         self.program.result = _terms(result)
         return self.program
 
@@ -226,12 +228,14 @@ class Recorder:
         if (value := _uniform(tensor)) is not None:
             return {(): value} if value else {}
         if tensor.is_complex():
-            raise NotRecordable("it calculates with complex numbers")
+            raise NotRecordable("the sampler calculates with complex numbers")
         whole = self.known(tensor.float().expand(self.program.shape))
         if id(whole) not in self._numbered:
             self._room -= whole.nbytes
             if self._room < 0:
-                raise NotRecordable("the noise of all its steps would take too much memory")
+                raise NotRecordable(
+                    f"the noise of all steps would take more than {self._most_bytes / 2**30:g} GiB of memory"
+                )
             self._numbered[id(whole)] = number = self._number()
             self.program.constants[number] = whole
         return {(self._numbered[id(whole)],): 1.0}
@@ -242,17 +246,19 @@ class Recorder:
             _require_fp32(value)
             sums = [each.terms for each in value._sums]
             if len(sums) not in (1, parts) or (len(sums) == 1 and parts > 1 and len(value) != 1):
-                raise NotRecordable("it combines latents of different batch sizes")
+                raise NotRecordable("the sampler combines latents of different batch sizes")
             return sums * (parts // len(sums))
         if not isinstance(value, Tensor):
             return [_number_as_sum(value)] * parts
-        if value.ndim > len(self.program.shape) or value.ndim and value.shape[0] == 0:
-            raise NotRecordable(f"it combines the latent with a tensor of shape {list(value.shape)}")
+        if value.ndim > len(self.program.shape) or (value.ndim and value.shape[0] == 0):
+            raise NotRecordable(f"the sampler combines the latent with a tensor of shape {list(value.shape)}")
         whole = (self.program.shape[0] * parts, *self.program.shape[1:])
         try:
             value.expand(whole)
         except RuntimeError as error:
-            raise NotRecordable(f"it combines the latent with a tensor of shape {list(value.shape)}") from error
+            raise NotRecordable(
+                f"the sampler combines the latent with a tensor of shape {list(value.shape)}"
+            ) from error
         if value.ndim < len(whole) or value.shape[0] == 1 or parts == 1:
             return [self._of_tensor(value)] * parts
         return [self._of_tensor(part) for part in value.chunk(parts)]
@@ -261,7 +267,7 @@ class Recorder:
         sums = []
         for terms in latents:
             if not all(isfinite(factor) for factor in terms.values()):
-                raise NotRecordable("a factor of it is not finite")
+                raise NotRecordable("the sampler multiplies the latent by something that is not finite")
             each = _Sum({key: factor for key, factor in terms.items() if factor})
             if len(each.terms) > _MOST_TERMS:
                 self._settled(each)
@@ -289,7 +295,7 @@ def _listed(terms: dict[tuple[int, ...], float]) -> Terms:
 
 def _require_fp32(latent: RecordedLatent) -> None:
     if latent.dtype != torch.float32 or latent._concat is not None:
-        raise NotRecordable("it calculates with a rounded latent, or one with further channels")
+        raise NotRecordable("the sampler calculates with a rounded latent, or one with further channels")
 
 
 def _number_as_sum(value: Any) -> dict[tuple[int, ...], float]:
@@ -320,7 +326,7 @@ def _recorder_of(*values: Any) -> tuple[Recorder, int]:
     whole = latents[0].recorder.program.shape[0] * parts
     for value in values:  # as PyTorch broadcasts: a larger batch would make the latent larger
         if isinstance(value, Tensor) and value.ndim == len(latents[0].shape) and value.shape[0] not in (1, whole):
-            raise NotRecordable(f"it combines the latent with a tensor of shape {list(value.shape)}")
+            raise NotRecordable(f"the sampler combines the latent with a tensor of shape {list(value.shape)}")
     return latents[0].recorder, parts
 
 
@@ -358,13 +364,13 @@ def _mul(a: Any, b: Any) -> RecordedLatent:
     recorder, parts = _recorder_of(a, b)
     pairs = list(zip(recorder.sums_of(a, parts), recorder.sums_of(b, parts), strict=True))
     if isinstance(a, RecordedLatent) and isinstance(b, RecordedLatent):
-        raise NotRecordable("it multiplies latents with each other")
+        raise NotRecordable("the sampler multiplies latents with each other")
     return recorder.combined([_product(p, q) for p, q in pairs])
 
 
 def _div(a: Any, b: Any) -> RecordedLatent:
     if isinstance(b, RecordedLatent):
-        raise NotRecordable("it divides by the latent")
+        raise NotRecordable("the sampler divides by the latent")
     if not isinstance(b, Tensor):
         return _mul(a, 1.0 / float(b)) if b else _infinite()
     value = _uniform(b)
@@ -374,7 +380,7 @@ def _div(a: Any, b: Any) -> RecordedLatent:
 
 
 def _infinite() -> RecordedLatent:
-    raise NotRecordable("a factor of it is not finite")
+    raise NotRecordable("the sampler multiplies the latent by something that is not finite")
 
 
 def _neg(a: RecordedLatent) -> RecordedLatent:
@@ -392,10 +398,10 @@ def _addcmul(a: Any, b: Any, c: Any, *, value: float = 1) -> RecordedLatent:
 def _in_place(operation: Callable[..., RecordedLatent]) -> Callable[..., RecordedLatent]:
     def changed(a: Any, *args: Any, **kwargs: Any) -> RecordedLatent:
         if not isinstance(a, RecordedLatent):
-            raise NotRecordable("it writes the latent into another tensor")
+            raise NotRecordable("the sampler writes the latent into another tensor")
         result = operation(a, *args, **kwargs)
         if a._is_part or len(result._sums) != len(a._sums):
-            raise NotRecordable("it writes to a part of the latent")
+            raise NotRecordable("the sampler writes to a part of the latent")
         a._sums[:] = result._sums
         return a
 
@@ -415,8 +421,8 @@ def _clone(a: RecordedLatent, **_: Any) -> RecordedLatent:
 
 
 def _detach(a: RecordedLatent) -> Tensor:
-    if not any(each.terms for each in a._sums):
-        return torch.zeros(a.shape, dtype=a.dtype, device=a.device)  # noise samplers want it for its shape
+    if a._is_zeros and not any(each.terms for each in a._sums):  # noise samplers start from them
+        return torch.zeros(a.shape, dtype=a.dtype, device=a.device)
     return _same(a)
 
 
@@ -425,25 +431,27 @@ def _view(a: RecordedLatent, size: Sequence[int], **_: Any) -> RecordedLatent:
     if -1 in wanted:
         wanted[wanted.index(-1)] = a.numel() // max(1, -prod(wanted))
     if tuple(wanted) != tuple(a.shape):
-        raise NotRecordable(f"it views the latent as {wanted}")
+        raise NotRecordable(f"the sampler views the latent as {wanted}")
     return _same(a)
 
 
 def _to(a: RecordedLatent, *, dtype: torch.dtype | None = None, device: Any = None, **_: Any) -> RecordedLatent:
     if device is not None and torch.device(device).type != a.device.type:
-        raise NotRecordable(f"it moves the latent to {device}")
+        raise NotRecordable(f"the sampler moves the latent to {device}")
     dtype = dtype or a.dtype
     if not dtype.is_floating_point or dtype.itemsize > 4:
-        raise NotRecordable(f"it turns the latent into {dtype}")
+        raise NotRecordable(f"the sampler turns the latent into {dtype}")
     if a.dtype != torch.float32 and dtype != a.dtype and not a.recorder.predicted(a._sums):
-        raise NotRecordable("it calculates with a rounded latent")
+        raise NotRecordable("the sampler calculates with a rounded latent")
     return RecordedLatent(a.recorder, list(a._sums), dtype, a._concat)
 
 
 def _zeros_like(a: RecordedLatent, *, dtype: torch.dtype | None = None, **_: Any) -> RecordedLatent:
     if dtype not in (None, torch.float32) or a._concat is not None:
-        raise NotRecordable("it wants zeros like a rounded latent")
-    return RecordedLatent(a.recorder, [_Sum({}) for _ in a._sums])
+        raise NotRecordable("the sampler wants zeros like a rounded latent")
+    zeros = RecordedLatent(a.recorder, [_Sum({}) for _ in a._sums])
+    zeros._is_zeros = True
+    return zeros
 
 
 def _filled(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -467,7 +475,7 @@ def _cat(tensors: Sequence[Tensor], dim: int = 0) -> RecordedLatent:
     if dim == 0 and all(isinstance(each, RecordedLatent) for each in tensors):
         latents: list[Any] = list(tensors)
         if any(each.dtype != first.dtype or each._concat is not None for each in latents):
-            raise NotRecordable("it joins latents of different kinds")
+            raise NotRecordable("the sampler joins latents of different kinds")
         return RecordedLatent(latents[0].recorder, [s for each in latents for s in each._sums], first.dtype)
     if dim in (1, 1 - first.ndim) and isinstance(first, RecordedLatent) and first._concat is None:
         rest = [each for each in tensors[1:]]
@@ -475,13 +483,13 @@ def _cat(tensors: Sequence[Tensor], dim: int = 0) -> RecordedLatent:
             channels = torch.cat(rest, dim=1)
             if len(channels) == len(first) and channels.shape[2:] == first.shape[2:]:
                 return RecordedLatent(first.recorder, list(first._sums), first.dtype, channels)
-    raise NotRecordable("it joins the latent with other tensors")
+    raise NotRecordable("the sampler joins the latent with other tensors")
 
 
 def _split(a: RecordedLatent, size: int, dim: int = 0) -> list[RecordedLatent]:
     batch = a.recorder.program.shape[0]
     if dim != 0 or size % batch or a._concat is not None:
-        raise NotRecordable("it takes the latent apart")
+        raise NotRecordable("the sampler takes the latent apart")
     count = size // batch
     return [
         RecordedLatent(a.recorder, a._sums[i : i + count], a.dtype, is_part=len(a._sums) > count)
