@@ -48,7 +48,7 @@ class SPSampler(io.ComfyNode):
                 io.Combo.Input(
                     "sampler_name",
                     options=comfy.samplers.KSampler.SAMPLERS,
-                    tooltip="The algorithm. All of ComfyUI's but dpm_adaptive run in the workers.",
+                    tooltip="The algorithm. Nearly all of ComfyUI's run in the workers; dpm_adaptive does not.",
                 ),
                 io.Combo.Input(
                     "scheduler",
@@ -85,7 +85,7 @@ class SPSampler(io.ComfyNode):
         latent_image: dict[str, Any],
         denoise: float,
     ) -> io.NodeOutput:
-        from nodes import common_ksampler  # ComfyUI's, which has a running one's nodes
+        from nodes import common_ksampler  # type: ignore[attr-defined]  # ComfyUI's own `nodes`
 
         in_workers = InWorkers()
         if isinstance(model, SequenceParallelPatcher):

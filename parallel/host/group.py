@@ -162,8 +162,8 @@ class WorkerGroup:
     ) -> list[dict[str, Any]]:
         """Runs an operation on every rank and waits for all answers.
 
-        If `poll` raises, the workers are asked to stop and the exception goes on at once; the next call first waits
-        until they have.
+        If `poll` or `on_progress` raises, the workers are asked to stop and the exception goes on at once; the next
+        call first waits until they have.
 
         Returns:
             Each rank's result.
@@ -178,15 +178,15 @@ class WorkerGroup:
             beats: tuple[int, ...] = ()
             last_sign = time.monotonic()
             while not self._when(lambda: len(call.replies) == len(self._workers) or self._failed_reply(call)):
-                if poll is not None:
-                    try:
+                try:
+                    if poll is not None:
                         poll()
-                    except BaseException:
-                        self._control.request_cancel()  # `settle` collects the answers
-                        raise
-                if on_progress is not None and (slowest := self._slowest(call)) != told:
-                    told = slowest
-                    on_progress(*told)
+                    if on_progress is not None and (slowest := self._slowest(call)) != told:
+                        told = slowest
+                        on_progress(*told)
+                except BaseException:
+                    self._control.request_cancel()  # `settle` collects the answers
+                    raise
                 if (now := self._control.beats(len(self._workers))) != beats:
                     beats, last_sign = now, time.monotonic()
                 elif time.monotonic() - last_sign > _STUCK_AFTER_S:

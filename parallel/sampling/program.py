@@ -1,7 +1,7 @@
 """A sampling as a list of instructions, which all ranks run alike.
 
-Between two passes through the network every sampler that can be recorded does nothing but multiply latents, elementwise,
-by numbers and by other latents, and add them up. So one kind of instruction is enough for all of them, and each rank can
+Between two passes through the network a sampler that can be recorded does nothing but multiply latents, elementwise, by
+numbers and by other latents, and add them up. So one kind of instruction is enough for all of them, and each rank can
 do it for the elements that it holds.
 """
 
@@ -16,7 +16,7 @@ from torch import Tensor
 from ..host.step_request import StepRequest
 
 Terms = list[tuple[float, tuple[int, ...]]]
-"""A sum of products: factor × the product of the latents with these numbers. Without latents it is the factor itself."""
+"""A sum of products: factor × the product of the latents with these numbers; without latents the factor itself."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,9 +1,9 @@
 """Runs a sampler's own code with a latent that is not there, and writes down what it would do.
 
-The latent is a `RecordedLatent`: a tensor with shape, dtype and device but no data. Arithmetic on it gives further ones,
-each a sum of products of the latents that the program has so far. So the mathematics is the sampler's own, whichever it
-is: noise is drawn when and as it draws it, and whatever it asks that only data could tell (a norm, a maximum, a part of
-the latent) ends the recording with `NotRecordable`, never with another result.
+The latent is a `RecordedLatent`: a tensor with shape, dtype and device but no data. Arithmetic on it gives further
+ones, each a sum of products of the latents that the program has so far. So the mathematics is the sampler's own,
+whichever it is, and noise is drawn when and as it draws it; and whatever it asks that only data could tell (a norm, a
+maximum, a part of the latent) ends the recording with `NotRecordable`, never with another result.
 
 All of a sampling's control flow must be decided by sigmas; the few samplers that choose their steps by the latent
 (dpm_adaptive) cannot be recorded.
@@ -65,7 +65,7 @@ class RecordedLatent(Tensor):
         batch, channels, *rest = recorder.program.shape
         channels += concat.shape[1] if concat is not None else 0
         size = (batch * len(sums), channels, *rest)
-        made = Tensor._make_wrapper_subclass(cls, size, dtype=dtype, device=recorder.program.device)  # type: ignore[attr-defined]
+        made = Tensor._make_wrapper_subclass(cls, size, dtype=dtype, device=recorder.program.device)
         made.recorder, made._sums, made._concat, made._is_part = recorder, sums, concat, is_part
         return made
 
@@ -80,7 +80,7 @@ class RecordedLatent(Tensor):
             return function(*args, **(kwargs or {}))
 
     @classmethod
-    def __torch_dispatch__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         handler = _HANDLERS.get(function.overloadpacket)
         if handler is not None:
             return handler(*args, **(kwargs or {}))
@@ -408,7 +408,7 @@ def _in_place(operation: Callable[..., RecordedLatent]) -> Callable[..., Recorde
     return changed
 
 
-# --- tensors of the same, or nearly the same, data ----------------------------------------------------------------------
+# --- tensors of the same, or nearly the same, data --------------------------------------------------------------------
 
 
 def _same(a: RecordedLatent, *_: Any, **__: Any) -> RecordedLatent:

@@ -206,10 +206,11 @@ class Worker:
         control = self._control
         meshes = [self._ranks.mesh(Degrees(**degrees)) for degrees in message["degrees"]]
         contexts: list[ParallelContext] = []
-        counted = [{"seconds": 0.0, "cache": Tally()} for _ in meshes]
+        seconds, tallies = [0.0 for _ in meshes], [Tally() for _ in meshes]
 
         def passes(instruction: dict[str, Any]) -> None:
-            mesh, count = meshes[instruction["degrees"]], counted[instruction["degrees"]]
+            which = instruction["degrees"]
+            mesh = meshes[which]
             # Batch groups may have run unequal numbers of blocks; under the next degrees their ranks may be one group.
             context = ParallelContext(self._ranks, mesh, control, first_block=len(contexts) * _BLOCKS_OF_A_PASS)
             contexts.append(context)
@@ -219,9 +220,9 @@ class Worker:
                 cache.begin_step(mesh.degrees, instruction["active"])
             began = time.perf_counter()
             self._run_requests(model, instruction["network"], mesh, context, cache)
-            count["seconds"] += time.perf_counter() - began
+            seconds[which] += time.perf_counter() - began
             if cache is not None:
-                count["cache"].add(cache.tally)
+                tallies[which].add(cache.tally)
 
         def told(done: int, total: int) -> None:
             self._channel.send({"event": "progress", "done": done, "total": total})
@@ -243,7 +244,9 @@ class Worker:
             "seconds": time.perf_counter() - began,
             "collectives": sum(context.traffic.collectives for context in contexts),
             "bytes_sent": sum(context.traffic.bytes_sent for context in contexts),
-            "degrees": [{"seconds": each["seconds"], "cache": asdict(each["cache"])} for each in counted],
+            "degrees": [
+                {"seconds": took, "cache": asdict(tally)} for took, tally in zip(seconds, tallies, strict=True)
+            ],
         }
 
     def _run_requests(

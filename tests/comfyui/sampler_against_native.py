@@ -1,9 +1,10 @@
 """Compares Sampler (SP) with KSampler on ComfyUI's own MODEL; run with ComfyUI's Python, not by pytest.
 
-    python sampler_against_native.py COMFYUI REPOSITORY FOLDER [PART OF A CASE'S NAME]
+    python sampler_against_native.py COMFYUI REPOSITORY FOLDER [every]
 
-FOLDER is empty. Prints JSON: case → `difference` (max|a−b| / max|b|) of the latent, `told` to the user, `messages` to the
-workers, whether the `last_step_shown` is the last one, and `shown_difference`, of the denoised latents that were shown.
+FOLDER is empty; "every" adds ComfyUI's other samplers. Prints JSON: case → `difference` (max|a−b| / max|b|) of the
+latent, `told` to the user, `messages` to the workers, whether the `last_step_shown` is the last one, and
+`shown_difference`, of the denoised latents that were shown.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 COMFYUI, REPOSITORY, FOLDER = (Path(argument) for argument in sys.argv[1:4])
-PART = sys.argv[4] if len(sys.argv) > 4 else ""
+EVERY = "every" in sys.argv[4:]
 sys.path[:] = [str(COMFYUI), *sys.path[1:], sys.path[0]]  # this folder last: it has a `server`, as ComfyUI
 
 import comfy.options  # noqa: E402
@@ -58,7 +59,8 @@ FAMILIES: dict[str, dict[str, Any]] = {
 }
 """Model → arguments of the writer of the family that its name begins with."""
 
-CASES: dict[str, dict[str, Any]] = {f"{name}": PLAIN | {"sampler": name} for name in comfy.samplers.SAMPLER_NAMES}
+SAMPLERS = comfy.samplers.SAMPLER_NAMES if EVERY else [*MUST, "dpm_adaptive"]
+CASES: dict[str, dict[str, Any]] = {name: PLAIN | {"sampler": name} for name in SAMPLERS}
 CASES |= {f"{name}_masked": PLAIN | MASKED | {"sampler": name} for name in MUST}
 CASES |= {
     "cfg": PLAIN | {"cfg": 4.0, "scheduler": "beta"},
@@ -176,10 +178,7 @@ def main() -> None:
         family = next(family for family in checkpoint.WRITERS if name.startswith(family))
         checkpoint.WRITERS[family](path, **options)
         models[name] = comfy.sd.load_diffusion_model(str(path)), str(path)
-    results = {}
-    for name, case in CASES.items():
-        if PART in name:
-            results[name] = run(case, models)
+    results = {name: run(case, models) for name, case in CASES.items()}
     running.stop_all()
     print(json.dumps(results))
 

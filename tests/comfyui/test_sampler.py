@@ -39,11 +39,13 @@ def log_of(server: ComfyServer, setting: Setting, swapped: Swapped | None = TWO)
 
 
 @pytest.mark.slow
-def test_every_sampler_gives_ksamplers_latent(installation: Installation, tmp_path: Path) -> None:
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("samplers", ["some", pytest.param("every", marks=pytest.mark.thousands)])
+def test_the_latent_is_ksamplers(installation: Installation, tmp_path: Path, samplers: str) -> None:
     """On native MODELs of every family, with masks, denoise 0.6 and CFG."""
     drop = {"PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV"}
     run = subprocess.run(
-        [installation.python, SCRIPT, installation.path, REPOSITORY, tmp_path],
+        [installation.python, SCRIPT, installation.path, REPOSITORY, tmp_path, samplers],
         cwd=tmp_path,
         env={key: value for key, value in os.environ.items() if key not in drop},
         capture_output=True,
