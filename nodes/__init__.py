@@ -6,6 +6,7 @@ from . import panel
 from .first_block_cache import SPFirstBlockCache
 from .load_diffusion_model import SPLoadDiffusionModel
 from .quantize_fp8 import SPQuantizeFP8
+from .sampler import SPSampler
 from .sp_config import SPConfigNode
 from .tea_cache import SPTeaCache
 from .torch_compile import SPTorchCompile
@@ -28,6 +29,7 @@ class SequenceParallelExtension(ComfyExtension):
             SPTeaCache,
             SPQuantizeFP8,
             SPTorchCompile,
+            SPSampler,
             SPVAEDecode,
             SPVAEEncode,
         ]

@@ -78,6 +78,7 @@ class WorkerGroup:
         generation: changes with every group, so that a model knows whether its weights went with an older one.
         figures: what it holds and has computed, for those who watch.
         last_used: when it was last asked for or has last answered, by `time.monotonic`.
+        messages: how many each worker has been sent by calls.
     """
 
     _generations = itertools.count(1)
@@ -86,6 +87,7 @@ class WorkerGroup:
         self.layout = layout
         self._threads = threads or _threads_per_worker(layout)
         self.generation = next(self._generations)
+        self.messages = 0
         self._workers: list[WorkerProcess] = []
         self._control = ControlPage.create()
         self.memory = GroupMemory()
@@ -241,8 +243,8 @@ class WorkerGroup:
     ) -> list[dict[str, Any]]:
         """Runs an operation on every rank and waits for all answers.
 
-        If `poll` raises, the workers are asked to stop and the exception goes on at once; the next call first waits
-        until they have.
+        If `poll` or `on_progress` raises, the workers are asked to stop and the exception goes on at once; the next
+        call first waits until they have.
 
         Returns:
             Each rank's result.
@@ -257,15 +259,15 @@ class WorkerGroup:
             beats: tuple[int, ...] = ()
             last_sign = time.monotonic()
             while not self._when(lambda: len(call.replies) == len(self._workers) or self._failed_reply(call)):
-                if poll is not None:
-                    try:
+                try:
+                    if poll is not None:
                         poll()
-                    except BaseException:
-                        self._control.request_cancel()  # `settle` collects the answers
-                        raise
-                if on_progress is not None and (slowest := self._slowest(call)) != told:
-                    told = slowest
-                    on_progress(*told)
+                    if on_progress is not None and (slowest := self._slowest(call)) != told:
+                        told = slowest
+                        on_progress(*told)
+                except BaseException:
+                    self._control.request_cancel()  # `settle` collects the answers
+                    raise
                 if (now := self._control.beats(len(self._workers))) != beats:
                     beats, last_sign = now, time.monotonic()
                 elif time.monotonic() - last_sign > _STUCK_AFTER_S:
@@ -350,6 +352,7 @@ class WorkerGroup:
         self._raise_failure()
         self._control.reset(len(self._workers))
         self._call = call = _Call(next(self._numbers), operation)
+        self.messages += 1
         segments, fds = self.memory.announce()
         frame = {"op": operation, "id": call.number, "segments": segments, **message}
         for worker in self._workers:

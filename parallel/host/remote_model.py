@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import itertools
 import logging
+import time
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from math import prod
 from typing import Any
 
@@ -29,12 +30,15 @@ from ..quantise.settings import (
     refuse_devices,
     refuse_weights_mode,
 )
+from ..sampling.program import Program
 from ..wire.shared import Segment, TensorRef, lay_out
 from . import running
 from .cached_sampling import CachedSampling
 from .compiled_sampling import CompiledSampling
 from .group import Poll, Progress, WorkerGroup
 from .recipe import Inspected, Recipe, inspect
+from .sampling import OnStep, SampleReport, Sent
+from .step_request import StepRequest
 
 log = logging.getLogger("sequence_parallel")
 
@@ -47,27 +51,6 @@ _BATCH_BYTES = 64 * 2**20
 Replace = Callable[[str, Stored], Stored]
 """Name and tensor of the checkpoint → what the workers are to use, of the same shape and dtype, with a scale of its own
 if there was one. Without a scale the tensor is in the storage dtype. It must not be written to: it may be the file."""
-
-
-@dataclass(frozen=True, slots=True)
-class StepRequest:
-    """One call of the network."""
-
-    x: Tensor
-    """Latent as ComfyUI hands it to its own network, e.g. [B, C, T, H, W], in the compute dtype."""
-    timestep: Tensor
-    """As ComfyUI hands it over."""
-    conditioning: Mapping[str, Tensor]
-    """Input name → tensor; only what changed since an earlier step travels."""
-    label: str = ""
-    """Names what is computed among the calls of a step, e.g. cond and uncond: what a cache remembers of one of them is
-    not for another."""
-
-    @property
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Of all tensors, by name."""
-        tensors = {"x": self.x, "timestep": self.timestep, **self.conditioning}
-        return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
 
 
 class RemoteModel:
@@ -380,20 +363,110 @@ class RemoteModel:
             cache.count(self.last_step, degrees)
         if compiled is not None:
             compiled.count(self.last_step)
-        self._note_step(group, requests, degrees, cache)
+        self._note_step(group, requests, degrees, cache, self.last_step)
         return [
             _hand_over(results, ref, request.x.device, lend) for ref, request in zip(out_refs, requests, strict=True)
         ]
 
     def _note_step(
-        self, group: WorkerGroup, requests: Sequence[StepRequest], degrees: Degrees, cache: CachedSampling | None
+        self,
+        group: WorkerGroup,
+        requests: Sequence[StepRequest],
+        degrees: Degrees,
+        cache: CachedSampling | None,
+        results: Sequence[Mapping[str, Any]],
     ) -> None:
         """For those who watch: what was computed, by how many."""
         recipe = self.recipe
         sizes = tuple(tuple(sorted(request.shapes.items())) for request in requests)
         work = (recipe.path, recipe.weight_dtype, recipe.compute_dtype, group.layout.attention, sizes)
         report = None if cache is None else cache.report.to_json()
-        group.figures.stepped(work, degrees, self._reason, self.last_step, report)
+        group.figures.stepped(work, degrees, self._reason, results, report)
+
+    def check_sampling(self, program: Program) -> None:
+        """As `check`, for every pass of a program."""
+        seen = set()
+        for network in program.networks:
+            requests = [each.request for each in network.passes]
+            kind = (network.conditions, *(tuple(sorted(request.shapes.items())) for request in requests))
+            kind += tuple(id(tensor) for request in requests for tensor in request.conditioning.values())
+            if kind not in seen:
+                self.check(requests, network.conditions)
+                seen.add(kind)
+
+    def sample(
+        self,
+        program: Program,
+        *,
+        cache: CachedSampling | None = None,
+        compiled: CompiledSampling | None = None,
+        poll: Poll | None = None,
+        on_step: OnStep | None = None,
+    ) -> tuple[Tensor, SampleReport]:
+        """A whole sampling, for which each worker gets one message.
+
+        Args:
+            program: see `sampling.recording`.
+            cache, compiled: as for `steps`.
+            poll: see `WorkerGroup.call`.
+            on_step: see `OnStep`.
+
+        Returns:
+            The result, on the program's device, in fp32.
+
+        Raises:
+            ConfigError, UnsupportedError: before any work.
+            WorkerError: a worker failed; the weights are gone unless `loaded` still says otherwise.
+        """
+        self.check_sampling(program)
+        inspected, networks = self.inspected, program.networks
+        degrees = [self.degrees(network.conditions) for network in networks]
+        passes = [each.request for network in networks for each in network.passes]
+        told = None
+        if cache is not None:
+            told = cache.message(0.0, inspected.adapter.family, inspected.model_config, passes[0].shapes)
+        group = self._group
+        assert group is not None, "call ensure_loaded first"
+        group.settle(poll)
+        sent = Sent(program, degrees, group.memory, with_previews=on_step is not None)
+        kinds = [tuple((name, id(tensor)) for name, tensor in each.conditioning.items()) for each in passes]
+        different = {kind: each.conditioning for kind, each in zip(kinds, passes, strict=True)}
+        keys, put, drop = self._conditioning.update(list(different.values()), group)
+        keys_of = dict(zip(different, keys, strict=True))
+        plain = sent.message([keys_of[kind] for kind in kinds], cache)
+        message = {
+            "model": self.name,
+            **plain,
+            "put": put,
+            "drop": drop,
+            "cache": told,
+            "compile": None if compiled is None else compiled.settings.to_json(),
+        }
+        before, began = group.messages, time.monotonic()
+        try:
+            results = group.call(
+                "sample", message, poll=poll, on_progress=None if on_step is None else sent.previewed(on_step)
+            )
+        except BaseException:
+            self._conditioning.clear()
+            if cache is not None:
+                self.forget(cache)
+                cache.restart()
+            raise
+        report = SampleReport(program.steps, len(passes), group.messages - before, seconds=time.monotonic() - began)
+        if cache is not None:
+            for i, each in enumerate(sent.degrees):
+                cache.count([result["degrees"][i] for result in results], each)
+        if compiled is not None and networks:
+            compiled.count(results)
+        self.last_step = results
+        if networks:
+            requests = [each.request for each in networks[0].passes]
+            per_call = [{**each, "seconds": each["seconds"] / len(networks)} for each in results]
+            self._note_step(group, requests, degrees[0], cache, per_call)
+        result = sent.result()
+        sent.clear()
+        return result, report
 
 
 def _choose(fp8: FP8Settings, group: WorkerGroup, poll: Poll | None) -> FP8Choice:

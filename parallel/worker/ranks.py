@@ -97,16 +97,20 @@ class Ranks:
 
 
 class ParallelContext(StepContext):
-    """A step under a mesh: this rank's sequence-parallel group shares a sequence."""
+    """A step under a mesh: this rank's sequence-parallel group shares a sequence.
 
-    def __init__(self, ranks: Ranks, mesh: Mesh, control: ControlPage):
+    Args:
+        first_block: the first one's number; it grows through all steps of one call of the host.
+    """
+
+    def __init__(self, ranks: Ranks, mesh: Mesh, control: ControlPage, first_block: int = 0):
         self.rank = mesh.sp_rank
         self._mesh = mesh
         self._weights = mesh.members(ranks.weights)
         self._ranks = ranks
         self._device = ranks.device
         self._control = control
-        self._block = 0
+        self._block = first_block
         self.traffic = Traffic()
         self._events: collections.deque[torch.cuda.Event] = collections.deque()
 

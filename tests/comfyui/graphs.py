@@ -58,7 +58,7 @@ class Setting:
     cfg: float = 1.0
     sampler: str = "euler"
     scheduler: str = "simple"
-    chain: str = "ksampler"  # or "basic_guider", "cfg_guider": SamplerCustomAdvanced with that guider
+    chain: str = "ksampler"  # or "sp_sampler"; or "basic_guider", "cfg_guider": SamplerCustomAdvanced with that guider
     positive: Text = Text()
     negative: Text = Text(seed=12)
     model_nodes: tuple[ModelNode, ...] = ()  # nodes between the loader and the sampler
@@ -137,9 +137,9 @@ def add_sampling(builder: GraphBuilder, setting: Setting, model: Link, output: s
         latent = builder.add(setting.empty, length=setting.length, **size)
     if setting.arrange is not None:
         positive, latent = setting.arrange(builder, setting, positive, latent)
-    if setting.chain == "ksampler":
+    if setting.chain in ("ksampler", "sp_sampler"):
         samples = builder.add(
-            "KSampler",
+            "KSampler" if setting.chain == "ksampler" else "SPSampler",
             model=model,
             seed=setting.seed,
             steps=setting.steps,
