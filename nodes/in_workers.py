@@ -27,8 +27,7 @@ KEY = "sequence_parallel_sampler"
 _OURS = frozenset({KEY, "sequence_parallel"})
 """Keys of the wrappers that this pack sets."""
 _MOST_BYTES = 2 * 2**30
-"""Of the noise of all steps; host memory holds it twice while it is sent. 50 steps of HunyuanVideo at 720p and 129
-frames have 1.5 GB."""
+"""Of the noise of all steps; host memory holds it twice. HunyuanVideo at 720p has 1.5 GB in 50 steps."""
 
 _FUNCTIONS = (
     "sampler_calc_cond_batch_function",

@@ -37,7 +37,7 @@ from .cached_sampling import CachedSampling
 from .compiled_sampling import CompiledSampling
 from .group import Poll, Progress, WorkerGroup
 from .recipe import Inspected, Recipe, inspect
-from .sampling import OnStep, SampleReport, Sent
+from .sampling import SEGMENT, OnStep, SampleReport, Sent
 from .step_request import StepRequest
 
 log = logging.getLogger("sequence_parallel")
@@ -240,7 +240,9 @@ class RemoteModel:
         if group is not None and was_loaded:
             group.figures.dropped(self.name)
             try:
-                group.call("unload", {"model": self.name})
+                # A sampling that was cancelled has left its noise.
+                group.call("unload", {"model": self.name, "drop": [SEGMENT]})
+                group.memory.drop(SEGMENT)
             except WorkerError as error:  # the weights have gone with the workers
                 log.warning("%s", error)
 
@@ -248,7 +250,7 @@ class RemoteModel:
         """As `unload`, without waiting: for a finalizer, which may run in the middle of anything."""
         if self._group is not None and self.loaded:
             self._group.figures.dropped(self.name)
-            self._group.post("unload", {"model": self.name})
+            self._group.post("unload", {"model": self.name, "drop": []})
         self._group, self._generation = None, 0
 
     def forget(self, cache: CachedSampling) -> None:

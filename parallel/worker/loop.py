@@ -157,6 +157,8 @@ class Worker:
 
     def _unload(self, message: Message) -> dict[str, Any]:
         self._models.pop(message["model"], None)
+        for name in message["drop"]:
+            self._drop_segment(name)
         self._give_memory_back()
         return {}
 
