@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 from comfy_api.latest import io
@@ -83,11 +82,9 @@ class SPConfigNode(io.ComfyNode):
         }
         if devices is None:
             return True
-        known = {knob: value for knob, value in degrees.items() if value is not None}
-        if len(known) < len(degrees):
-            known = {}
+        known: dict[str, Any] = {} if None in degrees.values() else degrees
         try:
-            resolve(replace(SequenceParallelConfig(devices=devices), **known))
+            resolve(SequenceParallelConfig(devices=devices, **known))
         except EngineError as error:
             return str(error)
         return True

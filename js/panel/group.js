@@ -50,7 +50,7 @@ export class GroupView {
     setAttribute(this._title, "title", `${title} (${group.devices})`);
     setAttribute(this.element, "aria-label", title);
     const sampling = group.sampling;
-    const between = ["idle", "step"].includes(group.state); // these two alternate while steps are computed
+    const between = ["idle", "step", "sample"].includes(group.state); // these two alternate while steps are computed
     const state = between && sampling?.running ? "sampling" : group.state;
     setText(this._state, stateText(state));
     setAttribute(this._state, "data-state", state);

@@ -10,6 +10,7 @@ const TEXTS = {
   weights: "Applying LoRAs",
   step: "Computing",
   waiting: "Waiting",
+  sample: "Sampling",
   sampling: "Sampling",
   "load vae": "Reading the VAE",
   "begin tiles": "Computing tiles",

@@ -14,7 +14,7 @@ from .group import Poll, WorkerGroup
 
 log = logging.getLogger("sequence_parallel")
 
-_IDLE_CHECK_S = 10.0
+_IDLE_CHECK_S = 5.0
 
 _lock = threading.Lock()
 _groups: list[WorkerGroup] = []

@@ -135,7 +135,8 @@ def test_degrees_that_do_not_fit_are_refused_before_queueing(
 
 def without_config(setting: Setting) -> Graph:
     builder = GraphBuilder()
-    model = builder.add("SPLoadDiffusionModel", unet_name=setting.checkpoint, weight_dtype="default")
+    dtype = setting.weight_dtype
+    model = builder.add("SPLoadDiffusionModel", unet_name=setting.checkpoint, weight_dtype=dtype)
     add_sampling(builder, setting, model)
     return builder.graph
 
@@ -162,6 +163,22 @@ def test_a_setting_that_is_not_allowed_is_named(server: ComfyServer) -> None:
     assert result.status == "error"
     assert "setting Sequence Parallel, Default devices" in result.message
     assert "'tpu'" in result.message
+
+
+def test_the_log_level_decides_what_is_logged(server: ComfyServer) -> None:
+    for level, dtype in (("error", "fp8_e4m3fn"), ("comfyui", "fp8_e5m2")):
+        start = len(server.log())
+        with stored(server, **{"Log.Level": level, "Workers.Devices": "cpu,cpu"}):
+            assert server.run(without_config(fresh(Setting(weight_dtype=dtype)))).status == "success"
+        assert ("of weights on each" in server.log()[start:]) == (level == "comfyui")
+
+
+def test_idle_workers_leave_when_the_setting_says_so(server: ComfyServer) -> None:
+    assert server.run(sampling_graph(fresh(Setting()), Swapped())).status == "success"
+    assert server.workers()
+    with stored(server, **{"Workers.KeepAliveMinutes": 0.05}):
+        assert wait_until(lambda: not server.workers(), timeout=30)
+    assert server.get("/sequence_parallel/status") == {"groups": []}
 
 
 def test_the_report_has_versions_settings_and_workers(server: ComfyServer) -> None:
