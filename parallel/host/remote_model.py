@@ -18,12 +18,13 @@ from ..checkpoints.source import Stored
 from ..config import resolve
 from ..degrees import Degrees
 from ..errors import WorkerError
+from ..placement import Memory, Placement, bytes_on_device, choose
 from ..plan import SequencePlan
 from ..wire.shared import Segment, TensorRef, lay_out
 from . import running
 from .cached_sampling import CachedSampling
 from .group import Poll, Progress, WorkerGroup
-from .recipe import Inspected, Recipe, inspect
+from .recipe import Inspected, Recipe, inspect, weight_bytes
 
 log = logging.getLogger("sequence_parallel")
 
@@ -75,7 +76,9 @@ class RemoteModel:
         self.inspected = inspected or inspect(recipe.path)
         self.name = f"model-{next(_MODELS)}"
         self.nbytes = 0
-        """Bytes of weights that one worker holds; 0 when not loaded."""
+        """Bytes of weights that one worker has on its device; 0 when not loaded."""
+        self.placement: Placement | None = None
+        """Where the weights are, or were last, and why."""
         self.last_step: list[dict[str, Any]] = []
         """What each rank said of the last step: `seconds`, `collectives` and `bytes_sent` to other ranks; with a cache
         also `cache`: `passes`, `hits` and `skipped_s` (`cache.blocks.Tally`)."""
@@ -111,16 +114,58 @@ class RemoteModel:
         group = self._own_group or running.acquire(self.recipe.config, poll)
         if self.loaded and group is self._group:
             return self.nbytes
-        message = {"model": self.name, "recipe": self.recipe.to_json()}
         self._group, self._generation = None, 0
-        results = group.call("load", message, poll=poll, on_progress=on_progress)
-        self._group, self._generation = group, group.generation
+        placement = self._place(group, poll)
+        weights: dict[str, Any] = {"mode": placement.mode, "sharing": self._layout.degrees.sharing}
+        if placement.mode == "offload":
+            weights["segment"] = f"{self.name}-weights"
+            group.settle(poll)
+            group.memory.segment(weights["segment"], 0)  # the workers know how much they need
+        message = {"model": self.name, "recipe": self.recipe.to_json(), "weights": weights}
+        try:
+            results = group.call("load", message, poll=poll, on_progress=on_progress)
+        finally:
+            if "segment" in weights:  # it belongs to the workers now
+                group.memory.drop(weights["segment"])
+        self._group, self._generation, self.placement = group, group.generation, placement
         self._conditioning.clear()
         self._version = None
         self._replaced.clear()
         self.nbytes = max(result["nbytes"] for result in results)
-        log.info("%s: %.0f MiB of weights on each of %d workers", self.recipe.path, self.nbytes / 2**20, len(results))
+        log.info(
+            "%s: weights %s (%s): %.0f MiB %s",
+            self.recipe.path, placement.mode, placement.reason, self.nbytes / 2**20,
+            "in one copy for all workers"
+            if placement.mode == "offload" and self._layout.device_type == "cpu"
+            else f"on each of {len(results)} workers",
+        )  # fmt: skip
         return self.nbytes
+
+    def _place(self, group: WorkerGroup, poll: Poll | None) -> Placement:
+        """Settles where the weights go; asks the workers for their free memory only if that matters."""
+        asked = self.recipe.config.weights
+        if asked != "auto":
+            return Placement(mode=asked, reason="as asked")
+        told = group.call("free memory", {}, poll=poll)
+        return choose(
+            weight_bytes(self.inspected, self.recipe),
+            [Memory(**rank["device"]) for rank in told],
+            Memory(**told[0]["host"]),
+            sharing=self._layout.degrees.sharing,
+            device_type=self._layout.device_type,
+        )
+
+    @property
+    def expected_bytes(self) -> int:
+        """Of weights on one worker's device when they are loaded; under `auto` as much as it may be."""
+        if self.loaded:
+            return self.nbytes
+        return bytes_on_device(
+            self.recipe.config.weights,
+            weight_bytes(self.inspected, self.recipe),
+            self._layout.degrees.sharing,
+            self._layout.device_type,
+        )
 
     def replace_weights(
         self,
@@ -235,7 +280,8 @@ class RemoteModel:
     def degrees(self, conditions: int) -> Degrees:
         """How a step with so many conditions is split; a change is logged."""
         heads = self.inspected.model_config["num_attention_heads"]
-        degrees, reason = self._layout.degrees.choose(conditions=conditions, heads=heads)
+        sharded = (self.placement.mode if self.placement else self.recipe.config.weights) == "shard"
+        degrees, reason = self._layout.degrees.choose(conditions=conditions, heads=heads, sharded=sharded)
         if degrees != self._told_degrees:
             self._told_degrees = degrees
             log.info("plan on %s: %s (%s)", self._layout.describe(), degrees, reason)
