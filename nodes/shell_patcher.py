@@ -31,6 +31,10 @@ class SequenceParallelPatcher(WorkersPatcher):
     def remote(self) -> RemoteModel:
         return self.model.diffusion_model.remote
 
+    def model_size(self) -> int:
+        """For how much ComfyUI is to make room: what one worker has on its device, under the weights' mode."""
+        return int(self.remote.expected_bytes) if self.size > 1 else int(self.size)
+
     # --- residency ----------------------------------------------------------------------------------------------------
 
     def _prepare(self) -> None:
