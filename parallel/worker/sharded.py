@@ -11,12 +11,14 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, UnshardHandle, fully_shard
+from torch.distributed.tensor import DTensor
 
 from .homes import Home, share_of_rows, watch_blocks
 
@@ -42,11 +44,11 @@ class Sharded(Home):
 
     def share(self, name: str) -> tuple[Tensor, slice]:
         parameter = self._model.get_parameter(name)
-        return parameter.to_local(), share_of_rows(parameter.shape[0], self._rank, self._ranks)  # type: ignore[operator]
+        return _local(parameter), share_of_rows(len(parameter), self._rank, self._ranks)
 
     @property
     def nbytes(self) -> int:
-        return sum(p.to_local().nbytes for p in self._model.parameters())  # type: ignore[operator]
+        return sum(_local(parameter).nbytes for parameter in self._model.parameters())
 
     @contextmanager
     def in_use(self) -> Iterator[None]:
@@ -80,6 +82,11 @@ class Sharded(Home):
             if (handle := self._whole.pop(index)) is not None:
                 handle.wait()
             self._units[index].reshard()
+
+
+def _local(parameter: nn.Parameter) -> Tensor:
+    """This rank's rows."""
+    return cast(DTensor, parameter).to_local()
 
 
 class _Bytes:
