@@ -150,7 +150,6 @@ class Worker:
         with torch.no_grad():
             model = ResidentModel(message["recipe"], self._device, progress, self._home(message["weights"]))
             self._models[message["model"]] = model
-        self._give_memory_back()
         return {"nbytes": model.nbytes, "family": model.adapter.family}
 
     def _home(self, wanted: Message) -> MakeHome:

@@ -58,7 +58,11 @@ class ResidentModel:
         self.model.eval().requires_grad_(False)
         self._keep_dtypes()
         self.home: Home = home(self.model, device)
-        self._load(progress)
+        try:
+            self._load(progress)
+        except BaseException:
+            self.home.close()
+            raise
         self._tensors = NativeTensors(self._source, self.adapter, self.config)
         self._conditioning: dict[str, Tensor] = {}
         self._prepared: dict[tuple[Any, ...], Any] = {}
