@@ -19,16 +19,18 @@ from ..checkpoints.source import Stored
 from ..config import resolve
 from ..degrees import Degrees
 from ..errors import WorkerError
+from ..placement import Memory, Placement, bytes_on_device, refuse_quantised
+from ..placement import choose as choose_placement
 from ..plan import SequencePlan
 from ..quantise.selection import Selection, select
 from ..quantise.settings import (
+    NODE,
     FP8Choice,
     FP8Report,
     FP8Settings,
     choose,
     likely_scheme,
     refuse_devices,
-    refuse_weights_mode,
 )
 from ..sampling.program import Program
 from ..wire.shared import Segment, TensorRef, lay_out
@@ -36,7 +38,7 @@ from . import running
 from .cached_sampling import CachedSampling
 from .compiled_sampling import CompiledSampling
 from .group import Poll, Progress, WorkerGroup
-from .recipe import Inspected, Recipe, inspect
+from .recipe import Inspected, Recipe, inspect, weight_bytes
 from .sampling import SEGMENT, OnStep, SampleReport, Sent
 from .step_request import StepRequest
 
@@ -69,7 +71,9 @@ class RemoteModel:
         self.inspected = inspected or inspect(recipe.path)
         self.name = f"model-{next(_MODELS)}"
         self.nbytes = 0
-        """Bytes of weights that one worker holds; 0 when not loaded."""
+        """Bytes of weights that one worker has on its device; 0 when not loaded."""
+        self.placement: Placement | None = None
+        """Where the weights are, or were last, and why."""
         self.fp8_report: FP8Report | None = None
         """What has been quantised, of the weights that were loaded last."""
         self.last_step: list[dict[str, Any]] = []
@@ -119,20 +123,37 @@ class RemoteModel:
         if self.loaded and group is self._group and fp8 == self._fp8:
             return self.nbytes
         choice = None if fp8 is None else _choose(fp8, group, poll)
+        self.unload()  # what is loaded otherwise makes room for this
+        placement = self._place(group, poll, plain=fp8 is None)
+        weights: dict[str, Any] = {"mode": placement.mode, "sharing": self._layout.degrees.sharing}
+        if placement.mode == "offload":
+            weights["segment"] = f"{self.name}-weights"
+            group.settle(poll)
+            group.memory.segment(weights["segment"], 0)  # the workers know how much they need
         message = {
             "model": self.name,
             "recipe": self.recipe.to_json(),
+            "weights": weights,
             "fp8": None if choice is None else choice.to_json(),
         }
-        self._group, self._generation = None, 0
-        results = group.call("load", message, poll=poll, on_progress=on_progress)
-        self._group, self._generation, self._fp8 = group, group.generation, fp8
+        try:
+            results = group.call("load", message, poll=poll, on_progress=on_progress)
+        finally:
+            if "segment" in weights:  # it belongs to the workers now
+                group.memory.drop(weights["segment"])
+        self._group, self._generation, self.placement, self._fp8 = group, group.generation, placement, fp8
         self._conditioning.clear()
         self._version = None
         self._replaced.clear()
         self.nbytes = max(result["nbytes"] for result in results)
         group.figures.holds(self.name, self.recipe.path, self.nbytes)
-        log.info("%s: %.0f MiB of weights on each of %d workers", self.recipe.path, self.nbytes / 2**20, len(results))
+        log.info(
+            "%s: weights %s (%s): %.0f MiB %s",
+            self.recipe.path, placement.mode, placement.reason, self.nbytes / 2**20,
+            "in one copy for all workers"
+            if placement.mode == "offload" and self._layout.device_type == "cpu"
+            else f"on each of {len(results)} workers",
+        )  # fmt: skip
         self.fp8_report = None
         if choice is not None:
             self.fp8_report = FP8Report(scheme=choice.scheme, reason=choice.reason, **results[0]["fp8"])
@@ -145,7 +166,7 @@ class RemoteModel:
             ConfigError: the devices cannot do it, or `skip` has a pattern that means no layer.
             UnsupportedError: the way in which the weights are kept does not go with it.
         """
-        refuse_weights_mode(self.recipe.config.weights)
+        refuse_quantised(self.recipe.config.weights, NODE)
         refuse_devices(fp8, self._layout)
         return select(
             self.inspected.source,
@@ -156,6 +177,34 @@ class RemoteModel:
             storage=self.recipe.weight_dtype,
             compute=self.recipe.compute_dtype,
         )
+
+    def _place(self, group: WorkerGroup, poll: Poll | None, *, plain: bool) -> Placement:
+        """Settles where the weights go; asks the workers for their free memory only if that matters."""
+        asked = self.recipe.config.weights
+        if asked != "auto":
+            return Placement(mode=asked, reason="as asked")
+        told = group.call("free memory", {}, poll=poll)
+        return choose_placement(
+            weight_bytes(self.inspected, self.recipe),
+            [Memory(**rank["device"]) for rank in told],
+            Memory(**told[0]["host"]),
+            sharing=self._layout.degrees.sharing,
+            device_type=self._layout.device_type,
+            plain=plain,
+        )
+
+    def expected_bytes(self, fp8: FP8Settings | None = None, saved: int = 0) -> int:
+        """Of weights on one worker's device when they are loaded; under `auto` as much as it may be.
+
+        Args:
+            fp8: how they are to be quantised, if so.
+            saved: bytes that this saves (`Selection.saved`).
+        """
+        if self.loaded and fp8 == self._fp8:
+            return self.nbytes
+        mode = self.recipe.config.weights
+        nbytes = weight_bytes(self.inspected, self.recipe) - saved
+        return bytes_on_device(mode, nbytes, self._layout.degrees.sharing, self._layout.device_type)
 
     def replace_weights(
         self,
@@ -274,7 +323,8 @@ class RemoteModel:
     def degrees(self, conditions: int) -> Degrees:
         """How a step with so many conditions is split; a change is logged."""
         heads = self.inspected.model_config["num_attention_heads"]
-        degrees, self._reason = self._layout.degrees.choose(conditions=conditions, heads=heads)
+        sharded = (self.placement.mode if self.placement else self.recipe.config.weights) == "shard"
+        degrees, self._reason = self._layout.degrees.choose(conditions=conditions, heads=heads, sharded=sharded)
         if degrees != self._told_degrees:
             self._told_degrees = degrees
             log.info("plan on %s: %s (%s)", self._layout.describe(), degrees, self._reason)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from ..config import Layout
-from ..errors import ConfigError, UnsupportedError
+from ..errors import ConfigError
 
 NODE = "FP8 Quantize (SP)"
 DYNAMIC = ("dynamic_rowwise", "dynamic_tensorwise")
@@ -90,22 +90,6 @@ class FP8Report:
         return (
             f"{NODE}: {self.scheme}{why}: {self.layers} layers quantised{left}; weights on each device"
             f" {before:,.1f} MiB before, {after:,.1f} MiB after"
-        )
-
-
-def refuse_weights_mode(weights: str) -> None:
-    """Refuses a way of keeping weights that FP8 ones cannot follow.
-
-    Args:
-        weights: `weights` of SP Config, `auto` resolved.
-
-    Raises:
-        UnsupportedError: it is `shard`.
-    """
-    if weights == "shard":
-        raise UnsupportedError(
-            f"{NODE} cannot be used with weights=shard (FSDP would have to split FP8 weights and their scales alike);"
-            " set weights to replicate in SP Config, or remove the node"
         )
 
 

@@ -13,11 +13,11 @@ from torch import Tensor, nn
 
 from parallel.config import SequenceParallelConfig, resolve
 from parallel.demo.checkpoint import WRITERS
-from parallel.errors import ConfigError, UnsupportedError
+from parallel.errors import ConfigError
 from parallel.host.recipe import Recipe
 from parallel.host.remote_model import RemoteModel
 from parallel.quantise.selection import matches, select
-from parallel.quantise.settings import DYNAMIC, SCHEMES, FP8Report, FP8Settings, choose, refuse_weights_mode
+from parallel.quantise.settings import DYNAMIC, SCHEMES, FP8Report, FP8Settings, choose
 from parallel.worker.fp8_linear import E4M3, FP8Linear, quantise, to_fp8
 from parallel.worker.resident import ResidentModel
 
@@ -98,11 +98,6 @@ def test_a_scheme_that_one_device_lacks_is_refused(scheme: str, found: list[dict
 @pytest.mark.parametrize("scheme", [scheme for scheme in SCHEMES if scheme != "auto"])
 def test_a_scheme_that_all_devices_have_is_honoured(scheme: str):
     assert choose(FP8Settings(scheme=scheme), CPUS, [WORKS, WORKS]).scheme == scheme
-
-
-def test_sharded_weights_are_refused():
-    with pytest.raises(UnsupportedError, match="cannot be used with weights=shard"):
-        refuse_weights_mode("shard")
 
 
 def test_the_report_says_what_was_done():
