@@ -219,6 +219,7 @@ def told(**changes: Any) -> dict[str, Any]:
             [[told(), told(failure="InvalidCxxCompiler: none")]],
             "WARNING: not compiled on worker rank 1: InvalidCxxCompiler: none",
         ),
+        ([], "no step has run"),
         ([[told(kinds=0)]], "WARNING: not compiled: this family's blocks cannot be compiled yet"),
     ],
 )  # fmt: skip
