@@ -203,10 +203,11 @@ class MochiAdapter(Adapter):
         by = F.silu(vector)
 
         def each_block(video: Tensor, text: Tensor) -> Blocks:
-            attend = context.attention(plan)
+            attend, run, run_last = context.attention(plan), context.block(_block), context.block(_last_block)
             for block in m.transformer_blocks:
                 context.enter_block(plan)
-                video, text = _block(block, video, text, by, table, attend)
+                kind = run_last if block.context_pre_only else run
+                video, text = kind(block, video, text, by, table, attend)
                 yield video
 
         def probe() -> Tensor:
@@ -281,6 +282,13 @@ def _block(
     if text_gates:
         text = _after_attention(text, attn.to_add_out(out[:, count:]), text_gates, block.ff_context)
     return _after_attention(video, attn.to_out[0](out[:, :count]), gates, block.ff), text
+
+
+def _last_block(
+    block: Any, video: Tensor, text: Tensor, by: Tensor, table: Rope, attend: JointAttention
+) -> tuple[Tensor, Tensor]:
+    """Lacks the layers for the text behind its attention, so to a compiler it is a kind of its own."""
+    return _block(block, video, text, by, table, attend)
 
 
 def _after_attention(x: Tensor, attended: Tensor, gates: list[Tensor], mlp: nn.Module) -> Tensor:
