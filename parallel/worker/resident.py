@@ -231,10 +231,12 @@ class ResidentModel:
         rank leaves its blocks uncompiled.
 
         The step has several tokens on each rank, so that its graphs fit the sizes of real ones: with dynamic sizes they
-        are compiled here, and for good.
+        are compiled here, and for good. It has one timestep per sample, as most have; one per frame is another graph.
         """
         compiled.compiler = blocks
         inputs = self.adapter.example(self.config, 4 * degrees.sp, self.compute_dtype)
+        if inputs["timestep"].ndim > 1:
+            inputs["timestep"] = inputs["timestep"][:, 0]
         difference = self._difference(inputs, compiled, uncompiled)
         if not blocks.failure and not difference <= self._allowed_difference:
             blocks.give_up(f"compiled, a small step differs by {difference:.2g} (relative) from one that is not")

@@ -21,6 +21,7 @@ from parallel.compilation import blocks as blocks_module
 from parallel.compilation.blocks import CompiledBlocks
 from parallel.compilation.folder import VARIABLE, use_folder
 from parallel.compilation.settings import MODES, CompileSettings
+from parallel.degrees import Degrees
 from parallel.demo.checkpoint import WRITERS
 from parallel.errors import ConfigError
 from parallel.host.compiled_sampling import CompiledSampling
@@ -153,6 +154,25 @@ def test_a_block_that_cannot_be_compiled_runs_as_it_is(quick: None):
     tally = blocks.take_tally()
     assert tally.failure and tally.kinds == 1
     assert blocks(two_stream.head) is two_stream.head, "nothing is tried any more"
+
+
+@pytest.mark.parametrize(("factor", "trusted"), [(1.0, True), (1.01, False), (float("nan"), False)])
+def test_compiled_blocks_that_disagree_are_not_used(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, factor: float, trusted: bool
+):
+    def compiler(function: Callable[..., Any], **_: Any) -> Callable[..., Any]:
+        return lambda *arguments: function(*arguments) * factor
+
+    monkeypatch.setattr(torch, "compile", compiler)
+    monkeypatch.setenv(VARIABLE, str(tmp_path))
+    model = tiny("wan", tmp_path)
+    blocks = CompiledBlocks(CompileSettings(), lambda: None)
+    with torch.no_grad():
+        model.check_compiled(blocks, Part(0, 1), Part(0, 1), Degrees())
+    assert (blocks.failure == "") == trusted
+    if not trusted:
+        assert "compiled, a small step differs by" in blocks.failure
+        assert torch.equal(step(model, 4, Part(0, 1, blocks)), step(model, 4, Part(0, 1)))
 
 
 def test_a_failure_inside_an_attention_is_not_covered_up(quick: None):
