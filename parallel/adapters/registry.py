@@ -7,11 +7,17 @@ from ..errors import UnsupportedError
 from .base import Adapter
 from .flux import FluxAdapter
 from .hunyuan_video import HunyuanVideoAdapter
+from .hunyuan_video_15 import HunyuanVideo15Adapter
 from .wan import WanAdapter
 
 FAMILIES: dict[str, type[Adapter]] = {
     adapter.family: adapter
-    for adapter in (HunyuanVideoAdapter, FluxAdapter, WanAdapter)
+    for adapter in (
+        HunyuanVideoAdapter,
+        HunyuanVideo15Adapter,
+        FluxAdapter,
+        WanAdapter,
+    )
 }  # fmt: skip
 
 

@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from ..adapters.base import Adapter
 from ..adapters.flux import FluxAdapter
 from ..adapters.hunyuan_video import HunyuanVideoAdapter
+from ..adapters.hunyuan_video_15 import HunyuanVideo15Adapter
 from ..adapters.two_stream import HEAD_DIM
 from ..adapters.wan import WanAdapter
 
@@ -41,10 +42,13 @@ SCALED_LAYOUTS = ("marker_0", "marker_2", "comfy_quant", "metadata")
 """How files of scaled fp8 name their scales; `marker_N` is the older way, N the marker's count of elements."""
 
 
+_UNSCALED = ("img_in", "final_layer.linear", "cond_type_embedding")
+
+
 def scaled_fp8(
     tensors: dict[str, torch.Tensor], layout: str, dtype: torch.dtype = torch.float8_e4m3fn
 ) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """Rounds the weights of linear layers to fp8 with one scale each, but for the image's embedder and the last layer.
+    """Rounds the weights of linear layers to fp8 with one scale each, but for the first and the last.
 
     Args:
         tensors: a whole network.
@@ -59,7 +63,7 @@ def scaled_fp8(
     found: dict[str, torch.Tensor] = {}
     layers: dict[str, dict[str, str]] = {}
     for name, tensor in tensors.items():
-        if tensor.ndim != 2 or not name.endswith(".weight") or name.startswith(("img_in", "final_layer.linear")):
+        if tensor.ndim != 2 or not name.endswith(".weight") or name.startswith(_UNSCALED):
             found[name] = tensor
             continue
         layer = name.removesuffix(".weight")
@@ -161,6 +165,37 @@ def write_tiny_hunyuan_video(
     return config
 
 
+def write_tiny_hunyuan_video_15(
+    path: str | Path,
+    *,
+    seed: int = 0,
+    heads: int = 2,
+    depth: int = 2,
+    context_dim: int = 64,
+    dtype: torch.dtype = torch.float32,
+    prefix: str = "",
+    scaled: str = "",
+) -> dict[str, Any]:
+    """Writes a random HunyuanVideo 1.5 of hidden size heads × 128 as a single safetensors file; returns its
+    configuration. ComfyUI's loader knows these widths of ByT5 and SigLIP only."""
+    config = {
+        "in_channels": 65,
+        "out_channels": 32,
+        "num_attention_heads": heads,
+        "attention_head_dim": HEAD_DIM,
+        "num_layers": depth,
+        "num_refiner_layers": 2,
+        "patch_size": 1,
+        "patch_size_t": 1,
+        "text_embed_dim": context_dim,
+        "text_embed_2_dim": 1472,
+        "image_embed_dim": 1152,
+    }
+    tensors = random_tensors(HunyuanVideo15Adapter(), config, seed)
+    _save(path, {name: tensor.to(dtype) for name, tensor in tensors.items()}, prefix, scaled)
+    return config
+
+
 def write_tiny_flux(
     path: str | Path,
     *,
@@ -230,6 +265,7 @@ def write_tiny_wan(
 
 WRITERS: dict[str, Callable[..., dict[str, Any]]] = {
     HunyuanVideoAdapter.family: write_tiny_hunyuan_video,
+    HunyuanVideo15Adapter.family: write_tiny_hunyuan_video_15,
     FluxAdapter.family: write_tiny_flux,
     WanAdapter.family: write_tiny_wan,
 }

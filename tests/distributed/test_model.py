@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -21,6 +22,7 @@ from parallel.wire.channel import Channel, Message
 from parallel.wire.shared import TensorRef, lay_out
 from parallel.worker.resident import ResidentModel
 from tests.distributed.tiny_models import (
+    Hunyuan15Inputs,
     Inputs,
     Model,
     StartGroup,
@@ -114,6 +116,18 @@ WAN = {
 }
 MODELS |= WAN
 
+VIDEO_15: dict[str, Any] = {"family": "hunyuan_video_15"}
+HUNYUAN_15 = {
+    "hunyuan_15": Model(VIDEO_15, Hunyuan15Inputs()),
+    "hunyuan_15_odd_size": Model(VIDEO_15, Hunyuan15Inputs(frames=3, height=5, width=3, text=7, image=4)),
+    "hunyuan_15_padded_text": Model(VIDEO_15, Hunyuan15Inputs(valid=(5,), image=4)),
+    "hunyuan_15_mostly_text": Model(VIDEO_15, Hunyuan15Inputs(frames=1, height=2, width=2, text=5, glyphs=9, image=30)),
+    "hunyuan_15_text_only": Model(VIDEO_15, Hunyuan15Inputs(text=1, glyphs=0)),
+    "hunyuan_15_unequal_batch": Model(VIDEO_15, Hunyuan15Inputs(batch=2, valid=(5, 8), image=4, height=3)),
+    "hunyuan_15_fp8_storage": Model(VIDEO_15, Hunyuan15Inputs(), torch.float8_e4m3fn),
+}
+MODELS |= HUNYUAN_15
+
 
 def test_every_family_has_models():
     assert {model.checkpoint.get("family", "hunyuan_video") for model in MODELS.values()} == set(FAMILIES)
@@ -181,6 +195,7 @@ def test_many_workers_give_what_one_gives(predict: Predictions, name: str, devic
     [
         "odd_tokens", "mostly_text", "batch_2_unequal_masks", "four_heads", "first_frame_batch_2",
         "flux_odd_size", "flux_references", "wan_odd_size", "wan_i2v_batch_2", "wan_22_5b_batch_2",
+        "hunyuan_15_odd_size", "hunyuan_15_unequal_batch",
     ],
 )  # fmt: skip
 def test_any_degrees_give_what_one_worker_gives(predict: Predictions, name: str, devices: str, degrees: dict[str, int]):
@@ -235,6 +250,8 @@ def test_the_dialect_of_a_checkpoint_does_not_matter(predict: Predictions, name:
         ("wan", "wan_fp8_storage"),
         ("wan_i2v", "wan_i2v_without_image"),
         ("wan_i2v", "wan_first_and_last_frame"),
+        ("hunyuan_15", "hunyuan_15_fp8_storage"),
+        ("hunyuan_15", "hunyuan_15_padded_text"),
     ],
 )
 def test_what_differs_shows(predict: Predictions, first: str, second: str):
@@ -253,6 +270,12 @@ def test_a_sample_of_a_batch_equals_the_sample_alone(predict: Predictions, start
             assert relative_difference(batched, single) <= SPLIT_TOLERANCE
 
 
+def stock_model(path: Path) -> Any:
+    """diffusers' own model with the checkpoint's weights."""
+    resident = {"path": str(path), "weight_dtype": "float32", "compute_dtype": "float32"}
+    return ResidentModel(resident, torch.device("cpu"), lambda done, total: None).model
+
+
 @pytest.mark.parametrize(
     ("checkpoint", "inputs"),
     [
@@ -267,8 +290,7 @@ def test_one_worker_gives_what_diffusers_gives(
 ):
     """Without padding: diffusers takes the text's mean over valid tokens only, ComfyUI and this engine over all."""
     path = tiny_models.path(**checkpoint)
-    resident = {"path": str(path), "weight_dtype": "float32", "compute_dtype": "float32"}
-    stock = ResidentModel(resident, torch.device("cpu"), lambda done, total: None).model
+    stock = stock_model(path)
     assert type(stock).__name__ == "HunyuanVideoTransformer3DModel"
     x, timestep, conditioning = inputs.make()
     with torch.no_grad():
@@ -289,9 +311,7 @@ def test_one_worker_gives_what_diffusers_gives(
 def test_one_worker_gives_what_diffusers_gives_for_wan(predict: Predictions, tiny_models: TinyModels, name: str):
     """diffusers takes the last 512 tokens for the text, and what comes before for the image."""
     model = MODELS[name]
-    path = tiny_models.path(**model.checkpoint)
-    resident = {"path": str(path), "weight_dtype": "float32", "compute_dtype": "float32"}
-    stock = ResidentModel(resident, torch.device("cpu"), lambda done, total: None).model
+    stock = stock_model(tiny_models.path(**model.checkpoint))
     assert type(stock).__name__ == "WanTransformer3DModel"
     with torch.device("cpu"):  # its position table: no weight, hence never loaded
         stock.rope = type(stock.rope)(128, (1, 2, 2), 1024)
@@ -301,6 +321,26 @@ def test_one_worker_gives_what_diffusers_gives_for_wan(predict: Predictions, tin
     with torch.no_grad():
         (expected,) = stock(x, timestep, conditioning["context"], conditioning.get("clip_fea"), return_dict=False)
     assert relative_difference(predict(name, "cpu"), expected) <= STOCK_TOLERANCE
+
+
+def test_one_worker_gives_what_diffusers_gives_for_hunyuan_video_15(predict: Predictions, tiny_models: TinyModels):
+    """Without padding, and with all three kinds of text tokens: diffusers takes a picture of zeros for none."""
+    model = MODELS["hunyuan_15_odd_size"]
+    resident = {
+        "path": str(tiny_models.path(**model.checkpoint)),
+        "weight_dtype": "float32",
+        "compute_dtype": "float32",
+    }
+    stock = ResidentModel(resident, torch.device("cpu"), lambda done, total: None).model
+    assert type(stock).__name__ == "HunyuanVideo15Transformer3DModel"
+    x, timestep, conditioning = model.inputs.make()
+    texts = conditioning["context"], conditioning["txt_byt5"]
+    masks = [torch.ones(text.shape[:2]) for text in texts]
+    with torch.no_grad():
+        (expected,) = stock(
+            x, timestep, texts[0], masks[0], None, texts[1], masks[1], conditioning["clip_fea"], return_dict=False
+        )
+    assert relative_difference(predict("hunyuan_15_odd_size", "cpu"), expected) <= STOCK_TOLERANCE
 
 
 def test_two_models_side_by_side(start_group: StartGroup, tiny_models: TinyModels, predict: Predictions):

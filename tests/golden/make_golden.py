@@ -84,6 +84,12 @@ WAN_FORWARDS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         {"channels": 48, "height": 4, "width": 6, "text": 2, "timesteps": (0.0, 750.0, 750.0)},
     ),
 }  # fmt: skip
+VIDEO_15 = {"family": "hunyuan_video_15", "heads": 1, "depth": 1}
+VIDEO_15_FORWARDS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "hunyuan_15_t2v_odd_size": (VIDEO_15 | {"seed": 21}, {"glyphs": 3}),
+    "hunyuan_15_i2v_batch_2": (VIDEO_15 | {"seed": 22}, {"glyphs": 2, "image": 3, "batch": 2, "width": 2}),
+    "hunyuan_15_padded_text": (VIDEO_15 | {"seed": 23}, {"text": 6, "valid": 3}),
+}
 TRAJECTORY = (VIDEO | {"seed": 8, "depth": 2, "depth_single": 2}, {"valid": 5})
 STEPS = 4
 
@@ -152,6 +158,30 @@ def wan_inputs(
     return tensors | {"clip_fea": random(batch, image, 1280)} if image else tensors
 
 
+def hunyuan_15_inputs(
+    *, height: int = 3, width: int = 5, text: int = 4, valid: int = 0, glyphs: int = 0, image: int = 0, batch: int = 1
+) -> dict[str, Tensor]:
+    """Two frames, with the channels of a given picture. `glyphs` and `image` are the numbers of ByT5's and SigLIP's
+    tokens; with `valid`, which is as for `inputs`, ComfyUI can have neither."""
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator)
+
+    tensors = {
+        "x": random(batch, 65, 2, height, width),
+        "timestep": torch.linspace(850, 250, batch),
+        "context": random(batch, text, TEXT_WIDTH),
+    }
+    if glyphs:
+        tensors["txt_byt5"] = random(batch, glyphs, 1472)
+    if image:
+        tensors["clip_fea"] = random(batch, image, 1152)
+    if valid:
+        tensors["attention_mask"] = (torch.arange(text) < valid).long().repeat(batch, 1)
+    return tensors
+
+
 def forward(patcher: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """One call of ComfyUI's network."""
     network = patcher.model.diffusion_model
@@ -185,6 +215,9 @@ def main() -> None:
     made_by = f"ComfyUI {comfyui_version.__version__}, torch {torch.__version__}, {platform.machine()}"
     cases = {name: (options, inputs(**sizes), forward) for name, (options, sizes) in FORWARDS.items()}
     cases |= {name: (options, wan_inputs(**sizes), forward) for name, (options, sizes) in WAN_FORWARDS.items()}
+    cases |= {
+        name: (options, hunyuan_15_inputs(**sizes), forward) for name, (options, sizes) in VIDEO_15_FORWARDS.items()
+    }
     cases["trajectory"] = (TRAJECTORY[0], inputs(**TRAJECTORY[1]), trajectory)
     for name in sys.argv[1:] or cases:
         options, tensors, run = cases[name]
