@@ -37,6 +37,7 @@ class Text:
     valid: int | None = None
     guidance: float = 6.0
     width: int = 64
+    glyphs: int = 0  # tokens of ByT5, for HunyuanVideo 1.5
 
 
 @dataclass(frozen=True)
@@ -50,8 +51,9 @@ class Setting:
     length: int = 5
     batch: int = 1
     picture: bool = False  # a latent without frames, for FLUX
-    start_image: str = ""  # the node that puts a first frame in: "WanImageToVideo" or "Wan22ImageToVideoLatent"
-    image_tokens: int = 0  # of CLIP, for WanImageToVideo
+    empty_latent: str = "EmptyHunyuanLatentVideo"  # the node that makes a video's latent
+    start_image: str = ""  # the node that puts a first frame in, see `add_start_image`
+    image_tokens: int = 0  # of CLIP, for WanImageToVideo and HunyuanVideo15ImageToVideo
     seed: int = 7
     steps: int = 3
     cfg: float = 1.0
@@ -111,6 +113,7 @@ class GraphBuilder:
             width=text.width,
             pooled_width=768,
             guidance=text.guidance,
+            glyph_tokens=text.glyphs,
         )
 
 
@@ -133,7 +136,7 @@ def add_sampling(builder: GraphBuilder, setting: Setting, model: Link, output: s
     elif setting.picture:
         latent = builder.add("EmptySD3LatentImage", **size)
     else:
-        latent = builder.add("EmptyHunyuanLatentVideo", length=setting.length, **size)
+        latent = builder.add(setting.empty_latent, length=setting.length, **size)
     if setting.arrange is not None:
         positive, latent = setting.arrange(builder, setting, positive, latent)
     if setting.chain == "ksampler":
@@ -169,16 +172,20 @@ def add_sampling(builder: GraphBuilder, setting: Setting, model: Link, output: s
 
 
 def add_start_image(builder: GraphBuilder, setting: Setting, positive: Link, negative: Link) -> tuple[Link, Link, Link]:
-    """Positive, negative and latent, with a grey picture as the first frame."""
+    """Positive, negative and latent, with a grey picture as the first frame.
+
+    The node is WanImageToVideo, HunyuanVideo15ImageToVideo or Wan22ImageToVideoLatent.
+    """
     size = {"width": setting.width, "height": setting.height, "batch_size": setting.batch, "length": setting.length}
     size["start_image"] = builder.add("EmptyImage", width=64, height=64, batch_size=1, color=0x808080)
     if setting.start_image == "Wan22ImageToVideoLatent":
         vae = builder.add("SPTestVAE", channels=48, stride=16, seed=3)
         return positive, negative, builder.add("Wan22ImageToVideoLatent", vae=vae, **size)
+    channels, stride, width = (32, 16, 1152) if setting.start_image == "HunyuanVideo15ImageToVideo" else (16, 8, 1280)
     if setting.image_tokens:
-        size["clip_vision_output"] = builder.add("SPTestCLIPVisionOutput", tokens=setting.image_tokens, width=1280)
-    vae = builder.add("SPTestVAE", channels=16, stride=8, seed=3)
-    node, _ = builder.add("WanImageToVideo", vae=vae, positive=positive, negative=negative, **size)
+        size["clip_vision_output"] = builder.add("SPTestCLIPVisionOutput", tokens=setting.image_tokens, width=width)
+    vae = builder.add("SPTestVAE", channels=channels, stride=stride, seed=3)
+    node, _ = builder.add(setting.start_image, vae=vae, positive=positive, negative=negative, **size)
     return [node, 0], [node, 1], [node, 2]
 
 

@@ -128,11 +128,22 @@ _FILES: dict[str, tuple[Form, dict[str, Shape]]] = {
     ),
     "wan_kohya": (_kohya, {"lora_unet_blocks_0_cross_attn_v": _SQUARE, "lora_unet_blocks_1_self_attn_o": _SQUARE}),
     "wan_differences": (_difference, {"diffusion_model.blocks.0.self_attn.k": _SQUARE}),
+    # HunyuanVideo 1.5
+    "hv15_native": (
+        _kohya,
+        {
+            "diffusion_model.double_blocks.0.img_attn.qkv": _QKV,
+            "diffusion_model.double_blocks.1.txt_mod.lin": (6 * WIDTH, WIDTH),
+            "diffusion_model.byt5_in.fc3": (WIDTH, 2048),
+            "diffusion_model.final_layer.adaLN_modulation.1": (2 * WIDTH, WIDTH),
+        },
+    ),
     "flux_control": (_peft_of_another_shape, {"diffusion_model.img_in": (WIDTH, 128)}),
 }
 HUNYUAN_VIDEO = tuple(name for name in _FILES if name.startswith("hunyuan"))
 FLUX = tuple(name for name in _FILES if name.startswith("flux") and name != "flux_control")
 WAN = tuple(name for name in _FILES if name.startswith("wan"))
+HUNYUAN_15 = tuple(name for name in _FILES if name.startswith("hv15"))
 
 
 def write_lora_files(folder: Path) -> None:

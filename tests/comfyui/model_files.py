@@ -20,6 +20,8 @@ WAN = "tiny_wan.safetensors"
 WAN_I2V = "tiny_wan_i2v.safetensors"  # 2.1: with CLIP's image tokens
 WAN_22_I2V = "tiny_wan_22_i2v.safetensors"
 WAN_22_5B = "tiny_wan_22_5b.safetensors"
+HUNYUAN_15 = "tiny_hunyuan_15.safetensors"
+HUNYUAN_15_SCALED = "tiny_hunyuan_15_comfy_quant.safetensors"
 FLUX_FOLDER = "tiny_flux_diffusers"  # the same weights as a diffusers transformer folder
 SD_LIKE = "sd_like.safetensors"
 AURA_FLOW_LIKE = "aura_flow_like.safetensors"
@@ -61,7 +63,12 @@ WAN_KINDS: dict[str, dict[str, Any]] = {"wan_comfy_quant.safetensors": {"scaled"
 
 def write_model_files(models: Path) -> None:
     """Fill a ComfyUI models folder."""
-    from parallel.demo.checkpoint import write_tiny_flux, write_tiny_hunyuan_video, write_tiny_wan
+    from parallel.demo.checkpoint import (
+        write_tiny_flux,
+        write_tiny_hunyuan_video,
+        write_tiny_hunyuan_video_15,
+        write_tiny_wan,
+    )
 
     folder = models / "diffusion_models"
     write_tiny_hunyuan_video(folder / TINY)
@@ -86,6 +93,8 @@ def write_model_files(models: Path) -> None:
     write_tiny_wan(folder / WAN_22_5B, seed=3, in_channels=48, out_channels=48)
     for name, marker in WAN_RELATIVES.items():
         save_file(load_file(folder / "wan_comfy_quant.safetensors") | {marker: torch.zeros(1)}, folder / name)
+    write_tiny_hunyuan_video_15(folder / HUNYUAN_15, prefix="model.diffusion_model.")
+    write_tiny_hunyuan_video_15(folder / HUNYUAN_15_SCALED, scaled="comfy_quant")
     _write_diffusers_folder(folder / FLUX, folder / FLUX_FOLDER)
     _write_zeros(folder / SD_LIKE, _SD_SHAPES)
     _write_zeros(folder / AURA_FLOW_LIKE, _AURA_FLOW_SHAPES)
