@@ -5,6 +5,7 @@ from __future__ import annotations
 from ..checkpoints.source import Source
 from ..errors import UnsupportedError
 from .base import Adapter
+from .cogvideox import CogVideoXAdapter
 from .flux import FluxAdapter
 from .hunyuan_video import HunyuanVideoAdapter
 from .hunyuan_video_15 import HunyuanVideo15Adapter
@@ -17,6 +18,7 @@ FAMILIES: dict[str, type[Adapter]] = {
         HunyuanVideo15Adapter,
         FluxAdapter,
         WanAdapter,
+        CogVideoXAdapter,
     )
 }  # fmt: skip
 

@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import save_file
 
 from ..adapters.base import Adapter
+from ..adapters.cogvideox import CogVideoXAdapter
 from ..adapters.flux import FluxAdapter
 from ..adapters.hunyuan_video import HunyuanVideoAdapter
 from ..adapters.hunyuan_video_15 import HunyuanVideo15Adapter
@@ -42,7 +43,7 @@ SCALED_LAYOUTS = ("marker_0", "marker_2", "comfy_quant", "metadata")
 """How files of scaled fp8 name their scales; `marker_N` is the older way, N the marker's count of elements."""
 
 
-_UNSCALED = ("img_in", "final_layer.linear", "cond_type_embedding")
+_UNSCALED = ("img_in", "final_layer.linear", "cond_type_embedding", "patch_embed", "proj_out")
 
 
 def scaled_fp8(
@@ -263,11 +264,52 @@ def write_tiny_wan(
     return config
 
 
+def write_tiny_cogvideox(
+    path: str | Path,
+    *,
+    seed: int = 0,
+    heads: int = 2,
+    depth: int = 2,
+    in_channels: int = 16,
+    frames_per_patch: int | None = None,
+    ofs: bool = False,
+    learned_positions: int = 0,
+    context_dim: int = 64,
+    dtype: torch.dtype = torch.float32,
+    prefix: str = "",
+    scaled: str = "",
+) -> dict[str, Any]:
+    """Writes a random CogVideoX of hidden size heads × 64 as a single safetensors file; returns its configuration.
+
+    Args:
+        frames_per_patch: 2 for CogVideoX 1.5.
+        ofs: with the embedding that 1.5 image-to-video has.
+        learned_positions: tokens of video for which the file has positions; 0 makes a model with rotary ones.
+        scaled: a layout of `scaled_fp8`, for a file of that kind.
+    """
+    config = {
+        "num_attention_heads": heads,
+        "in_channels": in_channels,
+        "out_channels": 16,
+        "time_embed_dim": 96,
+        "ofs_embed_dim": 96 if ofs else None,
+        "text_embed_dim": context_dim,
+        "num_layers": depth,
+        "patch_size": 2,
+        "patch_size_t": frames_per_patch,
+        "position_rows": 226 + learned_positions if learned_positions else 0,
+    }
+    tensors = random_tensors(CogVideoXAdapter(), config, seed)
+    _save(path, {name: tensor.to(dtype) for name, tensor in tensors.items()}, prefix, scaled)
+    return config
+
+
 WRITERS: dict[str, Callable[..., dict[str, Any]]] = {
     HunyuanVideoAdapter.family: write_tiny_hunyuan_video,
     HunyuanVideo15Adapter.family: write_tiny_hunyuan_video_15,
     FluxAdapter.family: write_tiny_flux,
     WanAdapter.family: write_tiny_wan,
+    CogVideoXAdapter.family: write_tiny_cogvideox,
 }
 """Family → what writes its tiny checkpoints; all take `path`, `seed`, `heads`, `depth`, `dtype`, `prefix`, `scaled`."""
 

@@ -157,12 +157,38 @@ class Hunyuan15Inputs:
 
 
 @dataclass(frozen=True)
+class CogVideoXInputs:
+    """Sizes of one step's inputs for CogVideoX."""
+
+    frames: int = 2
+    height: int = 8
+    width: int = 8
+    channels: int = 16
+    text: int = 8
+    ofs: bool = False
+    batch: int = 1
+
+    def make(self) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """x, timestep, conditioning."""
+        generator = torch.Generator().manual_seed(0)
+
+        def random(*shape: int) -> Tensor:
+            return torch.randn(shape, generator=generator)
+
+        conditioning = {"context": random(self.batch, self.text, TEXT_WIDTH)}
+        if self.ofs:
+            conditioning["ofs"] = torch.full((self.batch,), 2.0)
+        x = random(self.batch, self.channels, self.frames, self.height, self.width)
+        return x, torch.linspace(900, 300, self.batch), conditioning
+
+
+@dataclass(frozen=True)
 class Model:
     """A checkpoint, the step it is asked for, and how it is loaded."""
 
     checkpoint: dict[str, Any] = field(default_factory=dict)
     """Arguments of `TinyModels.path`."""
-    inputs: Inputs | WanInputs | Hunyuan15Inputs = field(default_factory=Inputs)
+    inputs: Inputs | WanInputs | Hunyuan15Inputs | CogVideoXInputs = field(default_factory=Inputs)
     weight_dtype: torch.dtype = torch.float32
 
 

@@ -86,9 +86,22 @@ WAN_FORWARDS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 }  # fmt: skip
 VIDEO_15 = {"family": "hunyuan_video_15", "heads": 1, "depth": 1}
 VIDEO_15_FORWARDS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
-    "hunyuan_15_t2v_odd_size": (VIDEO_15 | {"seed": 21}, {"glyphs": 3}),
-    "hunyuan_15_i2v_batch_2": (VIDEO_15 | {"seed": 22}, {"glyphs": 2, "image": 3, "batch": 2, "width": 2}),
+    "hunyuan_15_t2v_odd_size": (VIDEO_15 | {"seed": 21}, {"glyphs": 1}),
+    "hunyuan_15_i2v_batch_2": (VIDEO_15 | {"seed": 22}, {"glyphs": 1, "image": 2, "batch": 2, "width": 2}),
     "hunyuan_15_padded_text": (VIDEO_15 | {"seed": 23}, {"text": 6, "valid": 3}),
+}
+COGVIDEOX = {"family": "cogvideox", "heads": 1}
+COGVIDEOX_FORWARDS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "cogvideox_odd_size_batch_2": (COGVIDEOX | {"seed": 31}, {"batch": 2}),
+    "cogvideox_learned_positions": (  # ComfyUI knows tables of this length only, and of widths that 3 divides
+        COGVIDEOX | {"seed": 32, "heads": 3, "learned_positions": 17550},
+        {"height": 6, "width": 4},
+    ),
+    "cogvideox_15_odd_frames": (COGVIDEOX | {"seed": 33, "frames_per_patch": 2}, {"frames": 3}),
+    "cogvideox_15_i2v": (
+        COGVIDEOX | {"seed": 34, "frames_per_patch": 2, "in_channels": 32, "ofs": True},
+        {"channels": 32, "height": 4, "width": 6, "ofs": 2.0},
+    ),
 }
 TRAJECTORY = (VIDEO | {"seed": 8, "depth": 2, "depth_single": 2}, {"valid": 5})
 STEPS = 4
@@ -182,6 +195,23 @@ def hunyuan_15_inputs(
     return tensors
 
 
+def cogvideox_inputs(
+    *, frames: int = 2, height: int = 5, width: int = 7, channels: int = 16, batch: int = 1, ofs: float | None = None
+) -> dict[str, Tensor]:
+    """Three tokens of text."""
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator)
+
+    tensors = {
+        "x": random(batch, channels, frames, height, width),
+        "timestep": torch.linspace(850, 250, batch),
+        "context": random(batch, 3, TEXT_WIDTH),
+    }
+    return tensors if ofs is None else tensors | {"ofs": torch.full((batch,), ofs)}
+
+
 def forward(patcher: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """One call of ComfyUI's network."""
     network = patcher.model.diffusion_model
@@ -217,6 +247,9 @@ def main() -> None:
     cases |= {name: (options, wan_inputs(**sizes), forward) for name, (options, sizes) in WAN_FORWARDS.items()}
     cases |= {
         name: (options, hunyuan_15_inputs(**sizes), forward) for name, (options, sizes) in VIDEO_15_FORWARDS.items()
+    }
+    cases |= {
+        name: (options, cogvideox_inputs(**sizes), forward) for name, (options, sizes) in COGVIDEOX_FORWARDS.items()
     }
     cases["trajectory"] = (TRAJECTORY[0], inputs(**TRAJECTORY[1]), trajectory)
     for name in sys.argv[1:] or cases:
