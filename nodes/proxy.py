@@ -47,6 +47,7 @@ class ProxyDiffusionModel(nn.Module):
         for name in ("in_channels", "out_channels", "patch_size", "hidden_size", "num_heads"):
             if name in unet_config:
                 setattr(self, name, unet_config[name])
+        self.ofs_proj_dim = unet_config.get("ofs_embed_dim")  # CogVideoX
         add_parameters(self, parameters)
 
     @torch.compiler.disable

@@ -51,7 +51,7 @@ class Setting:
     length: int = 5
     batch: int = 1
     picture: bool = False  # a latent without frames, for FLUX
-    empty_latent: str = "EmptyHunyuanLatentVideo"  # the node that makes a video's latent
+    empty: str = "EmptyHunyuanLatentVideo"  # the node that makes a video's latent
     start_image: str = ""  # the node that puts a first frame in, see `add_start_image`
     image_tokens: int = 0  # of CLIP, for WanImageToVideo and HunyuanVideo15ImageToVideo
     seed: int = 7
@@ -136,7 +136,7 @@ def add_sampling(builder: GraphBuilder, setting: Setting, model: Link, output: s
     elif setting.picture:
         latent = builder.add("EmptySD3LatentImage", **size)
     else:
-        latent = builder.add(setting.empty_latent, length=setting.length, **size)
+        latent = builder.add(setting.empty, length=setting.length, **size)
     if setting.arrange is not None:
         positive, latent = setting.arrange(builder, setting, positive, latent)
     if setting.chain == "ksampler":

@@ -138,11 +138,23 @@ _FILES: dict[str, tuple[Form, dict[str, Shape]]] = {
             "diffusion_model.final_layer.adaLN_modulation.1": (2 * WIDTH, WIDTH),
         },
     ),
+    # CogVideoX, half as wide
+    "cogvideox_native": (
+        _kohya,
+        {
+            "diffusion_model.blocks.0.q": (WIDTH // 2, WIDTH // 2),
+            "diffusion_model.blocks.1.ff_proj": (2 * WIDTH, WIDTH // 2),
+            "diffusion_model.blocks.1.norm1.linear": (3 * WIDTH, 96),
+            "diffusion_model.patch_embed.text_proj": (WIDTH // 2, 64),
+            "diffusion_model.proj_out": (64, WIDTH // 2),
+        },
+    ),
     "flux_control": (_peft_of_another_shape, {"diffusion_model.img_in": (WIDTH, 128)}),
 }
 HUNYUAN_VIDEO = tuple(name for name in _FILES if name.startswith("hunyuan"))
 FLUX = tuple(name for name in _FILES if name.startswith("flux") and name != "flux_control")
 WAN = tuple(name for name in _FILES if name.startswith("wan"))
+COGVIDEOX = tuple(name for name in _FILES if name.startswith("cogvideox"))
 HUNYUAN_15 = tuple(name for name in _FILES if name.startswith("hv15"))
 
 

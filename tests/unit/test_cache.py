@@ -66,6 +66,10 @@ def wan(heads: int, channels: int = 16, image: int | None = None, out: int = 16)
     return {"num_attention_heads": heads, "in_channels": channels, "out_channels": out, "image_dim": image}
 
 
+def cogvideox(heads: int, channels: int, frames: int | None) -> dict[str, Any]:
+    return {"num_attention_heads": heads, "in_channels": channels, "patch_size_t": frames}
+
+
 @pytest.mark.parametrize(
     ("family", "config", "shapes", "expected"),
     [
@@ -77,6 +81,10 @@ def wan(heads: int, channels: int = 16, image: int | None = None, out: int = 16)
         ("wan", wan(40, 36, 1280), {"x": (1, 36, 21, 60, 104)}, coefficients.WAN_I2V_480P),
         ("wan", wan(40, 36, 1280), {"x": (1, 36, 21, 104, 60)}, coefficients.WAN_I2V_480P),
         ("wan", wan(40, 36, 1280), {"x": (1, 36, 21, 90, 160)}, coefficients.WAN_I2V_720P),
+        ("cogvideox", cogvideox(30, 16, None), None, coefficients.COGVIDEOX_2B),
+        ("cogvideox", cogvideox(48, 32, None), None, coefficients.COGVIDEOX_5B),
+        ("cogvideox", cogvideox(48, 16, 2), None, coefficients.COGVIDEOX_15),
+        ("cogvideox", cogvideox(48, 32, 2), None, coefficients.COGVIDEOX_15_I2V),
     ],
 )
 def test_the_polynomial_of_a_model(family: str, config: dict[str, Any], shapes: Any, expected: tuple[float, ...]):
@@ -90,6 +98,8 @@ def test_the_polynomial_of_a_model(family: str, config: dict[str, Any], shapes: 
         ("wan", wan(40, 36), "this Wan model .in_channels 36, 40 heads, without CLIP"),
         ("wan", wan(2), "this Wan model .in_channels 16, 2 heads"),
         ("mochi", {}, "mochi"),
+        ("hunyuan_video_15", {}, "hunyuan_video_15"),
+        ("cogvideox", cogvideox(48, 48, 2), "this CogVideoX model .48 heads, in_channels 48; published are 2B, 5B"),
     ],
 )
 def test_a_model_without_a_published_polynomial_is_refused_by_name(family: str, config: dict[str, Any], named: str):
