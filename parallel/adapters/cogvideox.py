@@ -12,7 +12,6 @@ coordinates for 5B, both for 5B image-to-video.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from math import prod
 from typing import Any, ClassVar
 
@@ -78,6 +77,9 @@ class CogVideoXAdapter(Adapter):
         _POSITIONS,
     )
     read_directly: ClassVar[tuple[str, ...]] = ("patch_embed",)
+    not_quantised: ClassVar[tuple[str, ...]] = (
+        "patch_embed", "time_embedding_linear_*", "ofs_embedding_linear_*", "norm1", "norm2", "norm_out", "proj_out",
+    )  # fmt: skip
 
     # --- checkpoint ---------------------------------------------------------------------------------------------
 
@@ -247,17 +249,15 @@ class CogVideoXAdapter(Adapter):
             video = F.linear(tokens, embedder.proj.weight.flatten(1), embedder.proj.bias).type_as(text)
         text = embedder.text_proj(text[:, t0:t1].to(exact)).type_as(text)
         video, text, table = _with_positions(m, video, text, plan.stream_ranges(context.rank), grid)
-        by = _Streams(v1 - v0, times)
 
-        def each_block(hidden: Tensor) -> Blocks:
-            attend = context.attention(plan)
+        def each_block(video: Tensor, text: Tensor) -> Blocks:
+            attend, run = context.attention(plan), context.block(_block)
             for block in m.transformer_blocks:
                 context.enter_block(plan)
-                hidden = _block(block, hidden, by, table, attend)
-                yield hidden[:, : v1 - v0]
+                video, text = run(block, video, text, times, table, attend)
+                yield video
 
-        blocks = each_block(torch.cat([video, text], dim=1))
-        video = context.run_blocks(plan, video, blocks, lambda: times)
+        video = context.run_blocks(plan, video, each_block(video, text), lambda: times)
         video = m.proj_out(m.norm_out(m.norm_final(video), temb=times))
         write_tokens(video, out, v0, v1, patch)
 
@@ -320,38 +320,26 @@ def _sines(axes: tuple[Tensor, ...], config: Any, width: int) -> Tensor:
     return torch.cat([part for cos, sin in tables for part in (sin, cos)], dim=1)
 
 
-@dataclass(frozen=True, slots=True)
-class _Streams:
-    """How the two streams of this rank's rows are modulated: video first, then text (possibly none)."""
-
-    video: int
-    """Rows of it."""
-    times: Tensor
-    """[B, C]."""
-
-    def parts(self, norm: Any) -> tuple[list[Tensor], list[Tensor]]:
-        """Shift, scale and gate of each stream, [B, 1, hidden] each."""
-        parts = norm.linear(F.silu(self.times))[:, None].chunk(6, dim=2)
-        return list(parts[:3]), list(parts[3:])
-
-    def modulate(self, x: Tensor, video: list[Tensor], text: list[Tensor]) -> Tensor:
-        rows = (x[:, : self.video], video), (x[:, self.video :], text)
-        return torch.cat([part * (1 + scale) + shift for part, (shift, scale, _) in rows], dim=1)
-
-    def add(self, x: Tensor, change: Tensor, video: list[Tensor], text: list[Tensor]) -> Tensor:
-        change = torch.cat([video[2] * change[:, : self.video], text[2] * change[:, self.video :]], dim=1)
-        return x + change
+def _modulated(norm: Any, video: Tensor, text: Tensor, times: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Video rows, then text rows (possibly none), normalised and modulated, each stream by its part; and its gates."""
+    shift, scale, gate, *of_text = norm.linear(F.silu(times))[:, None].chunk(6, dim=2)
+    text_shift, text_scale, text_gate = of_text
+    parts = norm.norm(video) * (1 + scale) + shift, norm.norm(text) * (1 + text_scale) + text_shift
+    return torch.cat(parts, dim=1), gate, text_gate
 
 
-def _block(block: Any, hidden: Tensor, by: _Streams, table: Rope | None, attend: JointAttention) -> Tensor:
-    """hidden [B, S_r, hidden] of video rows, then text rows → the same."""
-    attn = block.attn1
-    parts = by.parts(block.norm1)
-    x = by.modulate(block.norm1.norm(hidden), *parts)
+def _block(
+    block: Any, video: Tensor, text: Tensor, times: Tensor, table: Rope | None, attend: JointAttention
+) -> tuple[Tensor, Tensor]:
+    """video [B, n, hidden], text [B, m, hidden] → the same."""
+    attn, n = block.attn1, video.shape[1]
+    x, gate, text_gate = _modulated(block.norm1, video, text, times)
     q, k, v = (layer(x).unflatten(2, (-1, HEAD_DIM)) for layer in (attn.to_q, attn.to_k, attn.to_v))
     q, k = attn.norm_q(q), attn.norm_k(k)
     if table is not None:
         q, k = rotate(q, table), rotate(k, table)
-    hidden = by.add(hidden, attn.to_out[0](attend(q, k, v).flatten(2)), *parts)
-    parts = by.parts(block.norm2)
-    return by.add(hidden, block.ff(by.modulate(block.norm2.norm(hidden), *parts)), *parts)
+    out = attn.to_out[0](attend(q, k, v).flatten(2))
+    video, text = video + gate * out[:, :n], text + text_gate * out[:, n:]
+    x, gate, text_gate = _modulated(block.norm2, video, text, times)
+    out = block.ff(x)
+    return video + gate * out[:, :n], text + text_gate * out[:, n:]

@@ -38,6 +38,7 @@ _OTHER_FAMILIES = (
 class HunyuanVideoAdapter(Adapter):
     family: ClassVar[str] = "hunyuan_video"
     read_directly: ClassVar[tuple[str, ...]] = ("x_embedder",)
+    not_quantised: ClassVar[tuple[str, ...]] = two_stream.NOT_QUANTISED
 
     # --- checkpoint ---------------------------------------------------------------------------------------------
 

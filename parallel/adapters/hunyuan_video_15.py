@@ -62,6 +62,7 @@ class HunyuanVideo15Adapter(Adapter):
     family: ClassVar[str] = "hunyuan_video_15"
     full_precision: ClassVar[tuple[str, ...]] = ("cond_type_embed.weight",)
     read_directly: ClassVar[tuple[str, ...]] = ("x_embedder",)
+    not_quantised: ClassVar[tuple[str, ...]] = (*two_stream.NOT_QUANTISED, "byt5_in", "vision_in")
 
     # --- checkpoint ---------------------------------------------------------------------------------------------
 

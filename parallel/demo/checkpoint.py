@@ -17,6 +17,9 @@ from ..adapters.cogvideox import CogVideoXAdapter
 from ..adapters.flux import FluxAdapter
 from ..adapters.hunyuan_video import HunyuanVideoAdapter
 from ..adapters.hunyuan_video_15 import HunyuanVideo15Adapter
+from ..adapters.ltxv import LTXVAdapter
+from ..adapters.mochi import MochiAdapter
+from ..adapters.qwen_image import QwenImageAdapter
 from ..adapters.two_stream import HEAD_DIM
 from ..adapters.wan import WanAdapter
 
@@ -43,7 +46,7 @@ SCALED_LAYOUTS = ("marker_0", "marker_2", "comfy_quant", "metadata")
 """How files of scaled fp8 name their scales; `marker_N` is the older way, N the marker's count of elements."""
 
 
-_UNSCALED = ("img_in", "final_layer.linear", "cond_type_embedding", "patch_embed", "proj_out")
+_UNSCALED = ("img_in", "final_layer.linear", "cond_type_embedding", "patch_embed.")
 
 
 def scaled_fp8(
@@ -264,6 +267,110 @@ def write_tiny_wan(
     return config
 
 
+def write_tiny_mochi(
+    path: str | Path,
+    *,
+    seed: int = 0,
+    heads: int = 2,
+    depth: int = 2,
+    context_dim: int = 64,
+    dtype: torch.dtype = torch.float32,
+    prefix: str = "",
+    scaled: str = "",
+) -> dict[str, Any]:
+    """Writes a random Mochi of hidden size heads × 96 as a single safetensors file; returns its configuration.
+
+    Of these widths ComfyUI and diffusers make hidden layers of the same width. ComfyUI's loader reads no size from the
+    file: it must be told of these.
+    """
+    config = {
+        "num_attention_heads": heads,
+        "attention_head_dim": 96,
+        "num_layers": depth,
+        "pooled_projection_dim": 96,
+        "in_channels": 12,
+        "out_channels": 12,
+        "text_embed_dim": context_dim,
+    }
+    tensors = random_tensors(MochiAdapter(), config, seed)
+    _save(path, {name: tensor.to(dtype) for name, tensor in tensors.items()}, prefix, scaled)
+    return config
+
+
+def write_tiny_ltxv(
+    path: str | Path,
+    *,
+    seed: int = 0,
+    heads: int = 2,
+    depth: int = 2,
+    context_dim: int = 64,
+    causal: bool = False,
+    dtype: torch.dtype = torch.float32,
+    prefix: str = "",
+    scaled: str = "",
+) -> dict[str, Any]:
+    """Writes a random LTXV of hidden size heads × 64 as a single safetensors file; returns its configuration.
+
+    Args:
+        causal: with the positions of version 0.9.5 and newer.
+    """
+    hidden = heads * 64
+    config = {
+        "in_channels": 128,
+        "out_channels": 128,
+        "num_attention_heads": heads,
+        "attention_head_dim": 64,
+        "cross_attention_dim": hidden,
+        "num_layers": depth,
+        "caption_channels": context_dim,
+        "causal_temporal_positioning": causal,
+    }
+    tensors = random_tensors(LTXVAdapter(), config, seed)
+    _save(
+        path,
+        {name: tensor.to(dtype) for name, tensor in tensors.items()},
+        prefix,
+        scaled,
+        {"config": json.dumps({"transformer": config})},
+    )
+    return config
+
+
+def write_tiny_qwen_image(
+    path: str | Path,
+    *,
+    seed: int = 0,
+    heads: int = 2,
+    depth: int = 2,
+    context_dim: int = 64,
+    clean_references: bool = False,
+    layered: bool = False,
+    dtype: torch.dtype = torch.float32,
+    prefix: str = "",
+    scaled: str = "",
+) -> dict[str, Any]:
+    """Writes a random Qwen-Image of hidden size heads × 128 as a single safetensors file; returns its configuration.
+
+    ComfyUI's loader knows 24 heads and a text of 3584 channels only: it must be told of these.
+
+    Args:
+        clean_references: with the mark of Edit 2511.
+        layered: with the embedding that Layered has.
+    """
+    config = {
+        "in_channels": 64,
+        "out_channels": 16,
+        "num_layers": depth,
+        "num_attention_heads": heads,
+        "joint_attention_dim": context_dim,
+        "zero_cond_t": clean_references,
+        "use_additional_t_cond": layered,
+    }
+    tensors = random_tensors(QwenImageAdapter(), config, seed)
+    _save(path, {name: tensor.to(dtype) for name, tensor in tensors.items()}, prefix, scaled)
+    return config
+
+
 def write_tiny_cogvideox(
     path: str | Path,
     *,
@@ -310,13 +417,22 @@ WRITERS: dict[str, Callable[..., dict[str, Any]]] = {
     FluxAdapter.family: write_tiny_flux,
     WanAdapter.family: write_tiny_wan,
     CogVideoXAdapter.family: write_tiny_cogvideox,
+    MochiAdapter.family: write_tiny_mochi,
+    LTXVAdapter.family: write_tiny_ltxv,
+    QwenImageAdapter.family: write_tiny_qwen_image,
 }
 """Family → what writes its tiny checkpoints; all take `path`, `seed`, `heads`, `depth`, `dtype`, `prefix`, `scaled`."""
 
 
-def _save(path: str | Path, tensors: dict[str, torch.Tensor], prefix: str, scaled: str) -> None:
-    tensors, metadata = scaled_fp8(tensors, scaled) if scaled else (tensors, {})
-    save_file({prefix + name: tensor for name, tensor in tensors.items()}, str(path), metadata)
+def _save(
+    path: str | Path,
+    tensors: dict[str, torch.Tensor],
+    prefix: str,
+    scaled: str,
+    metadata: dict[str, str] | None = None,
+) -> None:
+    tensors, of_scales = scaled_fp8(tensors, scaled) if scaled else (tensors, {})
+    save_file({prefix + name: tensor for name, tensor in tensors.items()}, str(path), of_scales | (metadata or {}))
 
 
 def _original_name(name: str) -> str:

@@ -59,7 +59,7 @@ class Setting:
     cfg: float = 1.0
     sampler: str = "euler"
     scheduler: str = "simple"
-    chain: str = "ksampler"  # or "basic_guider", "cfg_guider": SamplerCustomAdvanced with that guider
+    chain: str = "ksampler"  # or "sp_sampler"; or "basic_guider", "cfg_guider": SamplerCustomAdvanced with that guider
     positive: Text = Text()
     negative: Text = Text(seed=12)
     model_nodes: tuple[ModelNode, ...] = ()  # nodes between the loader and the sampler
@@ -139,9 +139,9 @@ def add_sampling(builder: GraphBuilder, setting: Setting, model: Link, output: s
         latent = builder.add(setting.empty, length=setting.length, **size)
     if setting.arrange is not None:
         positive, latent = setting.arrange(builder, setting, positive, latent)
-    if setting.chain == "ksampler":
+    if setting.chain in ("ksampler", "sp_sampler"):
         samples = builder.add(
-            "KSampler",
+            "KSampler" if setting.chain == "ksampler" else "SPSampler",
             model=model,
             seed=setting.seed,
             steps=setting.steps,
@@ -174,13 +174,21 @@ def add_sampling(builder: GraphBuilder, setting: Setting, model: Link, output: s
 def add_start_image(builder: GraphBuilder, setting: Setting, positive: Link, negative: Link) -> tuple[Link, Link, Link]:
     """Positive, negative and latent, with a grey picture as the first frame.
 
-    The node is WanImageToVideo, HunyuanVideo15ImageToVideo or Wan22ImageToVideoLatent.
+    `start_image` is one of WanImageToVideo, Wan22ImageToVideoLatent, HunyuanVideo15ImageToVideo, and LTXVImgToVideo
+    behind LTXVConditioning.
     """
     size = {"width": setting.width, "height": setting.height, "batch_size": setting.batch, "length": setting.length}
     size["start_image"] = builder.add("EmptyImage", width=64, height=64, batch_size=1, color=0x808080)
     if setting.start_image == "Wan22ImageToVideoLatent":
         vae = builder.add("SPTestVAE", channels=48, stride=16, seed=3)
         return positive, negative, builder.add("Wan22ImageToVideoLatent", vae=vae, **size)
+    if setting.start_image == "LTXVImgToVideo":
+        size["image"] = size.pop("start_image")
+        vae = builder.add("SPTestVAE", channels=128, stride=32, seed=3)
+        node, _ = builder.add("LTXVConditioning", positive=positive, negative=negative, frame_rate=23.976)
+        texts = {"positive": [node, 0], "negative": [node, 1]}
+        node, _ = builder.add("LTXVImgToVideo", vae=vae, strength=0.9, **texts, **size)
+        return [node, 0], [node, 1], [node, 2]
     channels, stride, width = (32, 16, 1152) if setting.start_image == "HunyuanVideo15ImageToVideo" else (16, 8, 1280)
     if setting.image_tokens:
         size["clip_vision_output"] = builder.add("SPTestCLIPVisionOutput", tokens=setting.image_tokens, width=width)

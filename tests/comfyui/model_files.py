@@ -34,6 +34,11 @@ ORIGINAL_NAMES = "original_names.safetensors"  # Tencent's own parameter names, 
 IMAGE_TO_VIDEO = "image_to_video.safetensors"  # 33 channels: the kind that concatenates a picture
 NO_GUIDANCE = "no_guidance.safetensors"
 NVFP4_LIKE = "nvfp4_like.safetensors"
+MOCHI = "tiny_mochi.safetensors"
+LTXV = "tiny_ltxv.safetensors"
+LTXV_CAUSAL = "tiny_ltxv_causal.safetensors"  # as version 0.9.5 and newer
+QWEN_IMAGE = "tiny_qwen_image.safetensors"
+QWEN_IMAGE_2511 = "tiny_qwen_image_2511.safetensors"
 WAN_RELATIVES = {
     "wan_vace.safetensors": "vace_patch_embedding.weight",
     "wan_camera.safetensors": "control_adapter.conv.weight",
@@ -73,6 +78,9 @@ def write_model_files(models: Path) -> None:
         write_tiny_flux,
         write_tiny_hunyuan_video,
         write_tiny_hunyuan_video_15,
+        write_tiny_ltxv,
+        write_tiny_mochi,
+        write_tiny_qwen_image,
         write_tiny_wan,
     )
 
@@ -106,6 +114,11 @@ def write_model_files(models: Path) -> None:
     write_tiny_cogvideox(folder / COGVIDEOX_15_I2V, frames_per_patch=2, in_channels=32, ofs=True)
     write_tiny_cogvideox(folder / COGVIDEOX_SCALED, scaled="comfy_quant")
     write_tiny_cogvideox(folder / COGVIDEOX_LEARNED, heads=3, learned_positions=17550)
+    write_tiny_mochi(folder / MOCHI)
+    write_tiny_ltxv(folder / LTXV, prefix="model.diffusion_model.", scaled="comfy_quant")
+    write_tiny_ltxv(folder / LTXV_CAUSAL, seed=1, heads=3, causal=True)
+    write_tiny_qwen_image(folder / QWEN_IMAGE)
+    write_tiny_qwen_image(folder / QWEN_IMAGE_2511, seed=1, clean_references=True)
     _write_diffusers_folder(folder / FLUX, folder / FLUX_FOLDER)
     _write_zeros(folder / SD_LIKE, _SD_SHAPES)
     _write_zeros(folder / AURA_FLOW_LIKE, _AURA_FLOW_SHAPES)

@@ -29,7 +29,10 @@ from tests.distributed.tiny_models import (
     CogVideoXInputs,
     Hunyuan15Inputs,
     Inputs,
+    LTXVInputs,
+    MochiInputs,
     Model,
+    QwenImageInputs,
     StartGroup,
     TinyModels,
     WanInputs,
@@ -59,6 +62,15 @@ MODELS = {
 OTHERS = {
     "hunyuan_video_15": Model({"family": "hunyuan_video_15"}, Hunyuan15Inputs(frames=3, height=5, width=3)),
     "cogvideox": Model({"family": "cogvideox"}, CogVideoXInputs(frames=3, height=9, width=7, batch=2)),
+    "mochi": Model({"family": "mochi", "depth": 3}, MochiInputs(frames=3, height=6, width=10, valid=3, batch=2)),
+    "ltxv": Model(
+        {"family": "ltxv", "causal": True},
+        LTXVInputs(frames=3, height=3, width=5, valid=(5, 8), clean_frames=1, batch=2),
+    ),
+    "qwen_image": Model(
+        {"family": "qwen_image", "clean_references": True},
+        QwenImageInputs(height=9, width=7, valid=(5,), references=((4, 12),)),
+    ),
 }
 
 PLANS: list[tuple[str, dict[str, int]]] = [
@@ -170,10 +182,13 @@ SKIPPED = [
     *((name, kind, *plan) for name in MODELS for kind in KINDS for plan in PLANS if "dp_degree" not in plan[1]),
     *(
         (*case, *plan)
-        for case in [("hunyuan_video_15", "first_block"), ("cogvideox", "first_block"), ("cogvideox", "teacache")]
+        for case in [
+            ("hunyuan_video_15", "first_block"), ("cogvideox", "first_block"), ("cogvideox", "teacache"),
+            ("mochi", "first_block"), ("mochi", "teacache"), ("ltxv", "first_block"), ("qwen_image", "first_block"),
+        ]
         for plan in [("cpu,cpu", {"ring_degree": 2}), (FOUR, {})]
     ),
-]
+]  # fmt: skip
 
 
 @pytest.mark.parametrize(("name", "kind", "devices", "degrees"), SKIPPED)

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from einops import rearrange
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -25,7 +26,10 @@ from tests.distributed.tiny_models import (
     CogVideoXInputs,
     Hunyuan15Inputs,
     Inputs,
+    LTXVInputs,
+    MochiInputs,
     Model,
+    QwenImageInputs,
     StartGroup,
     TinyModels,
     WanInputs,
@@ -148,6 +152,47 @@ COGVIDEOX = {
 }
 MODELS |= COGVIDEOX
 
+MOCHI: dict[str, Any] = {"family": "mochi"}
+MODELS |= {
+    "mochi": Model(MOCHI, MochiInputs()),
+    "mochi_padded": Model(MOCHI, MochiInputs(valid=5)),
+    "mochi_odd_batch_2": Model(MOCHI | {"heads": 3}, MochiInputs(frames=3, height=6, width=10, valid=3, batch=2)),
+    "mochi_fp8_storage": Model(MOCHI, MochiInputs(valid=1), torch.float8_e4m3fn),
+}
+
+LTXV: dict[str, Any] = {"family": "ltxv"}
+MODELS |= {
+    "ltxv": Model(LTXV, LTXVInputs()),
+    "ltxv_padded": Model(LTXV, LTXVInputs(valid=(5,))),
+    "ltxv_odd_first_frame": Model(
+        LTXV | {"heads": 3, "causal": True},
+        LTXVInputs(frames=3, height=3, width=5, valid=(5, 8), rate=23.976, clean_frames=1, batch=2),
+    ),
+    "ltxv_fp8_storage": Model(LTXV, LTXVInputs(valid=(1,)), torch.float8_e4m3fn),
+}
+
+QWEN: dict[str, Any] = {"family": "qwen_image"}
+CLEAN = QWEN | {"clean_references": True}
+MODELS |= {
+    "qwen": Model(QWEN, QwenImageInputs()),
+    "qwen_padded": Model(QWEN, QwenImageInputs(valid=(5,))),
+    "qwen_fp8_storage": Model(QWEN, QwenImageInputs(valid=(1,)), torch.float8_e4m3fn),
+    "qwen_references": Model(QWEN, QwenImageInputs(references=((8, 4), (4, 8)))),
+    "qwen_references_offset": Model(QWEN, QwenImageInputs(references=((8, 4), (4, 8)), method="offset")),
+    "qwen_clean_references": Model(CLEAN, QwenImageInputs(references=((8, 4), (4, 8)))),
+    "qwen_odd_clean_references": Model(
+        CLEAN | {"heads": 3},
+        QwenImageInputs(height=9, width=7, valid=(5, 8), references=TWO_REFERENCES, batch=2),
+    ),
+    "qwen_layered": Model(QWEN | {"layered": True}, QwenImageInputs(frames=3, references=((6, 5),), text=1)),
+}
+
+
+def stock_model(path: Path) -> Any:
+    """diffusers' own model with the weights of a checkpoint, in this process."""
+    recipe = {"path": str(path), "weight_dtype": "float32", "compute_dtype": "float32"}
+    return ResidentModel(recipe, torch.device("cpu"), lambda done, total: None).model
+
 
 def test_every_family_has_models():
     assert {model.checkpoint.get("family", "hunyuan_video") for model in MODELS.values()} == set(FAMILIES)
@@ -216,6 +261,7 @@ def test_many_workers_give_what_one_gives(predict: Predictions, name: str, devic
         "odd_tokens", "mostly_text", "batch_2_unequal_masks", "four_heads", "first_frame_batch_2",
         "flux_odd_size", "flux_references", "wan_odd_size", "wan_i2v_batch_2", "wan_22_5b_batch_2",
         "hunyuan_15_odd_size", "hunyuan_15_unequal_batch", "cogvideox_odd_size", "cogvideox_15_i2v",
+        "mochi_odd_batch_2", "ltxv_odd_first_frame", "qwen_odd_clean_references",
     ],
 )  # fmt: skip
 def test_any_degrees_give_what_one_worker_gives(predict: Predictions, name: str, devices: str, degrees: dict[str, int]):
@@ -275,6 +321,10 @@ def test_the_dialect_of_a_checkpoint_does_not_matter(predict: Predictions, name:
         ("cogvideox", "cogvideox_fp8_storage"),
         ("cogvideox", "cogvideox_learned_positions"),
         ("cogvideox_15", "cogvideox_15_scaled_fp8"),
+        ("mochi", "mochi_padded"),
+        ("ltxv", "ltxv_padded"),
+        ("qwen", "qwen_padded"),
+        ("qwen_references", "qwen_references_offset"),
     ],
 )
 def test_what_differs_shows(predict: Predictions, first: str, second: str):
@@ -291,12 +341,6 @@ def test_a_sample_of_a_batch_equals_the_sample_alone(predict: Predictions, start
             single = remote.step(x[row], timestep[row], {name: tensor[row] for name, tensor in conditioning.items()})
             batched = predict("batch_2_unequal_masks", "cpu,cpu")[row]
             assert relative_difference(batched, single) <= SPLIT_TOLERANCE
-
-
-def stock_model(path: Path) -> Any:
-    """diffusers' own model with the checkpoint's weights."""
-    resident = {"path": str(path), "weight_dtype": "float32", "compute_dtype": "float32"}
-    return ResidentModel(resident, torch.device("cpu"), lambda done, total: None).model
 
 
 @pytest.mark.parametrize(
@@ -422,6 +466,71 @@ def test_a_cogvideox_folder_gives_what_diffusers_gives(
     with loaded(start_group(devices), tmp_path) as remote:
         prediction = remote.step(x, timestep, conditioning)
     assert relative_difference(prediction, expected.transpose(1, 2)) <= STOCK_TOLERANCE
+
+
+@pytest.mark.filterwarnings("ignore:In CPU autocast")
+@pytest.mark.parametrize("name", ["mochi", "mochi_odd_batch_2"])
+def test_one_worker_gives_what_diffusers_gives_for_mochi(predict: Predictions, tiny_models: TinyModels, name: str):
+    """diffusers' time runs from 0 to 1000, against ComfyUI's, and so does its prediction."""
+    model = MODELS[name]
+    stock = stock_model(tiny_models.path(**model.checkpoint))
+    assert type(stock).__name__ == "MochiTransformer3DModel"
+    x, timestep, conditioning = model.inputs.make()
+    with torch.no_grad():
+        (expected,) = stock(
+            x, conditioning["context"], 1000 * (1 - timestep), conditioning["attention_mask"], return_dict=False
+        )
+    assert relative_difference(predict(name, "cpu"), -expected) <= STOCK_TOLERANCE
+
+
+@pytest.mark.parametrize("name", ["ltxv", "ltxv_padded", "ltxv_odd_first_frame"])
+def test_one_worker_gives_what_diffusers_gives_for_ltxv(predict: Predictions, tiny_models: TinyModels, name: str):
+    """diffusers takes a token's place from its caller: in frames at 25 a second, as its pipelines give it."""
+    model = MODELS[name]
+    stock = stock_model(tiny_models.path(**model.checkpoint))
+    assert type(stock).__name__ == "LTXVideoTransformer3DModel"
+    x, timestep, conditioning = model.inputs.make()
+    frames = 8 * torch.arange(x.shape[2])
+    if stock.config["causal_temporal_positioning"]:
+        frames = (frames - 7).clamp(min=0)
+    rows, columns = (32.0 * torch.arange(size) for size in x.shape[3:])
+    places = torch.meshgrid(frames / model.inputs.rate, rows, columns, indexing="ij")
+    with torch.no_grad():
+        (expected,) = stock(
+            x.flatten(2).transpose(1, 2),
+            conditioning["context"],
+            1000 * timestep,
+            conditioning.get("attention_mask"),
+            video_coords=torch.stack(places).flatten(1).repeat(len(x), 1, 1),
+            return_dict=False,
+        )
+    expected = expected.transpose(1, 2).unflatten(2, x.shape[2:])
+    assert relative_difference(predict(name, "cpu"), expected) <= STOCK_TOLERANCE
+
+
+@pytest.mark.parametrize("name", ["qwen", "qwen_padded", "qwen_references", "qwen_clean_references"])
+def test_one_worker_gives_what_diffusers_gives_for_qwen_image(predict: Predictions, tiny_models: TinyModels, name: str):
+    """Of an even number of tokens each way: of an odd one diffusers has the centre one token further."""
+    model = MODELS[name]
+    stock = stock_model(tiny_models.path(**model.checkpoint))
+    assert type(stock).__name__ == "QwenImageTransformer2DModel"
+    with torch.device("cpu"):  # its position table: no weight, hence never loaded
+        stock.pos_embed = type(stock.pos_embed)(10000, [16, 56, 56], scale_rope=True)
+    x, timestep, conditioning = model.inputs.make()
+    pictures = [x, *(tensor for name, tensor in conditioning.items() if name.startswith("ref_latents."))]
+    tokens = [rearrange(p, "b c t (h ph) (w pw) -> b (t h w) (c ph pw)", ph=2, pw=2) for p in pictures]
+    with torch.no_grad():
+        (expected,) = stock(
+            torch.cat(tokens, dim=1),
+            conditioning["context"],
+            conditioning.get("attention_mask"),
+            timestep,
+            [[(1, p.shape[3] // 2, p.shape[4] // 2) for p in pictures]],
+            return_dict=False,
+        )
+    expected = expected[:, : tokens[0].shape[1]]
+    expected = rearrange(expected, "b (h w) (c ph pw) -> b c 1 (h ph) (w pw)", h=x.shape[3] // 2, ph=2, pw=2)
+    assert relative_difference(predict(name, "cpu"), expected) <= STOCK_TOLERANCE
 
 
 def test_two_models_side_by_side(start_group: StartGroup, tiny_models: TinyModels, predict: Predictions):

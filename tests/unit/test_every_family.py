@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +11,12 @@ import torch
 from torch import Tensor
 
 from parallel.adapters.base import Adapter
+from parallel.adapters.native import NativeTensors
 from parallel.adapters.registry import FAMILIES, adapter_for
 from parallel.checkpoints.source import Source, open_source
 from parallel.demo.checkpoint import SCALED_LAYOUTS, WRITERS
 from parallel.errors import UnsupportedError
+from parallel.quantise.selection import select
 from parallel.worker.resident import ResidentModel
 from tests.golden import vectors
 
@@ -103,6 +106,17 @@ def test_what_cannot_be_honoured_is_named(tmp_path: Path, family: str):
     del inputs["context"]
     with pytest.raises(UnsupportedError, match="text encoder"):
         adapter.check_inputs(config, inputs)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_fp8_is_for_the_blocks_and_not_for_their_modulation(tmp_path: Path, family: str):
+    source, adapter, config = written(tmp_path, family)
+    tensors = NativeTensors(source, adapter, config)
+    dtypes = {"storage": torch.float32, "compute": torch.float32}
+    found = select(source, adapter, tensors, scheme="weight_only", skip=(), **dtypes)
+    assert found.weights
+    for name in found.weights:
+        assert re.match(r"\w*blocks\.\d+\.", name) and not re.search("norm|mod", name), f"{name}: see not_quantised"
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -1,11 +1,15 @@
 """Test-only nodes: what text encoders, VAEs and CLIP vision models give, without any of these models."""
 
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 from comfy.controlnet import ControlBase
 
+from . import tiny_detection
 from .vae_networks import NETWORKS, make_vae
+
+tiny_detection.apply()
 
 
 class SPTestConditioning:
@@ -200,10 +204,26 @@ class SPTestImageAsLatent:
         return ({"samples": images},)
 
 
+class SPTestModelSize:
+    """Bytes that ComfyUI's memory management counts for a model."""
+
+    CATEGORY = "testing"
+    RETURN_TYPES = ()
+    OUTPUT_NODE = True
+    FUNCTION = "tell"
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict:
+        return {"required": {"model": ("MODEL",)}}
+
+    def tell(self, model: Any) -> dict:
+        return {"ui": {"bytes": [model.model_size()]}}
+
+
 NODE_CLASS_MAPPINGS = {
     node.__name__: node
     for node in (
         SPTestConditioning, SPTestLatent, SPTestVAE, SPTestCLIPVisionOutput, SPTestNoClip, SPTestControlNet,
-        SPTestRandomVAE, SPTestVideoLatent, SPTestImageAsLatent,
+        SPTestRandomVAE, SPTestVideoLatent, SPTestImageAsLatent, SPTestModelSize,
     )
 }  # fmt: skip
