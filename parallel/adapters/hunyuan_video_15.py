@@ -154,7 +154,8 @@ class HunyuanVideo15Adapter(Adapter):
             "timestep": torch.tensor([500.0]),
             "context": random(1, 7, config["text_embed_dim"]),
             "attention_mask": torch.tensor([[1, 1, 1, 1, 1, 0, 0]]),
-            **{name: random(1, 2, config[size]) for name, (size, _) in _OTHER_STREAMS.items()},
+            "txt_byt5": random(1, 2, config["text_embed_2_dim"]),
+            "clip_fea": random(1, 1, config["image_embed_dim"]),
         }
 
     # --- one step -----------------------------------------------------------------------------------------------

@@ -223,17 +223,16 @@ def _each_block(
     model: Any, image: Tensor, text: Tensor, by: Modulation, table: Rope, context: StepContext, plan: SequencePlan
 ) -> Blocks:
     """Yields the image rows after each block."""
-    attend = context.attention(plan)
-    dual_stream_block, single_stream_block = context.block(_dual_stream_block), context.block(_single_stream_block)
+    attend, dual_stream_block = context.attention(plan), context.block(_dual_stream_block)
     for block in model.transformer_blocks:
         context.enter_block(plan)
         image, text = dual_stream_block(block, image, text, by, table, attend)
         yield image
-    single_stream = getattr(model, "single_transformer_blocks", ())
-    if not single_stream:
+    if not hasattr(model, "single_transformer_blocks"):
         return
+    single_stream_block = context.block(_single_stream_block)
     hidden = torch.cat([_finite(image), text], dim=1)
-    for block in single_stream:
+    for block in model.single_transformer_blocks:
         context.enter_block(plan)
         hidden = single_stream_block(block, hidden, by.joint, table, attend)
         yield hidden[:, : image.shape[1]]
