@@ -55,6 +55,7 @@ class ProxyDiffusionModel(nn.Module):
         for name in ("in_channels", "out_channels", "patch_size", "hidden_size", "num_heads"):
             if name in unet_config:
                 setattr(self, name, unet_config[name])
+        self.ofs_proj_dim = unet_config.get("ofs_embed_dim")  # CogVideoX
         for name, value in _ATTRIBUTES.get(unet_config.get("image_model", ""), {}).items():
             setattr(self, name, value)
         add_parameters(self, parameters)

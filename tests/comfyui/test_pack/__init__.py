@@ -29,10 +29,20 @@ class SPTestConditioning:
                 "width": ("INT", {"default": 64, "min": 1, "max": 16384}),
                 "pooled_width": ("INT", {"default": 768, "min": 1, "max": 16384}),
                 "guidance": ("FLOAT", {"default": -1.0, "min": -1.0, "max": 100.0, "tooltip": "-1: none"}),
-            }
+            },
+            "optional": {"glyph_tokens": ("INT", {"default": 0, "tooltip": "of HunyuanVideo 1.5's second encoder"})},
         }
 
-    def make(self, seed: int, tokens: int, valid_tokens: int, width: int, pooled_width: int, guidance: float) -> tuple:
+    def make(
+        self,
+        seed: int,
+        tokens: int,
+        valid_tokens: int,
+        width: int,
+        pooled_width: int,
+        guidance: float,
+        glyph_tokens: int = 0,
+    ) -> tuple:
         generator = torch.Generator().manual_seed(seed)
         cond = torch.randn(1, tokens, width, generator=generator)
         extra = {"pooled_output": torch.randn(1, pooled_width, generator=generator)}
@@ -40,6 +50,8 @@ class SPTestConditioning:
             extra["attention_mask"] = (torch.arange(tokens) < valid_tokens).long().unsqueeze(0)
         if guidance >= 0:
             extra["guidance"] = guidance
+        if glyph_tokens:
+            extra["conditioning_byt5small"] = torch.randn(1, glyph_tokens, 1472, generator=generator)
         return ([[cond, extra]],)
 
 
@@ -98,7 +110,7 @@ class SPTestCLIPVisionOutput:
 
     def make(self, tokens: int, width: int) -> tuple:
         hidden = torch.randn(1, tokens, width, generator=torch.Generator().manual_seed(4))
-        return (SimpleNamespace(penultimate_hidden_states=hidden),)
+        return (SimpleNamespace(penultimate_hidden_states=hidden, last_hidden_state=hidden.flip(1)),)
 
 
 class SPTestNoClip:
