@@ -207,9 +207,9 @@ class MochiAdapter(Adapter):
             for block in m.transformer_blocks:
                 context.enter_block(plan)
                 if block.context_pre_only:
-                    video = _last_block(block, video, text, by, table, attend)
+                    video = run_last(block, video, text, by, table, attend)
                 else:
-                    video, text = _block(block, video, text, by, table, attend)
+                    video, text = run(block, video, text, by, table, attend)
                 yield video
 
         def probe() -> Tensor:
