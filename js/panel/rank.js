@@ -4,6 +4,7 @@ import { element, setAttribute, setText } from "./elements.js";
 import { stateText } from "./states.js";
 import { bytes, seconds, t } from "./text.js";
 
+const ENDED = ["dead", "stopped"];
 const PARTS = ["weights", "activations", "others"];
 
 export class RankView {
@@ -41,7 +42,8 @@ export class RankView {
     this._parts.forEach((part, i) => {
       part.style.width = rank.total ? `${(100 * sizes[i]) / rank.total}%` : "0";
     });
-    this._bar.hidden = this._memory.hidden = rank.memory === 0; // it has not said anything yet
+    const over = ENDED.includes(rank.state);
+    this._bar.hidden = this._memory.hidden = over || rank.memory === 0; // gone, or it has not said anything yet
     const values = { weights: bytes(rank.weights), activations: bytes(activations), free: bytes(Math.max(0, free)) };
     ["weights", "activations", "free"].forEach((part, i) => setText(this._sizes[i][1], values[part]));
     const text = t("{weights} weights, {activations} activations, {free} free of {total}", {
@@ -56,5 +58,5 @@ export class RankView {
 function rankState(rank) {
   if (rank.progress) return `${stateText(rank.state)} ${Math.floor((100 * rank.progress[0]) / Math.max(1, rank.progress[1]))} %`;
   const text = stateText(rank.state);
-  return rank.seconds === null || rank.state === "dead" ? text : `${text} · ${seconds(rank.seconds)}`;
+  return rank.seconds === null || ENDED.includes(rank.state) ? text : `${text} · ${seconds(rank.seconds)}`;
 }
