@@ -33,6 +33,13 @@ class SequenceParallelPatcher(WorkersPatcher):
     def remote(self) -> RemoteModel:
         return self.model.diffusion_model.remote
 
+    def model_size(self) -> int:
+        """For how much ComfyUI is to make room: what one worker has on its device, under the weights' mode."""
+        if self.size <= 1:  # no worker uses the device that ComfyUI watches
+            return int(self.size)
+        fp8 = attached_fp8(self)
+        return self.remote.expected_bytes(None if fp8 is None else fp8.settings)
+
     # --- residency ----------------------------------------------------------------------------------------------------
 
     def _prepare(self) -> None:

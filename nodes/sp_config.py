@@ -6,8 +6,9 @@ from typing import Any
 
 from comfy_api.latest import io
 
-from ..parallel.config import ATTENTION_KERNELS, WEIGHTS_MODES, SequenceParallelConfig, resolve
+from ..parallel.config import ATTENTION_KERNELS, SequenceParallelConfig, resolve
 from ..parallel.errors import EngineError
+from ..parallel.placement import MODES
 
 SPConfig = io.Custom("SP_CONFIG")
 
@@ -44,7 +45,7 @@ class SPConfigNode(io.ComfyNode):
                 degree("dp_degree", "Groups of devices that share the samples of a batch."),
                 io.Combo.Input(
                     "weights",
-                    options=list(WEIGHTS_MODES),
+                    options=list(MODES),
                     default="auto",
                     tooltip="Where weights live. replicate: a whole copy on each device. shard and offload are not"
                     " available yet. auto: replicate.",

@@ -18,22 +18,22 @@ from ..checkpoints.source import Stored
 from ..config import resolve
 from ..degrees import Degrees
 from ..errors import WorkerError
+from ..placement import Memory, Placement, bytes_on_device, choose
 from ..plan import SequencePlan
 from ..quantise.selection import Selection, select
 from ..quantise.settings import (
     FP8Choice,
     FP8Report,
     FP8Settings,
-    choose,
+    choose_scheme,
     likely_scheme,
     refuse_devices,
-    refuse_weights_mode,
 )
 from ..wire.shared import Segment, TensorRef, lay_out
 from . import running
 from .cached_sampling import CachedSampling
 from .group import Poll, Progress, WorkerGroup
-from .recipe import Inspected, Recipe, inspect
+from .recipe import Inspected, Recipe, inspect, weight_bytes
 
 log = logging.getLogger("sequence_parallel")
 
@@ -85,7 +85,9 @@ class RemoteModel:
         self.inspected = inspected or inspect(recipe.path)
         self.name = f"model-{next(_MODELS)}"
         self.nbytes = 0
-        """Bytes of weights that one worker holds; 0 when not loaded."""
+        """Bytes of weights that one worker has on its device; 0 when not loaded."""
+        self.placement: Placement | None = None
+        """Where the weights are, or were last, and why."""
         self.fp8_report: FP8Report | None = None
         """What has been quantised, of the weights that were loaded last."""
         self.last_step: list[dict[str, Any]] = []
@@ -97,6 +99,7 @@ class RemoteModel:
         self._group: WorkerGroup | None = None
         self._generation = 0
         self._fp8: FP8Settings | None = None
+        self._selections: dict[FP8Settings, Selection] = {}
         self._conditioning = _SentConditioning(self.name)
         self._tensors = NativeTensors(self.inspected.source, self.inspected.adapter, self.inspected.model_config)
         self._version: Hashable = None
@@ -132,42 +135,97 @@ class RemoteModel:
         group = self._own_group or running.acquire(self.recipe.config, poll)
         if self.loaded and group is self._group and fp8 == self._fp8:
             return self.nbytes
-        choice = None if fp8 is None else _choose(fp8, group, poll)
+        choice = None if fp8 is None else _choose_scheme(fp8, group, poll)
+        self._group, self._generation = None, 0
+        placement = self._place(group, poll, fp8)
+        weights: dict[str, Any] = {"mode": placement.mode, "sharing": self._layout.degrees.sharing}
+        if placement.mode == "offload":
+            weights["segment"] = f"{self.name}-weights"
+            group.settle(poll)
+            group.memory.segment(weights["segment"], 0)  # the workers know how much they need
         message = {
             "model": self.name,
             "recipe": self.recipe.to_json(),
+            "weights": weights,
             "fp8": None if choice is None else choice.to_json(),
         }
-        self._group, self._generation = None, 0
-        results = group.call("load", message, poll=poll, on_progress=on_progress)
-        self._group, self._generation, self._fp8 = group, group.generation, fp8
+        try:
+            results = group.call("load", message, poll=poll, on_progress=on_progress)
+        finally:
+            if "segment" in weights:  # it belongs to the workers now
+                group.memory.drop(weights["segment"])
+        self._group, self._generation, self.placement, self._fp8 = group, group.generation, placement, fp8
         self._conditioning.clear()
         self._version = None
         self._replaced.clear()
         self.nbytes = max(result["nbytes"] for result in results)
-        log.info("%s: %.0f MiB of weights on each of %d workers", self.recipe.path, self.nbytes / 2**20, len(results))
-        self.fp8_report = None
-        if choice is not None:
-            self.fp8_report = FP8Report(scheme=choice.scheme, reason=choice.reason, **results[0]["fp8"])
+        log.info(
+            "%s: weights %s (%s): %.0f MiB %s",
+            self.recipe.path, placement.mode, placement.reason, self.nbytes / 2**20,
+            "in one copy for all workers"
+            if placement.mode == "offload" and self._layout.device_type == "cpu"
+            else f"on each of {len(results)} workers",
+        )  # fmt: skip
+        self.fp8_report = None if choice is None else self._report(choice, placement, **results[0]["fp8"])
         return self.nbytes
+
+    def _report(self, choice: FP8Choice, placement: Placement, *, saved: int, **counts: int) -> FP8Report:
+        degrees, device_type = self._layout.degrees, self._layout.device_type
+        return FP8Report(
+            scheme=choice.scheme,
+            reason=choice.reason,
+            bytes_before=self.nbytes + bytes_on_device(placement.mode, saved, degrees.sharing, device_type),
+            bytes_after=self.nbytes,
+            **counts,
+        )
 
     def select_fp8(self, fp8: FP8Settings) -> Selection:
         """What `fp8` will do to this model, told without workers.
 
         Raises:
             ConfigError: the devices cannot do it, or `skip` has a pattern that means no layer.
-            UnsupportedError: the way in which the weights are kept does not go with it.
         """
-        refuse_weights_mode(self.recipe.config.weights)
         refuse_devices(fp8, self._layout)
-        return select(
-            self.inspected.source,
-            self.inspected.adapter,
-            self._tensors,
-            scheme=likely_scheme(fp8, self._layout),
-            skip=fp8.patterns,
-            storage=self.recipe.weight_dtype,
-            compute=self.recipe.compute_dtype,
+        if fp8 not in self._selections:
+            self._selections[fp8] = select(
+                self.inspected.source,
+                self.inspected.adapter,
+                self._tensors,
+                scheme=likely_scheme(fp8, self._layout),
+                skip=fp8.patterns,
+                storage=self.recipe.weight_dtype,
+                compute=self.recipe.compute_dtype,
+            )
+        return self._selections[fp8]
+
+    def _whole_bytes(self, fp8: FP8Settings | None) -> int:
+        """Of a whole copy of the weights."""
+        saved = 0 if fp8 is None else self.select_fp8(fp8).saved
+        return weight_bytes(self.inspected, self.recipe) - saved
+
+    def _place(self, group: WorkerGroup, poll: Poll | None, fp8: FP8Settings | None) -> Placement:
+        """Settles where the weights go; asks the workers for their free memory only if that matters."""
+        asked = self.recipe.config.weights
+        if asked != "auto":
+            return Placement(mode=asked, reason="as asked")
+        told = group.call("free memory", {}, poll=poll)
+        return choose(
+            self._whole_bytes(fp8),
+            [Memory(**rank["device"]) for rank in told],
+            Memory(**told[0]["host"]),
+            sharing=self._layout.degrees.sharing,
+            device_type=self._layout.device_type,
+        )
+
+    def expected_bytes(self, fp8: FP8Settings | None = None) -> int:
+        """Of weights on one worker's device when they are loaded; under `auto` as much as it may be."""
+        if self.loaded and fp8 == self._fp8:
+            return self.nbytes
+        return bytes_on_device(
+            self.recipe.config.weights,
+            self._whole_bytes(fp8),
+            self._layout.degrees.sharing,
+            self._layout.device_type,
         )
 
     def replace_weights(
@@ -283,7 +341,8 @@ class RemoteModel:
     def degrees(self, conditions: int) -> Degrees:
         """How a step with so many conditions is split; a change is logged."""
         heads = self.inspected.model_config["num_attention_heads"]
-        degrees, reason = self._layout.degrees.choose(conditions=conditions, heads=heads)
+        sharded = (self.placement.mode if self.placement else self.recipe.config.weights) == "shard"
+        degrees, reason = self._layout.degrees.choose(conditions=conditions, heads=heads, sharded=sharded)
         if degrees != self._told_degrees:
             self._told_degrees = degrees
             log.info("plan on %s: %s (%s)", self._layout.describe(), degrees, reason)
@@ -374,10 +433,10 @@ class RemoteModel:
         ]
 
 
-def _choose(fp8: FP8Settings, group: WorkerGroup, poll: Poll | None) -> FP8Choice:
+def _choose_scheme(fp8: FP8Settings, group: WorkerGroup, poll: Poll | None) -> FP8Choice:
     """The scheme for all ranks, by what each says of its device."""
     found = [result["support"] for result in group.call("fp8 support", {}, poll=poll)]
-    return choose(fp8, group.layout, found)
+    return choose_scheme(fp8, group.layout, found)
 
 
 def _batches(sizes: Mapping[str, int]) -> Iterator[list[str]]:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from ..config import Layout
-from ..errors import ConfigError, UnsupportedError
+from ..errors import ConfigError
 
 NODE = "FP8 Quantize (SP)"
 DYNAMIC = ("dynamic_rowwise", "dynamic_tensorwise")
@@ -93,24 +93,8 @@ class FP8Report:
         )
 
 
-def refuse_weights_mode(weights: str) -> None:
-    """Refuses a way of keeping weights that FP8 ones cannot follow.
-
-    Args:
-        weights: `weights` of SP Config, `auto` resolved.
-
-    Raises:
-        UnsupportedError: it is `shard`.
-    """
-    if weights == "shard":
-        raise UnsupportedError(
-            f"{NODE} cannot be used with weights=shard (FSDP would have to split FP8 weights and their scales alike);"
-            " set weights to replicate in SP Config, or remove the node"
-        )
-
-
 def refuse_devices(settings: FP8Settings, layout: Layout) -> None:
-    """Refuses before any work what the devices cannot do; what their kernels cannot, `choose` finds out.
+    """Refuses before any work what the devices cannot do; what their kernels cannot, `choose_scheme` finds out.
 
     Raises:
         ConfigError: a dynamic scheme, and a device without FP8 arithmetic.
@@ -123,13 +107,13 @@ def refuse_devices(settings: FP8Settings, layout: Layout) -> None:
 
 
 def likely_scheme(settings: FP8Settings, layout: Layout) -> str:
-    """What `choose` will say, if the devices' kernels work."""
+    """What `choose_scheme` will say, if the devices' kernels work."""
     if settings.scheme != "auto":
         return settings.scheme
     return WEIGHT_ONLY if any(_lack(device.name) for device in layout.devices) else DYNAMIC[0]
 
 
-def choose(settings: FP8Settings, layout: Layout, found: Sequence[Mapping[str, str]]) -> FP8Choice:
+def choose_scheme(settings: FP8Settings, layout: Layout, found: Sequence[Mapping[str, str]]) -> FP8Choice:
     """One scheme for all ranks.
 
     Args:

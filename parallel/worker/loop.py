@@ -18,6 +18,7 @@ import time
 import traceback
 from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -38,8 +39,11 @@ from ..wire.control import SIZE as CONTROL_SIZE
 from ..wire.control import ControlPage
 from ..wire.shared import Segment, TensorRef, dtype_name
 from .fp8_linear import support
+from .free_memory import device_memory, host_memory
+from .homes import MakeHome, Replicated
 from .measurement import Slowed, measure_attention
 from .native_vae import NativeVAE
+from .offloaded import Offloaded
 from .ranks import ParallelContext, Ranks, SoloContext, join
 from .resident import ResidentModel
 
@@ -87,6 +91,7 @@ class Worker:
         self._checked: set[tuple[str, torch.dtype, str | None, Degrees]] = set()
         self._operations: dict[str, Callable[[Message], dict[str, Any]]] = {
             "fp8 support": self._fp8_support,
+            "free memory": self._free_memory,
             "load": self._load,
             "unload": self._unload,
             "weights": self._weights,
@@ -129,9 +134,14 @@ class Worker:
         with torch.no_grad():
             return {"support": support(self._device)}
 
+    def _free_memory(self, message: Message) -> dict[str, Any]:
+        """Of this rank's device, and of the machine."""
+        self._give_memory_back()
+        return {"device": asdict(device_memory(self._device)), "host": asdict(host_memory())}
+
     def _load(self, message: Message) -> dict[str, Any]:
         """Makes a model resident; the self-check runs the first time a family is used in a dtype."""
-        self._models.pop(message["model"], None)
+        self._drop_model(message["model"])
         told = time.monotonic()
 
         def progress(done: int, total: int) -> None:
@@ -145,14 +155,32 @@ class Worker:
                 self._channel.send({"event": "progress", "done": done, "total": total})
 
         with torch.no_grad():
-            model = ResidentModel(message["recipe"], self._device, progress, message["fp8"])
+            home = self._home(message["weights"])
+            model = ResidentModel(message["recipe"], self._device, progress, home, message["fp8"])
             self._models[message["model"]] = model
+        self._give_memory_back()
         return {"nbytes": model.nbytes, "family": model.adapter.family, "fp8": model.fp8_report}
 
+    def _home(self, wanted: Message) -> MakeHome:
+        """Where the host wants a model's weights."""
+        mode = wanted["mode"]
+        if mode == "shard":
+            from .sharded import Sharded  # FSDP2 takes a second to import
+
+            return partial(Sharded, group=self._ranks.weights_group(wanted["sharing"]))
+        if mode == "offload":
+            file = self._segments.pop(wanted["segment"])
+            return partial(Offloaded, file=file, rank=self._rank, ranks=self._ranks.world_size)
+        return Replicated
+
     def _unload(self, message: Message) -> dict[str, Any]:
-        self._models.pop(message["model"], None)
+        self._drop_model(message["model"])
         self._give_memory_back()
         return {}
+
+    def _drop_model(self, name: str) -> None:
+        if (model := self._models.pop(name, None)) is not None:
+            model.close()
 
     def _give_memory_back(self) -> None:
         gc.collect()

@@ -19,9 +19,10 @@ from ..degrees import Degrees
 from ..errors import CheckpointError, UnsupportedError
 from ..quantise.selection import Selection, select
 from ..quantise.settings import DYNAMIC
-from .fp8_linear import quantise
+from .fp8_linear import E4M3, FP8Linear, become_fp8, is_rowwise, quantised
+from .homes import Home, MakeHome, Replicated, own
 from .ranks import SoloContext
-from .scaled_linear import ScaledLinear
+from .scaled_linear import CastLinear, ScaledLinear
 
 Progress = Callable[[int, int], None]
 """Called with bytes read and bytes in total; may raise StepCancelled."""
@@ -39,6 +40,7 @@ class ResidentModel:
         recipe: `path`, `weight_dtype` (storage) and `compute_dtype`, see `host.recipe.Recipe`.
         device: where the weights go.
         progress: called after each tensor.
+        home: where they go there.
         fp8: `scheme` and `skip` of `quantise.settings.FP8Choice`, if linear layers are to be quantised.
 
     Raises:
@@ -52,6 +54,7 @@ class ResidentModel:
         recipe: Mapping[str, Any],
         device: torch.device,
         progress: Progress,
+        home: MakeHome = Replicated,
         fp8: Mapping[str, Any] | None = None,
     ):
         self._source = open_source(recipe["path"])
@@ -70,56 +73,66 @@ class ResidentModel:
         model_class = self.adapter.model_class()
         with torch.device("meta"):  # no memory until a weight is read
             self.model = model_class(**self.config)
-        if self._storage in FP8:
-            quantised = [f"^{re.escape(name.removesuffix('.weight'))}$" for name in self._selection.weights]
-            but = (*self.adapter.read_directly, *quantised)
-            _keep_fp8(self.model, self._storage, self.compute_dtype, but)
-        self._load(progress)
         self.model.eval().requires_grad_(False)
+        self._keep_dtypes()
+        self.home: Home = home(self.model, device)
+        self._load(progress)
         self._conditioning: dict[str, Tensor] = {}
         self._prepared: dict[tuple[Any, ...], Any] = {}
         self._caches: dict[int, BlockCache] = {}
 
     @property
     def nbytes(self) -> int:
-        """Bytes of weights on the device."""
-        return sum(p.nbytes for p in self.model.parameters())
+        """Bytes of weights on the device, between steps."""
+        return self.home.nbytes
 
     @property
     def fp8_report(self) -> dict[str, Any] | None:
-        """What has been quantised: the fields of `quantise.settings.FP8Report` that this worker knows."""
+        """What has been quantised: the counts of `quantise.settings.FP8Report`, and what a copy saves in bytes."""
         if self.scheme is None:
             return None
-        of, nbytes = self._selection, self.nbytes
+        of = self._selection
         counts = {"layers": len(of.weights), "already": of.already, "skipped": of.skipped, "unfit": of.unfit}
-        return {**counts, "bytes_before": nbytes + of.saved, "bytes_after": nbytes}
+        return {**counts, "saved": of.saved}
 
     def set_parameter(self, name: str, part: Tensor, scale: float | None) -> None:
-        """Sets a parameter of the diffusers model to a copy of `part` × `scale`, in the dtype in which it is kept.
+        """Sets this rank's share of a parameter of the diffusers model to a copy of `part` × `scale`.
 
-        With a scale `part` is fp8, and stays so if it is the weight of a linear layer. What is to be quantised is
-        quantised here, whether it comes from the file or from a LoRA: no other copy of it is kept.
+        It is rounded to the dtype in which it is kept. With a scale `part` is fp8, and stays so if it is the weight of
+        a linear layer. What is to be quantised is quantised here, whether it comes from the file or from a LoRA.
         """
-        path, _, leaf = name.rpartition(".")
-        module = self.model.get_submodule(path)
-        if self.scheme is not None and name in self._selection.weights:
-            if scale is None:
-                part, scale = part.to(self._storage), 1.0 if self._storage in FP8 else None
-            quantise(module, self.scheme, part.to(self.device, copy=True), scale)
+        if name in self._selection.weights:
+            self._set_quantised(name, part, scale)
             return
+        mine, rows = self.home.share(name)
+        part = part[rows]
+        module = self.model.get_submodule(name.rpartition(".")[0])
         if scale is not None:
-            if leaf == "weight" and type(module) in (nn.Linear, ScaledLinear):
-                ScaledLinear.keep(module, part.to(self.device, copy=True), scale)
+            if mine.dtype in FP8 and isinstance(module, ScaledLinear):
+                module.scale = scale
+                mine.copy_(part)
                 return
             part = part.float().mul_(scale)
-        if name in self.adapter.full_precision:
-            value = part.to(self.device, torch.float32, copy=True)
-        else:
-            # ComfyUI rounds weights to the storage dtype first; so do we, to get its results.
-            value = part.to(self.device, self._storage, copy=True)
-            if self.model.get_parameter(name).dtype not in FP8:
-                value = value.to(self.compute_dtype)
-        module._parameters[leaf] = nn.Parameter(value, requires_grad=False)
+        if name not in self.adapter.full_precision:
+            part = part.to(self._storage)  # ComfyUI rounds weights to this first; so do we, to get its results
+        mine.copy_(part)
+
+    def _set_quantised(self, name: str, part: Tensor, scale: float | None) -> None:
+        """This rank's share of a weight that is quantised, and of its scales."""
+        assert self.scheme is not None
+        weight, rows = self.home.share(name)
+        scales, scale_rows = self.home.share(_scale_of(name))
+        if is_rowwise(self.scheme):
+            part, rows, scale_rows = part[rows], slice(None), slice(None)
+        if scale is None:
+            part, scale = part.to(self._storage), 1.0 if self._storage in FP8 else None
+        values, found = quantised(self.scheme, part.to(self.device), scale)
+        weight.copy_(values[rows])
+        scales.copy_(found[scale_rows])
+
+    def close(self) -> None:
+        """Before it goes."""
+        self.home.close()
 
     def cache(self, sampling: int, rule: Mapping[str, Any]) -> BlockCache:
         """What the sampling of this number remembers, with the rule of its first step."""
@@ -175,7 +188,8 @@ class ResidentModel:
             mine = {name: t[rows] if len(t) == len(x) else t for name, t in tensors.items()}
             self._prepared[wanted] = self.adapter.prepare(mine)
         timestep = timestep[rows].to(self.device)
-        self.adapter.step(self.model, x[rows], timestep, self._prepared[wanted], out[rows], context)
+        with self.home.in_use():
+            self.adapter.step(self.model, x[rows], timestep, self._prepared[wanted], out[rows], context)
 
     def self_check(self, context: StepContext, solo: SoloContext, degrees: Degrees) -> None:
         """Runs a small uneven step on all ranks and again on this rank alone, and compares this rank's part.
@@ -189,8 +203,9 @@ class ResidentModel:
         untouched = 2.0**20
         ours = torch.full(self.adapter.output_shape(self.config, tuple(x.shape)), untouched, dtype=x.dtype)
         alone = ours.clone()
-        self.adapter.step(self.model, x, timestep, prepared, ours, context)
-        self.adapter.step(self.model, x, timestep, prepared, alone, solo)
+        with self.home.in_use():
+            self.adapter.step(self.model, x, timestep, prepared, ours, context)
+            self.adapter.step(self.model, x, timestep, prepared, alone, solo)
         mine = ours != untouched
         difference = (ours - alone)[mine].abs().max() / alone.abs().max() if mine.any() else torch.tensor(0.0)
         allowed = 1e-4 if self.compute_dtype == torch.float32 else 0.05
@@ -214,10 +229,38 @@ class ResidentModel:
             compute=self.compute_dtype,
         )
 
+    def _keep_dtypes(self) -> None:
+        """Gives each parameter, still without data, the dtype in which it is kept.
+
+        fp8 storage keeps linear layers so; what else there is keeps the rounded values in the compute dtype, and so
+        does what the family reads without calling the layer. Of a scaled-fp8 file the scaled layers stay in fp8.
+        """
+        scaled: dict[str, torch.dtype] = {}
+        for name in self._source.scales:
+            info = self._source.tensors[name]
+            scaled |= {piece.name: info.dtype for piece in self.adapter.pieces(name, info.shape, self.config)}
+        for path, module in self.model.named_modules():
+            if type(module) is nn.Linear:
+                if self.scheme is not None and f"{path}.weight" in self._selection.weights:
+                    become_fp8(module, self.scheme)
+                    scaled |= {f"{path}.weight": E4M3, f"{path}.scale": torch.float32}
+                elif f"{path}.weight" in scaled:
+                    module.__class__ = ScaledLinear
+                elif self._storage in FP8 and not any(re.search(p, path) for p in self.adapter.read_directly):
+                    module.__class__ = CastLinear
+            for name, parameter in list(module.named_parameters(path, recurse=False)):
+                dtype = self._storage if isinstance(module, CastLinear) else self.compute_dtype
+                if isinstance(module, ScaledLinear | FP8Linear):
+                    dtype = scaled.get(name, dtype)
+                if name in self.adapter.full_precision:
+                    dtype = torch.float32
+                own(self.model, name, torch.empty_like(parameter, dtype=dtype))
+
     def _load(self, progress: Progress) -> None:
         """Fills the model's parameters from the file, one tensor at a time."""
         source = self._source
-        expected = dict(self.model.named_parameters())
+        made = {_scale_of(name) for name in self._selection.weights}
+        expected = {name: p for name, p in self.model.named_parameters() if name not in made}
         missing = set(expected)
         total = sum(_nbytes(info) for info in source.tensors.values())
         done = 0
@@ -245,19 +288,14 @@ class ResidentModel:
             raise CheckpointError(f"{source.path} lacks {len(missing)} tensors of {self.adapter.family}, e.g. {some}")
 
 
+def _scale_of(weight: str) -> str:
+    """Name of the parameter that scales a quantised weight."""
+    return f"{weight.removesuffix('weight')}scale"
+
+
 def _is_superfluous(model: Any, name: str) -> bool:
     """Whether diffusers itself ignores this tensor of its folders: an old release wrote it, no model needs it."""
     return any(re.search(pattern, name) for pattern in model._keys_to_ignore_on_load_unexpected or ())
-
-
-def _keep_fp8(model: nn.Module, storage: torch.dtype, compute: torch.dtype, but: tuple[str, ...]) -> None:
-    """Keeps the large weights in fp8, but for those of modules named so, and casts each for the time of its use.
-
-    Called before there are any: no weight is ever held in more bits than it keeps.
-    """
-    from diffusers.hooks import apply_layerwise_casting
-
-    apply_layerwise_casting(model, storage, compute, skip_modules_pattern=but)
 
 
 def _nbytes(info: TensorInfo) -> int:
