@@ -118,13 +118,14 @@ def test_dynamic_schemes_hold_on_two_ranks(
 
 
 @pytest.mark.usefixtures("on_cpus")
-@pytest.mark.parametrize("fp8", [WEIGHT_ONLY, ROWWISE], ids=["weight_only", "dynamic_rowwise"])
 @pytest.mark.parametrize(
-    ("checkpoint", "dtype"),
+    ("checkpoint", "dtype", "fp8"),
     [
-        pytest.param({"dtype": BF16}, BF16, id="bf16"),
-        pytest.param({"scaled": "comfy_quant"}, FP32, id="scaled_fp8"),
-        pytest.param({"dtype": E4M3}, E4M3, id="fp8"),
+        pytest.param({"dtype": BF16}, BF16, WEIGHT_ONLY, id="bf16"),
+        pytest.param({"dtype": BF16}, BF16, ROWWISE, id="bf16_dynamic"),
+        pytest.param({"scaled": "comfy_quant"}, FP32, WEIGHT_ONLY, id="scaled_fp8"),
+        pytest.param({"scaled": "comfy_quant"}, FP32, ROWWISE, id="scaled_fp8_dynamic"),
+        pytest.param({"dtype": E4M3}, E4M3, ROWWISE, id="fp8_dynamic"),
     ],
 )
 def test_patched_weights_are_quantised_again(
@@ -159,8 +160,10 @@ def test_patched_weights_are_quantised_again(
 
 
 @pytest.mark.usefixtures("on_cpus")
-@pytest.mark.parametrize("weights", ["shard", "offload"])
-@pytest.mark.parametrize("scheme", ["weight_only", "dynamic_rowwise", "dynamic_tensorwise"])
+@pytest.mark.parametrize(
+    ("scheme", "weights"),
+    [("weight_only", "shard"), ("dynamic_tensorwise", "shard"), ("dynamic_rowwise", "offload")],
+)
 def test_shared_out_weights_are_the_same_ones(
     start_group: StartGroup, tiny_models: TinyModels, scheme: str, weights: str
 ):
