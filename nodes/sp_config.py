@@ -47,8 +47,9 @@ class SPConfigNode(io.ComfyNode):
                     "weights",
                     options=list(MODES),
                     default="auto",
-                    tooltip="Where weights live. replicate: a whole copy on each device. shard and offload are not"
-                    " available yet. auto: replicate.",
+                    tooltip="Where weights live. replicate: a whole copy on each device. shard: a part on each device,"
+                    " gathered block by block. offload: one copy in host memory for all devices. auto: the first of"
+                    " these that fits.",
                 ),
                 io.Combo.Input(
                     "attention",

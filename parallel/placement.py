@@ -65,14 +65,16 @@ def check(mode: str, degrees: RequestedDegrees) -> None:
 
 
 def refuse_quantised(mode: str, what: str) -> None:
-    """To be called before quantised weights that are not plain tensors (torchao's) are loaded under `mode`.
+    """To be called before weights are loaded under `mode` that are quantised on the way.
+
+    What a home keeps has its shape and dtype before it is read, and each rank fills in its rows of it; quantising takes
+    whole tensors and makes others of them.
 
     Args:
         what: the node or option that quantises, for the message.
 
     Raises:
-        UnsupportedError: with shard, torchao 0.18's tensors lack what FSDP2 calls (`aten.split`, `aten.new_zeros`);
-            with offload, they cannot be laid into one piece of shared memory.
+        UnsupportedError: the mode cannot be had with it.
     """
     if mode in ("shard", "offload"):
         raise UnsupportedError(
@@ -96,7 +98,9 @@ def bytes_on_device(mode: str, nbytes: int, sharing: int, device_type: str) -> i
     return nbytes
 
 
-def choose(nbytes: int, devices: Sequence[Memory], host: Memory, *, sharing: int, device_type: str) -> Placement:
+def choose(
+    nbytes: int, devices: Sequence[Memory], host: Memory, *, sharing: int, device_type: str, plain: bool = True
+) -> Placement:
     """What `auto` means.
 
     Replicate where every device has room; else shard, if that makes room; else offload. CPU workers have one memory
@@ -107,8 +111,11 @@ def choose(nbytes: int, devices: Sequence[Memory], host: Memory, *, sharing: int
         devices: of each rank.
         host: the machine's.
         sharing: ranks of a sequence if the weights are sharded.
+        plain: see `refuse_quantised`; other weights can only be replicated.
     """
     needed = _gib(nbytes)
+    if not plain:
+        return Placement(mode="replicate", reason="auto: weights that a node quantises can only be replicated")
     if device_type == "cpu":
         copies = f"{len(devices)} × {needed}"
         if nbytes * len(devices) <= host.for_weights:

@@ -86,7 +86,7 @@ class Adapter(ABC):
     """Parameters of the diffusers model that ComfyUI keeps in fp32, whatever the storage dtype."""
     read_directly: ClassVar[tuple[str, ...]] = ()
     """Modules (patterns of their names) whose parameters `step` reads itself: fp8 storage leaves them out, since it
-    casts a module's parameters when the module is called."""
+    casts a layer's parameters when the layer is called."""
 
     not_quantised: ClassVar[tuple[str, ...]] = ()
     """Linear layers (patterns of ComfyUI's names, see `quantise.selection.matches`) that FP8 leaves as they are:

@@ -345,7 +345,7 @@ class WorkerGroup:
         operation: str,
         error: dict[str, Any],
         alike: bool,
-        advice: str = "Use a smaller size or fewer frames, more devices, or an fp8 weight_dtype",
+        advice: str = "Use a smaller size or fewer frames, more devices, weights 'offload', or an fp8 weight_dtype",
     ) -> WorkerError:
         kind = WorkerOutOfMemoryError if error["out_of_memory"] else WorkerError
         if error["expected"] and alike:

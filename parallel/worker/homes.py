@@ -97,7 +97,7 @@ def watch_blocks(model: nn.Module, source: BlockSource) -> list[nn.Module]:
         if type(child) is nn.ModuleList:
             child.__class__ = BlockList
             child.source, child.first = source, len(blocks)  # type: ignore[assignment]
-            blocks += child._modules.values()  # type: ignore[arg-type]
+            blocks += child._modules.values()
     return blocks
 
 

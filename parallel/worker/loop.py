@@ -158,7 +158,6 @@ class Worker:
             home = self._home(message["weights"])
             model = ResidentModel(message["recipe"], self._device, progress, home, message["fp8"])
             self._models[message["model"]] = model
-        self._give_memory_back()
         return {"nbytes": model.nbytes, "family": model.adapter.family, "fp8": model.fp8_report}
 
     def _home(self, wanted: Message) -> MakeHome:

@@ -91,7 +91,7 @@ class Offloaded(Home):
         if error:
             log.warning(
                 "the copy of the weights in host memory cannot be page-locked (CUDA error %d): they will reach the"
-                " device more slowly; is there enough memory, and does the container allow it?",
+                " device more slowly; is the memory full?",
                 error,
             )
         else:

@@ -92,9 +92,9 @@ class Passing:
             self._fetch(following, 1 - self._used)
 
     def _fetch(self, index: int, slot: int) -> None:
-        for block in [block for block, place in self._slot_of.items() if place == slot]:
-            self._blocks[block].leave()
-            del self._slot_of[block], self._arrived[block]
+        for replaced in [other for other, place in self._slot_of.items() if place == slot]:
+            self._blocks[replaced].leave()
+            del self._slot_of[replaced], self._arrived[replaced]
         block = self._blocks[index]
         self._copies.wait_stream(cuda.current_stream(self._device))  # whatever used the slot is behind us there
         with cuda.stream(self._copies):

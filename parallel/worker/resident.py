@@ -76,7 +76,11 @@ class ResidentModel:
         self.model.eval().requires_grad_(False)
         self._keep_dtypes()
         self.home: Home = home(self.model, device)
-        self._load(progress)
+        try:
+            self._load(progress)
+        except BaseException:
+            self.home.close()
+            raise
         self._conditioning: dict[str, Tensor] = {}
         self._prepared: dict[tuple[Any, ...], Any] = {}
         self._caches: dict[int, BlockCache] = {}

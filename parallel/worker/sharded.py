@@ -11,12 +11,14 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, UnshardHandle, fully_shard
+from torch.distributed.tensor import DTensor
 
 from .homes import Home, share_of_rows, watch_blocks
 
@@ -26,10 +28,12 @@ class Sharded(Home):
 
     Args:
         group: the ranks that share a sequence.
+        ahead: gather the next block while one runs. By default on CUDA: a CPU has nothing to do it with.
     """
 
-    def __init__(self, model: nn.Module, device: torch.device, *, group: dist.ProcessGroup):
+    def __init__(self, model: nn.Module, device: torch.device, *, group: dist.ProcessGroup, ahead: bool | None = None):
         self._model, self._device = model, device
+        self._ahead = device.type == "cuda" if ahead is None else ahead
         self._rank, self._ranks = group.rank(), group.size()
         mesh = DeviceMesh.from_group(group, device.type)
         blocks = watch_blocks(model, self)
@@ -38,15 +42,15 @@ class Sharded(Home):
         """What belongs to no block. It is whole while a step runs: its parts come before the blocks and after them."""
         _materialise(model, device)
         self._whole: dict[int, UnshardHandle | None] = {}
-        """Blocks whose weights this rank has, or will have when the handle has been waited for."""
+        """Blocks whose weights this rank has, or will have when the handle, if any, has been waited for."""
 
     def share(self, name: str) -> tuple[Tensor, slice]:
         parameter = self._model.get_parameter(name)
-        return parameter.to_local(), share_of_rows(parameter.shape[0], self._rank, self._ranks)  # type: ignore[operator]
+        return _local(parameter), share_of_rows(len(parameter), self._rank, self._ranks)
 
     @property
     def nbytes(self) -> int:
-        return sum(p.to_local().nbytes for p in self._model.parameters())  # type: ignore[operator]
+        return sum(_local(parameter).nbytes for parameter in self._model.parameters())
 
     @contextmanager
     def in_use(self) -> Iterator[None]:
@@ -54,32 +58,36 @@ class Sharded(Home):
         try:
             yield
         finally:
-            self._put_away(set())
+            self._put_away(but=set())
             self._rest.reshard()
             if self._device.type == "cpu":  # else the allocator keeps what was gathered for the next time
                 ctypes.CDLL(None).malloc_trim(0)
 
     def bring(self, index: int) -> None:
-        """On CUDA the next block is gathered while this one runs, in launch order behind what it replaces."""
-        ahead = (index + 1) % len(self._units) if self._device.type == "cuda" else index
-        self._put_away({index, ahead})
-        self._gather(index)
-        if (handle := self._whole[index]) is not None:
-            handle.wait()
-            self._whole[index] = None
+        """Gathering ahead has not yet been run on a GPU."""
+        ahead = index + 1 if self._ahead and index + 1 < len(self._units) else index
+        self._put_away(but={index, ahead})
+        if index not in self._whole:
+            self._whole[index] = self._units[index].unshard()
+        self._arrive(index)
         if ahead not in self._whole:
             self._whole[ahead] = self._units[ahead].unshard(async_op=True)
 
-    def _gather(self, index: int) -> None:
-        if index not in self._whole:
-            self._units[index].unshard()
+    def _arrive(self, index: int) -> None:
+        if (handle := self._whole[index]) is not None:
+            handle.wait()
             self._whole[index] = None
 
     def _put_away(self, but: set[int]) -> None:
-        for index in self._whole.keys() - but:
-            if (handle := self._whole.pop(index)) is not None:
-                handle.wait()
+        for index in sorted(self._whole.keys() - but):
+            self._arrive(index)
+            del self._whole[index]
             self._units[index].reshard()
+
+
+def _local(parameter: nn.Parameter) -> Tensor:
+    """This rank's rows."""
+    return cast(DTensor, parameter).to_local()
 
 
 class _Bytes:

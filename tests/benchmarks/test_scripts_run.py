@@ -34,3 +34,11 @@ def test_cpu_flux_context_parallel_runs_at_toy_size():
         "this engine through gloo",
     }
     assert all(ms > 0 for ms in result["ms"].values())
+
+
+def test_gpu_offload_runs_at_toy_size():
+    script = [sys.executable, "-m", "tests.benchmarks.gpu_offload", "--toy"]
+    done = subprocess.run(script, cwd=ROOT, check=True, capture_output=True, text=True)
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert result["same"]
+    assert result["time"] > 0

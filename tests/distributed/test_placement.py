@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -22,6 +23,7 @@ from parallel.host.group import WorkerGroup
 from parallel.host.remote_model import RemoteModel, StepRequest
 from parallel.placement import Placement
 from tests.distributed.process_facts import MemoryPeaks, memory
+from tests.distributed.start_ranks import run_ranks
 from tests.distributed.tiny_models import (
     Inputs,
     Model,
@@ -69,7 +71,10 @@ def placed(group: WorkerGroup, path: Path, weights: str, dtype: torch.dtype = to
 
 def change(name: str, stored: Stored) -> Stored:
     """What a LoRA stands for here."""
-    return Stored((stored.tensor.float() * 1.5 + 0.01).to(stored.tensor.dtype))
+    tensor, scale = stored
+    if scale is not None:
+        return Stored((tensor.float() * -0.7).to(tensor.dtype), scale * 1.5)
+    return Stored((tensor.float() * 1.5 + 0.01).to(tensor.dtype))
 
 
 # --- results --------------------------------------------------------------------------------------------------------
@@ -121,10 +126,11 @@ def test_cond_and_uncond(start_group: StartGroup, tiny_models: TinyModels, weigh
 
 
 @pytest.mark.parametrize("weights", MODES)
-def test_replaced_weights(start_group: StartGroup, tiny_models: TinyModels, weights: str):
+@pytest.mark.parametrize("checkpoint", [DEEP, DEEP | {"scaled": "comfy_quant"}], ids=["fp32", "scaled_fp8"])
+def test_replaced_weights(start_group: StartGroup, tiny_models: TinyModels, checkpoint: dict[str, Any], weights: str):
     results: dict[str, list[Tensor]] = {}
     for mode in ("replicate", weights):
-        with placed(start_group(TWO), tiny_models.path(**DEEP), mode) as remote:
+        with placed(start_group(TWO), tiny_models.path(**checkpoint), mode) as remote:
             results[mode] = [remote.step(*PADDED.make())]
             remote.replace_weights("changed", SOME, change)
             results[mode].append(remote.step(*PADDED.make()))
@@ -187,6 +193,20 @@ def test_cancel_leaves_the_weights_in_place(start_group: StartGroup, tiny_models
             with pytest.raises(Cancelled):
                 remote.step(*long.make(), poll=after(polls))
             assert torch.equal(remote.step(*PADDED.make()), expected)
+
+
+def test_blocks_are_gathered_one_by_one_or_one_ahead(tiny_models: TinyModels, tmp_path: Path):
+    """Four blocks on two ranks, each with the whole sequence; also after steps that were broken off."""
+    path = tiny_models.path(**DEEP)
+    for text in run_ranks("tests.distributed.sharded_ranks", 2, tmp_path, [str(path)]):
+        at_need, ahead = json.loads(text)
+        assert at_need["counts"] == [1, 1, 1, 1]
+        # Not counted is what is still on its way: the block ahead is whole when its turn has come.
+        assert max(ahead["counts"]) <= 2
+        for answer in (at_need, ahead):
+            assert answer["equal"] == [True, True]
+            assert answer["left"] == [0, 0]
+            assert answer["after"] == 0
 
 
 # --- memory ---------------------------------------------------------------------------------------------------------

@@ -66,6 +66,9 @@ def test_quantised_weights_are_refused_by_name(mode: str):
     with pytest.raises(UnsupportedError, match=f"FP8 Quantize.* cannot be used with weights '{mode}'; set weights"):
         refuse_quantised(mode, "FP8 Quantize (SP)")
     refuse_quantised("replicate", "FP8 Quantize (SP)")
+    full = gpus(1, 1)
+    chosen = choose(26 * GIB, full, LARGE_HOST, sharing=2, device_type="cuda", plain=False)
+    assert (chosen.mode, "quantises" in chosen.reason) == ("replicate", True)
 
 
 @pytest.mark.parametrize("ranks", range(1, 6))
