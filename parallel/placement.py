@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from math import ceil
 
 from .degrees import RequestedDegrees
-from .errors import ConfigError, UnsupportedError
+from .errors import ConfigError
 
 MODES = ("auto", "replicate", "shard", "offload")
 
@@ -64,25 +64,6 @@ def check(mode: str, degrees: RequestedDegrees) -> None:
         )
 
 
-def refuse_quantised(mode: str, what: str) -> None:
-    """To be called before weights are loaded under `mode` that are quantised on the way.
-
-    What a home keeps has its shape and dtype before it is read, and each rank fills in its rows of it; quantising takes
-    whole tensors and makes others of them.
-
-    Args:
-        what: the node or option that quantises, for the message.
-
-    Raises:
-        UnsupportedError: the mode cannot be had with it.
-    """
-    if mode in ("shard", "offload"):
-        raise UnsupportedError(
-            f"{what} cannot be used with weights '{mode}'; set weights to replicate in SP Config, or use an fp8"
-            " weight_dtype or a scaled-fp8 file instead, which can be"
-        )
-
-
 def bytes_on_device(mode: str, nbytes: int, sharing: int, device_type: str) -> int:
     """About how many bytes of `nbytes` of weights one worker will have on its device between steps.
 
@@ -98,9 +79,7 @@ def bytes_on_device(mode: str, nbytes: int, sharing: int, device_type: str) -> i
     return nbytes
 
 
-def choose(
-    nbytes: int, devices: Sequence[Memory], host: Memory, *, sharing: int, device_type: str, plain: bool = True
-) -> Placement:
+def choose(nbytes: int, devices: Sequence[Memory], host: Memory, *, sharing: int, device_type: str) -> Placement:
     """What `auto` means.
 
     Replicate where every device has room; else shard, if that makes room; else offload. CPU workers have one memory
@@ -111,11 +90,8 @@ def choose(
         devices: of each rank.
         host: the machine's.
         sharing: ranks of a sequence if the weights are sharded.
-        plain: see `refuse_quantised`; other weights can only be replicated.
     """
     needed = _gib(nbytes)
-    if not plain:
-        return Placement(mode="replicate", reason="auto: weights that a node quantises can only be replicated")
     if device_type == "cpu":
         copies = f"{len(devices)} × {needed}"
         if nbytes * len(devices) <= host.for_weights:
