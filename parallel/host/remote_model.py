@@ -484,7 +484,7 @@ class RemoteModel:
         degrees = [self.degrees(network.conditions) for network in networks]
         passes = [each.request for network in networks for each in network.passes]
         told = None
-        if cache is not None:
+        if cache is not None and passes:
             told = cache.message(0.0, inspected.adapter.family, inspected.model_config, passes[0].shapes)
         group = self._group
         assert group is not None, "call ensure_loaded first"
