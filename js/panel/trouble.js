@@ -30,7 +30,12 @@ export function setBadge(shown) {
 }
 
 export function watchTrouble() {
+  const fallbacks = new Set();
   onEvent("sequence_parallel.event", ({ kind, text }) => {
+    if (kind === "fallback") {
+      if (fallbacks.has(text)) return; // once is enough; the node says it every time
+      fallbacks.add(text);
+    }
     const [severity, summary, life] = TOASTS[kind] ?? ["info", "Sequence Parallel", 6];
     toast(severity, t(summary), text, life);
     if (severity === "error") setBadge(true);
