@@ -15,8 +15,9 @@ const TOASTS = {
 
 /** What the topbar is to show, for `registerExtension`; follows `setBadge`. */
 export function topbarBadges() {
-  const text = tab()?.iconBadge;
-  return text ? [{ text: t("Workers failed"), label: "SP", variant: "error", tooltip: t("Open Sequence Parallel in the sidebar.") }] : [];
+  if (!tab()?.iconBadge) return [];
+  const tooltip = t("Open Sequence Parallel in the sidebar.");
+  return [{ text: t("Workers failed"), label: "SP", variant: "error", tooltip }];
 }
 
 /** ComfyUI's own copy of the tab: changing it is what redraws the sidebar and the topbar. */
