@@ -67,12 +67,16 @@ def test_the_result_is_the_native_one_bit_for_bit(installation: Installation, ca
 
 @pytest.mark.slow
 def test_a_vae_that_workers_would_build_otherwise_is_run_natively(installation: Installation) -> None:
-    """As a node that changes the network in place leaves it; the second time without asking the workers."""
-    changed = case("wan_2_1", DECODE, [1, 16, 2, 9, 9], [TWO, TWO]) | {"changed": {"scale_of_another_node": 2}}
-    for result in run(installation, [changed, changed]):
+    """As a node that changes the network in place leaves it; the second time without asking the workers. And one that
+    draws random numbers for each tile, as LTX-Video's."""
+    small = case("wan_2_1", DECODE, [1, 16, 2, 9, 9], [TWO, TWO])
+    noisy = small | {"changed": {"timestep_conditioning": True}}
+    changed = small | {"changed": {"timestep_conditioning": False, "scale_of_another_node": 2}}
+    texts = ["adds random noise", *["would build another VAE.*scale_of_another_node=2"] * 2]
+    for result, text in zip(run(installation, [noisy, changed, changed]), texts, strict=True):
         found = result["results"][TWO]
         assert found["equal"]
-        assert re.search("Computed natively.* would build another VAE.*scale_of_another_node=2", found["told"])
+        assert re.search(f"Computed natively.* {text}", found["told"])
 
 
 @pytest.mark.thousands
