@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import folder_paths
 from comfy_api.latest import io
 
 from ..parallel.config import SequenceParallelConfig
 from .native_model import WEIGHT_DTYPES, load_native_model
+from .settings import default_config, read
 from .sp_config import SPConfig
 
 _FOLDER = "diffusion_models"
@@ -40,7 +42,11 @@ class SPLoadDiffusionModel(io.ComfyNode):
                     tooltip="As in Load Diffusion Model. fp8_e4m3fn and fp8_e5m2 halve the weights' memory.",
                     advanced=True,
                 ),
-                SPConfig.Input("sp_config", optional=True, tooltip="Devices and degrees. Without it: every GPU."),
+                SPConfig.Input(
+                    "sp_config",
+                    optional=True,
+                    tooltip="Devices and degrees. Without it: every GPU, or those of the setting Default devices.",
+                ),
             ],
             outputs=[io.Model.Output()],
         )
@@ -49,8 +55,13 @@ class SPLoadDiffusionModel(io.ComfyNode):
     def execute(
         cls, unet_name: str, weight_dtype: str, sp_config: SequenceParallelConfig | None = None
     ) -> io.NodeOutput:
-        model = load_native_model(_full_path(unet_name), weight_dtype, sp_config or SequenceParallelConfig())
+        model = load_native_model(_full_path(unet_name), weight_dtype, sp_config or default_config())
         return io.NodeOutput(model)
+
+    @classmethod
+    def fingerprint_inputs(cls, **_: Any) -> str:
+        """Another setting of the default devices is another MODEL, though no input has changed."""
+        return read().devices
 
 
 def _diffusers_folders() -> list[str]:

@@ -4,14 +4,35 @@ from __future__ import annotations
 
 import logging
 
+from comfy_execution.utils import get_executing_context
+
+from ..parallel.host import status
+
 log = logging.getLogger("sequence_parallel")
 
 
-def tell(node_id: str | None, text: str) -> None:
+def show(node_id: str | None, text: str) -> None:
     """Shows `text` on the node, where there is one and a server."""
     from server import PromptServer  # only a running ComfyUI has it
 
-    log.info("%s", text)
     server = getattr(PromptServer, "instance", None)
     if server is not None and node_id is not None:
         server.send_progress_text(text, node_id)
+
+
+def tell(node_id: str | None, text: str) -> None:
+    """The same, and a line in the log."""
+    log.info("%s", text)
+    show(node_id, text)
+
+
+def tell_fallback(node_id: str | None, text: str) -> None:
+    """The same, and a notice in the browser: something runs other than the user may think."""
+    tell(node_id, text)
+    status.tell(status.FALLBACK, text)
+
+
+def executing_node() -> str | None:
+    """The node that runs in this thread."""
+    context = get_executing_context()
+    return None if context is None else context.node_id

@@ -31,8 +31,9 @@ from ..parallel.host.remote_vae import RemoteVAE
 from ..parallel.vae.arguments import as_plain
 from ..parallel.vae.fingerprint import fingerprint
 from ..parallel.vae.tiles import Tile
-from .node_text import tell
+from .node_text import tell, tell_fallback
 from .residency import WorkersPatcher, progress_bar
+from .settings import default_config
 
 
 def run_tiled(
@@ -61,7 +62,7 @@ def run_tiled(
             raise UnsupportedError("this VAE adds random noise to what it decodes, and workers would draw other noise")
         result, tiles = _in_workers(function, vae, patcher, direction, inputs)
     except UnsupportedError as error:
-        tell(node_id, f"Computed natively, on one device: {error}")
+        tell_fallback(node_id, f"Computed natively, on one device: {error}")
         return function(vae=vae, **inputs)
     devices = resolve(patcher.config).describe()
     tell(node_id, f"{tiles} tiles on {devices} in {time.perf_counter() - began:.1f} s")
@@ -81,7 +82,7 @@ def _config(config: SequenceParallelConfig | None) -> SequenceParallelConfig:
             running_on = groups[-1].layout
             config = SequenceParallelConfig(devices=running_on.describe(), attention=running_on.attention)
         else:
-            config = SequenceParallelConfig()
+            config = default_config()
             try:
                 resolve(config)
             except ConfigError as error:

@@ -10,6 +10,7 @@ import comfy.utils
 
 from ..parallel.errors import WorkerOutOfMemoryError
 from ..parallel.host.group import Progress
+from .watching import LoadText
 
 
 class Remote(Protocol):
@@ -77,12 +78,14 @@ class WorkersPatcher(comfy.model_patcher.ModelPatcher):
 
 
 def progress_bar() -> Progress:
-    """Shown by the node that runs, from the first progress on."""
+    """Shown by the node that runs, from the first progress on; while weights are read, each worker's as text."""
     bar: comfy.utils.ProgressBar | None = None
+    text = LoadText()
 
     def progress(done: int, total: int) -> None:
         nonlocal bar
         bar = bar or comfy.utils.ProgressBar(total)
         bar.update_absolute(done, total)
+        text.update()
 
     return progress

@@ -6,8 +6,9 @@ from typing import Any
 
 from comfy_api.latest import io
 
-from ..parallel.config import ATTENTION_KERNELS, WEIGHTS_MODES, SequenceParallelConfig, resolve
+from ..parallel.config import ATTENTION_KERNELS, SequenceParallelConfig, resolve
 from ..parallel.errors import EngineError
+from ..parallel.placement import MODES
 
 SPConfig = io.Custom("SP_CONFIG")
 
@@ -35,19 +36,20 @@ class SPConfigNode(io.ComfyNode):
                     tooltip="One worker process per device, e.g. cuda:0,cuda:1 or cpu,cpu. cuda:0*2,cuda:1*1 gives"
                     " the first GPU twice the work. auto: every visible GPU.",
                 ),
-                degree("ulysses_degree", "Ranks that exchange attention heads for tokens (Ulysses)."),
+                degree("ulysses_degree", "Number of devices that exchange attention heads for tokens (Ulysses)."),
                 degree(
                     "ring_degree",
-                    "Ranks that pass keys and values around a ring; for more ranks than heads.",
+                    "Number of devices that pass keys and values around a ring; for more devices than heads.",
                 ),
-                degree("cfg_degree", "2: cond and uncond side by side, each on half of the devices."),
-                degree("dp_degree", "Groups of devices that share the samples of a batch."),
+                degree("cfg_degree", "Number of groups. 2: cond and uncond side by side, each on half of the devices."),
+                degree("dp_degree", "Number of groups of devices that share the samples of a batch."),
                 io.Combo.Input(
                     "weights",
-                    options=list(WEIGHTS_MODES),
+                    options=list(MODES),
                     default="auto",
-                    tooltip="Where weights live. replicate: a whole copy on each device. shard and offload are not"
-                    " available yet. auto: replicate.",
+                    tooltip="Where weights live. replicate: a whole copy on each device. shard: a part on each device,"
+                    " gathered block by block. offload: one copy in host memory for all devices. auto: the first of"
+                    " these that fits.",
                 ),
                 io.Combo.Input(
                     "attention",
@@ -61,13 +63,30 @@ class SPConfigNode(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, devices: str = "auto") -> bool | str:
-        """Flags wrong devices before anything is queued.
+    def validate_inputs(
+        cls,
+        devices: str | None = None,
+        ulysses_degree: int | None = None,
+        ring_degree: int | None = None,
+        cfg_degree: int | None = None,
+        dp_degree: int | None = None,
+    ) -> bool | str:
+        """Flags wrong devices, and degrees that do not fit them, before anything is queued.
 
-        Only this input is named here: ComfyUI repeats the answer for each that is. `execute` checks the rest.
+        ComfyUI repeats the answer for each input that is named here, and marks them all: these five depend on each
+        other. The rest is checked by `execute`. None is an input whose value comes from a link, not known yet.
         """
+        degrees = {
+            "ulysses_degree": ulysses_degree,
+            "ring_degree": ring_degree,
+            "cfg_degree": cfg_degree,
+            "dp_degree": dp_degree,
+        }
+        if devices is None:
+            return True
+        known: dict[str, Any] = {} if None in degrees.values() else degrees
         try:
-            resolve(SequenceParallelConfig(devices=devices))
+            resolve(SequenceParallelConfig(devices=devices, **known))
         except EngineError as error:
             return str(error)
         return True

@@ -55,7 +55,8 @@ class SPVAEDecode(io.ComfyNode):
                 SPConfig.Input(
                     "sp_config",
                     optional=True,
-                    tooltip="Devices. Without it: those of the workers that run already, or every GPU.",
+                    tooltip="Devices. Without it: those of the workers that run already, or of the setting Default"
+                    " devices.",
                 ),
             ],
             outputs=[io.Image.Output()],

@@ -56,7 +56,8 @@ class SPVAEEncode(io.ComfyNode):
                 SPConfig.Input(
                     "sp_config",
                     optional=True,
-                    tooltip="Devices. Without it: those of the workers that run already, or every GPU.",
+                    tooltip="Devices. Without it: those of the workers that run already, or of the setting Default"
+                    " devices.",
                 ),
             ],
             outputs=[io.Latent.Output()],

@@ -49,6 +49,7 @@ class _Prompt:
 class FluxAdapter(Adapter):
     family: ClassVar[str] = "flux"
     read_directly: ClassVar[tuple[str, ...]] = ("x_embedder",)
+    not_quantised: ClassVar[tuple[str, ...]] = two_stream.NOT_QUANTISED
 
     @classmethod
     def detect(cls, tensors: Mapping[str, TensorInfo]) -> bool:

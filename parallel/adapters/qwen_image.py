@@ -212,10 +212,10 @@ class QwenImageAdapter(Adapter):
         table = cos.to(text.dtype), sin.to(text.dtype)  # ComfyUI rounds them so
 
         def each_block(image: Tensor, text: Tensor) -> Blocks:
-            attend = context.attention(plan)
+            attend, run = context.attention(plan), context.block(_block)
             for block in m.transformer_blocks:
                 context.enter_block(plan)
-                image, text = _block(block, image, text, by, table, attend)
+                image, text = run(block, image, text, by, table, attend)
                 yield image
 
         def probe() -> Tensor:

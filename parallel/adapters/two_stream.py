@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
 from torch import Tensor, nn
 
 from ..attention.joint import JointAttention
@@ -27,6 +26,10 @@ from .base import Piece, StepContext
 
 HEAD_DIM = 128
 """ComfyUI's loader knows these families with this head size only."""
+
+NOT_QUANTISED = (
+    "img_in", "txt_in", "time_in", "vector_in", "guidance_in", "img_mod", "txt_mod", "modulation", "final_layer",
+)  # fmt: skip
 
 # ComfyUI's names → diffusers' names, for tensors of the blocks and embedders that keep their shape.
 RENAMED = [
@@ -153,12 +156,10 @@ def block_tensors(config: Mapping[str, Any]) -> tuple[Shapes, dict[str, int]]:
     """Linear layers (name → weight shape; each has a bias) and norms (name → size) of blocks, embedders and head."""
     d = config["num_attention_heads"] * HEAD_DIM
     mlp = 4 * d
-    linear: Shapes = {
-        "vector_in.in_layer": (d, config["pooled_projection_dim"]),
-        "vector_in.out_layer": (d, d),
-        "final_layer.adaLN_modulation.1": (2 * d, d),
-    }
-    for embedder in ("time_in", *(["guidance_in"] if config["guidance_embeds"] else [])):
+    linear: Shapes = {"final_layer.adaLN_modulation.1": (2 * d, d)}
+    if "pooled_projection_dim" in config:
+        linear |= {"vector_in.in_layer": (d, config["pooled_projection_dim"]), "vector_in.out_layer": (d, d)}
+    for embedder in ("time_in", *(["guidance_in"] if config.get("guidance_embeds") else [])):
         linear |= {f"{embedder}.in_layer": (d, 256), f"{embedder}.out_layer": (d, d)}
     norms: dict[str, int] = {}
     for i in range(config["num_layers"]):
@@ -167,7 +168,7 @@ def block_tensors(config: Mapping[str, Any]) -> tuple[Shapes, dict[str, int]]:
             linear |= {f"{block}_attn.qkv": (3 * d, d), f"{block}_attn.proj": (d, d)}
             linear |= {f"{block}_mlp.0": (mlp, d), f"{block}_mlp.2": (d, mlp), f"{block}_mod.lin": (6 * d, d)}
             norms |= {f"{block}_attn.norm.query_norm": HEAD_DIM, f"{block}_attn.norm.key_norm": HEAD_DIM}
-    for i in range(config["num_single_layers"]):
+    for i in range(config.get("num_single_layers", 0)):
         block = f"single_blocks.{i}"
         linear |= {f"{block}.linear1": (3 * d + mlp, d), f"{block}.linear2": (d, d + mlp)}
         linear[f"{block}.modulation.lin"] = (3 * d, d)
@@ -222,15 +223,18 @@ def _each_block(
     model: Any, image: Tensor, text: Tensor, by: Modulation, table: Rope, context: StepContext, plan: SequencePlan
 ) -> Blocks:
     """Yields the image rows after each block."""
-    attend = context.attention(plan)
+    attend, dual_stream_block = context.attention(plan), context.block(_dual_stream_block)
     for block in model.transformer_blocks:
         context.enter_block(plan)
-        image, text = _dual_stream_block(block, image, text, by, table, attend)
+        image, text = dual_stream_block(block, image, text, by, table, attend)
         yield image
+    if not hasattr(model, "single_transformer_blocks"):
+        return
+    single_stream_block = context.block(_single_stream_block)
     hidden = torch.cat([_finite(image), text], dim=1)
     for block in model.single_transformer_blocks:
         context.enter_block(plan)
-        hidden = _single_stream_block(block, hidden, by.joint, table, attend)
+        hidden = single_stream_block(block, hidden, by.joint, table, attend)
         yield hidden[:, : image.shape[1]]
 
 
@@ -252,7 +256,7 @@ def _finite(x: Tensor) -> Tensor:
 
 def heads(x: Tensor, norm: Any = None) -> Tensor:
     """[B, S, H·D] → [B, S, H, D], RMS-normalised per head as ComfyUI does it (epsilon of the dtype)."""
-    x = rearrange(x, "b s (h d) -> b s h d", d=HEAD_DIM)
+    x = x.unflatten(-1, (-1, HEAD_DIM))
     return x if norm is None else F.rms_norm(x, (HEAD_DIM,), norm.weight)
 
 

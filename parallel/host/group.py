@@ -24,6 +24,7 @@ from ..config import Layout
 from ..errors import EngineError, WorkerDiedError, WorkerError, WorkerOutOfMemoryError
 from ..wire.channel import ChannelClosed, Message
 from ..wire.control import ControlPage
+from . import status
 from .memory import GroupMemory
 from .process import WorkerProcess
 
@@ -37,8 +38,9 @@ Progress = Callable[[int, int], None]
 _SLICE_S = 0.05
 _START_TIMEOUT_S = 180.0
 _STUCK_AFTER_S = 600.0
-"""No rank has given a sign of life for so long: one of them hangs. Covers the compilation of a first step."""
+"""No rank has given a sign of life for so long: one of them hangs. A rank that compiles gives signs."""
 _DRAIN_TIMEOUT_S = 60.0
+"""The same, for a call that has been cancelled."""
 _LEAVE_S = 2.0
 """How long idle workers may take to end by themselves."""
 _GRACE_S = 1.0
@@ -74,6 +76,9 @@ class WorkerGroup:
 
     Attributes:
         generation: changes with every group, so that a model knows whether its weights went with an older one.
+        figures: what it holds and has computed, for those who watch.
+        last_used: when it was last asked for or has last answered, by `time.monotonic`.
+        messages: how many each worker has been sent by calls.
     """
 
     _generations = itertools.count(1)
@@ -82,9 +87,12 @@ class WorkerGroup:
         self.layout = layout
         self._threads = threads or _threads_per_worker(layout)
         self.generation = next(self._generations)
+        self.messages = 0
         self._workers: list[WorkerProcess] = []
         self._control = ControlPage.create()
         self.memory = GroupMemory()
+        self.figures = status.GroupFigures()
+        self.last_used = time.monotonic()
         self._call_lock = threading.RLock()
         self._changed = threading.Condition()
         self._call: _Call | None = None
@@ -93,7 +101,9 @@ class WorkerGroup:
         self._numbers = itertools.count(1)
         self._posted: deque[Message] = deque()
         self._failure: WorkerError | None = None
+        self._told_failure = False
         self._closing = False
+        self._stopped = "the workers were stopped"
         self._store = os.memfd_create("sequence-parallel:store")
         self._common = os.memfd_create("sequence-parallel:common")
         self._wake_read, self._wake_write = os.pipe()
@@ -116,11 +126,14 @@ class WorkerGroup:
                     poll()
                 if time.monotonic() - began > _START_TIMEOUT_S:
                     late = [w.describe() for w in self._workers if not w.ready]
-                    raise WorkerDiedError(f"{', '.join(late)} did not start within {_START_TIMEOUT_S:g} s", rank=0)
+                    failure = WorkerDiedError(f"{', '.join(late)} did not start within {_START_TIMEOUT_S:g} s", rank=0)
+                    self._tell_failure(failure)
+                    raise failure
         except BaseException:
             self.stop()
             raise
         log.info("workers started in %.1f s on %s", time.monotonic() - began, self.layout.describe())
+        self.last_used = time.monotonic()
 
     @property
     def alive(self) -> bool:
@@ -132,11 +145,75 @@ class WorkerGroup:
     def pids(self) -> list[int]:
         return [worker.process.pid for worker in self._workers]
 
-    def stop(self) -> None:
-        """Ends the processes. Safe to call again, and from any thread."""
+    @property
+    def busy(self) -> bool:
+        """Whether an operation runs, a cancelled one included."""
+        return self._operation() is not None
+
+    def status(self) -> dict[str, Any]:
+        """What each worker is doing, and what the group has computed last (`GroupFigures.to_json`), as plain data.
+
+        Reads only what the host knows; may be called from any thread at any time.
+        """
+        state = "idle"
+        if self._failure is not None:
+            state = "dead"
+        elif self._closing:
+            state = "stopped"
+        elif not self.alive:
+            state = "starting"
+        elif (operation := self._operation()) is not None:
+            state = operation
+        return {
+            "id": self.generation,
+            "devices": self.layout.describe(),
+            "chosen": self.layout.reason,
+            "state": state,
+            "failure": None if self._failure is None else str(self._failure),
+            "ranks": [self._rank_status(worker, state) for worker in list(self._workers)],
+            **self.figures.to_json(),
+        }
+
+    def _operation(self) -> str | None:
+        call, tasks = self._call, list(self._tasks.values())
+        if call is not None and len(call.replies) < self.layout.world_size:  # a cancelled one stays until it is settled
+            return call.operation
+        return tasks[0].operation if tasks else None
+
+    def _rank_status(self, worker: WorkerProcess, state: str) -> dict[str, Any]:
+        call, rank = self._call, worker.rank
+        if state == "dead":
+            state = "dead" if self._failure is not None and self._failure.rank == rank else "stopped"
+        elif state == "starting":
+            state = "ready" if worker.ready else "starting"
+        elif self.busy and not self._is_busy(rank):
+            state = "waiting"
+        return {
+            "rank": rank,
+            "pid": worker.process.pid,
+            "state": state,
+            "progress": call.progress.get(rank) if call is not None else None,
+            "weights": min(self.figures.weights, worker.memory),
+            **worker.device_status(),
+            **self.figures.of_rank(rank),
+        }
+
+    def _is_busy(self, rank: int) -> bool:
+        call = self._call
+        if call is not None and len(call.replies) < self.layout.world_size:
+            return rank not in call.replies
+        return any(task.rank == rank for task in list(self._tasks.values()))
+
+    def stop(self, reason: str = "the workers were stopped") -> None:
+        """Ends the processes. Safe to call again, and from any thread.
+
+        Args:
+            reason: what a call that runs meanwhile fails with.
+        """
         with self._changed:
             if self._closing:
                 return
+            self._stopped = reason
             self._closing = True
         atexit.unregister(self.stop)
         for worker in self._workers:
@@ -146,12 +223,18 @@ class WorkerGroup:
         self._wake()
         if self._supervisor.ident is not None and threading.current_thread() is not self._supervisor:
             self._supervisor.join(timeout=10)
-        os.close(self._store)
-        os.close(self._common)
-        self.memory.close()
-        self._control.close()
-        os.close(self._wake_read)
-        os.close(self._wake_write)
+        # A thread in the middle of a call leaves it first: it would touch what is closed here.
+        alone = self._call_lock.acquire(timeout=_LEAVE_S)
+        try:
+            os.close(self._store)
+            os.close(self._common)
+            self.memory.close()
+            self._control.close()
+            os.close(self._wake_read)
+            os.close(self._wake_write)
+        finally:
+            if alone:
+                self._call_lock.release()
 
     # --- calls --------------------------------------------------------------------------------------------------
 
@@ -160,8 +243,8 @@ class WorkerGroup:
     ) -> list[dict[str, Any]]:
         """Runs an operation on every rank and waits for all answers.
 
-        If `poll` raises, the workers are asked to stop and the exception goes on at once; the next call first waits
-        until they have.
+        If `poll` or `on_progress` raises, the workers are asked to stop and the exception goes on at once; the next
+        call first waits until they have.
 
         Returns:
             Each rank's result.
@@ -176,15 +259,15 @@ class WorkerGroup:
             beats: tuple[int, ...] = ()
             last_sign = time.monotonic()
             while not self._when(lambda: len(call.replies) == len(self._workers) or self._failed_reply(call)):
-                if poll is not None:
-                    try:
+                try:
+                    if poll is not None:
                         poll()
-                    except BaseException:
-                        self._control.request_cancel()  # `settle` collects the answers
-                        raise
-                if on_progress is not None and (slowest := self._slowest(call)) != told:
-                    told = slowest
-                    on_progress(*told)
+                    if on_progress is not None and (slowest := self._slowest(call)) != told:
+                        told = slowest
+                        on_progress(*told)
+                except BaseException:
+                    self._control.request_cancel()  # `settle` collects the answers
+                    raise
                 if (now := self._control.beats(len(self._workers))) != beats:
                     beats, last_sign = now, time.monotonic()
                 elif time.monotonic() - last_sign > _STUCK_AFTER_S:
@@ -194,6 +277,7 @@ class WorkerGroup:
             if on_progress is not None and (slowest := self._slowest(call)) != told:
                 on_progress(*slowest)
             self._call = None
+            self.last_used = time.monotonic()
             return [call.replies[rank]["result"] for rank in range(len(self._workers))]
 
     @contextlib.contextmanager
@@ -212,6 +296,7 @@ class WorkerGroup:
             try:
                 yield
             finally:
+                self.last_used = time.monotonic()
                 if self._tasks and not self._closing:
                     self._control.request_cancel()
 
@@ -247,7 +332,10 @@ class WorkerGroup:
         assert task.reply is not None and not task.reply["ok"]
         error = task.reply["error"]
         log.error("%s", _prefixed(task.rank, error["traceback"]))
-        return self._remote_error(self._workers[task.rank], task.operation, error, alike=True, advice=advice)
+        failure = self._remote_error(self._workers[task.rank], task.operation, error, alike=True, advice=advice)
+        if error["out_of_memory"]:
+            status.tell(status.OUT_OF_MEMORY, str(failure))
+        return failure
 
     def post(self, operation: str, message: Message) -> None:
         """Asks every rank for an operation without waiting for an answer.
@@ -264,6 +352,7 @@ class WorkerGroup:
         self._raise_failure()
         self._control.reset(len(self._workers))
         self._call = call = _Call(next(self._numbers), operation)
+        self.messages += 1
         segments, fds = self.memory.announce()
         frame = {"op": operation, "id": call.number, "segments": segments, **message}
         for worker in self._workers:
@@ -278,15 +367,18 @@ class WorkerGroup:
             WorkerError: the group has failed, now or earlier.
         """
         self._settle_tasks(poll)
-        call, began = self._call, time.monotonic()
+        call, last_sign = self._call, time.monotonic()
+        beats: tuple[int, ...] = ()
         if call is None:
             self._raise_failure()
             return
         while not self._when(lambda: len(call.replies) == len(self._workers) or self._failed_reply(call)):
             if poll is not None:
                 poll()
-            if time.monotonic() - began > _DRAIN_TIMEOUT_S:
-                self._fail_stuck(call, self._control.beats(len(self._workers)))
+            if (now := self._control.beats(len(self._workers))) != beats:  # e.g. it compiles
+                beats, last_sign = now, time.monotonic()
+            elif time.monotonic() - last_sign > _DRAIN_TIMEOUT_S:
+                self._fail_stuck(call, beats)
         if self._failed_reply(call):
             try:
                 self._raise_failed(call)
@@ -334,7 +426,10 @@ class WorkerGroup:
             log.log(logging.INFO if detail["expected"] else logging.ERROR, "%s", _prefixed(rank, detail["traceback"]))
         if alike:
             self._call = None
+            if isinstance(error, WorkerOutOfMemoryError):
+                status.tell(status.OUT_OF_MEMORY, str(error))
         else:
+            self._tell_failure(error)
             self._failure = error
             self.stop()
         raise error
@@ -345,7 +440,7 @@ class WorkerGroup:
         operation: str,
         error: dict[str, Any],
         alike: bool,
-        advice: str = "Use a smaller size or fewer frames, more devices, or an fp8 weight_dtype",
+        advice: str = "Use a smaller size or fewer frames, more devices, weights 'offload', or an fp8 weight_dtype",
     ) -> WorkerError:
         kind = WorkerOutOfMemoryError if error["out_of_memory"] else WorkerError
         if error["expected"] and alike:
@@ -374,8 +469,16 @@ class WorkerGroup:
             rank=behind[0].rank,
         )
         failure = self._failure
+        self._tell_failure(failure)
         self.stop()
         raise failure
+
+    def _tell_failure(self, failure: WorkerError) -> None:
+        """The group is lost: told once, also where a second rank reports what the first one caused."""
+        if not self._told_failure:
+            self._told_failure = True
+            out_of_memory = isinstance(failure, WorkerOutOfMemoryError)
+            status.tell(status.OUT_OF_MEMORY if out_of_memory else status.CRASHED, str(failure))
 
     def _raise_failure(self) -> None:
         if self._failure is not None:
@@ -383,7 +486,7 @@ class WorkerGroup:
             self.stop()
             raise failure
         if self._closing:
-            raise EngineError("the workers were stopped")
+            raise EngineError(self._stopped)
 
     # --- supervisor thread --------------------------------------------------------------------------------------
 
@@ -446,14 +549,14 @@ class WorkerGroup:
             os.close(fd)
         with self._changed:
             if message.get("event") == "ready":
-                worker.ready = True
+                worker.ready, worker.title, worker.total = True, message["title"], message["total"]
             elif message.get("event") == "log":
                 log.log(message["level"], "[rank %d] %s", worker.rank, message["text"])
             elif message.get("event") == "progress":
                 if self._call is not None:
                     self._call.progress[worker.rank] = (message["done"], message["total"])
             else:
-                worker.memory = message["memory"]
+                worker.memory, worker.free = message["memory"], message["free"]
                 if (task := self._tasks.pop(message["id"], None)) is not None:
                     task.reply = message
                 if self._call is not None and message["id"] == self._call.number:
@@ -490,6 +593,7 @@ class WorkerGroup:
             with contextlib.suppress(OSError):
                 worker.process.kill()
         log.error("%s", failure)
+        self._tell_failure(failure)
 
     def _end_processes(self) -> None:
         """Lets idle workers leave by themselves, ends the others."""

@@ -11,6 +11,7 @@ import subprocess
 import sys
 from collections import deque
 from pathlib import Path
+from typing import Any
 
 from ..config import Layout, WorkerDevice
 from ..wire.channel import Channel, ChannelClosed
@@ -34,6 +35,9 @@ class WorkerProcess:
         ready: it has met the other ranks.
         gone: it has ended.
         memory: bytes in use when it last answered.
+        free: bytes that its GPU had left then, whoever uses the others; None on a CPU.
+        total: bytes of its GPU, or of the system.
+        title: its device's name, for people.
         last_lines: what it last wrote to its output.
     """
 
@@ -43,6 +47,9 @@ class WorkerProcess:
         self.ready = False
         self.gone = False
         self.memory = 0
+        self.free: int | None = None
+        self.total = 0
+        self.title = ""
         self.last_lines: deque[str] = deque(maxlen=30)
         self._unfinished = ""
         ours, theirs = socket.socketpair()
@@ -59,7 +66,7 @@ class WorkerProcess:
         }
         flags = ["-s"] if sys.flags.no_user_site else []
         try:
-            self.process = subprocess.Popen(
+            self.process = subprocess.Popen(  # noqa: S603 (this interpreter, our own script, no shell)
                 [sys.executable, *flags, str(_BOOT), json.dumps(settings)],
                 pass_fds=(theirs.fileno(), store, common),
                 stdin=subprocess.DEVNULL,
@@ -79,6 +86,17 @@ class WorkerProcess:
 
     def describe(self) -> str:
         return f"worker rank {self.rank} ({self.device.name}, pid {self.process.pid})"
+
+    def device_status(self) -> dict[str, Any]:
+        """Its device and the memory there, in bytes. `free` of a system's memory is as of now."""
+        free = _available_bytes() if self.device.type == "cpu" else self.free
+        return {
+            "device": self.device.name,
+            "title": self.title,
+            "memory": self.memory,
+            "free": free,
+            "total": self.total,
+        }
 
     def read_output(self) -> list[str] | None:
         """The lines it has written since, the last one once it is whole; None when its output has closed."""
@@ -119,6 +137,15 @@ class WorkerProcess:
         self.output.close()
 
 
+def _available_bytes() -> int | None:
+    """Of the system's memory: what can be taken without swapping."""
+    with contextlib.suppress(OSError, ValueError):
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    return None
+
+
 def _environment(threads: int) -> dict[str, str]:
     return {
         "OMP_NUM_THREADS": str(threads),
@@ -130,4 +157,6 @@ def _environment(threads: int) -> dict[str, str]:
         "NCCL_SOCKET_IFNAME": "lo",
         "HF_HUB_OFFLINE": "1",
         "PYTHONUNBUFFERED": "1",
+        # Every worker compiles; by default each would do so with as many processes as there are cores.
+        "TORCHINDUCTOR_COMPILE_THREADS": os.environ.get("TORCHINDUCTOR_COMPILE_THREADS", str(threads)),
     }

@@ -95,6 +95,7 @@ class RemoteVAE:
         if group.layout.device_type != "cpu":
             group.memory.drop(self.name)  # each worker has its own copy now
         self._group, self._generation = group, group.generation
+        group.figures.holds(self.name, "VAE", self.nbytes)
         log.info("VAE: %.0f MiB of weights on each of %d workers", self.nbytes / 2**20, group.layout.world_size)
         return self.nbytes
 
@@ -122,6 +123,7 @@ class RemoteVAE:
         self._group, self._generation, self.nbytes = None, 0, 0
         if group is not None and was_loaded:
             group.memory.drop(self.name)
+            group.figures.dropped(self.name)
             try:
                 group.call("unload vae", {"vae": self.name})
             except WorkerError as error:  # the weights have gone with the workers
@@ -131,5 +133,6 @@ class RemoteVAE:
         """As `unload`, without waiting: for a finalizer, which may run in the middle of anything."""
         if self._group is not None and self.loaded:
             self._group.memory.drop(self.name)
+            self._group.figures.dropped(self.name)
             self._group.post("unload vae", {"vae": self.name})
         self._group, self._generation = None, 0

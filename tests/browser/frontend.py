@@ -180,7 +180,7 @@ class FrontEnd:
             route.abort()
 
     def _note_console_error(self, message: ConsoleMessage) -> None:
-        if message.type == "error":
+        if message.type in ("error", "warning"):
             self.errors.append(f"{message.location.get('url', '')}: {message.text}")
 
 

@@ -129,6 +129,27 @@ _FILES: dict[str, tuple[Form, dict[str, Shape]]] = {
     ),
     "wan_kohya": (_kohya, {"lora_unet_blocks_0_cross_attn_v": _SQUARE, "lora_unet_blocks_1_self_attn_o": _SQUARE}),
     "wan_differences": (_difference, {"diffusion_model.blocks.0.self_attn.k": _SQUARE}),
+    # HunyuanVideo 1.5
+    "hv15_native": (
+        _kohya,
+        {
+            "diffusion_model.double_blocks.0.img_attn.qkv": _QKV,
+            "diffusion_model.double_blocks.1.txt_mod.lin": (6 * WIDTH, WIDTH),
+            "diffusion_model.byt5_in.fc3": (WIDTH, 2048),
+            "diffusion_model.final_layer.adaLN_modulation.1": (2 * WIDTH, WIDTH),
+        },
+    ),
+    # CogVideoX, half as wide
+    "cogvideox_native": (
+        _kohya,
+        {
+            "diffusion_model.blocks.0.q": (WIDTH // 2, WIDTH // 2),
+            "diffusion_model.blocks.1.ff_proj": (2 * WIDTH, WIDTH // 2),
+            "diffusion_model.blocks.1.norm1.linear": (3 * WIDTH, 96),
+            "diffusion_model.patch_embed.text_proj": (WIDTH // 2, 64),
+            "diffusion_model.proj_out": (64, WIDTH // 2),
+        },
+    ),
     # Mochi
     "mochi_native": (
         _kohya,
@@ -167,6 +188,8 @@ _FILES: dict[str, tuple[Form, dict[str, Shape]]] = {
 HUNYUAN_VIDEO = tuple(name for name in _FILES if name.startswith("hunyuan"))
 FLUX = tuple(name for name in _FILES if name.startswith("flux") and name != "flux_control")
 WAN = tuple(name for name in _FILES if name.startswith("wan"))
+COGVIDEOX = tuple(name for name in _FILES if name.startswith("cogvideox"))
+HUNYUAN_15 = tuple(name for name in _FILES if name.startswith("hv15"))
 OTHERS = tuple(name for name in _FILES if name.startswith(("mochi", "ltxv", "qwen")))
 
 

@@ -208,13 +208,26 @@ def test_same_latent_with_explicit_degrees(
     assert relative_difference(sample(server, setting, swapped), reference(setting)) <= TOLERANCE
 
 
+@pytest.mark.parametrize("weights", ["shard", "offload"])
+def test_same_latent_wherever_the_weights_are(server: ComfyServer, reference: Reference, weights: str) -> None:
+    case = CASES["cfg_unequal_prompts"]
+    mark = len(server.log())
+    actual = sample(server, case, Swapped(weights=weights))
+    assert relative_difference(actual, reference(case)) <= TOLERANCE
+    assert f"weights {weights} (as asked)" in server.log()[mark:]
+
+
 def test_same_wan_latent_from_two_models_in_turn(server: ComfyServer) -> None:
-    """As Wan 2.2 A14B: one model for the noisy steps, another one for the rest."""
-    latents = [
-        read_latent(server, server.run(two_stage_graph(WAN_22_I2V, WAN_I2V, CASES["wan_i2v_cfg"], swapped)))
-        for swapped in (None, Swapped())
-    ]
-    assert relative_difference(latents[1], latents[0]) <= TOLERANCE
+    """As Wan 2.2 A14B: one model for the noisy steps, another one for the rest. Both stay for the next prompt."""
+    case = CASES["wan_i2v_cfg"]
+    expected = read_latent(server, server.run(two_stage_graph(WAN_22_I2V, WAN_I2V, case)))
+    for weights in ("auto", "shard", "offload"):
+        mark = len(server.log())
+        for setting in (case, fresh(case)):
+            outputs = server.run(two_stage_graph(WAN_22_I2V, WAN_I2V, setting, Swapped(weights=weights)))
+            if setting is case:
+                assert relative_difference(read_latent(server, outputs), expected) <= TOLERANCE
+        assert server.log()[mark:].count("safetensors: weights ") == 2
 
 
 def test_wan_cases_show_the_first_frame(reference: Reference) -> None:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from parallel.attention import kernels
+from parallel.cache import coefficients
 from parallel.cache.blocks import Blocks, Probe
 from parallel.cache.settings import CacheSettings, FirstBlockCacheSettings, TeaCacheSettings
 from parallel.checkpoints.source import Stored
@@ -25,6 +26,8 @@ from parallel.plan import SequencePlan
 from parallel.worker.ranks import SoloContext
 from parallel.worker.resident import ResidentModel
 from tests.distributed.tiny_models import (
+    CogVideoXInputs,
+    Hunyuan15Inputs,
     Inputs,
     LTXVInputs,
     MochiInputs,
@@ -57,6 +60,8 @@ MODELS = {
 
 # Compared under two plans only, see SKIPPED.
 OTHERS = {
+    "hunyuan_video_15": Model({"family": "hunyuan_video_15"}, Hunyuan15Inputs(frames=3, height=5, width=3)),
+    "cogvideox": Model({"family": "cogvideox"}, CogVideoXInputs(frames=3, height=9, width=7, batch=2)),
     "mochi": Model({"family": "mochi", "depth": 3}, MochiInputs(frames=3, height=6, width=10, valid=3, batch=2)),
     "ltxv": Model(
         {"family": "ltxv", "causal": True},
@@ -178,6 +183,7 @@ SKIPPED = [
     *(
         (*case, *plan)
         for case in [
+            ("hunyuan_video_15", "first_block"), ("cogvideox", "first_block"), ("cogvideox", "teacache"),
             ("mochi", "first_block"), ("mochi", "teacache"), ("ltxv", "first_block"), ("qwen_image", "first_block"),
         ]
         for plan in [("cpu,cpu", {"ring_degree": 2}), (FOUR, {})]
@@ -187,8 +193,16 @@ SKIPPED = [
 
 @pytest.mark.parametrize(("name", "kind", "devices", "degrees"), SKIPPED)
 def test_skipped_steps_match_one_process_that_decides_alike(
-    start_group: StartGroup, tiny_models: TinyModels, name: str, kind: str, devices: str, degrees: dict[str, int]
+    start_group: StartGroup,
+    tiny_models: TinyModels,
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+    kind: str,
+    devices: str,
+    degrees: dict[str, int],
 ):
+    # TeaCache knows CogVideoX by its size.
+    monkeypatch.setitem(coefficients._COGVIDEOX, (2, 16, None), coefficients.COGVIDEOX_2B)
     model = (MODELS | OTHERS)[name]
     path = tiny_models.path(**model.checkpoint)
     alone = Alone(str(path))

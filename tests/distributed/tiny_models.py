@@ -123,6 +123,66 @@ class WanInputs:
 
 
 @dataclass(frozen=True)
+class Hunyuan15Inputs:
+    """Sizes of one step's inputs for HunyuanVideo 1.5."""
+
+    frames: int = 2
+    height: int = 4
+    width: int = 4
+    text: int = 8
+    valid: tuple[int, ...] | None = None
+    """As for HunyuanVideo."""
+    glyphs: int = 3
+    """ByT5's tokens; 0 sends none."""
+    image: int = 0
+    """SigLIP's."""
+    batch: int = 1
+
+    def make(self) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """x, timestep, conditioning."""
+        generator = torch.Generator().manual_seed(0)
+
+        def random(*shape: int) -> Tensor:
+            return torch.randn(shape, generator=generator)
+
+        conditioning = {"context": random(self.batch, self.text, TEXT_WIDTH), "guidance": torch.tensor([6.0])}
+        if self.glyphs:
+            conditioning["txt_byt5"] = random(self.batch, self.glyphs, 1472)
+        if self.image:
+            conditioning["clip_fea"] = random(self.batch, self.image, 1152)
+        if self.valid is not None:
+            conditioning["attention_mask"] = (torch.arange(self.text)[None] < torch.tensor(self.valid)[:, None]).long()
+        x = random(self.batch, 65, self.frames, self.height, self.width)
+        return x, torch.linspace(900, 300, self.batch), conditioning
+
+
+@dataclass(frozen=True)
+class CogVideoXInputs:
+    """Sizes of one step's inputs for CogVideoX."""
+
+    frames: int = 2
+    height: int = 8
+    width: int = 8
+    channels: int = 16
+    text: int = 8
+    ofs: bool = False
+    batch: int = 1
+
+    def make(self) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """x, timestep, conditioning."""
+        generator = torch.Generator().manual_seed(0)
+
+        def random(*shape: int) -> Tensor:
+            return torch.randn(shape, generator=generator)
+
+        conditioning = {"context": random(self.batch, self.text, TEXT_WIDTH)}
+        if self.ofs:
+            conditioning["ofs"] = torch.full((self.batch,), 2.0)
+        x = random(self.batch, self.channels, self.frames, self.height, self.width)
+        return x, torch.linspace(900, 300, self.batch), conditioning
+
+
+@dataclass(frozen=True)
 class MochiInputs:
     """Sizes of one step's inputs for Mochi."""
 

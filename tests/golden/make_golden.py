@@ -115,6 +115,25 @@ QWEN_FORWARDS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     ),
     "qwen_image_layered": (QWEN | {"seed": 45, "layered": True}, {"frames": 2, "references": ((4, 6),)}),
 }
+VIDEO_15 = {"family": "hunyuan_video_15", "heads": 1, "depth": 1}
+VIDEO_15_FORWARDS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "hunyuan_15_t2v_odd_size": (VIDEO_15 | {"seed": 21}, {"glyphs": 1}),
+    "hunyuan_15_i2v_batch_2": (VIDEO_15 | {"seed": 22}, {"glyphs": 1, "image": 2, "batch": 2, "width": 2}),
+    "hunyuan_15_padded_text": (VIDEO_15 | {"seed": 23}, {"text": 6, "valid": 3}),
+}
+COGVIDEOX = {"family": "cogvideox", "heads": 1}
+COGVIDEOX_FORWARDS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "cogvideox_odd_size_batch_2": (COGVIDEOX | {"seed": 31}, {"batch": 2}),
+    "cogvideox_learned_positions": (  # ComfyUI knows tables of this length only, and of widths that 3 divides
+        COGVIDEOX | {"seed": 32, "heads": 3, "learned_positions": 17550},
+        {"height": 6, "width": 4},
+    ),
+    "cogvideox_15_odd_frames": (COGVIDEOX | {"seed": 33, "frames_per_patch": 2}, {"frames": 3}),
+    "cogvideox_15_i2v": (
+        COGVIDEOX | {"seed": 34, "frames_per_patch": 2, "in_channels": 32, "ofs": True},
+        {"channels": 32, "height": 4, "width": 6, "ofs": 2.0},
+    ),
+}
 TRAJECTORY = (VIDEO | {"seed": 8, "depth": 2, "depth_single": 2}, {"valid": 5})
 STEPS = 4
 NUMBERS: dict[str, type] = {"num_tokens": int, "frame_rate": float}
@@ -183,6 +202,47 @@ def wan_inputs(
         "context": random(batch, text, 4096),
     }
     return tensors | {"clip_fea": random(batch, image, 1280)} if image else tensors
+
+
+def hunyuan_15_inputs(
+    *, height: int = 3, width: int = 5, text: int = 4, valid: int = 0, glyphs: int = 0, image: int = 0, batch: int = 1
+) -> dict[str, Tensor]:
+    """Two frames, with the channels of a given picture. `glyphs` and `image` are the numbers of ByT5's and SigLIP's
+    tokens; with `valid`, which is as for `inputs`, ComfyUI can have neither."""
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator)
+
+    tensors = {
+        "x": random(batch, 65, 2, height, width),
+        "timestep": torch.linspace(850, 250, batch),
+        "context": random(batch, text, TEXT_WIDTH),
+    }
+    if glyphs:
+        tensors["txt_byt5"] = random(batch, glyphs, 1472)
+    if image:
+        tensors["clip_fea"] = random(batch, image, 1152)
+    if valid:
+        tensors["attention_mask"] = (torch.arange(text) < valid).long().repeat(batch, 1)
+    return tensors
+
+
+def cogvideox_inputs(
+    *, frames: int = 2, height: int = 5, width: int = 7, channels: int = 16, batch: int = 1, ofs: float | None = None
+) -> dict[str, Tensor]:
+    """Three tokens of text."""
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator)
+
+    tensors = {
+        "x": random(batch, channels, frames, height, width),
+        "timestep": torch.linspace(850, 250, batch),
+        "context": random(batch, 3, TEXT_WIDTH),
+    }
+    return tensors if ofs is None else tensors | {"ofs": torch.full((batch,), ofs)}
 
 
 def mochi_inputs(
@@ -291,6 +351,12 @@ def main() -> None:
     cases |= {name: (options, mochi_inputs(**sizes), forward) for name, (options, sizes) in MOCHI_FORWARDS.items()}
     cases |= {name: (options, ltxv_inputs(**sizes), forward) for name, (options, sizes) in LTXV_FORWARDS.items()}
     cases |= {name: (options, qwen_inputs(**sizes), forward) for name, (options, sizes) in QWEN_FORWARDS.items()}
+    cases |= {
+        name: (options, hunyuan_15_inputs(**sizes), forward) for name, (options, sizes) in VIDEO_15_FORWARDS.items()
+    }
+    cases |= {
+        name: (options, cogvideox_inputs(**sizes), forward) for name, (options, sizes) in COGVIDEOX_FORWARDS.items()
+    }
     cases["trajectory"] = (TRAJECTORY[0], inputs(**TRAJECTORY[1]), trajectory)
     for name in sys.argv[1:] or cases:
         options, tensors, run = cases[name]

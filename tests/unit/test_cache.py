@@ -70,6 +70,10 @@ def ltxv(layers: int, *, causal: bool) -> dict[str, Any]:
     return {"num_layers": layers, "causal_temporal_positioning": causal}
 
 
+def cogvideox(heads: int, channels: int, frames: int | None) -> dict[str, Any]:
+    return {"num_attention_heads": heads, "in_channels": channels, "patch_size_t": frames}
+
+
 @pytest.mark.parametrize(
     ("family", "config", "shapes", "expected"),
     [
@@ -83,6 +87,10 @@ def ltxv(layers: int, *, causal: bool) -> dict[str, Any]:
         ("wan", wan(40, 36, 1280), {"x": (1, 36, 21, 60, 104)}, coefficients.WAN_I2V_480P),
         ("wan", wan(40, 36, 1280), {"x": (1, 36, 21, 104, 60)}, coefficients.WAN_I2V_480P),
         ("wan", wan(40, 36, 1280), {"x": (1, 36, 21, 90, 160)}, coefficients.WAN_I2V_720P),
+        ("cogvideox", cogvideox(30, 16, None), None, coefficients.COGVIDEOX_2B),
+        ("cogvideox", cogvideox(48, 32, None), None, coefficients.COGVIDEOX_5B),
+        ("cogvideox", cogvideox(48, 16, 2), None, coefficients.COGVIDEOX_15),
+        ("cogvideox", cogvideox(48, 32, 2), None, coefficients.COGVIDEOX_15_I2V),
     ],
 )
 def test_the_polynomial_of_a_model(family: str, config: dict[str, Any], shapes: Any, expected: tuple[float, ...]):
@@ -97,6 +105,8 @@ def test_the_polynomial_of_a_model(family: str, config: dict[str, Any], shapes: 
         ("wan", wan(2), "this Wan model .in_channels 16, 2 heads"),
         ("ltxv", ltxv(28, causal=True), "this LTXV model .28 layers, causal_temporal_positioning True"),
         ("ltxv", ltxv(48, causal=False), "this LTXV model .48 layers, causal_temporal_positioning False"),
+        ("hunyuan_video_15", {}, "hunyuan_video_15"),
+        ("cogvideox", cogvideox(48, 48, 2), "this CogVideoX model .48 heads, in_channels 48; published are 2B, 5B"),
         ("qwen_image", {}, "qwen_image"),
     ],
 )

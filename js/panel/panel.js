@@ -1,0 +1,105 @@
+/** The sidebar panel: all groups of workers, and three buttons. */
+
+import { confirmed, request, toast } from "../comfy.js";
+import { element, setChildren, setText } from "./elements.js";
+import { GroupView } from "./group.js";
+import { t } from "./text.js";
+
+export class Panel {
+  constructor() {
+    this._views = new Map();
+    this._state = { groups: [] };
+    this._note = element("p", "sp-note");
+    this._note.setAttribute("role", "status");
+    this._groups = element("div", "sp-groups");
+    this.element = element(
+      "div",
+      "sp-panel comfy-vue-side-bar-container",
+      element("h2", "sp-heading", t("Sequence Parallel")),
+      this._note,
+      this._groups,
+      element(
+        "div",
+        "sp-buttons",
+        button("pi pi-eraser", t("Free memory"), t("ComfyUI unloads all models between prompts; the workers stay."), free),
+        button("pi pi-refresh", t("Restart workers"), t("Ends the workers, whatever they do, and starts them again."), () =>
+          restart(this._state),
+        ),
+        button("pi pi-copy", t("Copy report"), t("Versions, devices, settings, state and the last errors, for a bug report."), copyReport),
+      ),
+    );
+    this.update(this._state);
+  }
+
+  /** @param {{groups: object[]}} state as the server sends it */
+  update(state) {
+    this._state = state;
+    const shown = new Set(state.groups.map((group) => group.id));
+    for (const id of this._views.keys()) if (!shown.has(id)) this._views.delete(id);
+    for (const group of state.groups) {
+      if (!this._views.has(group.id)) this._views.set(group.id, new GroupView());
+      this._views.get(group.id).update(group);
+    }
+    setChildren(this._groups, state.groups.map((group) => this._views.get(group.id).element));
+    this._say(state.groups.length ? "" : t("No workers are running. They start with the first prompt that needs them."));
+  }
+
+  /** The server cannot be asked. */
+  fail(error) {
+    this._say(t("ComfyUI does not answer: {reason}", { reason: error.message }));
+  }
+
+  _say(text) {
+    setText(this._note, text);
+    this._note.hidden = !text;
+  }
+}
+
+function button(icon, label, tooltip, action) {
+  const symbol = element("i", icon);
+  symbol.setAttribute("aria-hidden", "true");
+  const made = element("button", "sp-button", symbol, label);
+  made.type = "button";
+  made.title = tooltip;
+  made.addEventListener("click", async () => {
+    made.disabled = true;
+    try {
+      await action();
+    } catch (error) {
+      toast("error", label, error.message, 15);
+    } finally {
+      made.disabled = false;
+    }
+  });
+  return made;
+}
+
+async function free() {
+  await request("/sequence_parallel/free", {});
+  toast("info", t("Free memory"), t("ComfyUI unloads all models when no prompt runs."), 4);
+}
+
+async function restart(state) {
+  const running = state.groups.some((group) => group.sampling?.running);
+  const question = t("A prompt is running; it will fail. Restart the workers?");
+  if (running && !(await confirmed(t("Restart workers"), question))) return;
+  const { groups } = await request("/sequence_parallel/restart", {});
+  if (!groups) toast("info", t("Restart workers"), t("There were none; the next prompt starts them."), 4);
+}
+
+async function copyReport() {
+  const { text } = await request("/sequence_parallel/report");
+  await copy(text);
+  toast("success", t("Copy report"), t("The report is in the clipboard."), 4);
+}
+
+async function copy(text) {
+  if (navigator.clipboard) return navigator.clipboard.writeText(text);
+  const area = element("textarea"); // pages that do not come over https or from this machine have no clipboard
+  area.value = text;
+  document.body.append(area);
+  area.select();
+  const done = document.execCommand("copy");
+  area.remove();
+  if (!done) throw new Error(t("The browser does not allow copying."));
+}

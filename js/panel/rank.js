@@ -1,0 +1,62 @@
+/** One worker: its device, what it does, its memory. */
+
+import { element, setAttribute, setText } from "./elements.js";
+import { stateText } from "./states.js";
+import { bytes, seconds, t } from "./text.js";
+
+const ENDED = ["dead", "stopped"];
+const PARTS = ["weights", "activations", "others"];
+
+export class RankView {
+  constructor() {
+    this._title = element("span", "sp-rank-title");
+    this._state = element("span", "sp-state");
+    this._bar = element("div", "sp-bar");
+    this._bar.setAttribute("role", "img");
+    this._parts = PARTS.map((part) => element("span", `sp-bar-${part}`));
+    this._bar.append(...this._parts);
+    this._sizes = ["weights", "activations", "free"].map((part) => [element("span", `sp-key sp-bar-${part}`), element("span")]);
+    this._memory = element(
+      "div",
+      "sp-legend sp-muted",
+      ...this._sizes.map((parts) => element("span", "sp-legend-entry", ...parts)),
+    );
+    this._memory.setAttribute("aria-hidden", "true"); // the bar's label says the same in words
+    this.element = element("li", "sp-rank", element("div", "sp-line", this._title, this._state), this._bar, this._memory);
+  }
+
+  /** @param {object} rank one of `ranks` of a group in the server's state */
+  update(rank) {
+    const named = rank.title && rank.title !== "CPU";
+    const name = named ? `${rank.device} · ${rank.title}` : rank.device;
+    const short = name.replace(/NVIDIA (GeForce )?/, "");
+    setText(this._title, `${t("Rank {rank}", { rank: rank.rank })} · ${short}`);
+    setAttribute(this._title, "title", `${name}, ${t("process {pid}", { pid: rank.pid })}`);
+    setText(this._state, rankState(rank));
+    setAttribute(this._state, "data-state", rank.state);
+
+    const activations = Math.max(0, rank.memory - rank.weights);
+    const used = rank.weights + activations;
+    const free = Math.min(rank.free ?? rank.total - used, rank.total - used);
+    const sizes = [rank.weights, activations, Math.max(0, rank.total - used - free)];
+    this._parts.forEach((part, i) => {
+      part.style.width = rank.total ? `${(100 * sizes[i]) / rank.total}%` : "0";
+    });
+    const over = ENDED.includes(rank.state);
+    this._bar.hidden = this._memory.hidden = over || rank.memory === 0; // gone, or it has not said anything yet
+    const values = { weights: bytes(rank.weights), activations: bytes(activations), free: bytes(Math.max(0, free)) };
+    ["weights", "activations", "free"].forEach((part, i) => setText(this._sizes[i][1], values[part]));
+    const text = t("{weights} weights, {activations} activations, {free} free of {total}", {
+      ...values,
+      total: bytes(rank.total),
+    });
+    setAttribute(this._bar, "aria-label", text);
+    setAttribute(this._bar, "title", text);
+  }
+}
+
+function rankState(rank) {
+  if (rank.progress) return `${stateText(rank.state)} ${Math.floor((100 * rank.progress[0]) / Math.max(1, rank.progress[1]))} %`;
+  const text = stateText(rank.state);
+  return rank.seconds === null || ENDED.includes(rank.state) ? text : `${text} · ${seconds(rank.seconds)}`;
+}

@@ -1,0 +1,39 @@
+/** Toasts for what happens to the workers, and a badge that stays until someone has looked. */
+
+import { app, onEvent, toast } from "../comfy.js";
+import { t } from "./text.js";
+
+export const TAB_ID = "sequence-parallel";
+
+const TOASTS = {
+  started: ["success", "Workers started", 4],
+  left: ["info", "Workers have left", 6],
+  crashed: ["error", "Workers failed", 20],
+  out_of_memory: ["error", "Out of memory in a worker", 20],
+  fallback: ["warn", "Not run in parallel", 10],
+};
+
+/** What the topbar is to show, for `registerExtension`; follows `setBadge`. */
+export function topbarBadges() {
+  const text = tab()?.iconBadge;
+  return text ? [{ text: t("Workers failed"), label: "SP", variant: "error", tooltip: t("Open Sequence Parallel in the sidebar.") }] : [];
+}
+
+/** ComfyUI's own copy of the tab: changing it is what redraws the sidebar and the topbar. */
+function tab() {
+  return app.extensionManager?.getSidebarTabs?.().find(({ id }) => id === TAB_ID);
+}
+
+export function setBadge(shown) {
+  const registered = tab();
+  if (registered) registered.iconBadge = shown ? "!" : "";
+}
+
+export function watchTrouble() {
+  onEvent("sequence_parallel.event", ({ kind, text }) => {
+    const [severity, summary, life] = TOASTS[kind] ?? ["info", "Sequence Parallel", 6];
+    toast(severity, t(summary), text, life);
+    if (severity === "error") setBadge(true);
+    if (kind === "started") setBadge(false);
+  });
+}

@@ -1,0 +1,38 @@
+/** This pack's part of ComfyUI's settings dialog. The server reads the stored values: `nodes/settings.py`. */
+
+const category = (...path) => ["Sequence Parallel", ...path];
+
+export const settings = [
+  {
+    id: "SequenceParallel.Workers.Devices",
+    category: category("Workers", "Devices"),
+    name: "Default devices",
+    tooltip:
+      "For nodes without SP Config: auto (every GPU), or a list such as cuda:0,cuda:1. Takes effect with the next" +
+      " prompt. Not used when ComfyUI runs with --multi-user.",
+    type: "text",
+    defaultValue: "auto",
+  },
+  {
+    id: "SequenceParallel.Workers.KeepAliveMinutes",
+    category: category("Workers", "KeepAlive"),
+    name: "Keep-alive (minutes)",
+    tooltip:
+      "Idle workers leave after so many minutes and give all their memory back; the next prompt starts them again." +
+      " 0: they stay. Not used when ComfyUI runs with --multi-user.",
+    type: "number",
+    defaultValue: 0,
+    attrs: { min: 0, max: 10080, showButtons: true, maxFractionDigits: 1 },
+  },
+  {
+    id: "SequenceParallel.Log.Level",
+    category: category("Log", "Level"),
+    name: "Log level",
+    tooltip:
+      "The least severe of this pack's messages that ComfyUI's log shows. comfyui: as ComfyUI's own; debug: also what" +
+      " the workers print. Takes effect with the next prompt. Not used when ComfyUI runs with --multi-user.",
+    type: "combo",
+    options: ["comfyui", "error", "warning", "info", "debug"],
+    defaultValue: "comfyui",
+  },
+];

@@ -1,0 +1,218 @@
+"""The sidebar panel, the toasts and the settings, as a user meets them."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.browser.frontend import FrontEnd
+from tests.comfyui.graphs import GraphBuilder, Setting, Swapped, add_sampling, fresh, sampling_graph
+from tests.comfyui.installation import PACK_NAME
+from tests.comfyui.processes import wait_until
+
+pytestmark = [pytest.mark.comfyui, pytest.mark.browser]
+
+# Steps of a good part of a second, so that there is time to watch, to cancel and to kill.
+LONG = Setting(width=192, height=192, length=33, steps=40)
+TIMEOUT_MS = 120_000
+
+
+class Panel:
+    """The panel of a page, opened."""
+
+    def __init__(self, front_end: FrontEnd) -> None:
+        self.front_end = front_end
+        self.page = front_end.page
+        self.root = self.page.locator(".sp-panel")
+        self.open()
+
+    def open(self) -> None:
+        self.page.get_by_role("button", name="Sequence Parallel").first.click()
+        self.root.wait_for(timeout=10_000)
+
+    def close(self) -> None:
+        self.page.get_by_role("button", name="Sequence Parallel").first.click()
+        self.root.wait_for(state="hidden", timeout=10_000)
+
+    def press(self, button: str) -> None:
+        self.root.get_by_role("button", name=button).click()
+
+    def wait_for(self, text: str) -> str:
+        """Waits until the panel shows what matches; all that it shows then."""
+        self.root.get_by_text(re.compile(text)).first.wait_for(timeout=TIMEOUT_MS)
+        return self.root.inner_text()
+
+    def wait_for_toast(self, text: str) -> None:
+        self.page.locator(".p-toast").get_by_text(re.compile(text)).first.wait_for(timeout=TIMEOUT_MS)
+
+    def step(self) -> int:
+        """How many steps are shown as done."""
+        found = re.search(r"Step (\d+) of", self.root.inner_text())
+        return int(found[1]) if found else 0
+
+
+def console_messages(front_end: FrontEnd) -> list[str]:
+    """Errors and warnings that name this pack."""
+    return [error for error in front_end.errors if PACK_NAME in error or "sequence_parallel" in error]
+
+
+def gone(front_end: FrontEnd) -> bool:
+    """Whether nothing runs any more."""
+    front_end.page.wait_for_timeout(100)
+    return not front_end.server.get("/queue")["queue_running"]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_user_watches_cancels_meets_a_crash_and_restarts(front_end: FrontEnd, tmp_path: Path) -> None:
+    panel, server = Panel(front_end), front_end.server
+    front_end.load_graph(sampling_graph(fresh(LONG), Swapped()))
+    assert front_end.queue()
+    panel.wait_for(r"Step [2-9] of 40 · \d+(\.\d+)? m?s per step")
+    first = panel.step()
+    assert wait_until(lambda: panel.step() > first, timeout=60), "the panel does not count"
+    text = panel.root.inner_text()
+    for part in ("Sampling", "ulysses 2 × ring 1 × cfg 1 × dp 1", "auto: Ulysses", "exchanges", "Rank 1 · cpu", "MiB"):
+        assert part in text, text
+    assert panel.root.get_by_role("img", name=re.compile("weights, .* activations, .* free of")).count() == 2
+    panel.page.screenshot(path=tmp_path / "sampling.png")
+
+    front_end.page.get_by_role("button", name="Cancel current run").first.click()
+    assert wait_until(lambda: gone(front_end), timeout=60)
+    panel.wait_for("^Idle$")
+    assert 0 < panel.step() < LONG.steps
+
+    front_end.load_graph(sampling_graph(fresh(LONG), Swapped()))
+    assert front_end.queue()
+    panel.wait_for("^Sampling$")
+    assert wait_until(lambda: panel.step() in (1, 2, 3), timeout=60)
+    server.workers()[-1].kill()
+    panel.wait_for_toast("Workers failed")
+    shown = panel.wait_for("was ended by SIGKILL")
+    assert re.search(r"Rank \d · cpu\s+Failed", shown), shown
+    assert front_end.page.locator(".workflow-tabs-container").get_by_text("Workers failed").count() == 1
+    panel.page.screenshot(path=tmp_path / "crashed.png")
+
+    panel.page.context.grant_permissions(["clipboard-read", "clipboard-write"])
+    panel.press("Copy report")
+    panel.wait_for_toast("The report is in the clipboard")
+    report = panel.page.evaluate("navigator.clipboard.readText()")
+    assert "was ended by SIGKILL" in report and "torch" in report
+
+    assert wait_until(lambda: gone(front_end), timeout=60)
+    panel.press("Restart workers")
+    panel.wait_for_toast("Workers started")
+    panel.wait_for("^Idle$")
+    assert front_end.page.locator(".workflow-tabs-container").get_by_text("Workers failed").count() == 0
+    workers = [worker.pid for worker in server.workers()]
+    front_end.load_graph(sampling_graph(fresh(Setting()), Swapped()))
+    assert front_end.run(timeout=120)["status"]["status_str"] == "success"
+    panel.wait_for("Step 3 of 3")
+    assert [worker.pid for worker in server.workers()] == workers, "the prompt started others"
+    assert not console_messages(front_end)
+
+
+@pytest.mark.slow
+def test_a_changed_setting_takes_effect(front_end: FrontEnd, tmp_path: Path) -> None:
+    """The default devices, set in the dialog, for a graph without SP Config; ComfyUI's cache must not keep the old."""
+    setting = fresh(Setting())
+    builder = GraphBuilder()
+    model = builder.add("SPLoadDiffusionModel", unet_name=setting.checkpoint, weight_dtype="default")
+    add_sampling(builder, setting, model)
+    panel = Panel(front_end)
+    front_end.load_graph(builder.graph)
+    page = front_end.page
+    page.evaluate("window.app.extensionManager.command.execute('Comfy.ShowSettingsDialog')")
+    dialog = page.get_by_role("dialog")
+    dialog.get_by_text("Sequence Parallel", exact=True).first.click()
+    field = dialog.get_by_role("textbox", name="Default devices")
+    page.screenshot(path=tmp_path / "settings.png")
+    try:
+        field.fill("cpu,cpu,cpu")
+        field.press("Tab")
+        page.keyboard.press("Escape")
+        assert front_end.run(timeout=180)["status"]["status_str"] == "success"
+        panel.wait_for("^Rank 2 · cpu$")
+    finally:
+        page.evaluate("window.app.extensionManager.setting.set('SequenceParallel.Workers.Devices', 'auto')")
+    assert not console_messages(front_end)
+
+
+@pytest.mark.slow
+def test_eight_workers_fit_and_a_hidden_panel_asks_for_nothing(front_end: FrontEnd, tmp_path: Path) -> None:
+    requests: list[str] = []
+    page = front_end.page
+    page.on("request", lambda request: requests.append(request.url))
+    page.wait_for_timeout(1000)
+    assert not [url for url in requests if "sequence_parallel" in url], "asked before the panel was opened"
+
+    page.route("**/sequence_parallel/watch", lambda route: route.fulfill(json=eight_workers()))
+    panel = Panel(front_end)
+    panel.wait_for("Rank 7 · cuda:7")
+    for palette in ("dark", "light"):
+        page.evaluate("(name) => window.app.extensionManager.setting.set('Comfy.ColorPalette', name)", palette)
+        page.wait_for_timeout(700)
+        page.screenshot(path=tmp_path / f"eight-{palette}.png")
+        sizes = panel.root.evaluate("(e) => [e.scrollWidth, e.clientWidth, e.scrollHeight, e.clientHeight]")
+        assert sizes[0] <= sizes[1] and sizes[2] <= sizes[3], f"something sticks out: {sizes}"
+    page.evaluate("window.app.extensionManager.setting.set('Comfy.ColorPalette', 'dark')")
+    for part in ("6.31× one device", "7 of 21 passes skipped", "Step 11 of 30 · 3.42 s per step", "2.3 GiB in 120"):
+        assert part in panel.root.inner_text(), panel.root.inner_text()
+    buttons = panel.root.get_by_role("button").all()
+    assert [button.inner_text() for button in buttons] == ["Free memory", "Restart workers", "Copy report"]
+    buttons[0].focus()
+    page.keyboard.press("Tab")
+    assert buttons[1].evaluate("(button) => button === document.activeElement"), "not to be reached with the keyboard"
+
+    hidden_again(panel, requests, lambda: panel.close())
+    panel.open()
+    hidden_again(panel, requests, lambda: page.get_by_role("button", name=re.compile("^Workflows")).first.click())
+    assert not console_messages(front_end)
+
+
+def hidden_again(panel: Panel, requests: list[str], hide: Any) -> None:
+    """Hiding the panel is said once; then, longer than a visible one's interval, nothing is asked."""
+    panel.page.wait_for_timeout(300)
+    requests.clear()
+    hide()
+    panel.page.wait_for_timeout(6000)
+    ours = [url for url in requests if "sequence_parallel" in url]
+    assert len(ours) == 1, ours
+
+
+def eight_workers() -> dict[str, Any]:
+    gib = 2**30
+    ranks = [
+        {
+            "rank": rank,
+            "pid": 4000 + rank,
+            "state": "waiting" if rank == 3 else "step",
+            "progress": None,
+            "device": f"cuda:{rank}",
+            "title": "NVIDIA GeForce RTX 4090",
+            "weights": int(12.8 * gib),
+            "memory": int((17.1 + 0.2 * rank) * gib),
+            "free": int((6 - 0.4 * rank) * gib),
+            "total": 24 * gib,
+            "seconds": 3.4 - 0.03 * rank,
+        }
+        for rank in range(8)
+    ]
+    group = {
+        "id": 1,
+        "devices": ",".join(rank["device"] for rank in ranks),
+        "chosen": "auto: 8 visible GPUs",
+        "state": "step",
+        "failure": None,
+        "ranks": ranks,
+        "models": ["hunyuan_video_t2v_720p_bf16.safetensors"],
+        "plan": {"ulysses": 4, "ring": 1, "cfg": 2, "dp": 1, "reason": "auto: cond and uncond side by side"},
+        "step": {"seconds": 3.4, "collectives": 120, "bytes_sent": int(2.31 * gib)},
+        "cache": {"name": "TeaCache (SP)", "hits": 7, "passes": 21, "seconds": 40.0, "seconds_saved": 18.2},
+        "speedup": 6.31,
+        "sampling": {"step": 11, "steps": 30, "running": True, "seconds_per_step": 3.42},
+    }
+    return {"groups": [group]}
