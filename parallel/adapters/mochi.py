@@ -295,13 +295,6 @@ def _attended(attn: Any, video: Tensor, text: Tensor, table: Rope, attend: Joint
     return attend(rotate(q, table), rotate(k, table), v).flatten(2)
 
 
-def _last_block(
-    block: Any, video: Tensor, text: Tensor, by: Tensor, table: Rope, attend: JointAttention
-) -> tuple[Tensor, Tensor]:
-    """Lacks the layers for the text behind its attention, so to a compiler it is a kind of its own."""
-    return _block(block, video, text, by, table, attend)
-
-
 def _after_attention(x: Tensor, attended: Tensor, gates: list[Tensor], mlp: nn.Module) -> Tensor:
     gate, scale_mlp, gate_mlp = gates
     x = _added(x, attended, gate)
