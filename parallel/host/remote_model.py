@@ -19,7 +19,7 @@ from ..checkpoints.source import Stored
 from ..config import resolve
 from ..degrees import Degrees
 from ..errors import WorkerError
-from ..placement import Memory, Placement, bytes_on_device, refuse_quantised
+from ..placement import Memory, Placement, bytes_on_device, has_fsdp2, refuse_quantised
 from ..placement import choose as choose_placement
 from ..plan import SequencePlan
 from ..quantise.selection import Selection, select
@@ -188,7 +188,7 @@ class RemoteModel:
             weight_bytes(self.inspected, self.recipe),
             [Memory(**rank["device"]) for rank in told],
             Memory(**told[0]["host"]),
-            sharing=self._layout.degrees.sharing,
+            sharing=self._layout.degrees.sharing if has_fsdp2() else 1,
             device_type=self._layout.device_type,
             plain=plain,
         )
