@@ -19,7 +19,7 @@ from ..checkpoints.source import Stored
 from ..config import resolve
 from ..degrees import Degrees
 from ..errors import WorkerError
-from ..placement import Memory, Placement, bytes_on_device, choose
+from ..placement import Memory, Placement, bytes_on_device, choose, has_fsdp2
 from ..plan import SequencePlan
 from ..quantise.selection import Selection, select
 from ..quantise.settings import (
@@ -200,7 +200,7 @@ class RemoteModel:
             self._whole_bytes(fp8),
             [Memory(**rank["device"]) for rank in told],
             Memory(**told[0]["host"]),
-            sharing=self._layout.degrees.sharing,
+            sharing=self._layout.degrees.sharing if has_fsdp2() else 1,
             device_type=self._layout.device_type,
         )
 
