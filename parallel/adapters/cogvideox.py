@@ -100,7 +100,8 @@ class CogVideoXAdapter(Adapter):
             return _DEFAULTS | given | {"position_rows": rows, "single_file": False}
         try:
             hidden, embedder = shapes["blocks.0.norm1.linear.weight"][0] // 6, shapes["patch_embed.proj.weight"]
-            patch, patch_t = (embedder[2], None) if len(embedder) == 4 else (2, 2)
+            patch_t = None if len(embedder) == 4 else 2
+            patch = embedder[2] if patch_t is None else 2
             ofs = shapes.get("ofs_embedding_linear_1.weight")
             return _DEFAULTS | {
                 "num_attention_heads": hidden // HEAD_DIM,
@@ -124,7 +125,7 @@ class CogVideoXAdapter(Adapter):
 
         def model(*, position_rows: int, single_file: bool, **config: Any) -> nn.Module:
             """diffusers' model without its table of positions; learned ones are a parameter, as long as the file's."""
-            built = CogVideoXTransformer3DModel(**config | {"use_learned_positional_embeddings": False})
+            built: Any = CogVideoXTransformer3DModel(**config | {"use_learned_positional_embeddings": False})
             built.patch_embed._buffers.pop("pos_embedding", None)
             if position_rows:
                 width = config["num_attention_heads"] * HEAD_DIM

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -70,6 +71,9 @@ def test_the_folder_is_the_users_alone(tmp_path: Path, monkeypatch: pytest.Monke
     folder.chmod(0o777)
     with pytest.raises(PermissionError, match=f"others can write to {folder}; set {VARIABLE}"):
         use_folder()
+    folder.chmod(0o700)
+    monkeypatch.setenv(VARIABLE, f"{tempfile.gettempdir()}/torchinductor_somebody")  # as PyTorch itself sets it
+    assert use_folder() == folder
     monkeypatch.setenv(VARIABLE, str(tmp_path / "mine"))
     assert use_folder() == tmp_path / "mine"
 
