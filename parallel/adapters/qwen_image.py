@@ -149,6 +149,8 @@ class QwenImageAdapter(Adapter):
         require_latent("Qwen-Image", x, channels)
         for name in references:
             require_latent(f"Qwen-Image ({name})", inputs[name], channels)
+            if len(inputs[name]) != len(x):
+                raise UnsupportedError(f"{name} has {len(inputs[name])} pictures; needed is one for each of {len(x)}")
         require_text(inputs, config["joint_attention_dim"], "Qwen2.5-VL")
         require_one_time_each("Qwen-Image", inputs["timestep"])
         if (method := _method(inputs)) not in ("", *_METHODS):
