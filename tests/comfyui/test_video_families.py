@@ -55,7 +55,7 @@ CASES = {
     "cogvideox_learned_positions": (replace(_COG, checkpoint=COGVIDEOX_LEARNED), RING),
     "cogvideox_scaled_fp8": (replace(_COG, checkpoint=COGVIDEOX_SCALED), RING),
     "hunyuan_15_sampler_in_the_workers": (replace(_IMAGE, cfg=4.0, chain="sp_sampler"), ULYSSES),
-    "cogvideox_sampler_in_the_workers": (replace(_COG_15, cfg=4.0, chain="sp_sampler"), ULYSSES),
+    "cogvideox_sampler_in_the_workers": (replace(_COG_15, chain="sp_sampler"), ULYSSES),
     "hunyuan_15_offload": (_IMAGE, Swapped(weights="offload")),
     "cogvideox_shard": (_COG_15, Swapped(weights="shard")),
     # ComfyUI itself fails on a mask where there are glyphs, or more than one sample.

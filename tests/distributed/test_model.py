@@ -138,7 +138,6 @@ COG_15 = COG | {"frames_per_patch": 2}
 COGVIDEOX = {
     "cogvideox": Model(COG, CogVideoXInputs()),
     "cogvideox_odd_size": Model(COG, CogVideoXInputs(frames=3, height=9, width=7, text=7)),
-    "cogvideox_three_heads": Model(COG | {"heads": 3}, CogVideoXInputs()),
     "cogvideox_mostly_text": Model(COG, CogVideoXInputs(frames=1, height=4, width=4, text=30)),
     "cogvideox_i2v_batch_2": Model(COG | {"in_channels": 32}, CogVideoXInputs(channels=32, batch=2, height=6)),
     "cogvideox_learned_positions": Model(COG | {"learned_positions": 40}, CogVideoXInputs()),
@@ -260,7 +259,7 @@ def test_many_workers_give_what_one_gives(predict: Predictions, name: str, devic
     [
         "odd_tokens", "mostly_text", "batch_2_unequal_masks", "four_heads", "first_frame_batch_2",
         "flux_odd_size", "flux_references", "wan_odd_size", "wan_i2v_batch_2", "wan_22_5b_batch_2",
-        "hunyuan_15_odd_size", "hunyuan_15_unequal_batch", "cogvideox_odd_size", "cogvideox_15_i2v",
+        "hunyuan_15_unequal_batch", "cogvideox_15_i2v",
         "mochi_odd_batch_2", "ltxv_odd_first_frame", "qwen_odd_clean_references",
     ],
 )  # fmt: skip
@@ -436,7 +435,7 @@ COG_FOLDERS: dict[str, tuple[dict[str, Any], dict[str, Any], CogVideoXInputs]] =
 def test_a_cogvideox_folder_gives_what_diffusers_gives(
     start_group: StartGroup, tiny_models: TinyModels, tmp_path: Path, name: str, devices: str
 ):
-    """diffusers' own context parallelism gives another result here, wrong by its own size."""
+    """With positions as its pipelines make them, which differ from those of ComfyUI for single files."""
     from diffusers.models.embeddings import get_3d_rotary_pos_embed
     from diffusers.models.transformers.cogvideox_transformer_3d import CogVideoXTransformer3DModel
     from diffusers.pipelines.cogvideo.pipeline_cogvideox import get_resize_crop_region_for_grid
