@@ -176,8 +176,6 @@ MODELS |= {
     "qwen": Model(QWEN, QwenImageInputs()),
     "qwen_padded": Model(QWEN, QwenImageInputs(valid=(5,))),
     "qwen_fp8_storage": Model(QWEN, QwenImageInputs(valid=(1,)), torch.float8_e4m3fn),
-    "qwen_references": Model(QWEN, QwenImageInputs(references=((8, 4), (4, 8)))),
-    "qwen_references_offset": Model(QWEN, QwenImageInputs(references=((8, 4), (4, 8)), method="offset")),
     "qwen_clean_references": Model(CLEAN, QwenImageInputs(references=((8, 4), (4, 8)))),
     "qwen_odd_clean_references": Model(
         CLEAN | {"heads": 3},
@@ -323,7 +321,7 @@ def test_the_dialect_of_a_checkpoint_does_not_matter(predict: Predictions, name:
         ("mochi", "mochi_padded"),
         ("ltxv", "ltxv_padded"),
         ("qwen", "qwen_padded"),
-        ("qwen_references", "qwen_references_offset"),
+        ("qwen", "qwen_clean_references"),
     ],
 )
 def test_what_differs_shows(predict: Predictions, first: str, second: str):
@@ -507,7 +505,7 @@ def test_one_worker_gives_what_diffusers_gives_for_ltxv(predict: Predictions, ti
     assert relative_difference(predict(name, "cpu"), expected) <= STOCK_TOLERANCE
 
 
-@pytest.mark.parametrize("name", ["qwen", "qwen_padded", "qwen_references", "qwen_clean_references"])
+@pytest.mark.parametrize("name", ["qwen", "qwen_padded", "qwen_clean_references"])
 def test_one_worker_gives_what_diffusers_gives_for_qwen_image(predict: Predictions, tiny_models: TinyModels, name: str):
     """Of an even number of tokens each way: of an odd one diffusers has the centre one token further."""
     model = MODELS[name]
