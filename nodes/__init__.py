@@ -5,8 +5,11 @@ from comfy_api.latest import ComfyExtension, io
 from . import panel
 from .first_block_cache import SPFirstBlockCache
 from .load_diffusion_model import SPLoadDiffusionModel
+from .quantize_fp8 import SPQuantizeFP8
+from .sampler import SPSampler
 from .sp_config import SPConfigNode
 from .tea_cache import SPTeaCache
+from .torch_compile import SPTorchCompile
 from .vae_decode import SPVAEDecode
 from .vae_encode import SPVAEEncode
 
@@ -19,7 +22,17 @@ class SequenceParallelExtension(ComfyExtension):
             panel.register(server)
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
-        return [SPConfigNode, SPLoadDiffusionModel, SPFirstBlockCache, SPTeaCache, SPVAEDecode, SPVAEEncode]
+        return [
+            SPConfigNode,
+            SPLoadDiffusionModel,
+            SPFirstBlockCache,
+            SPTeaCache,
+            SPQuantizeFP8,
+            SPTorchCompile,
+            SPSampler,
+            SPVAEDecode,
+            SPVAEEncode,
+        ]
 
 
 async def comfy_entrypoint() -> SequenceParallelExtension:

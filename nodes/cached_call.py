@@ -1,4 +1,4 @@
-"""What one call of the network tells the workers of the cache that its sampling has."""
+"""What one call of the network tells the workers of the sampling that it is part of: its cache, its compiled blocks."""
 
 from __future__ import annotations
 
@@ -6,9 +6,12 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..parallel.host.cached_sampling import CachedSampling
+from ..parallel.host.compiled_sampling import CompiledSampling
 
 SAMPLING = "sequence_parallel_cached_sampling"
 """Key of `transformer_options` during a sampling with a cache."""
+COMPILED = "sequence_parallel_compiled_sampling"
+"""The same, with compiled blocks."""
 
 
 def cached_sampling(options: Mapping[str, Any]) -> tuple[CachedSampling | None, float]:
@@ -19,6 +22,11 @@ def cached_sampling(options: Mapping[str, Any]) -> tuple[CachedSampling | None, 
     """
     sampling, sigmas = options.get(SAMPLING), options.get("sigmas")
     return (None, 0.0) if sampling is None or sigmas is None else (sampling, float(sigmas[0]))
+
+
+def compiled_sampling(options: Mapping[str, Any]) -> CompiledSampling | None:
+    """The sampling that a call of the network is part of, if its blocks are to be compiled."""
+    return options.get(COMPILED)
 
 
 def label(options: Mapping[str, Any]) -> str:

@@ -42,7 +42,9 @@ def load_native_model(path: str, weight_dtype: str, config: SequenceParallelConf
         ConfigError, CheckpointError, UnsupportedError: with a message for the user.
     """
     if weight_dtype == "fp8_e4m3fn_fast":
-        raise UnsupportedError("weight_dtype fp8_e4m3fn_fast is not supported yet; use fp8_e4m3fn or default")
+        raise UnsupportedError(
+            "weight_dtype fp8_e4m3fn_fast is not supported; use fp8_e4m3fn, or default with FP8 Quantize (SP)"
+        )
     layout = resolve(config)
     inspected = inspect(path)
     worker_device = torch.device(layout.devices[0].name)
@@ -86,7 +88,7 @@ def load_native_model(path: str, weight_dtype: str, config: SequenceParallelConf
         model,
         load_device=load_device,
         offload_device=comfy.model_management.unet_offload_device(),
-        size=_expected_bytes(inspected, recipe) if _uses(layout, load_device) else 1,
+        size=remote.expected_bytes() if _uses(layout, load_device) else 1,
     )
     patcher.add_wrapper_with_key(WrappersMP.CALC_COND_BATCH, "sequence_parallel", side_by_side)
     patcher.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, "sequence_parallel", watched)
@@ -109,14 +111,3 @@ def _uses(layout: Layout, device: torch.device) -> bool:
     """Whether a worker shares the device that ComfyUI's memory management watches."""
     name = device.type if device.index is None else f"{device.type}:{device.index}"
     return name in {worker.name for worker in layout.devices}
-
-
-def _expected_bytes(inspected: Inspected, recipe: Recipe) -> int:
-    """Bytes of weights that one worker will hold."""
-    fp8 = recipe.weight_dtype.itemsize == 1
-    dtype = recipe.weight_dtype if fp8 else recipe.compute_dtype
-    source = inspected.source
-    return sum(
-        torch.Size(info.shape).numel() * (info.dtype if name in source.scales else dtype).itemsize
-        for name, info in source.tensors.items()
-    )

@@ -8,14 +8,22 @@ from typing import Any
 import comfy.model_management
 import comfy.patcher_extension
 import torch
+from comfy.ldm.lightricks.symmetric_patchifier import SymmetricPatchifier
 from torch import Tensor, nn
 
 from ..parallel.adapters.base import pack_text
 from ..parallel.errors import WorkerOutOfMemoryError
-from ..parallel.host.remote_model import RemoteModel, StepRequest
-from .cached_call import cached_sampling, label
+from ..parallel.host.remote_model import RemoteModel
+from ..parallel.host.step_request import StepRequest
+from ..parallel.sampling.recording import RecordedLatent
+from .cached_call import cached_sampling, compiled_sampling, label
 from .refusals import refuse_transformer_options, refuse_value
 from .side_by_side import LookAhead, Recorded
+
+_ATTRIBUTES: dict[str, dict[str, Any]] = {
+    "ltxv": {"patchifier": SymmetricPatchifier(1, start_end=True)},
+}
+"""What ComfyUI's model class of a family (its `image_model`) reads of the network, beside the sizes."""
 
 
 class ProxyDiffusionModel(nn.Module):
@@ -47,6 +55,9 @@ class ProxyDiffusionModel(nn.Module):
         for name in ("in_channels", "out_channels", "patch_size", "hidden_size", "num_heads"):
             if name in unet_config:
                 setattr(self, name, unet_config[name])
+        self.ofs_proj_dim = unet_config.get("ofs_embed_dim")  # CogVideoX
+        for name, value in _ATTRIBUTES.get(unet_config.get("image_model", ""), {}).items():
+            setattr(self, name, value)
         add_parameters(self, parameters)
 
     @torch.compiler.disable
@@ -61,11 +72,31 @@ class ProxyDiffusionModel(nn.Module):
     ) -> Tensor:
         """As ComfyUI's networks: called by `BaseModel`, runs the wrappers that nodes such as EasyCache have set."""
         options = {} if transformer_options is None else transformer_options
+        if isinstance(x, RecordedLatent):
+            return self._record(options, x, timestep, context=context, control=control, **conditioning)
         if self.look_ahead.recording:
             raise Recorded(self._request(options, x, timestep, context=context, control=control, **conditioning))
         wrappers = comfy.patcher_extension.get_all_wrappers(comfy.patcher_extension.WrappersMP.DIFFUSION_MODEL, options)
         executor = comfy.patcher_extension.WrapperExecutor.new_class_executor(self._forward, self, wrappers)
         return executor.execute(x, timestep, context, control, options, **conditioning)
+
+    def bring_weights(self) -> None:
+        """What ComfyUI's loading of the model has left to be done, once it is known that the inputs are good."""
+        if self.load_weights is not None:
+            load, self.load_weights = self.load_weights, None
+            load()
+
+    def _record(self, options: dict[str, Any], x: RecordedLatent, timestep: Tensor, **conditioning: Any) -> Tensor:
+        """A call that the workers will make by themselves."""
+        refuse_transformer_options(options)
+        request = self._request(options, x, timestep, **conditioning)
+        inspected = self.remote.inspected
+        return x.recorder.network(
+            request,
+            inspected.adapter.output_shape(inspected.model_config, tuple(x.shape)),
+            conditions=frozenset(options.get("cond_or_uncond", [0])),
+            sigma=float(options["sigmas"][0]) if options.get("sigmas") is not None else 1.0,
+        )
 
     def _forward(
         self,
@@ -86,14 +117,13 @@ class ProxyDiffusionModel(nn.Module):
         cache, sigma = cached_sampling(transformer_options)
         try:
             self.remote.check(requests, conditions)
-            if self.load_weights is not None:
-                load, self.load_weights = self.load_weights, None
-                load()
+            self.bring_weights()
             predictions = self.remote.steps(
                 requests,
                 conditions=conditions,
                 cache=cache,
                 sigma=sigma,
+                compiled=compiled_sampling(transformer_options),
                 poll=comfy.model_management.throw_exception_if_processing_interrupted,
             )
         except WorkerOutOfMemoryError as error:
@@ -108,8 +138,8 @@ class ProxyDiffusionModel(nn.Module):
         for name, value in conditioning.items():
             if value is None:
                 continue
-            if isinstance(value, str):
-                tensors[name] = pack_text(value)
+            if isinstance(value, str | int | float):
+                tensors[name] = pack_text(str(value))
                 continue
             parts = {f"{name}.{i}": part for i, part in enumerate(value)} if isinstance(value, list) else {name: value}
             if not parts or not all(isinstance(part, Tensor) for part in parts.values()):

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from typing import Any
 
 from ..parallel.errors import UnsupportedError
+
+log = logging.getLogger("sequence_parallel")
 
 _WHO = "Load Diffusion Model (SP)"
 
@@ -43,7 +46,7 @@ def refuse_transformer_options(options: Mapping[str, Any]) -> None:
         value = options.get(option)
         if not value:
             continue
-        nodes = sorted({name for function in _functions(value) if (name := _node_of(function))})
+        nodes = sorted({name for function in _functions(value) if (name := node_of(function))})
         raise refuse(f"{', '.join(nodes)} ({what})" if nodes else f"{what} ({option})")
 
 
@@ -57,7 +60,13 @@ def refuse_sampling_functions(model_options: Mapping[str, Any]) -> None:
         for function in _functions(value) if option.startswith("sampler_") else []:
             code = getattr(function, "__code__", None)
             if code is not None and _REPLACES in code.co_names:
-                raise refuse(f"{_node_of(function)} (a block replacement)")
+                raise refuse(f"{node_of(function)} (a block replacement)")
+
+
+def warn_of_native_compile(model_options: Mapping[str, Any]) -> None:
+    """ComfyUI's TorchCompileModel does no harm, but there is no network in this process for it to compile."""
+    if "torch_compile_kwargs" in model_options:
+        log.warning("TorchCompileModel changes nothing with %s; use Torch Compile (SP)", _WHO)
 
 
 def _functions(value: Any) -> list[Any]:
@@ -69,7 +78,7 @@ def _functions(value: Any) -> list[Any]:
     return [value] if callable(value) else []
 
 
-def _node_of(function: Any) -> str:
+def node_of(function: Any) -> str:
     """`SkipLayerGuidanceDiT.execute.<locals>.skip` → `SkipLayerGuidanceDiT`."""
     name = getattr(function, "__qualname__", type(function).__qualname__)
     return name.partition(".")[0].removeprefix("<lambda>")

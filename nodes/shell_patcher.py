@@ -9,8 +9,10 @@ import comfy.hooks
 import comfy.model_management
 
 from ..parallel.host.remote_model import RemoteModel
+from .attached_fp8 import attached_fp8
 from .lora import patched_weight, refuse_patches
-from .refusals import refuse, refuse_sampling_functions
+from .node_text import tell
+from .refusals import refuse, refuse_sampling_functions, warn_of_native_compile
 from .residency import WorkersPatcher, progress_bar
 
 
@@ -31,11 +33,19 @@ class SequenceParallelPatcher(WorkersPatcher):
     def remote(self) -> RemoteModel:
         return self.model.diffusion_model.remote
 
+    def model_size(self) -> int:
+        """For how much ComfyUI is to make room: what one worker has on its device, under the weights' mode."""
+        if self.size <= 1:  # no worker uses the device that ComfyUI watches
+            return int(self.size)
+        fp8 = attached_fp8(self)
+        return self.remote.expected_bytes(None if fp8 is None else fp8.settings)
+
     # --- residency ----------------------------------------------------------------------------------------------------
 
     def _prepare(self) -> None:
         self._refuse_patches()
         refuse_sampling_functions(self.model_options)
+        warn_of_native_compile(self.model_options)
         with self.use_ejected(skip_and_inject_on_exit_only=True):
             self.unpatch_model(self.offload_device, unpatch_weights=False)
             self.patch_model(load_weights=False)
@@ -52,7 +62,8 @@ class SequenceParallelPatcher(WorkersPatcher):
         poll = comfy.model_management.throw_exception_if_processing_interrupted
         try:
             keys = {self._checkpoint_name(key): key for key in self.patches}
-            self.remote.ensure_loaded(poll=poll, on_progress=progress_bar())
+            fp8 = attached_fp8(self)
+            self.remote.ensure_loaded(poll=poll, on_progress=progress_bar(), fp8=None if fp8 is None else fp8.settings)
             self.remote.replace_weights(
                 self.patches_uuid if keys else None,
                 keys,
@@ -60,6 +71,8 @@ class SequenceParallelPatcher(WorkersPatcher):
                 poll=poll,
                 on_progress=progress_bar(),
             )
+            if fp8 is not None:
+                tell(fp8.node_id, str(self.remote.fp8_report))
         except BaseException:
             self.detach()  # what has been loaded so far does not count as loaded
             raise

@@ -17,7 +17,9 @@ import torch
 from comfy.patcher_extension import WrappersMP, get_all_wrappers
 from torch import Tensor
 
-from ..parallel.host.remote_model import RemoteModel, StepRequest
+from ..parallel.host.remote_model import RemoteModel
+from ..parallel.host.step_request import StepRequest
+from ..parallel.sampling.recording import RecordedLatent
 
 log = logging.getLogger("sequence_parallel")
 
@@ -84,6 +86,8 @@ def side_by_side(
 ) -> Any:
     """A CALC_COND_BATCH wrapper, set by Load Diffusion Model (SP)."""
     present = [index for index, cond in enumerate(conds) if cond]
+    if isinstance(x_in, RecordedLatent):  # nothing runs now; the recorder puts both side by side
+        return executor(model, conds, x_in, timestep, model_options)
     if len(present) < 2 or _has_side_effects(model_options):
         return executor(model, conds, x_in, timestep, model_options)
 

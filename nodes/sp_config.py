@@ -6,7 +6,8 @@ from typing import Any
 
 from comfy_api.latest import io
 
-from ..parallel.config import ATTENTION_KERNELS, WEIGHTS_MODES, SequenceParallelConfig, resolve
+from ..parallel.config import ATTENTION_KERNELS, SequenceParallelConfig, resolve
+from ..parallel.placement import MODES
 
 SPConfig = io.Custom("SP_CONFIG")
 
@@ -43,10 +44,11 @@ class SPConfigNode(io.ComfyNode):
                 degree("dp_degree", "Number of groups of devices that share the samples of a batch."),
                 io.Combo.Input(
                     "weights",
-                    options=list(WEIGHTS_MODES),
+                    options=list(MODES),
                     default="auto",
-                    tooltip="Where weights live. replicate: a whole copy on each device. shard and offload are not"
-                    " available yet. auto: replicate.",
+                    tooltip="Where weights live. replicate: a whole copy on each device. shard: a part on each device,"
+                    " gathered block by block. offload: one copy in host memory for all devices. auto: the first of"
+                    " these that fits.",
                 ),
                 io.Combo.Input(
                     "attention",

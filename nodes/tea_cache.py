@@ -19,7 +19,8 @@ class SPTeaCache(io.ComfyNode):
             category="sequence parallel",
             description=(
                 "Faster, slightly different results: all blocks are skipped at steps until the estimated change of the"
-                " output adds up to the threshold. For HunyuanVideo, FLUX.1 and Wan 2.1 in Load Diffusion Model (SP)."
+                " output adds up to the threshold. For families with published coefficients (see help), loaded by Load"
+                " Diffusion Model (SP)."
             ),
             inputs=[
                 io.Model.Input("model", tooltip="From Load Diffusion Model (SP), LoRAs and ModelSampling included."),

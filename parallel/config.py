@@ -9,10 +9,10 @@ from math import inf
 
 import torch
 
+from . import placement
 from .degrees import RequestedDegrees
 from .errors import ConfigError
 
-WEIGHTS_MODES = ("auto", "replicate", "shard", "offload")
 ATTENTION_KERNELS = ("auto", "sdpa", "cudnn", "flash", "sage")
 
 _DEVICE = re.compile(r"(?P<type>[a-z]+)(:(?P<index>\d+))?(\*(?P<weight>\d+(\.\d+)?))?")
@@ -48,7 +48,8 @@ class SequenceParallelConfig:
     dp_degree: int = 0
     """Groups among which the samples of a batch are spread. 0 chooses; 1 switches it off."""
     weights: str = "auto"
-    """Where weights live: `replicate` (a copy per device), `shard`, `offload`, or `auto`."""
+    """Where weights live: `replicate` (a copy per device), `shard` (a part per device), `offload` (one copy in host
+    memory), or `auto`; see `placement`."""
     attention: str = "auto"
     """Attention kernel: `sdpa`, `cudnn`, `flash`, `sage`, or `auto`."""
 
@@ -57,7 +58,7 @@ class SequenceParallelConfig:
             value = getattr(self, knob)
             if not isinstance(value, int) or isinstance(value, bool) or value < 0:
                 raise ConfigError(f"{knob} is {value!r}; allowed are 0 (choose automatically), 1 (off) or more ranks")
-        _require_choice("weights", self.weights, WEIGHTS_MODES)
+        _require_choice("weights", self.weights, placement.MODES)
         _require_choice("attention", self.attention, ATTENTION_KERNELS)
         parse_devices(self.devices)
 
@@ -130,7 +131,8 @@ def resolve(config: SequenceParallelConfig) -> Layout:
     """Fits the request to this machine.
 
     Raises:
-        ConfigError: a device does not exist, or the degrees' product cannot be the number of devices.
+        ConfigError: a device does not exist, the degrees' product cannot be the number of devices, or the weights
+            cannot be where they are wanted.
     """
     devices = parse_devices(config.devices)
     reason = "as asked"
@@ -143,8 +145,6 @@ def resolve(config: SequenceParallelConfig) -> Layout:
             exist = ", ".join(f"cuda:{i}" for i in range(gpus)) or "no GPU (only cpu)"
             raise ConfigError(f"devices names {device.name}, which this machine does not have; it has {exist}")
 
-    if config.weights not in ("auto", "replicate"):
-        raise ConfigError(f"weights is {config.weights!r}; this version supports 'auto' and 'replicate'")
     if config.attention not in ("auto", "sdpa") and devices[0].type != "cuda":
         raise ConfigError(f"attention is {config.attention!r}, which needs CUDA devices; on the CPU use auto or sdpa")
     if config.attention == "sage" and importlib.util.find_spec("sageattention") is None:
@@ -159,6 +159,7 @@ def resolve(config: SequenceParallelConfig) -> Layout:
         ring=config.ring_degree,
         ulysses=config.ulysses_degree,
     )
+    placement.check(config.weights, degrees)
     return Layout(devices=devices, degrees=degrees, attention=config.attention, reason=reason)
 
 

@@ -60,7 +60,14 @@ class RequestedDegrees:
                 " (0 chooses a degree automatically)"
             )
 
-    def choose(self, *, conditions: int, heads: int) -> tuple[Degrees, str]:
+    @property
+    def sharing(self) -> int:
+        """Ranks that share a sequence where cond and uncond need not run side by side; the same for any model."""
+        degrees = self._fill(cfg=self.cfg or 1, heads=self.world_size) or self._fill(cfg=2, heads=self.world_size)
+        assert degrees is not None, "checked when this was made"
+        return degrees.sp
+
+    def choose(self, *, conditions: int, heads: int, sharded: bool = False) -> tuple[Degrees, str]:
         """The degrees for a step, and why.
 
         cond and uncond side by side costs no communication, so that comes first; then Ulysses, which moves less than a
@@ -69,11 +76,15 @@ class RequestedDegrees:
         Args:
             conditions: how many of cond and uncond run in this step.
             heads: attention heads of the model.
+            sharded: the ranks that share a sequence share its weights, too. So these must be the same at every step,
+                and cond and uncond run side by side only if that was asked for.
         """
         reasons = []
         cfg = self.cfg
         if not cfg and conditions > 1 and (degrees := self._fill(cfg=2, heads=heads)):
-            return degrees, "auto: cond and uncond side by side"
+            if not sharded:
+                return degrees, "auto: cond and uncond side by side"
+            reasons.append("auto: cond and uncond one after the other, since their ranks share the weights")
         degrees = self._fill(cfg=cfg or 1, heads=heads)
         if degrees is None:  # only with cfg 2 do the others fit
             degrees = self._fill(cfg=2, heads=heads)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,8 @@ from ..attention.joint import JointAttention
 from ..cache.blocks import Blocks, Probe, StepPasses, last_of
 from ..checkpoints.source import Source, TensorInfo
 from ..plan import SequencePlan
+
+BlockFunction = TypeVar("BlockFunction", bound=Callable[..., Any])
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,7 +29,10 @@ class Piece:
 
 
 def pack_text(text: str) -> Tensor:
-    """A choice that a node has made, as a conditioning input: [1, n] uint8."""
+    """A choice that a node has made, or a number, as a conditioning input: [1, n] uint8.
+
+    A number travels as text because conditioning tensors are rounded to the compute dtype: 23.976 in bf16 is 24.
+    """
     return torch.tensor([list(text.encode())], dtype=torch.uint8)
 
 
@@ -43,6 +48,8 @@ class StepContext(ABC):
     """Among the ranks that share the sequence."""
     cache: StepPasses | None = None
     """Remembers what blocks have added, for steps that skip them."""
+    compiler: Callable[[Callable[..., Any]], Callable[..., Any]] | None = None
+    """Compiles the function of a kind of block, where the user asked for that (`compilation.blocks.CompiledBlocks`)."""
 
     @abstractmethod
     def plan(self, streams: tuple[int, ...], heads: int) -> SequencePlan:
@@ -59,6 +66,18 @@ class StepContext(ABC):
         Raises:
             StepCancelled: the host asked to stop; raised on all ranks before the same block.
         """
+
+    def block(self, function: BlockFunction) -> BlockFunction:
+        """The function of one kind of block, compiled if the user asked for it; each rank compiles it once, at its
+        first call, for all blocks of this kind.
+
+        Args:
+            function: of a module, not made anew for each step. It takes its block's module, tensors (also in tuples and
+                dataclasses) and this step's `attention`, by position, and touches nothing else that changes. It may
+                attend several times if each attention needs the result of the one before: ranks compile on their own
+                and must not exchange them in different orders.
+        """
+        return function if self.compiler is None else self.compiler(function)  # type: ignore[return-value]
 
     def run_blocks(self, plan: SequencePlan, hidden: Tensor, blocks: Blocks, probe: Probe) -> Tensor:
         """Runs the network's blocks, or as many as a cache leaves to be run: once for each pass through the network.
@@ -82,11 +101,22 @@ class Adapter(ABC):
 
     family: ClassVar[str]
     """Key in the registry, and the family's name in messages."""
+    title: ClassVar[str]
+    """The family's name for people, with the versions that are meant."""
+    makes: ClassVar[tuple[str, ...]]
+    """What of: `T2V`, `I2V` (video from text, or from a picture and text), `T2I`, `edit` (pictures likewise)."""
+    verified: ClassVar[str] = "ComfyUI"
+    """Against whose results its tests compare it, besides what all families have in common."""
     full_precision: ClassVar[tuple[str, ...]] = ()
     """Parameters of the diffusers model that ComfyUI keeps in fp32, whatever the storage dtype."""
     read_directly: ClassVar[tuple[str, ...]] = ()
     """Modules (patterns of their names) whose parameters `step` reads itself: fp8 storage leaves them out, since it
-    casts a module's parameters when the module is called."""
+    casts a layer's parameters when the layer is called."""
+
+    not_quantised: ClassVar[tuple[str, ...]] = ()
+    """Linear layers (patterns of ComfyUI's names, see `quantise.selection.matches`) that FP8 leaves as they are:
+    embedders, modulations and the last layer. Their error would be in every token or in the result, and they take a
+    small part of the time."""
 
     @classmethod
     @abstractmethod

@@ -5,13 +5,21 @@ from __future__ import annotations
 from ..checkpoints.source import Source
 from ..errors import UnsupportedError
 from .base import Adapter
+from .cogvideox import CogVideoXAdapter
 from .flux import FluxAdapter
 from .hunyuan_video import HunyuanVideoAdapter
+from .hunyuan_video_15 import HunyuanVideo15Adapter
+from .ltxv import LTXVAdapter
+from .mochi import MochiAdapter
+from .qwen_image import QwenImageAdapter
 from .wan import WanAdapter
 
 FAMILIES: dict[str, type[Adapter]] = {
     adapter.family: adapter
-    for adapter in (HunyuanVideoAdapter, FluxAdapter, WanAdapter)
+    for adapter in (
+        HunyuanVideoAdapter, HunyuanVideo15Adapter, FluxAdapter, WanAdapter, CogVideoXAdapter, MochiAdapter,
+        LTXVAdapter, QwenImageAdapter,
+    )
 }  # fmt: skip
 
 

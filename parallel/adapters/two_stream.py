@@ -8,13 +8,12 @@ length. "Image" stands for video, too.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
 from torch import Tensor, nn
 
 from ..attention.joint import JointAttention
@@ -27,6 +26,10 @@ from .base import Piece, StepContext
 
 HEAD_DIM = 128
 """ComfyUI's loader knows these families with this head size only."""
+
+NOT_QUANTISED = (
+    "img_in", "txt_in", "time_in", "vector_in", "guidance_in", "img_mod", "txt_mod", "modulation", "final_layer",
+)  # fmt: skip
 
 # ComfyUI's names → diffusers' names, for tensors of the blocks and embedders that keep their shape.
 RENAMED = [
@@ -121,35 +124,42 @@ def pieces(name: str, shape: tuple[int, ...], hidden: int, table: list[tuple[str
     """Where the tensor `name` (ComfyUI's) goes; `table` renames what keeps its shape."""
     stem, _, leaf = name.rpartition(".")
     if stem == "final_layer.adaLN_modulation.1":  # (shift, scale) → (scale, shift)
-        half = shape[0] // 2
-        return [Piece(f"norm_out.linear.{leaf}", lambda tensor: torch.cat([tensor[half:], tensor[:half]]))]
+        return [Piece(f"norm_out.linear.{leaf}", swap_halves)]
     for fused, parts in _FUSED_QKV.items():
         if stem.endswith(fused):
             base = rename(stem.removesuffix(fused) + ".", table).removesuffix(".")
-            third = shape[0] // 3
-            return [Piece(f"{base}{p}.{leaf}", _rows(i * third, (i + 1) * third)) for i, p in enumerate(parts)]
+            return thirds([f"{base}{part}.{leaf}" for part in parts], shape[0])
     if stem.endswith(".linear1"):  # q, k, v and the first half of the MLP in one projection
         base = rename(stem.removesuffix(".linear1") + ".", table).removesuffix(".")
         names = (".attn.to_q", ".attn.to_k", ".attn.to_v")
-        thirds = [Piece(f"{base}{p}.{leaf}", _rows(i * hidden, (i + 1) * hidden)) for i, p in enumerate(names)]
-        return [*thirds, Piece(f"{base}.proj_mlp.{leaf}", _rows(3 * hidden, shape[0]))]
+        qkv = thirds([f"{base}{part}.{leaf}" for part in names], 3 * hidden)
+        return [*qkv, Piece(f"{base}.proj_mlp.{leaf}", _rows(3 * hidden, shape[0]))]
     return [Piece(f"{rename(stem, table)}.{leaf}")]
 
 
-def _rows(start: int, stop: int):
+def thirds(names: list[str], rows: int) -> list[Piece]:
+    """The parameters `names`, each the next third of a tensor's first `rows`."""
+    third = rows // len(names)
+    return [Piece(name, _rows(i * third, (i + 1) * third)) for i, name in enumerate(names)]
+
+
+def _rows(start: int, stop: int) -> Callable[[Tensor], Tensor]:
     return lambda tensor: tensor[start:stop]
+
+
+def swap_halves(tensor: Tensor) -> Tensor:
+    """For `Piece.take`: the second half of the rows, then the first."""
+    return torch.cat(tensor.chunk(2)[::-1])
 
 
 def block_tensors(config: Mapping[str, Any]) -> tuple[Shapes, dict[str, int]]:
     """Linear layers (name → weight shape; each has a bias) and norms (name → size) of blocks, embedders and head."""
     d = config["num_attention_heads"] * HEAD_DIM
     mlp = 4 * d
-    linear: Shapes = {
-        "vector_in.in_layer": (d, config["pooled_projection_dim"]),
-        "vector_in.out_layer": (d, d),
-        "final_layer.adaLN_modulation.1": (2 * d, d),
-    }
-    for embedder in ("time_in", *(["guidance_in"] if config["guidance_embeds"] else [])):
+    linear: Shapes = {"final_layer.adaLN_modulation.1": (2 * d, d)}
+    if "pooled_projection_dim" in config:
+        linear |= {"vector_in.in_layer": (d, config["pooled_projection_dim"]), "vector_in.out_layer": (d, d)}
+    for embedder in ("time_in", *(["guidance_in"] if config.get("guidance_embeds") else [])):
         linear |= {f"{embedder}.in_layer": (d, 256), f"{embedder}.out_layer": (d, d)}
     norms: dict[str, int] = {}
     for i in range(config["num_layers"]):
@@ -158,7 +168,7 @@ def block_tensors(config: Mapping[str, Any]) -> tuple[Shapes, dict[str, int]]:
             linear |= {f"{block}_attn.qkv": (3 * d, d), f"{block}_attn.proj": (d, d)}
             linear |= {f"{block}_mlp.0": (mlp, d), f"{block}_mlp.2": (d, mlp), f"{block}_mod.lin": (6 * d, d)}
             norms |= {f"{block}_attn.norm.query_norm": HEAD_DIM, f"{block}_attn.norm.key_norm": HEAD_DIM}
-    for i in range(config["num_single_layers"]):
+    for i in range(config.get("num_single_layers", 0)):
         block = f"single_blocks.{i}"
         linear |= {f"{block}.linear1": (3 * d + mlp, d), f"{block}.linear2": (d, d + mlp)}
         linear[f"{block}.modulation.lin"] = (3 * d, d)
@@ -213,21 +223,24 @@ def _each_block(
     model: Any, image: Tensor, text: Tensor, by: Modulation, table: Rope, context: StepContext, plan: SequencePlan
 ) -> Blocks:
     """Yields the image rows after each block."""
-    attend = context.attention(plan)
+    attend, dual_stream_block = context.attention(plan), context.block(_dual_stream_block)
     for block in model.transformer_blocks:
         context.enter_block(plan)
-        image, text = _dual_stream_block(block, image, text, by, table, attend)
+        image, text = dual_stream_block(block, image, text, by, table, attend)
         yield image
+    if not hasattr(model, "single_transformer_blocks"):
+        return
+    single_stream_block = context.block(_single_stream_block)
     hidden = torch.cat([_finite(image), text], dim=1)
     for block in model.single_transformer_blocks:
         context.enter_block(plan)
-        hidden = _single_stream_block(block, hidden, by.joint, table, attend)
+        hidden = single_stream_block(block, hidden, by.joint, table, attend)
         yield hidden[:, : image.shape[1]]
 
 
 def head(model: Any, image: Tensor, by: Modulation) -> Tensor:
     """The output projection of image rows [B, n, hidden]."""
-    return model.proj_out(_join([model.norm_out(image[:, rows], vector) for rows, vector in by.image]))
+    return model.proj_out(join([model.norm_out(image[:, rows], vector) for rows, vector in by.image]))
 
 
 def rope_with_text(table: Rope, text: int) -> Rope:
@@ -243,8 +256,15 @@ def _finite(x: Tensor) -> Tensor:
 
 def heads(x: Tensor, norm: Any = None) -> Tensor:
     """[B, S, H·D] → [B, S, H, D], RMS-normalised per head as ComfyUI does it (epsilon of the dtype)."""
-    x = rearrange(x, "b s (h d) -> b s h d", d=HEAD_DIM)
+    x = x.unflatten(-1, (-1, HEAD_DIM))
     return x if norm is None else F.rms_norm(x, (HEAD_DIM,), norm.weight)
+
+
+def qkv(x: Tensor, layers: Sequence[Any], norms: Sequence[Any], eps: float) -> list[Tensor]:
+    """x [B, S, C] → q, k, v [B, S, H, D], of which the norms, for D channels, are applied to q and k."""
+    parts = [layer(x).unflatten(2, (-1, norms[0].weight.shape[0])) for layer in layers]
+    normed = [F.rms_norm(part, norm.weight.shape, norm.weight, eps) for part, norm in zip(parts, norms, strict=False)]
+    return [*normed, parts[2]]
 
 
 def _joint_qkv(attn: Any, image: Tensor, text: Tensor) -> tuple[Tensor, ...]:
@@ -264,7 +284,7 @@ def _joint_qkv(attn: Any, image: Tensor, text: Tensor) -> tuple[Tensor, ...]:
     return tuple(torch.cat([x, y], dim=1) for x, y in zip(own, added, strict=True))
 
 
-def _join(parts: list[Tensor]) -> Tensor:
+def join(parts: list[Tensor]) -> Tensor:
     """Rows one after the other; one part alone is not copied."""
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
@@ -280,7 +300,7 @@ def _modulated(norm: nn.Module, x: Tensor, vectors: Vectors) -> tuple[Tensor, _G
         part, *rest = norm(x[:, rows], emb=vector)
         parts.append(part)
         gates.append((rows, rest))
-    return _join(parts), gates
+    return join(parts), gates
 
 
 def _dual_stream_block(
@@ -304,7 +324,7 @@ def _residuals(x: Tensor, attended: Tensor, gates: _Gates, norm: nn.Module, mlp:
     for rows, (gate_attention, shift, scale, gate_mlp) in gates:
         part = x[:, rows] + attended[:, rows] * gate_attention[:, None]
         parts.append(part + mlp(norm(part) * (1 + scale[:, None]) + shift[:, None]) * gate_mlp[:, None])
-    return _join(parts)
+    return join(parts)
 
 
 def _single_stream_block(block: Any, hidden: Tensor, vectors: Vectors, table: Rope, attend: JointAttention) -> Tensor:
@@ -315,4 +335,4 @@ def _single_stream_block(block: Any, hidden: Tensor, vectors: Vectors, table: Ro
     # The first half of the MLP does not need the attention: it runs while tokens and heads are exchanged.
     out, mlp = attend.with_work(rotate(q, table), rotate(k, table), v, lambda: block.act_mlp(block.proj_mlp(normed)))
     out = block.proj_out(torch.cat([out.flatten(2), mlp], dim=2))
-    return _finite(_join([hidden[:, rows] + gate[:, None] * out[:, rows] for rows, (gate,) in gates]))
+    return _finite(join([hidden[:, rows] + gate[:, None] * out[:, rows] for rows, (gate,) in gates]))

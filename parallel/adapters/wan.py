@@ -98,8 +98,13 @@ _RENAMED = [
 
 class WanAdapter(Adapter):
     family: ClassVar[str] = "wan"
+    title: ClassVar[str] = "Wan 2.1, 2.2"
+    makes: ClassVar[tuple[str, ...]] = ("T2V", "I2V")
     full_precision: ClassVar[tuple[str, ...]] = ("patch_embedding.weight", "patch_embedding.bias")
     read_directly: ClassVar[tuple[str, ...]] = ("patch_embedding",)
+    not_quantised: ClassVar[tuple[str, ...]] = (
+        "text_embedding", "time_embedding", "time_projection", "img_emb", "head",
+    )  # fmt: skip
 
     # --- checkpoint ---------------------------------------------------------------------------------------------
 
@@ -262,10 +267,10 @@ class WanAdapter(Adapter):
         hidden = F.linear(read_tokens(x, start, stop, _PATCH, weight), weight, m.patch_embedding.bias).type_as(text)
 
         def each_block(hidden: Tensor) -> Blocks:
-            attend = context.attention(plan)
+            attend, run = context.attention(plan), context.block(_block)
             for block in m.blocks:
                 context.enter_block(plan)
-                hidden = _block(block, hidden, modulation, own, table, text, image, attend)
+                hidden = run(block, hidden, modulation, own, table, text, image, attend)
                 yield hidden
 
         hidden = context.run_blocks(plan, hidden, each_block(hidden), lambda: modulation)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Protocol, TypeVar
+from typing import Protocol, TypeVar, runtime_checkable
 
 import torch.distributed as dist
 from torch import Tensor
@@ -18,6 +18,7 @@ from .ulysses import Local, UlyssesAttention
 T = TypeVar("T")
 
 
+@runtime_checkable
 class JointAttention(Protocol):
     """Attention of this rank's tokens with those of all ranks that share the sequence."""
 
@@ -26,6 +27,10 @@ class JointAttention(Protocol):
 
     def with_work(self, q: Tensor, k: Tensor, v: Tensor, work: Callable[[], T]) -> tuple[Tensor, T]:
         """As a call; `work`, which must not depend on the result, runs while the first exchange is under way."""
+
+    def start(self, q: Tensor, k: Tensor, v: Tensor) -> Callable[[], Tensor]:
+        """Starts the first exchange; what is returned gives the result, without gradients. q, k and v must stay as they
+        are until then, and one attention must be finished before the next one starts."""
 
 
 class Unexchanged:
@@ -39,6 +44,9 @@ class Unexchanged:
 
     def with_work(self, q: Tensor, k: Tensor, v: Tensor, work: Callable[[], T]) -> tuple[Tensor, T]:
         return self(q, k, v), work()
+
+    def start(self, q: Tensor, k: Tensor, v: Tensor) -> Callable[[], Tensor]:
+        return lambda: self(q, k, v)
 
 
 def joint_attention(

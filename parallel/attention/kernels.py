@@ -7,10 +7,11 @@ each query's scores, by which partial results over different keys are merged.
 from __future__ import annotations
 
 import contextlib
+import inspect
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -28,6 +29,8 @@ class Kernel(ABC):
     """Local attention of this rank's queries with the given keys."""
 
     name: ClassVar[str]
+    no_lse: str = ""
+    """Why `with_lse` cannot be used, if so."""
 
     @abstractmethod
     def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -89,21 +92,48 @@ class Cudnn(Sdpa):
 
 
 class Sage(Kernel):
-    """SageAttention (https://arxiv.org/abs/2410.02367): 8-bit scores, so results differ slightly. Opt-in only."""
+    """SageAttention (https://arxiv.org/abs/2410.02367): 8-bit scores, so results differ slightly. Opt-in only.
+
+    Written after the package's sources, 1.0.6 and 2.2.0; not yet run on a GPU. Its log-sum-exp is natural and of the
+    scaled scores, [B, H, S_q] in fp32, but holds a term that was rounded to q's dtype (the mean key that it takes off
+    before it quantises). 1.x has none, and takes the argument without a word.
+    """
 
     name = "sage"
+
+    _LARGEST_HEAD = 128
 
     def __init__(self) -> None:
         from sageattention import sageattn
 
         self._sageattn = sageattn
+        if "return_lse" not in inspect.signature(sageattn).parameters:
+            self.no_lse = (
+                "attention 'sage' cannot be used in a ring (ring_degree above 1) with this version of sageattention,"
+                " which gives no log-sum-exp; install sageattention 2, set ring_degree to 1, or use auto"
+            )
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return self._sageattn(q, k, v, tensor_layout="HND", is_causal=False)
+        return self._run(q, k, v)
 
     def with_lse(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        out, lse = self._sageattn(q, k, v, tensor_layout="HND", is_causal=False, return_lse=True)
+        assert not self.no_lse
+        out, lse = self._run(q, k, v, return_lse=True)
+        assert lse.shape == q.shape[:3] and lse.dtype == torch.float32
         return out, lse
+
+    def _run(self, q: Tensor, k: Tensor, v: Tensor, **options: bool) -> Any:
+        if q.dtype not in _HALF or q.shape[3] > self._LARGEST_HEAD:
+            raise UnsupportedError(
+                f"attention 'sage' computes in float16 and bfloat16, with heads of up to {self._LARGEST_HEAD} channels;"
+                f" this model has {q.shape[3]} in {str(q.dtype).removeprefix('torch.')}: use auto, sdpa, cudnn or flash"
+            )
+        try:
+            return self._sageattn(q, k, v, tensor_layout="HND", is_causal=False, **options)
+        except (AssertionError, ValueError) as error:  # e.g. a GPU that it has no kernel for
+            raise UnsupportedError(
+                f"attention 'sage': sageattention refuses this model or GPU: {error}; use auto, sdpa, cudnn or flash"
+            ) from error
 
 
 def select(name: str, device: torch.device) -> Kernel:

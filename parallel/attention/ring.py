@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ..errors import UnsupportedError
 from .kernels import Kernel
 from .merge import merge
 from .traffic import Traffic
@@ -28,6 +29,9 @@ class RingAttention:
         group: the ring's process group.
         kernel: must give log-sum-exp.
         traffic: counts what is sent.
+
+    Raises:
+        UnsupportedError: the kernel gives none; on all ranks alike, before anything is sent.
     """
 
     def __init__(
@@ -38,6 +42,8 @@ class RingAttention:
         kernel: Kernel,
         traffic: Traffic | None = None,
     ):
+        if kernel.no_lse:
+            raise UnsupportedError(kernel.no_lse)
         self.chunks = tuple(chunks)
         self.index = index
         self.group = group

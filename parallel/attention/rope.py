@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 Rope = tuple[Tensor, Tensor]
-"""cos and sin, [S, D/2] each, fp32."""
+"""cos and sin, [S, D/2] each, or [S, H, D/2] where each head has angles of its own."""
 
 
 def rope(positions: Sequence[Tensor], dims: Sequence[int], theta: float) -> Rope:
@@ -29,6 +29,6 @@ def rope(positions: Sequence[Tensor], dims: Sequence[int], theta: float) -> Rope
 
 def rotate(x: Tensor, table: Rope) -> Tensor:
     """Rotates x [B, S, H, D] by the angles of its tokens; arithmetic in fp32."""
-    cos, sin = (part[:, None] for part in table)
+    cos, sin = (part if part.ndim == 3 else part[:, None] for part in table)
     even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
     return torch.stack([even * cos - odd * sin, odd * cos + even * sin], dim=-1).flatten(-2).type_as(x)

@@ -18,6 +18,7 @@ i + 1 is on its way in and chunk i − 1 on its way back.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -83,10 +84,19 @@ class UlyssesAttention:
         """As a call, and runs `work` while the first exchange is under way."""
         if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
             return self._differentiable(q, k, v), work()
-        batch, tokens, _, dim = q.shape
-        exchange = self._exchange(batch * dim * q.element_size())
-        coming: Joined | None = self._scatter(exchange, q, k, v, self.chunks[0])
+        finish = self.start(q, k, v)
         result = work()
+        return finish(), result
+
+    def start(self, q: Tensor, k: Tensor, v: Tensor) -> Callable[[], Tensor]:
+        """See `JointAttention.start`."""
+        exchange = self._exchange(q.shape[0] * q.shape[3] * q.element_size())
+        return partial(self._finish, exchange, self._scatter(exchange, q, k, v, self.chunks[0]), q, k, v)
+
+    def _finish(self, exchange: Exchange, started: Joined, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """All that follows the start of the first exchange."""
+        batch, tokens, _, dim = q.shape
+        coming: Joined | None = started
         returning: list[Pieces] = []
         for i, heads in enumerate(self.chunks):
             assert coming is not None
@@ -97,7 +107,7 @@ class UlyssesAttention:
         for heads, pieces in zip(self.chunks, returning, strict=True):
             for piece, (first, last) in zip(pieces(), heads, strict=True):
                 out[:, :, first:last] = piece.view(tokens, batch, last - first, dim)
-        return out.transpose(0, 1), result
+        return out.transpose(0, 1)
 
     def _exchange(self, nbytes: int) -> Exchange:
         """The same choice on every rank; `nbytes` of one head of one token."""

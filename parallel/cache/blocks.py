@@ -39,6 +39,12 @@ class Tally:
     skipped_s: float = 0.0
     """Seconds that the skipped blocks took when they were computed."""
 
+    def add(self, other: Tally) -> None:
+        """Counts another step's too."""
+        self.passes += other.passes
+        self.hits += other.hits
+        self.skipped_s += other.skipped_s
+
 
 @dataclass(slots=True)
 class _Remembered:

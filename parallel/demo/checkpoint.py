@@ -13,8 +13,13 @@ import torch
 from safetensors.torch import save_file
 
 from ..adapters.base import Adapter
+from ..adapters.cogvideox import CogVideoXAdapter
 from ..adapters.flux import FluxAdapter
 from ..adapters.hunyuan_video import HunyuanVideoAdapter
+from ..adapters.hunyuan_video_15 import HunyuanVideo15Adapter
+from ..adapters.ltxv import LTXVAdapter
+from ..adapters.mochi import MochiAdapter
+from ..adapters.qwen_image import QwenImageAdapter
 from ..adapters.two_stream import HEAD_DIM
 from ..adapters.wan import WanAdapter
 
@@ -41,10 +46,13 @@ SCALED_LAYOUTS = ("marker_0", "marker_2", "comfy_quant", "metadata")
 """How files of scaled fp8 name their scales; `marker_N` is the older way, N the marker's count of elements."""
 
 
+_UNSCALED = ("img_in", "final_layer.linear", "cond_type_embedding", "patch_embed.")
+
+
 def scaled_fp8(
     tensors: dict[str, torch.Tensor], layout: str, dtype: torch.dtype = torch.float8_e4m3fn
 ) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """Rounds the weights of linear layers to fp8 with one scale each, but for the image's embedder and the last layer.
+    """Rounds the weights of linear layers to fp8 with one scale each, but for the first and the last.
 
     Args:
         tensors: a whole network.
@@ -59,7 +67,7 @@ def scaled_fp8(
     found: dict[str, torch.Tensor] = {}
     layers: dict[str, dict[str, str]] = {}
     for name, tensor in tensors.items():
-        if tensor.ndim != 2 or not name.endswith(".weight") or name.startswith(("img_in", "final_layer.linear")):
+        if tensor.ndim != 2 or not name.endswith(".weight") or name.startswith(_UNSCALED):
             found[name] = tensor
             continue
         layer = name.removesuffix(".weight")
@@ -161,6 +169,37 @@ def write_tiny_hunyuan_video(
     return config
 
 
+def write_tiny_hunyuan_video_15(
+    path: str | Path,
+    *,
+    seed: int = 0,
+    heads: int = 2,
+    depth: int = 2,
+    context_dim: int = 64,
+    dtype: torch.dtype = torch.float32,
+    prefix: str = "",
+    scaled: str = "",
+) -> dict[str, Any]:
+    """Writes a random HunyuanVideo 1.5 of hidden size heads × 128 as a single safetensors file; returns its
+    configuration. ComfyUI's loader knows these widths of ByT5 and SigLIP only."""
+    config = {
+        "in_channels": 65,
+        "out_channels": 32,
+        "num_attention_heads": heads,
+        "attention_head_dim": HEAD_DIM,
+        "num_layers": depth,
+        "num_refiner_layers": 2,
+        "patch_size": 1,
+        "patch_size_t": 1,
+        "text_embed_dim": context_dim,
+        "text_embed_2_dim": 1472,
+        "image_embed_dim": 1152,
+    }
+    tensors = random_tensors(HunyuanVideo15Adapter(), config, seed)
+    _save(path, {name: tensor.to(dtype) for name, tensor in tensors.items()}, prefix, scaled)
+    return config
+
+
 def write_tiny_flux(
     path: str | Path,
     *,
@@ -228,17 +267,172 @@ def write_tiny_wan(
     return config
 
 
+def write_tiny_mochi(
+    path: str | Path,
+    *,
+    seed: int = 0,
+    heads: int = 2,
+    depth: int = 2,
+    context_dim: int = 64,
+    dtype: torch.dtype = torch.float32,
+    prefix: str = "",
+    scaled: str = "",
+) -> dict[str, Any]:
+    """Writes a random Mochi of hidden size heads × 96 as a single safetensors file; returns its configuration.
+
+    Of these widths ComfyUI and diffusers make hidden layers of the same width. ComfyUI's loader reads no size from the
+    file: it must be told of these.
+    """
+    config = {
+        "num_attention_heads": heads,
+        "attention_head_dim": 96,
+        "num_layers": depth,
+        "pooled_projection_dim": 96,
+        "in_channels": 12,
+        "out_channels": 12,
+        "text_embed_dim": context_dim,
+    }
+    tensors = random_tensors(MochiAdapter(), config, seed)
+    _save(path, {name: tensor.to(dtype) for name, tensor in tensors.items()}, prefix, scaled)
+    return config
+
+
+def write_tiny_ltxv(
+    path: str | Path,
+    *,
+    seed: int = 0,
+    heads: int = 2,
+    depth: int = 2,
+    context_dim: int = 64,
+    causal: bool = False,
+    dtype: torch.dtype = torch.float32,
+    prefix: str = "",
+    scaled: str = "",
+) -> dict[str, Any]:
+    """Writes a random LTXV of hidden size heads × 64 as a single safetensors file; returns its configuration.
+
+    Args:
+        causal: with the positions of version 0.9.5 and newer.
+    """
+    hidden = heads * 64
+    config = {
+        "in_channels": 128,
+        "out_channels": 128,
+        "num_attention_heads": heads,
+        "attention_head_dim": 64,
+        "cross_attention_dim": hidden,
+        "num_layers": depth,
+        "caption_channels": context_dim,
+        "causal_temporal_positioning": causal,
+    }
+    tensors = random_tensors(LTXVAdapter(), config, seed)
+    _save(
+        path,
+        {name: tensor.to(dtype) for name, tensor in tensors.items()},
+        prefix,
+        scaled,
+        {"config": json.dumps({"transformer": config})},
+    )
+    return config
+
+
+def write_tiny_qwen_image(
+    path: str | Path,
+    *,
+    seed: int = 0,
+    heads: int = 2,
+    depth: int = 2,
+    context_dim: int = 64,
+    clean_references: bool = False,
+    layered: bool = False,
+    dtype: torch.dtype = torch.float32,
+    prefix: str = "",
+    scaled: str = "",
+) -> dict[str, Any]:
+    """Writes a random Qwen-Image of hidden size heads × 128 as a single safetensors file; returns its configuration.
+
+    ComfyUI's loader knows 24 heads and a text of 3584 channels only: it must be told of these.
+
+    Args:
+        clean_references: with the mark of Edit 2511.
+        layered: with the embedding that Layered has.
+    """
+    config = {
+        "in_channels": 64,
+        "out_channels": 16,
+        "num_layers": depth,
+        "num_attention_heads": heads,
+        "joint_attention_dim": context_dim,
+        "zero_cond_t": clean_references,
+        "use_additional_t_cond": layered,
+    }
+    tensors = random_tensors(QwenImageAdapter(), config, seed)
+    _save(path, {name: tensor.to(dtype) for name, tensor in tensors.items()}, prefix, scaled)
+    return config
+
+
+def write_tiny_cogvideox(
+    path: str | Path,
+    *,
+    seed: int = 0,
+    heads: int = 2,
+    depth: int = 2,
+    in_channels: int = 16,
+    frames_per_patch: int | None = None,
+    ofs: bool = False,
+    learned_positions: int = 0,
+    context_dim: int = 64,
+    dtype: torch.dtype = torch.float32,
+    prefix: str = "",
+    scaled: str = "",
+) -> dict[str, Any]:
+    """Writes a random CogVideoX of hidden size heads × 64 as a single safetensors file; returns its configuration.
+
+    Args:
+        frames_per_patch: 2 for CogVideoX 1.5.
+        ofs: with the embedding that 1.5 image-to-video has.
+        learned_positions: tokens of video for which the file has positions; 0 makes a model with rotary ones.
+        scaled: a layout of `scaled_fp8`, for a file of that kind.
+    """
+    config = {
+        "num_attention_heads": heads,
+        "in_channels": in_channels,
+        "out_channels": 16,
+        "time_embed_dim": 96,
+        "ofs_embed_dim": 96 if ofs else None,
+        "text_embed_dim": context_dim,
+        "num_layers": depth,
+        "patch_size": 2,
+        "patch_size_t": frames_per_patch,
+        "position_rows": 226 + learned_positions if learned_positions else 0,
+    }
+    tensors = random_tensors(CogVideoXAdapter(), config, seed)
+    _save(path, {name: tensor.to(dtype) for name, tensor in tensors.items()}, prefix, scaled)
+    return config
+
+
 WRITERS: dict[str, Callable[..., dict[str, Any]]] = {
     HunyuanVideoAdapter.family: write_tiny_hunyuan_video,
+    HunyuanVideo15Adapter.family: write_tiny_hunyuan_video_15,
     FluxAdapter.family: write_tiny_flux,
     WanAdapter.family: write_tiny_wan,
+    CogVideoXAdapter.family: write_tiny_cogvideox,
+    MochiAdapter.family: write_tiny_mochi,
+    LTXVAdapter.family: write_tiny_ltxv,
+    QwenImageAdapter.family: write_tiny_qwen_image,
 }
 """Family → what writes its tiny checkpoints; all take `path`, `seed`, `heads`, `depth`, `dtype`, `prefix`, `scaled`."""
 
 
-def _save(path: str | Path, tensors: dict[str, torch.Tensor], prefix: str, scaled: str) -> None:
-    tensors, metadata = scaled_fp8(tensors, scaled) if scaled else (tensors, {})
-    save_file({prefix + name: tensor for name, tensor in tensors.items()}, str(path), metadata)
+def _save(
+    path: str | Path,
+    tensors: dict[str, torch.Tensor],
+    prefix: str,
+    scaled: str,
+    metadata: dict[str, str] | None = None,
+) -> None:
+    tensors, of_scales = scaled_fp8(tensors, scaled) if scaled else (tensors, {})
+    save_file({prefix + name: tensor for name, tensor in tensors.items()}, str(path), of_scales | (metadata or {}))
 
 
 def _original_name(name: str) -> str:

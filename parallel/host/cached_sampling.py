@@ -66,8 +66,12 @@ class CachedSampling:
         return {
             "sampling": self.number,
             "rule": self.settings.rule(family, config, shapes),
-            "active": self._last_sigma < sigma <= self._first_sigma,
+            "active": self.is_active(sigma),
         }
+
+    def is_active(self, sigma: float) -> bool:
+        """Whether a step may skip blocks."""
+        return self._last_sigma < sigma <= self._first_sigma
 
     def count(self, results: Sequence[Mapping[str, Any]], degrees: Degrees) -> None:
         """Takes in what the ranks said of a step."""

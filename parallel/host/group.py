@@ -38,8 +38,9 @@ Progress = Callable[[int, int], None]
 _SLICE_S = 0.05
 _START_TIMEOUT_S = 180.0
 _STUCK_AFTER_S = 600.0
-"""No rank has given a sign of life for so long: one of them hangs. Covers the compilation of a first step."""
+"""No rank has given a sign of life for so long: one of them hangs. A rank that compiles gives signs."""
 _DRAIN_TIMEOUT_S = 60.0
+"""The same, for a call that has been cancelled."""
 _LEAVE_S = 2.0
 """How long idle workers may take to end by themselves."""
 _GRACE_S = 1.0
@@ -77,6 +78,7 @@ class WorkerGroup:
         generation: changes with every group, so that a model knows whether its weights went with an older one.
         figures: what it holds and has computed, for those who watch.
         last_used: when it was last asked for or has last answered, by `time.monotonic`.
+        messages: how many each worker has been sent by calls.
     """
 
     _generations = itertools.count(1)
@@ -85,6 +87,7 @@ class WorkerGroup:
         self.layout = layout
         self._threads = threads or _threads_per_worker(layout)
         self.generation = next(self._generations)
+        self.messages = 0
         self._workers: list[WorkerProcess] = []
         self._control = ControlPage.create()
         self.memory = GroupMemory()
@@ -240,8 +243,8 @@ class WorkerGroup:
     ) -> list[dict[str, Any]]:
         """Runs an operation on every rank and waits for all answers.
 
-        If `poll` raises, the workers are asked to stop and the exception goes on at once; the next call first waits
-        until they have.
+        If `poll` or `on_progress` raises, the workers are asked to stop and the exception goes on at once; the next
+        call first waits until they have.
 
         Returns:
             Each rank's result.
@@ -256,15 +259,15 @@ class WorkerGroup:
             beats: tuple[int, ...] = ()
             last_sign = time.monotonic()
             while not self._when(lambda: len(call.replies) == len(self._workers) or self._failed_reply(call)):
-                if poll is not None:
-                    try:
+                try:
+                    if poll is not None:
                         poll()
-                    except BaseException:
-                        self._control.request_cancel()  # `settle` collects the answers
-                        raise
-                if on_progress is not None and (slowest := self._slowest(call)) != told:
-                    told = slowest
-                    on_progress(*told)
+                    if on_progress is not None and (slowest := self._slowest(call)) != told:
+                        told = slowest
+                        on_progress(*told)
+                except BaseException:
+                    self._control.request_cancel()  # `settle` collects the answers
+                    raise
                 if (now := self._control.beats(len(self._workers))) != beats:
                     beats, last_sign = now, time.monotonic()
                 elif time.monotonic() - last_sign > _STUCK_AFTER_S:
@@ -349,6 +352,7 @@ class WorkerGroup:
         self._raise_failure()
         self._control.reset(len(self._workers))
         self._call = call = _Call(next(self._numbers), operation)
+        self.messages += 1
         segments, fds = self.memory.announce()
         frame = {"op": operation, "id": call.number, "segments": segments, **message}
         for worker in self._workers:
@@ -363,15 +367,18 @@ class WorkerGroup:
             WorkerError: the group has failed, now or earlier.
         """
         self._settle_tasks(poll)
-        call, began = self._call, time.monotonic()
+        call, last_sign = self._call, time.monotonic()
+        beats: tuple[int, ...] = ()
         if call is None:
             self._raise_failure()
             return
         while not self._when(lambda: len(call.replies) == len(self._workers) or self._failed_reply(call)):
             if poll is not None:
                 poll()
-            if time.monotonic() - began > _DRAIN_TIMEOUT_S:
-                self._fail_stuck(call, self._control.beats(len(self._workers)))
+            if (now := self._control.beats(len(self._workers))) != beats:  # e.g. it compiles
+                beats, last_sign = now, time.monotonic()
+            elif time.monotonic() - last_sign > _DRAIN_TIMEOUT_S:
+                self._fail_stuck(call, beats)
         if self._failed_reply(call):
             try:
                 self._raise_failed(call)
@@ -433,7 +440,7 @@ class WorkerGroup:
         operation: str,
         error: dict[str, Any],
         alike: bool,
-        advice: str = "Use a smaller size or fewer frames, more devices, or an fp8 weight_dtype",
+        advice: str = "Use a smaller size or fewer frames, more devices, weights 'offload', or an fp8 weight_dtype",
     ) -> WorkerError:
         kind = WorkerOutOfMemoryError if error["out_of_memory"] else WorkerError
         if error["expected"] and alike:

@@ -66,7 +66,7 @@ class WorkerProcess:
         }
         flags = ["-s"] if sys.flags.no_user_site else []
         try:
-            self.process = subprocess.Popen(
+            self.process = subprocess.Popen(  # noqa: S603 (this interpreter, our own script, no shell)
                 [sys.executable, *flags, str(_BOOT), json.dumps(settings)],
                 pass_fds=(theirs.fileno(), store, common),
                 stdin=subprocess.DEVNULL,
@@ -157,4 +157,6 @@ def _environment(threads: int) -> dict[str, str]:
         "NCCL_SOCKET_IFNAME": "lo",
         "HF_HUB_OFFLINE": "1",
         "PYTHONUNBUFFERED": "1",
+        # Every worker compiles; by default each would do so with as many processes as there are cores.
+        "TORCHINDUCTOR_COMPILE_THREADS": os.environ.get("TORCHINDUCTOR_COMPILE_THREADS", str(threads)),
     }

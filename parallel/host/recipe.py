@@ -52,3 +52,14 @@ def inspect(path: str) -> Inspected:
     source = open_source(path)
     adapter = registry.adapter_for(source)
     return Inspected(source, adapter, adapter.model_config(source))
+
+
+def weight_bytes(inspected: Inspected, recipe: Recipe) -> int:
+    """Of a whole copy of the weights as the workers keep them, but for the few that keep another dtype."""
+    fp8 = recipe.weight_dtype.itemsize == 1
+    dtype = recipe.weight_dtype if fp8 else recipe.compute_dtype
+    source = inspected.source
+    return sum(
+        torch.Size(info.shape).numel() * (info.dtype if name in source.scales else dtype).itemsize
+        for name, info in source.tensors.items()
+    )

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import itertools
 import logging
+import time
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from math import prod
 from typing import Any
 
@@ -18,12 +19,26 @@ from ..checkpoints.source import Stored
 from ..config import resolve
 from ..degrees import Degrees
 from ..errors import WorkerError
+from ..placement import Memory, Placement, bytes_on_device, choose, has_fsdp2
 from ..plan import SequencePlan
+from ..quantise.selection import Selection, select
+from ..quantise.settings import (
+    FP8Choice,
+    FP8Report,
+    FP8Settings,
+    choose_scheme,
+    likely_scheme,
+    refuse_devices,
+)
+from ..sampling.program import Program
 from ..wire.shared import Segment, TensorRef, lay_out
 from . import running
 from .cached_sampling import CachedSampling
+from .compiled_sampling import CompiledSampling
 from .group import Poll, Progress, WorkerGroup
-from .recipe import Inspected, Recipe, inspect
+from .recipe import Inspected, Recipe, inspect, weight_bytes
+from .sampling import SEGMENT, OnStep, SampleReport, Sent
+from .step_request import StepRequest
 
 log = logging.getLogger("sequence_parallel")
 
@@ -36,27 +51,6 @@ _BATCH_BYTES = 64 * 2**20
 Replace = Callable[[str, Stored], Stored]
 """Name and tensor of the checkpoint → what the workers are to use, of the same shape and dtype, with a scale of its own
 if there was one. Without a scale the tensor is in the storage dtype. It must not be written to: it may be the file."""
-
-
-@dataclass(frozen=True, slots=True)
-class StepRequest:
-    """One call of the network."""
-
-    x: Tensor
-    """Latent as ComfyUI hands it to its own network, e.g. [B, C, T, H, W], in the compute dtype."""
-    timestep: Tensor
-    """As ComfyUI hands it over."""
-    conditioning: Mapping[str, Tensor]
-    """Input name → tensor; only what changed since an earlier step travels."""
-    label: str = ""
-    """Names what is computed among the calls of a step, e.g. cond and uncond: what a cache remembers of one of them is
-    not for another."""
-
-    @property
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Of all tensors, by name."""
-        tensors = {"x": self.x, "timestep": self.timestep, **self.conditioning}
-        return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
 
 
 class RemoteModel:
@@ -75,16 +69,23 @@ class RemoteModel:
         self.inspected = inspected or inspect(recipe.path)
         self.name = f"model-{next(_MODELS)}"
         self.nbytes = 0
-        """Bytes of weights that one worker holds; 0 when not loaded."""
+        """Bytes of weights that one worker has on its device; 0 when not loaded."""
+        self.placement: Placement | None = None
+        """Where the weights are, or were last, and why."""
+        self.fp8_report: FP8Report | None = None
+        """What has been quantised, of the weights that were loaded last."""
         self.last_step: list[dict[str, Any]] = []
         """What each rank said of the last step: `seconds`, `collectives` and `bytes_sent` to other ranks; with a cache
-        also `cache`: `passes`, `hits` and `skipped_s` (`cache.blocks.Tally`)."""
+        also `cache`: `passes`, `hits` and `skipped_s` (`cache.blocks.Tally`), with compiled blocks `compile`
+        (`compilation.blocks.Tally`)."""
         self._layout = resolve(recipe.config)
         self._told_degrees: Degrees | None = None
         self._reason = ""
         self._own_group = group
         self._group: WorkerGroup | None = None
         self._generation = 0
+        self._fp8: FP8Settings | None = None
+        self._selections: dict[FP8Settings, Selection] = {}
         self._conditioning = _SentConditioning(self.name)
         self._tensors = NativeTensors(self.inspected.source, self.inspected.adapter, self.inspected.model_config)
         self._version: Hashable = None
@@ -100,29 +101,119 @@ class RemoteModel:
     def group(self) -> WorkerGroup | None:
         return self._group
 
-    def ensure_loaded(self, poll: Poll | None = None, on_progress: Progress | None = None) -> int:
+    def ensure_loaded(
+        self, poll: Poll | None = None, on_progress: Progress | None = None, *, fp8: FP8Settings | None = None
+    ) -> int:
         """Starts workers and loads the weights unless both have been done.
+
+        Args:
+            poll: see `WorkerGroup.call`.
+            on_progress: told in bytes.
+            fp8: quantises them on the way; other settings than those in place load them anew.
 
         Returns:
             Bytes of weights on one worker.
 
         Raises:
+            ConfigError: the devices cannot do what `fp8` asks for.
             WorkerError: loading failed.
         """
         group = self._own_group or running.acquire(self.recipe.config, poll)
-        if self.loaded and group is self._group:
+        if self.loaded and group is self._group and fp8 == self._fp8:
             return self.nbytes
-        message = {"model": self.name, "recipe": self.recipe.to_json()}
-        self._group, self._generation = None, 0
-        results = group.call("load", message, poll=poll, on_progress=on_progress)
-        self._group, self._generation = group, group.generation
+        choice = None if fp8 is None else _choose_scheme(fp8, group, poll)
+        self.unload()  # what is loaded otherwise makes room for this
+        placement = self._place(group, poll, fp8)
+        weights: dict[str, Any] = {"mode": placement.mode, "sharing": self._layout.degrees.sharing}
+        if placement.mode == "offload":
+            weights["segment"] = f"{self.name}-weights"
+            group.settle(poll)
+            group.memory.segment(weights["segment"], 0)  # the workers know how much they need
+        message = {
+            "model": self.name,
+            "recipe": self.recipe.to_json(),
+            "weights": weights,
+            "fp8": None if choice is None else choice.to_json(),
+        }
+        try:
+            results = group.call("load", message, poll=poll, on_progress=on_progress)
+        finally:
+            if "segment" in weights:  # it belongs to the workers now
+                group.memory.drop(weights["segment"])
+        self._group, self._generation, self.placement, self._fp8 = group, group.generation, placement, fp8
         self._conditioning.clear()
         self._version = None
         self._replaced.clear()
         self.nbytes = max(result["nbytes"] for result in results)
         group.figures.holds(self.name, self.recipe.path, self.nbytes)
-        log.info("%s: %.0f MiB of weights on each of %d workers", self.recipe.path, self.nbytes / 2**20, len(results))
+        log.info(
+            "%s: weights %s (%s): %.0f MiB %s",
+            self.recipe.path, placement.mode, placement.reason, self.nbytes / 2**20,
+            "in one copy for all workers"
+            if placement.mode == "offload" and self._layout.device_type == "cpu"
+            else f"on each of {len(results)} workers",
+        )  # fmt: skip
+        self.fp8_report = None if choice is None else self._report(choice, placement, **results[0]["fp8"])
         return self.nbytes
+
+    def _report(self, choice: FP8Choice, placement: Placement, *, saved: int, **counts: int) -> FP8Report:
+        degrees, device_type = self._layout.degrees, self._layout.device_type
+        return FP8Report(
+            scheme=choice.scheme,
+            reason=choice.reason,
+            bytes_before=self.nbytes + bytes_on_device(placement.mode, saved, degrees.sharing, device_type),
+            bytes_after=self.nbytes,
+            **counts,
+        )
+
+    def select_fp8(self, fp8: FP8Settings) -> Selection:
+        """What `fp8` will do to this model, told without workers.
+
+        Raises:
+            ConfigError: the devices cannot do it, or `skip` has a pattern that means no layer.
+        """
+        refuse_devices(fp8, self._layout)
+        if fp8 not in self._selections:
+            self._selections[fp8] = select(
+                self.inspected.source,
+                self.inspected.adapter,
+                self._tensors,
+                scheme=likely_scheme(fp8, self._layout),
+                skip=fp8.patterns,
+                storage=self.recipe.weight_dtype,
+                compute=self.recipe.compute_dtype,
+            )
+        return self._selections[fp8]
+
+    def _whole_bytes(self, fp8: FP8Settings | None) -> int:
+        """Of a whole copy of the weights."""
+        saved = 0 if fp8 is None else self.select_fp8(fp8).saved
+        return weight_bytes(self.inspected, self.recipe) - saved
+
+    def _place(self, group: WorkerGroup, poll: Poll | None, fp8: FP8Settings | None) -> Placement:
+        """Settles where the weights go; asks the workers for their free memory only if that matters."""
+        asked = self.recipe.config.weights
+        if asked != "auto":
+            return Placement(mode=asked, reason="as asked")
+        told = group.call("free memory", {}, poll=poll)
+        return choose(
+            self._whole_bytes(fp8),
+            [Memory(**rank["device"]) for rank in told],
+            Memory(**told[0]["host"]),
+            sharing=self._layout.degrees.sharing if has_fsdp2() else 1,
+            device_type=self._layout.device_type,
+        )
+
+    def expected_bytes(self, fp8: FP8Settings | None = None) -> int:
+        """Of weights on one worker's device when they are loaded; under `auto` as much as it may be."""
+        if self.loaded and fp8 == self._fp8:
+            return self.nbytes
+        return bytes_on_device(
+            self.recipe.config.weights,
+            self._whole_bytes(fp8),
+            self._layout.degrees.sharing,
+            self._layout.device_type,
+        )
 
     def replace_weights(
         self,
@@ -207,7 +298,9 @@ class RemoteModel:
         if group is not None and was_loaded:
             group.figures.dropped(self.name)
             try:
-                group.call("unload", {"model": self.name})
+                # A sampling that was cancelled has left its noise.
+                group.call("unload", {"model": self.name, "drop": [SEGMENT]})
+                group.memory.drop(SEGMENT)
             except WorkerError as error:  # the weights have gone with the workers
                 log.warning("%s", error)
 
@@ -215,7 +308,7 @@ class RemoteModel:
         """As `unload`, without waiting: for a finalizer, which may run in the middle of anything."""
         if self._group is not None and self.loaded:
             self._group.figures.dropped(self.name)
-            self._group.post("unload", {"model": self.name})
+            self._group.post("unload", {"model": self.name, "drop": []})
         self._group, self._generation = None, 0
 
     def forget(self, cache: CachedSampling) -> None:
@@ -239,7 +332,8 @@ class RemoteModel:
     def degrees(self, conditions: int) -> Degrees:
         """How a step with so many conditions is split; a change is logged."""
         heads = self.inspected.model_config["num_attention_heads"]
-        degrees, self._reason = self._layout.degrees.choose(conditions=conditions, heads=heads)
+        sharded = (self.placement.mode if self.placement else self.recipe.config.weights) == "shard"
+        degrees, self._reason = self._layout.degrees.choose(conditions=conditions, heads=heads, sharded=sharded)
         if degrees != self._told_degrees:
             self._told_degrees = degrees
             log.info("plan on %s: %s (%s)", self._layout.describe(), degrees, self._reason)
@@ -258,6 +352,7 @@ class RemoteModel:
         conditions: int = 1,
         cache: CachedSampling | None = None,
         sigma: float = 1.0,
+        compiled: CompiledSampling | None = None,
         poll: Poll | None = None,
     ) -> list[Tensor]:
         """The network's predictions for requests that may run side by side.
@@ -267,6 +362,7 @@ class RemoteModel:
             conditions: how many of cond and uncond are in the requests.
             cache: the sampling that this step is part of, if it may skip blocks.
             sigma: the step's, which decides whether it may.
+            compiled: the sampling that this step is part of, if its blocks are to be compiled.
             poll: see `WorkerGroup.call`.
 
         Returns:
@@ -314,6 +410,7 @@ class RemoteModel:
             "put": put,
             "drop": drop,
             "cache": told,
+            "compile": None if compiled is None else compiled.settings.to_json(),
         }
         try:
             self.last_step = group.call("step", message, poll=poll)
@@ -325,20 +422,118 @@ class RemoteModel:
             raise
         if cache is not None:
             cache.count(self.last_step, degrees)
-        self._note_step(group, requests, degrees, cache)
+        if compiled is not None:
+            compiled.count(self.last_step)
+        self._note_step(group, requests, degrees, cache, self.last_step)
         return [
             _hand_over(results, ref, request.x.device, lend) for ref, request in zip(out_refs, requests, strict=True)
         ]
 
     def _note_step(
-        self, group: WorkerGroup, requests: Sequence[StepRequest], degrees: Degrees, cache: CachedSampling | None
+        self,
+        group: WorkerGroup,
+        requests: Sequence[StepRequest],
+        degrees: Degrees,
+        cache: CachedSampling | None,
+        results: Sequence[Mapping[str, Any]],
     ) -> None:
         """For those who watch: what was computed, by how many."""
         recipe = self.recipe
         sizes = tuple(tuple(sorted(request.shapes.items())) for request in requests)
         work = (recipe.path, recipe.weight_dtype, recipe.compute_dtype, group.layout.attention, sizes)
         report = None if cache is None else cache.report.to_json()
-        group.figures.stepped(work, degrees, self._reason, self.last_step, report)
+        group.figures.stepped(work, degrees, self._reason, results, report)
+
+    def check_sampling(self, program: Program) -> None:
+        """As `check`, for every pass of a program."""
+        seen = set()
+        for network in program.networks:
+            requests = [each.request for each in network.passes]
+            kind = (network.conditions, *(tuple(sorted(request.shapes.items())) for request in requests))
+            kind += tuple(id(tensor) for request in requests for tensor in request.conditioning.values())
+            if kind not in seen:
+                self.check(requests, network.conditions)
+                seen.add(kind)
+
+    def sample(
+        self,
+        program: Program,
+        *,
+        cache: CachedSampling | None = None,
+        compiled: CompiledSampling | None = None,
+        poll: Poll | None = None,
+        on_step: OnStep | None = None,
+    ) -> tuple[Tensor, SampleReport]:
+        """A whole sampling, for which each worker gets one message.
+
+        Args:
+            program: see `sampling.recording`.
+            cache, compiled: as for `steps`.
+            poll: see `WorkerGroup.call`.
+            on_step: see `OnStep`.
+
+        Returns:
+            The result, on the program's device, in fp32.
+
+        Raises:
+            ConfigError, UnsupportedError: before any work.
+            WorkerError: a worker failed; the weights are gone unless `loaded` still says otherwise.
+        """
+        self.check_sampling(program)
+        inspected, networks = self.inspected, program.networks
+        degrees = [self.degrees(network.conditions) for network in networks]
+        passes = [each.request for network in networks for each in network.passes]
+        told = None
+        if cache is not None and passes:
+            told = cache.message(0.0, inspected.adapter.family, inspected.model_config, passes[0].shapes)
+        group = self._group
+        assert group is not None, "call ensure_loaded first"
+        group.settle(poll)
+        sent = Sent(program, degrees, group.memory, with_previews=on_step is not None)
+        kinds = [tuple((name, id(tensor)) for name, tensor in each.conditioning.items()) for each in passes]
+        different = {kind: each.conditioning for kind, each in zip(kinds, passes, strict=True)}
+        keys, put, drop = self._conditioning.update(list(different.values()), group)
+        keys_of = dict(zip(different, keys, strict=True))
+        plain = sent.message([keys_of[kind] for kind in kinds], cache)
+        message = {
+            "model": self.name,
+            **plain,
+            "put": put,
+            "drop": drop,
+            "cache": told,
+            "compile": None if compiled is None else compiled.settings.to_json(),
+        }
+        before, began = group.messages, time.monotonic()
+        try:
+            results = group.call(
+                "sample", message, poll=poll, on_progress=None if on_step is None else sent.previewed(on_step)
+            )
+        except BaseException:
+            self._conditioning.clear()
+            if cache is not None:
+                self.forget(cache)
+                cache.restart()
+            raise
+        report = SampleReport(program.steps, len(passes), group.messages - before, seconds=time.monotonic() - began)
+        if cache is not None:
+            for i, each in enumerate(sent.degrees):
+                cache.count([result["degrees"][i] for result in results], each)
+        if compiled is not None and networks:
+            compiled.count(results)
+        self.last_step = results
+        if networks:
+            requests = [each.request for each in networks[0].passes]
+            per_call = [{**each, "seconds": each["seconds"] / len(networks)} for each in results]
+            self._note_step(group, requests, degrees[0], cache, per_call)
+        result = sent.result()
+        sent.clear()
+        return result, report
+
+
+def _choose_scheme(fp8: FP8Settings, group: WorkerGroup, poll: Poll | None) -> FP8Choice:
+    """The scheme for all ranks, by what each says of its device."""
+    found = [result["support"] for result in group.call("fp8 support", {}, poll=poll)]
+    return choose_scheme(fp8, group.layout, found)
 
 
 def _batches(sizes: Mapping[str, int]) -> Iterator[list[str]]:

@@ -18,6 +18,7 @@ import time
 import traceback
 from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +28,10 @@ import torch.distributed as dist
 from ..attention import kernels
 from ..attention.common_memory import CommonMemory
 from ..attention.traffic import Traffic
-from ..cache.blocks import StepPasses
+from ..cache.blocks import BlockCache, StepPasses, Tally
 from ..checkpoints.source import Stored
+from ..compilation.blocks import CompiledBlocks
+from ..compilation.settings import CompileSettings
 from ..degrees import Degrees
 from ..errors import EngineError, StepCancelled, UnsupportedError
 from ..mesh import Mesh
@@ -37,13 +40,20 @@ from ..wire.channel import Channel, ChannelClosed, Message
 from ..wire.control import SIZE as CONTROL_SIZE
 from ..wire.control import ControlPage
 from ..wire.shared import Segment, TensorRef, dtype_name
+from .fp8_linear import support
+from .free_memory import device_memory, host_memory
+from .homes import MakeHome, Replicated
 from .measurement import Slowed, measure_attention
 from .native_vae import NativeVAE
+from .offloaded import Offloaded
 from .ranks import ParallelContext, Ranks, SoloContext, join
 from .resident import ResidentModel
+from .sampling import Agreement, Sampling
 
 _PR_SET_PDEATHSIG = 1
 _PROGRESS_INTERVAL_S = 0.1
+_BLOCKS_OF_A_PASS = 2**20
+"""More than any step of a sampling enters."""
 _OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "cannot allocate memory")
 """What errors of CUDA's, PyTorch's and the system's allocators say, whatever their class."""
 
@@ -83,13 +93,16 @@ class Worker:
         self._control: ControlPage | None = None
         self._models: dict[str, ResidentModel] = {}
         self._vaes: dict[str, NativeVAE] = {}
-        self._checked: set[tuple[str, torch.dtype, Degrees]] = set()
+        self._checked: set[tuple[str, torch.dtype, str | None, Degrees]] = set()
         self._operations: dict[str, Callable[[Message], dict[str, Any]]] = {
+            "fp8 support": self._fp8_support,
+            "free memory": self._free_memory,
             "load": self._load,
             "unload": self._unload,
             "weights": self._weights,
             "forget_cache": self._forget_cache,
             "step": self._step,
+            "sample": self._sample,
             "echo": self._echo,
             "attention": self._attention,
             "slow": self._slow,
@@ -122,9 +135,19 @@ class Worker:
 
     # --- operations ---------------------------------------------------------------------------------------------
 
+    def _fp8_support(self, message: Message) -> dict[str, Any]:
+        """Which FP8 products this rank's device has."""
+        with torch.no_grad():
+            return {"support": support(self._device)}
+
+    def _free_memory(self, message: Message) -> dict[str, Any]:
+        """Of this rank's device, and of the machine."""
+        self._give_memory_back()
+        return {"device": asdict(device_memory(self._device)), "host": asdict(host_memory())}
+
     def _load(self, message: Message) -> dict[str, Any]:
         """Makes a model resident; the self-check runs the first time a family is used in a dtype."""
-        self._models.pop(message["model"], None)
+        self._drop_model(message["model"])
         told = time.monotonic()
 
         def progress(done: int, total: int) -> None:
@@ -138,14 +161,33 @@ class Worker:
                 self._channel.send({"event": "progress", "done": done, "total": total})
 
         with torch.no_grad():
-            model = ResidentModel(message["recipe"], self._device, progress)
+            home = self._home(message["weights"])
+            model = ResidentModel(message["recipe"], self._device, progress, home, message["fp8"])
             self._models[message["model"]] = model
-        return {"nbytes": model.nbytes, "family": model.adapter.family}
+        return {"nbytes": model.nbytes, "family": model.adapter.family, "fp8": model.fp8_report}
+
+    def _home(self, wanted: Message) -> MakeHome:
+        """Where the host wants a model's weights."""
+        mode = wanted["mode"]
+        if mode == "shard":
+            from .sharded import Sharded  # FSDP2 takes a second to import
+
+            return partial(Sharded, group=self._ranks.weights_group(wanted["sharing"]))
+        if mode == "offload":
+            file = self._segments.pop(wanted["segment"])
+            return partial(Offloaded, file=file, rank=self._rank, ranks=self._ranks.world_size)
+        return Replicated
 
     def _unload(self, message: Message) -> dict[str, Any]:
-        self._models.pop(message["model"], None)
+        self._drop_model(message["model"])
+        for name in message["drop"]:
+            self._drop_segment(name)
         self._give_memory_back()
         return {}
+
+    def _drop_model(self, name: str) -> None:
+        if (model := self._models.pop(name, None)) is not None:
+            model.close()
 
     def _give_memory_back(self) -> None:
         gc.collect()
@@ -182,26 +224,98 @@ class Worker:
         mesh = self._ranks.mesh(Degrees(**message["degrees"]))
         with torch.no_grad():
             self._check(model, mesh)
+            blocks = self._compiled(model, message["compile"], mesh)
             began = time.perf_counter()
             context = ParallelContext(self._ranks, mesh, self._control)
-            requests = message["requests"]
-            batches = [request["x"]["shape"][0] for request in requests]
+            context.compiler = blocks
             cache = None
             if (wanted := message["cache"]) is not None:
-                total = self._ranks.total(mesh, context.traffic)
                 cache = model.cache(wanted["sampling"], wanted["rule"])
                 cache.begin_step(mesh.degrees, wanted["active"])
-            for request, rows in zip(requests, share_of(batches, mesh.group, mesh.degrees.groups), strict=True):
-                if rows.stop > rows.start:
-                    x, timestep, out = (self._tensor(request[name]) for name in ("x", "timestep", "out"))
-                    if cache is not None:
-                        samples = (request["label"], rows.start, rows.stop)
-                        context.cache = StepPasses(cache, samples, tuple(x.shape), total)
-                    model.step(x, timestep, request["conditioning"], rows, out, context)
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)  # the result lies in shared memory when the host hears of it
+            self._run_requests(model, message["requests"], mesh, context, cache)
         counted = {} if cache is None else {"cache": asdict(cache.tally)}
+        if blocks is not None:
+            counted["compile"] = asdict(blocks.take_tally())
         return {"seconds": time.perf_counter() - began, **asdict(context.traffic), **counted}
+
+    def _sample(self, message: Message) -> dict[str, Any]:
+        """Runs a whole sampling. What it returns, and counts of a cache, is kept apart by the degrees of its passes."""
+        model = self._models[message["model"]]
+        model.drop_conditioning(message["drop"])
+        for key, ref in message["put"].items():
+            model.put_conditioning(key, self._tensor(ref))
+        assert self._control is not None
+        control = self._control
+        meshes = [self._ranks.mesh(Degrees(**degrees)) for degrees in message["degrees"]]
+        contexts: list[ParallelContext] = []
+        seconds, tallies = [0.0 for _ in meshes], [Tally() for _ in meshes]
+
+        def passes(instruction: dict[str, Any]) -> None:
+            which = instruction["degrees"]
+            mesh = meshes[which]
+            # Batch groups may have run unequal numbers of blocks; under the next degrees their ranks may be one group.
+            context = ParallelContext(self._ranks, mesh, control, first_block=len(contexts) * _BLOCKS_OF_A_PASS)
+            contexts.append(context)
+            context.compiler = compilers[which]
+            cache = None
+            if (wanted := message["cache"]) is not None:
+                cache = model.cache(wanted["sampling"], wanted["rule"])
+                cache.begin_step(mesh.degrees, instruction["active"])
+            began = time.perf_counter()
+            self._run_requests(model, instruction["network"], mesh, context, cache)
+            seconds[which] += time.perf_counter() - began
+            if cache is not None:
+                tallies[which].add(cache.tally)
+
+        def told(done: int, total: int) -> None:
+            self._channel.send({"event": "progress", "done": done, "total": total})
+
+        with torch.no_grad():
+            for mesh in meshes:
+                self._check(model, mesh)
+            compilers = [self._compiled(model, message["compile"], mesh) for mesh in meshes]
+            began = time.perf_counter()
+            sampling = Sampling(
+                message,
+                rank=self._rank,
+                world_size=self._ranks.world_size,
+                tensor_at=self._tensor,
+                agreement=Agreement(self._device),
+                cancel_requested=lambda: control.cancel_requested,
+            )
+            sampling.run(passes, told)
+        blocks = next(iter(compilers), None)  # one for all degrees
+        counted = {} if blocks is None else {"compile": asdict(blocks.take_tally())}
+        return {
+            **counted,
+            "seconds": time.perf_counter() - began,
+            "collectives": sum(context.traffic.collectives for context in contexts),
+            "bytes_sent": sum(context.traffic.bytes_sent for context in contexts),
+            "degrees": [
+                {"seconds": took, "cache": asdict(tally)} for took, tally in zip(seconds, tallies, strict=True)
+            ],
+        }
+
+    def _run_requests(
+        self,
+        model: ResidentModel,
+        requests: list[dict[str, Any]],
+        mesh: Mesh,
+        context: ParallelContext,
+        cache: BlockCache | None,
+    ) -> None:
+        """This rank's part of requests that run side by side; the results lie in shared memory when it returns."""
+        total = None if cache is None else self._ranks.total(mesh, context.traffic)
+        batches = [request["x"]["shape"][0] for request in requests]
+        for request, rows in zip(requests, share_of(batches, mesh.group, mesh.degrees.groups), strict=True):
+            if rows.stop > rows.start:
+                x, timestep, out = (self._tensor(request[name]) for name in ("x", "timestep", "out"))
+                if cache is not None and total is not None:
+                    samples = (request["label"], rows.start, rows.stop)
+                    context.cache = StepPasses(cache, samples, tuple(x.shape), total)
+                model.step(x, timestep, request["conditioning"], rows, out, context)
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
 
     def _load_vae(self, message: Message) -> dict[str, Any]:
         """Rebuilds ComfyUI's VAE around the weights that the host shares; a CPU rank computes with them where they are.
@@ -285,12 +399,29 @@ class Worker:
 
     def _check(self, model: ResidentModel, mesh: Mesh) -> None:
         """Split against alone, before the first step of a family in a dtype and mesh; all ranks are here together."""
-        key = (model.adapter.family, model.compute_dtype, mesh.degrees)
+        key = (model.adapter.family, model.compute_dtype, model.scheme, mesh.degrees)
         if mesh.degrees.sp > 1 and key not in self._checked:
             assert self._control is not None
             context = ParallelContext(self._ranks, mesh, self._control)
             model.self_check(context, SoloContext(self._ranks.kernel), mesh.degrees)
             self._checked.add(key)
+
+    def _compiled(self, model: ResidentModel, wanted: dict[str, Any] | None, mesh: Mesh) -> CompiledBlocks | None:
+        """The compiler of the model's blocks, which are compared with uncompiled ones before their first step.
+
+        That is of use with dynamic sizes only: else what is compiled for the small step is for nothing else. Whether it
+        is done is known to all ranks alike, whatever has become of a rank's compiler.
+        """
+        if wanted is None:
+            return None
+        control, settings = self._control, CompileSettings(**wanted)
+        assert control is not None
+        blocks = model.compiled(settings, lambda: control.beat(self._rank))
+        if settings.dynamic and mesh.degrees not in blocks.checked:
+            compiled, uncompiled = (ParallelContext(self._ranks, mesh, control) for _ in range(2))
+            model.check_compiled(blocks, compiled, uncompiled, mesh.degrees)
+            blocks.checked.add(mesh.degrees)
+        return blocks
 
     def _tensor(self, ref: dict[str, Any]) -> torch.Tensor:
         place = TensorRef.from_json(ref)

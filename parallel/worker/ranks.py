@@ -64,6 +64,7 @@ class Ranks:
         self._meshes: dict[Degrees, Mesh] = {}
         self._common: dict[Degrees, CommonMemoryExchange] = {}
         self._sequences: dict[Degrees, dist.ProcessGroup | None] = {}
+        self._weights_groups: dict[int, dist.ProcessGroup] = {}
 
     @property
     def world_size(self) -> int:
@@ -90,6 +91,21 @@ class Ranks:
 
         return total
 
+    def weights_group(self, sharing: int) -> dist.ProcessGroup:
+        """The ranks that share a sequence, `sharing` of them, and its weights. All ranks of the world must ask.
+
+        On CUDA it is a group of its own: its collectives are launched a block ahead, and those of one group run in the
+        order of their launches.
+        """
+        if sharing not in self._weights_groups:
+            parts = [range(start, start + sharing) for start in range(0, self.world_size, sharing)]
+            group = self.mesh(Degrees(dp=len(parts), ulysses=sharing)).ulysses
+            if self.device.type == "cuda":
+                group = dist.new_subgroups_by_enumeration([list(part) for part in parts])[0]
+            assert group is not None, "more than one rank"
+            self._weights_groups[sharing] = group
+        return self._weights_groups[sharing]
+
     def joint_attention(self, plan: SequencePlan, mesh: Mesh, pipeline: int, traffic: Traffic) -> JointAttention:
         """This rank's part of the joint attention of `plan` under `mesh`."""
         common = self._common.get(mesh.degrees)
@@ -97,16 +113,20 @@ class Ranks:
 
 
 class ParallelContext(StepContext):
-    """A step under a mesh: this rank's sequence-parallel group shares a sequence."""
+    """A step under a mesh: this rank's sequence-parallel group shares a sequence.
 
-    def __init__(self, ranks: Ranks, mesh: Mesh, control: ControlPage):
+    Args:
+        first_block: the first one's number; it grows through all steps of one call of the host.
+    """
+
+    def __init__(self, ranks: Ranks, mesh: Mesh, control: ControlPage, first_block: int = 0):
         self.rank = mesh.sp_rank
         self._mesh = mesh
         self._weights = mesh.members(ranks.weights)
         self._ranks = ranks
         self._device = ranks.device
         self._control = control
-        self._block = 0
+        self._block = first_block
         self.traffic = Traffic()
         self._events: collections.deque[torch.cuda.Event] = collections.deque()
 

@@ -15,13 +15,24 @@ from ..adapters.native import NativeTensors
 from ..cache.blocks import BlockCache, block_cache
 from ..checkpoints.quantised import FP8
 from ..checkpoints.source import Stored, TensorInfo, open_source
+from ..compilation.blocks import CompiledBlocks
+from ..compilation.settings import CompileSettings
 from ..degrees import Degrees
 from ..errors import CheckpointError, UnsupportedError
+from ..quantise.selection import Selection, select
+from ..quantise.settings import DYNAMIC
+from .fp8_linear import E4M3, FP8Linear, become_fp8, is_rowwise, quantised
+from .homes import Home, MakeHome, Replicated, own
 from .ranks import SoloContext
-from .scaled_linear import ScaledLinear
+from .scaled_linear import CastLinear, ScaledLinear
 
 Progress = Callable[[int, int], None]
 """Called with bytes read and bytes in total; may raise StepCancelled."""
+
+
+_ALLOWED_IN_FP8 = 0.2
+"""Of the self-check: tensor-wise scales are those of each rank's tokens, which alone makes 0.03; a wrong split makes
+0.4 and more."""
 
 
 class ResidentModel:
@@ -31,13 +42,23 @@ class ResidentModel:
         recipe: `path`, `weight_dtype` (storage) and `compute_dtype`, see `host.recipe.Recipe`.
         device: where the weights go.
         progress: called after each tensor.
+        home: where they go there.
+        fp8: `scheme` and `skip` of `quantise.settings.FP8Choice`, if linear layers are to be quantised.
 
     Raises:
         CheckpointError: the file does not fit the family's model.
         UnsupportedError: the family is not supported.
+        ConfigError: `skip` has a pattern that means no layer.
     """
 
-    def __init__(self, recipe: Mapping[str, Any], device: torch.device, progress: Progress):
+    def __init__(
+        self,
+        recipe: Mapping[str, Any],
+        device: torch.device,
+        progress: Progress,
+        home: MakeHome = Replicated,
+        fp8: Mapping[str, Any] | None = None,
+    ):
         self._source = open_source(recipe["path"])
         self.adapter: Adapter = registry.adapter_for(self._source)
         self.config = self.adapter.model_config(self._source)
@@ -48,43 +69,77 @@ class ResidentModel:
             self._source.scales
         ):  # what is large is in fp8 already, and the rest of such a file was left out of it on purpose
             self._storage = self.compute_dtype
+        self._tensors = NativeTensors(self._source, self.adapter, self.config)
+        self.scheme: str | None = None if fp8 is None else fp8["scheme"]
+        self._selection = Selection({}, 0, 0, 0, 0) if fp8 is None else self._select(fp8)
         model_class = self.adapter.model_class()
         with torch.device("meta"):  # no memory until a weight is read
             self.model = model_class(**self.config)
-        if self._storage in FP8:
-            _keep_fp8(self.model, self._storage, self.compute_dtype, self.adapter.read_directly)
-        self._load(progress)
         self.model.eval().requires_grad_(False)
-        self._tensors = NativeTensors(self._source, self.adapter, self.config)
+        self._keep_dtypes()
+        self.home: Home = home(self.model, device)
+        try:
+            self._load(progress)
+        except BaseException:
+            self.home.close()
+            raise
         self._conditioning: dict[str, Tensor] = {}
         self._prepared: dict[tuple[Any, ...], Any] = {}
         self._caches: dict[int, BlockCache] = {}
+        self._compilers: dict[CompileSettings, CompiledBlocks] = {}
 
     @property
     def nbytes(self) -> int:
-        """Bytes of weights on the device."""
-        return sum(p.nbytes for p in self.model.parameters())
+        """Bytes of weights on the device, between steps."""
+        return self.home.nbytes
+
+    @property
+    def fp8_report(self) -> dict[str, Any] | None:
+        """What has been quantised: the counts of `quantise.settings.FP8Report`, and what a copy saves in bytes."""
+        if self.scheme is None:
+            return None
+        of = self._selection
+        counts = {"layers": len(of.weights), "already": of.already, "skipped": of.skipped, "unfit": of.unfit}
+        return {**counts, "saved": of.saved}
 
     def set_parameter(self, name: str, part: Tensor, scale: float | None) -> None:
-        """Sets a parameter of the diffusers model to a copy of `part` × `scale`, in the dtype in which it is kept.
+        """Sets this rank's share of a parameter of the diffusers model to a copy of `part` × `scale`.
 
-        With a scale `part` is fp8, and stays so if it is the weight of a linear layer.
+        It is rounded to the dtype in which it is kept. With a scale `part` is fp8, and stays so if it is the weight of
+        a linear layer. What is to be quantised is quantised here, whether it comes from the file or from a LoRA.
         """
-        path, _, leaf = name.rpartition(".")
-        module = self.model.get_submodule(path)
+        if name in self._selection.weights:
+            self._set_quantised(name, part, scale)
+            return
+        mine, rows = self.home.share(name)
+        part = part[rows]
+        module = self.model.get_submodule(name.rpartition(".")[0])
         if scale is not None:
-            if leaf == "weight" and type(module) in (nn.Linear, ScaledLinear):
-                ScaledLinear.keep(module, part.to(self.device, copy=True), scale)
+            if mine.dtype in FP8 and isinstance(module, ScaledLinear):
+                module.scale = scale
+                mine.copy_(part)
                 return
             part = part.float().mul_(scale)
-        if name in self.adapter.full_precision:
-            value = part.to(self.device, torch.float32, copy=True)
-        else:
-            # ComfyUI rounds weights to the storage dtype first; so do we, to get its results.
-            value = part.to(self.device, self._storage, copy=True)
-            if self.model.get_parameter(name).dtype not in FP8:
-                value = value.to(self.compute_dtype)
-        module._parameters[leaf] = nn.Parameter(value, requires_grad=False)
+        if name not in self.adapter.full_precision:
+            part = part.to(self._storage)  # ComfyUI rounds weights to this first; so do we, to get its results
+        mine.copy_(part)
+
+    def _set_quantised(self, name: str, part: Tensor, scale: float | None) -> None:
+        """This rank's share of a weight that is quantised, and of its scales."""
+        assert self.scheme is not None
+        weight, rows = self.home.share(name)
+        scales, scale_rows = self.home.share(_scale_of(name))
+        if is_rowwise(self.scheme):
+            part, rows, scale_rows = part[rows], slice(None), slice(None)
+        if scale is None:
+            part, scale = part.to(self._storage), 1.0 if self._storage in FP8 else None
+        values, found = quantised(self.scheme, part.to(self.device), scale)
+        weight.copy_(values[rows])
+        scales.copy_(found[scale_rows])
+
+    def close(self) -> None:
+        """Before it goes."""
+        self.home.close()
 
     def cache(self, sampling: int, rule: Mapping[str, Any]) -> BlockCache:
         """What the sampling of this number remembers, with the rule of its first step."""
@@ -98,6 +153,15 @@ class ResidentModel:
             self._caches.clear()
         else:
             self._caches.pop(sampling, None)
+
+    def compiled(self, settings: CompileSettings, sign_of_life: Callable[[], None]) -> CompiledBlocks:
+        """The compiler of this model's blocks, kept as long as the model: MODELs that share it can want different ones.
+
+        See `CompiledBlocks` for the arguments.
+        """
+        if settings not in self._compilers:
+            self._compilers[settings] = CompiledBlocks(settings, sign_of_life)
+        return self._compilers[settings]
 
     def put_weight(self, name: str, stored: Stored) -> None:
         """Replaces the checkpoint's tensor `name` (of `NativeTensors`) by a copy of another one of its shape."""
@@ -140,7 +204,8 @@ class ResidentModel:
             mine = {name: t[rows] if len(t) == len(x) else t for name, t in tensors.items()}
             self._prepared[wanted] = self.adapter.prepare(mine)
         timestep = timestep[rows].to(self.device)
-        self.adapter.step(self.model, x[rows], timestep, self._prepared[wanted], out[rows], context)
+        with self.home.in_use():
+            self.adapter.step(self.model, x[rows], timestep, self._prepared[wanted], out[rows], context)
 
     def self_check(self, context: StepContext, solo: SoloContext, degrees: Degrees) -> None:
         """Runs a small uneven step on all ranks and again on this rank alone, and compares this rank's part.
@@ -149,16 +214,8 @@ class ResidentModel:
             UnsupportedError: they differ, so the family's split is wrong with these library versions.
         """
         inputs = self.adapter.example(self.config, degrees.sp, self.compute_dtype)
-        x, timestep = inputs.pop("x"), inputs.pop("timestep").to(self.device)
-        prepared = self.adapter.prepare({name: tensor.to(self.device) for name, tensor in inputs.items()})
-        untouched = 2.0**20
-        ours = torch.full(self.adapter.output_shape(self.config, tuple(x.shape)), untouched, dtype=x.dtype)
-        alone = ours.clone()
-        self.adapter.step(self.model, x, timestep, prepared, ours, context)
-        self.adapter.step(self.model, x, timestep, prepared, alone, solo)
-        mine = ours != untouched
-        difference = (ours - alone)[mine].abs().max() / alone.abs().max() if mine.any() else torch.tensor(0.0)
-        allowed = 1e-4 if self.compute_dtype == torch.float32 else 0.05
+        difference = self._difference(inputs, context, solo)
+        allowed = self._allowed_difference
         if not difference <= allowed:
             raise UnsupportedError(
                 f"{self.adapter.family} failed its self-check: split as {degrees}, the prediction differs"
@@ -166,10 +223,89 @@ class ResidentModel:
                 f" versions of torch ({torch.__version__}) and diffusers."
             )
 
+    def _select(self, fp8: Mapping[str, Any]) -> Selection:
+        return select(
+            self._source,
+            self.adapter,
+            self._tensors,
+            scheme=fp8["scheme"],
+            skip=fp8["skip"],
+            storage=self._storage,
+            compute=self.compute_dtype,
+        )
+
+    def check_compiled(
+        self, blocks: CompiledBlocks, compiled: StepContext, uncompiled: StepContext, degrees: Degrees
+    ) -> None:
+        """Runs a small step on all ranks with compiled blocks and again without; where this rank's part differs, this
+        rank leaves its blocks uncompiled.
+
+        The step has several tokens on each rank, so that its graphs fit the sizes of real ones: with dynamic sizes they
+        are compiled here, and for good. It has one timestep per sample, as most have; one per frame is another graph.
+        """
+        compiled.compiler = blocks
+        inputs = self.adapter.example(self.config, 4 * degrees.sp, self.compute_dtype)
+        if inputs["timestep"].ndim > 1:
+            inputs["timestep"] = inputs["timestep"][:, 0]
+        difference = self._difference(inputs, compiled, uncompiled)
+        if not blocks.failure and not difference <= self._allowed_difference:
+            blocks.give_up(f"compiled, a small step differs by {difference:.2g} (relative) from one that is not")
+
+    @property
+    def _allowed_difference(self) -> float:
+        """Relative, of two ways to compute a step."""
+        if self.scheme in DYNAMIC:
+            return _ALLOWED_IN_FP8
+        return 1e-4 if self.compute_dtype == torch.float32 else 0.05
+
+    def _difference(self, inputs: dict[str, Tensor], first: StepContext, second: StepContext) -> float:
+        """Largest relative difference between two runs of one step, over what `first` writes on this rank."""
+        x, timestep = inputs.pop("x"), inputs.pop("timestep").to(self.device)
+        prepared = self.adapter.prepare({name: tensor.to(self.device) for name, tensor in inputs.items()})
+        untouched = 2.0**20
+        out = torch.full(self.adapter.output_shape(self.config, tuple(x.shape)), untouched, dtype=x.dtype)
+        reference = out.clone()
+        with self.home.in_use():
+            self.adapter.step(self.model, x, timestep, prepared, out, first)
+            self.adapter.step(self.model, x, timestep, prepared, reference, second)
+        mine = out != untouched
+        if not mine.any():
+            return 0.0
+        largest = reference[reference != untouched].abs().max()
+        return float((out - reference)[mine].abs().max() / largest)
+
+    def _keep_dtypes(self) -> None:
+        """Gives each parameter, still without data, the dtype in which it is kept.
+
+        fp8 storage keeps linear layers so; what else there is keeps the rounded values in the compute dtype, and so
+        does what the family reads without calling the layer. Of a scaled-fp8 file the scaled layers stay in fp8.
+        """
+        scaled: dict[str, torch.dtype] = {}
+        for name in self._source.scales:
+            info = self._source.tensors[name]
+            scaled |= {piece.name: info.dtype for piece in self.adapter.pieces(name, info.shape, self.config)}
+        for path, module in self.model.named_modules():
+            if type(module) is nn.Linear:
+                if self.scheme is not None and f"{path}.weight" in self._selection.weights:
+                    become_fp8(module, self.scheme)
+                    scaled |= {f"{path}.weight": E4M3, f"{path}.scale": torch.float32}
+                elif f"{path}.weight" in scaled:
+                    module.__class__ = ScaledLinear
+                elif self._storage in FP8 and not any(re.search(p, path) for p in self.adapter.read_directly):
+                    module.__class__ = CastLinear
+            for name, parameter in list(module.named_parameters(path, recurse=False)):
+                dtype = self._storage if isinstance(module, CastLinear) else self.compute_dtype
+                if isinstance(module, ScaledLinear | FP8Linear):
+                    dtype = scaled.get(name, dtype)
+                if name in self.adapter.full_precision:
+                    dtype = torch.float32
+                own(self.model, name, torch.empty_like(parameter, dtype=dtype))
+
     def _load(self, progress: Progress) -> None:
         """Fills the model's parameters from the file, one tensor at a time."""
         source = self._source
-        expected = dict(self.model.named_parameters())
+        made = {_scale_of(name) for name in self._selection.weights}
+        expected = {name: p for name, p in self.model.named_parameters() if name not in made}
         missing = set(expected)
         total = sum(_nbytes(info) for info in source.tensors.values())
         done = 0
@@ -197,19 +333,14 @@ class ResidentModel:
             raise CheckpointError(f"{source.path} lacks {len(missing)} tensors of {self.adapter.family}, e.g. {some}")
 
 
+def _scale_of(weight: str) -> str:
+    """Name of the parameter that scales a quantised weight."""
+    return f"{weight.removesuffix('weight')}scale"
+
+
 def _is_superfluous(model: Any, name: str) -> bool:
     """Whether diffusers itself ignores this tensor of its folders: an old release wrote it, no model needs it."""
     return any(re.search(pattern, name) for pattern in model._keys_to_ignore_on_load_unexpected or ())
-
-
-def _keep_fp8(model: nn.Module, storage: torch.dtype, compute: torch.dtype, but: tuple[str, ...]) -> None:
-    """Keeps the large weights in fp8, but for those of modules named so, and casts each for the time of its use.
-
-    Called before there are any: no weight is ever held in more bits than it keeps.
-    """
-    from diffusers.hooks import apply_layerwise_casting
-
-    apply_layerwise_casting(model, storage, compute, skip_modules_pattern=but)
 
 
 def _nbytes(info: TensorInfo) -> int:

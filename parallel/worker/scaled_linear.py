@@ -1,4 +1,7 @@
-"""A linear layer whose weight is kept in fp8."""
+"""Linear layers whose weights are kept in fp8, and made in the input's dtype for the time of each call.
+
+A layer's parameters stay the same objects and keep their memory, so they can be wherever a `Home` keeps them.
+"""
 
 from __future__ import annotations
 
@@ -6,17 +9,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
+class CastLinear(nn.Linear):
+    """Weight and bias are kept in another dtype than the one of the arithmetic."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        bias = None if self.bias is None else self.bias.to(input.dtype)
+        return F.linear(input, self.weight.to(input.dtype), bias)
+
+
 class ScaledLinear(nn.Linear):
-    """The true weight is `weight` (fp8) × `scale`; it is made in the input's dtype, for the time of each call."""
+    """The true weight is `weight` (fp8) × `scale`."""
 
-    scale: float
-
-    @classmethod
-    def keep(cls, layer: nn.Module, weight: Tensor, scale: float) -> None:
-        """Gives a linear layer this fp8 weight and this scale."""
-        layer.__class__ = cls
-        layer._parameters["weight"] = nn.Parameter(weight, requires_grad=False)
-        layer.scale = scale  # type: ignore[assignment]  # a plain number: no cast of the module rounds it
+    scale: float | Tensor
+    """Of a file's tensor, as a plain number: no cast of the module rounds it; or of each row, a parameter [N, 1]."""
 
     def forward(self, input: Tensor) -> Tensor:
         return F.linear(input, self.weight.to(input.dtype).mul_(self.scale), self.bias)

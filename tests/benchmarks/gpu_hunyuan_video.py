@@ -17,6 +17,8 @@ import platform
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from math import inf
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -29,6 +31,9 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from parallel.adapters.base import StepContext
 from parallel.adapters.hunyuan_video import HunyuanVideoAdapter
 from parallel.attention.kernels import select
+from parallel.cache.blocks import FirstBlockCache, StepPasses
+from parallel.compilation.blocks import CompiledBlocks
+from parallel.compilation.settings import CompileSettings
 from parallel.degrees import Degrees
 from parallel.errors import EngineError
 from parallel.wire.control import ControlPage
@@ -44,6 +49,22 @@ TOY = FULL | {"num_attention_heads": 8, "num_layers": 1, "num_single_layers": 1,
 TOY_LATENT = (1, 16, 2, 8, 8)
 TEXT, VALID = 256, 201
 SHARES = (2, 4, 8)
+
+
+@dataclass(frozen=True)
+class Variant:
+    """What a step on one rank has beside the kernel that `auto` chooses."""
+
+    compiled: bool = False
+    cache_hit: bool = False
+    """First Block Cache skips all blocks but the first."""
+
+
+VARIANTS = {
+    "+ compile": Variant(compiled=True),
+    "+ cache hit": Variant(cache_hit=True),
+    "+ compile + cache hit": Variant(compiled=True, cache_hit=True),
+}
 
 
 class Bench:
@@ -90,6 +111,22 @@ class Bench:
         prepared = self.adapter.prepare(self.conditioning)
         self.adapter.step(self.model, self.x, self.timestep, prepared, self.out, context)
 
+    def variant(self, variant: Variant) -> float | str:
+        """Seconds of a step, or why there are none."""
+        context = SoloContext(select("auto", self.device))
+        blocks = CompiledBlocks(CompileSettings(), lambda: None) if variant.compiled else None
+        context.compiler = blocks
+        cache = FirstBlockCache(inf, self.device, most_in_a_row=0)
+
+        def step() -> None:
+            if variant.cache_hit:
+                cache.begin_step(Degrees(), active=True)
+                context.cache = StepPasses(cache, "step", self.latent, lambda sums: None)
+            self.step(context)
+
+        seconds = self.seconds(step)  # compiles, and fills the cache, in the warm-up
+        return f"not available: {blocks.failure}" if blocks is not None and blocks.failure else seconds
+
     def stock(self) -> None:
         """diffusers' own forward, which masks the padding instead of trimming it."""
         self.model(
@@ -132,6 +169,8 @@ def measure(toy: bool) -> dict[str, Any]:
             rows[f"one rank, {name}"] = bench.seconds(lambda kernel=kernel: bench.step(SoloContext(kernel)))
         except (ImportError, EngineError, RuntimeError) as error:
             rows[f"one rank, {name}"] = f"not available: {str(error).splitlines()[0]}"
+    for name, variant in VARIANTS.items():
+        rows[f"one rank, auto {name}"] = bench.variant(variant)
     for world_size in SHARES:
         with share(bench, world_size) as context:
             rows[f"share of rank 0 of {world_size}"] = bench.seconds(lambda context=context: bench.step(context))
@@ -169,9 +208,9 @@ def main() -> None:
     options = parser.parse_args()
     result = measure(options.toy)
     for name, value in result["seconds_per_step"].items():
-        print(f"{name:32}{value if isinstance(value, str) else f'{value:10.3f} s'}")
+        print(f"{name:40}{value if isinstance(value, str) else f'{value:10.3f} s'}")
     for name, value in result["ceilings_tflops"].items():
-        print(f"ceiling, {name:23}{value:10.1f} TFLOP/s")
+        print(f"ceiling, {name:31}{value:10.1f} TFLOP/s")
     if options.output:
         options.output.mkdir(parents=True, exist_ok=True)
         file = options.output / f"hunyuan_video_{result['hardware'].replace(' ', '_')}_{result['date']}.json"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -14,12 +15,16 @@ def test_gpu_hunyuan_video_runs_at_toy_size(tmp_path: Path):
     subprocess.run(
         [sys.executable, "-m", "tests.benchmarks.gpu_hunyuan_video", "--toy", "--output", str(tmp_path)],
         cwd=ROOT,
+        env=os.environ | {"CXX": "/bin/false", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "compiled")},
         check=True,
     )
     result = json.loads(next(tmp_path.glob("*.json")).read_text())
     steps = result["seconds_per_step"]
     assert steps["stock diffusers, masked"] > 0
     assert steps["one rank, auto"] > 0
+    assert steps["one rank, auto + cache hit"] > 0
+    assert steps["one rank, auto + compile"].startswith("not available: "), "there was no compiler"
+    assert steps["one rank, auto + compile + cache hit"].startswith("not available: ")
     assert all(steps[f"share of rank 0 of {world}"] > 0 for world in (2, 4, 8))
 
 
@@ -34,3 +39,11 @@ def test_cpu_flux_context_parallel_runs_at_toy_size():
         "this engine through gloo",
     }
     assert all(ms > 0 for ms in result["ms"].values())
+
+
+def test_gpu_offload_runs_at_toy_size():
+    script = [sys.executable, "-m", "tests.benchmarks.gpu_offload", "--toy"]
+    done = subprocess.run(script, cwd=ROOT, check=True, capture_output=True, text=True)
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert result["same"]
+    assert result["time"] > 0

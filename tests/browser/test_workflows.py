@@ -9,7 +9,7 @@ import pytest
 from tests.browser.frontend import FrontEnd
 from tests.comfyui.graphs import Setting, sampling_graph
 from tests.comfyui.installation import PACK_NAME, REPOSITORY
-from tests.comfyui.model_files import FLUX, TINY, WAN
+from tests.comfyui.model_files import COGVIDEOX, FLUX, HUNYUAN_15, TINY, WAN
 from tests.comfyui.server import ComfyServer
 
 pytestmark = [pytest.mark.comfyui, pytest.mark.browser]
@@ -82,7 +82,14 @@ def _check_inputs(server: ComfyServer, node_type: str, inputs: dict) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("name", "checkpoint", "text_width"), [(TEXT_TO_VIDEO, TINY, 64), ("wan_t2v", WAN, 4096), ("flux_t2i", FLUX, 64)]
+    ("name", "checkpoint", "text_width"),
+    [
+        (TEXT_TO_VIDEO, TINY, 64),
+        ("wan_t2v", WAN, 4096),
+        ("flux_t2i", FLUX, 64),
+        ("hunyuan_video_15_t2v", HUNYUAN_15, 64),
+        ("cogvideox_t2v", COGVIDEOX, 64),
+    ],
 )
 def test_a_template_runs(front_end: FrontEnd, name: str, checkpoint: str, text_width: int, tmp_path: Path) -> None:
     front_end.load_workflow(read_workflow(name))

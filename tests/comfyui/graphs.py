@@ -37,6 +37,7 @@ class Text:
     valid: int | None = None
     guidance: float = 6.0
     width: int = 64
+    glyphs: int = 0  # tokens of ByT5, for HunyuanVideo 1.5
 
 
 @dataclass(frozen=True)
@@ -50,14 +51,15 @@ class Setting:
     length: int = 5
     batch: int = 1
     picture: bool = False  # a latent without frames, for FLUX
-    start_image: str = ""  # the node that puts a first frame in: "WanImageToVideo" or "Wan22ImageToVideoLatent"
-    image_tokens: int = 0  # of CLIP, for WanImageToVideo
+    empty: str = "EmptyHunyuanLatentVideo"  # the node that makes a video's latent
+    start_image: str = ""  # the node that puts a first frame in, see `add_start_image`
+    image_tokens: int = 0  # of CLIP, for WanImageToVideo and HunyuanVideo15ImageToVideo
     seed: int = 7
     steps: int = 3
     cfg: float = 1.0
     sampler: str = "euler"
     scheduler: str = "simple"
-    chain: str = "ksampler"  # or "basic_guider", "cfg_guider": SamplerCustomAdvanced with that guider
+    chain: str = "ksampler"  # or "sp_sampler"; or "basic_guider", "cfg_guider": SamplerCustomAdvanced with that guider
     positive: Text = Text()
     negative: Text = Text(seed=12)
     model_nodes: tuple[ModelNode, ...] = ()  # nodes between the loader and the sampler
@@ -111,6 +113,7 @@ class GraphBuilder:
             width=text.width,
             pooled_width=768,
             guidance=text.guidance,
+            glyph_tokens=text.glyphs,
         )
 
 
@@ -133,12 +136,12 @@ def add_sampling(builder: GraphBuilder, setting: Setting, model: Link, output: s
     elif setting.picture:
         latent = builder.add("EmptySD3LatentImage", **size)
     else:
-        latent = builder.add("EmptyHunyuanLatentVideo", length=setting.length, **size)
+        latent = builder.add(setting.empty, length=setting.length, **size)
     if setting.arrange is not None:
         positive, latent = setting.arrange(builder, setting, positive, latent)
-    if setting.chain == "ksampler":
+    if setting.chain in ("ksampler", "sp_sampler"):
         samples = builder.add(
-            "KSampler",
+            "KSampler" if setting.chain == "ksampler" else "SPSampler",
             model=model,
             seed=setting.seed,
             steps=setting.steps,
@@ -169,16 +172,28 @@ def add_sampling(builder: GraphBuilder, setting: Setting, model: Link, output: s
 
 
 def add_start_image(builder: GraphBuilder, setting: Setting, positive: Link, negative: Link) -> tuple[Link, Link, Link]:
-    """Positive, negative and latent, with a grey picture as the first frame."""
+    """Positive, negative and latent, with a grey picture as the first frame.
+
+    `start_image` is one of WanImageToVideo, Wan22ImageToVideoLatent, HunyuanVideo15ImageToVideo, and LTXVImgToVideo
+    behind LTXVConditioning.
+    """
     size = {"width": setting.width, "height": setting.height, "batch_size": setting.batch, "length": setting.length}
     size["start_image"] = builder.add("EmptyImage", width=64, height=64, batch_size=1, color=0x808080)
     if setting.start_image == "Wan22ImageToVideoLatent":
         vae = builder.add("SPTestVAE", channels=48, stride=16, seed=3)
         return positive, negative, builder.add("Wan22ImageToVideoLatent", vae=vae, **size)
+    if setting.start_image == "LTXVImgToVideo":
+        size["image"] = size.pop("start_image")
+        vae = builder.add("SPTestVAE", channels=128, stride=32, seed=3)
+        node, _ = builder.add("LTXVConditioning", positive=positive, negative=negative, frame_rate=23.976)
+        texts = {"positive": [node, 0], "negative": [node, 1]}
+        node, _ = builder.add("LTXVImgToVideo", vae=vae, strength=0.9, **texts, **size)
+        return [node, 0], [node, 1], [node, 2]
+    channels, stride, width = (32, 16, 1152) if setting.start_image == "HunyuanVideo15ImageToVideo" else (16, 8, 1280)
     if setting.image_tokens:
-        size["clip_vision_output"] = builder.add("SPTestCLIPVisionOutput", tokens=setting.image_tokens, width=1280)
-    vae = builder.add("SPTestVAE", channels=16, stride=8, seed=3)
-    node, _ = builder.add("WanImageToVideo", vae=vae, positive=positive, negative=negative, **size)
+        size["clip_vision_output"] = builder.add("SPTestCLIPVisionOutput", tokens=setting.image_tokens, width=width)
+    vae = builder.add("SPTestVAE", channels=channels, stride=stride, seed=3)
+    node, _ = builder.add(setting.start_image, vae=vae, positive=positive, negative=negative, **size)
     return [node, 0], [node, 1], [node, 2]
 
 

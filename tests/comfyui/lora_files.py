@@ -10,6 +10,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 WIDTH = 256  # hidden size of the tiny models
+NARROW = 192  # of Mochi's and LTXV's
 _RANK = 4
 
 Shape = tuple[int, ...]
@@ -128,11 +129,68 @@ _FILES: dict[str, tuple[Form, dict[str, Shape]]] = {
     ),
     "wan_kohya": (_kohya, {"lora_unet_blocks_0_cross_attn_v": _SQUARE, "lora_unet_blocks_1_self_attn_o": _SQUARE}),
     "wan_differences": (_difference, {"diffusion_model.blocks.0.self_attn.k": _SQUARE}),
+    # HunyuanVideo 1.5
+    "hv15_native": (
+        _kohya,
+        {
+            "diffusion_model.double_blocks.0.img_attn.qkv": _QKV,
+            "diffusion_model.double_blocks.1.txt_mod.lin": (6 * WIDTH, WIDTH),
+            "diffusion_model.byt5_in.fc3": (WIDTH, 2048),
+            "diffusion_model.final_layer.adaLN_modulation.1": (2 * WIDTH, WIDTH),
+        },
+    ),
+    # CogVideoX, half as wide
+    "cogvideox_native": (
+        _kohya,
+        {
+            "diffusion_model.blocks.0.q": (WIDTH // 2, WIDTH // 2),
+            "diffusion_model.blocks.1.ff_proj": (2 * WIDTH, WIDTH // 2),
+            "diffusion_model.blocks.1.norm1.linear": (3 * WIDTH, 96),
+            "diffusion_model.patch_embed.text_proj": (WIDTH // 2, 64),
+            "diffusion_model.proj_out": (64, WIDTH // 2),
+        },
+    ),
+    # Mochi
+    "mochi_native": (
+        _kohya,
+        {
+            "diffusion_model.blocks.0.attn.qkv_x": (3 * NARROW, NARROW),
+            "diffusion_model.blocks.1.mlp_x.w1": (1024, NARROW),
+            "diffusion_model.final_layer.mod": (2 * NARROW, NARROW),
+        },
+    ),
+    # LTXV
+    "ltxv_diffusers": (
+        _peft,
+        {
+            "diffusion_model.transformer_blocks.0.attn1.to_q": (NARROW, NARROW),
+            "diffusion_model.transformer_blocks.1.attn2.to_v": (NARROW, NARROW),
+            "diffusion_model.transformer_blocks.1.ff.net.0.proj": (4 * NARROW, NARROW),
+        },
+    ),
+    # Qwen-Image
+    "qwen_diffusers": (
+        _peft,
+        {
+            "transformer.transformer_blocks.0.attn.to_q": _SQUARE,
+            "transformer.transformer_blocks.1.img_mod.1": (6 * WIDTH, WIDTH),
+        },
+    ),
+    "qwen_kohya": (
+        _kohya,
+        {
+            "lora_unet_transformer_blocks_0_attn_add_v_proj": _SQUARE,
+            "lora_unet_transformer_blocks_0_img_mlp_net_0_proj": _UP,
+        },
+    ),
     "flux_control": (_peft_of_another_shape, {"diffusion_model.img_in": (WIDTH, 128)}),
 }
 HUNYUAN_VIDEO = tuple(name for name in _FILES if name.startswith("hunyuan"))
 FLUX = tuple(name for name in _FILES if name.startswith("flux") and name != "flux_control")
 WAN = tuple(name for name in _FILES if name.startswith("wan"))
+COGVIDEOX = tuple(name for name in _FILES if name.startswith("cogvideox"))
+HUNYUAN_15 = tuple(name for name in _FILES if name.startswith("hv15"))
+OTHERS = tuple(name for name in _FILES if name.startswith(("mochi", "ltxv", "qwen")))
 
 
 def write_lora_files(folder: Path) -> None:

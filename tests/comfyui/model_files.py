@@ -20,6 +20,13 @@ WAN = "tiny_wan.safetensors"
 WAN_I2V = "tiny_wan_i2v.safetensors"  # 2.1: with CLIP's image tokens
 WAN_22_I2V = "tiny_wan_22_i2v.safetensors"
 WAN_22_5B = "tiny_wan_22_5b.safetensors"
+HUNYUAN_15 = "tiny_hunyuan_15.safetensors"
+COGVIDEOX = "tiny_cogvideox.safetensors"
+COGVIDEOX_I2V = "tiny_cogvideox_i2v.safetensors"
+COGVIDEOX_15_I2V = "tiny_cogvideox_15_i2v.safetensors"
+COGVIDEOX_SCALED = "tiny_cogvideox_comfy_quant.safetensors"
+COGVIDEOX_LEARNED = "tiny_cogvideox_learned_positions.safetensors"
+HUNYUAN_15_SCALED = "tiny_hunyuan_15_comfy_quant.safetensors"
 FLUX_FOLDER = "tiny_flux_diffusers"  # the same weights as a diffusers transformer folder
 SD_LIKE = "sd_like.safetensors"
 AURA_FLOW_LIKE = "aura_flow_like.safetensors"
@@ -27,6 +34,11 @@ ORIGINAL_NAMES = "original_names.safetensors"  # Tencent's own parameter names, 
 IMAGE_TO_VIDEO = "image_to_video.safetensors"  # 33 channels: the kind that concatenates a picture
 NO_GUIDANCE = "no_guidance.safetensors"
 NVFP4_LIKE = "nvfp4_like.safetensors"
+MOCHI = "tiny_mochi.safetensors"
+LTXV = "tiny_ltxv.safetensors"
+LTXV_CAUSAL = "tiny_ltxv_causal.safetensors"  # as version 0.9.5 and newer
+QWEN_IMAGE = "tiny_qwen_image.safetensors"
+QWEN_IMAGE_2511 = "tiny_qwen_image_2511.safetensors"
 WAN_RELATIVES = {
     "wan_vace.safetensors": "vace_patch_embedding.weight",
     "wan_camera.safetensors": "control_adapter.conv.weight",
@@ -61,7 +73,16 @@ WAN_KINDS: dict[str, dict[str, Any]] = {"wan_comfy_quant.safetensors": {"scaled"
 
 def write_model_files(models: Path) -> None:
     """Fill a ComfyUI models folder."""
-    from parallel.demo.checkpoint import write_tiny_flux, write_tiny_hunyuan_video, write_tiny_wan
+    from parallel.demo.checkpoint import (
+        write_tiny_cogvideox,
+        write_tiny_flux,
+        write_tiny_hunyuan_video,
+        write_tiny_hunyuan_video_15,
+        write_tiny_ltxv,
+        write_tiny_mochi,
+        write_tiny_qwen_image,
+        write_tiny_wan,
+    )
 
     folder = models / "diffusion_models"
     write_tiny_hunyuan_video(folder / TINY)
@@ -86,6 +107,18 @@ def write_model_files(models: Path) -> None:
     write_tiny_wan(folder / WAN_22_5B, seed=3, in_channels=48, out_channels=48)
     for name, marker in WAN_RELATIVES.items():
         save_file(load_file(folder / "wan_comfy_quant.safetensors") | {marker: torch.zeros(1)}, folder / name)
+    write_tiny_hunyuan_video_15(folder / HUNYUAN_15, prefix="model.diffusion_model.")
+    write_tiny_hunyuan_video_15(folder / HUNYUAN_15_SCALED, scaled="comfy_quant")
+    write_tiny_cogvideox(folder / COGVIDEOX)
+    write_tiny_cogvideox(folder / COGVIDEOX_I2V, in_channels=32, prefix="model.diffusion_model.")
+    write_tiny_cogvideox(folder / COGVIDEOX_15_I2V, frames_per_patch=2, in_channels=32, ofs=True)
+    write_tiny_cogvideox(folder / COGVIDEOX_SCALED, scaled="comfy_quant")
+    write_tiny_cogvideox(folder / COGVIDEOX_LEARNED, heads=3, learned_positions=17550)
+    write_tiny_mochi(folder / MOCHI)
+    write_tiny_ltxv(folder / LTXV, prefix="model.diffusion_model.", scaled="comfy_quant")
+    write_tiny_ltxv(folder / LTXV_CAUSAL, seed=1, heads=3, causal=True)
+    write_tiny_qwen_image(folder / QWEN_IMAGE)
+    write_tiny_qwen_image(folder / QWEN_IMAGE_2511, seed=1, clean_references=True)
     _write_diffusers_folder(folder / FLUX, folder / FLUX_FOLDER)
     _write_zeros(folder / SD_LIKE, _SD_SHAPES)
     _write_zeros(folder / AURA_FLOW_LIKE, _AURA_FLOW_SHAPES)

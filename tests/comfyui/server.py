@@ -294,6 +294,7 @@ class ComfyServer:
         environment = {key: value for key, value in os.environ.items() if key not in drop}
         environment |= {"OMP_NUM_THREADS": "2", "OMP_WAIT_POLICY": "PASSIVE", "PYTHONUNBUFFERED": "1"}
         environment |= {"HF_HUB_OFFLINE": "1", "DO_NOT_TRACK": "1"}
+        environment |= {"XDG_CACHE_HOME": str(self.base / "cache")}  # compiled blocks go there
         return environment | self._environment
 
     def _is_ready(self) -> bool:

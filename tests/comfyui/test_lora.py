@@ -20,7 +20,7 @@ from tests.comfyui.graphs import (
     sampling_graph,
 )
 from tests.comfyui.latents import read_latent, relative_difference, sample
-from tests.comfyui.model_files import FLUX, FLUX_FOLDER, ORIGINAL_NAMES, WAN
+from tests.comfyui.model_files import FLUX, FLUX_FOLDER, LTXV_CAUSAL, MOCHI, ORIGINAL_NAMES, QWEN_IMAGE, WAN
 from tests.comfyui.server import ComfyServer
 
 pytestmark = pytest.mark.comfyui
@@ -42,7 +42,15 @@ def with_loras(base: Setting, *loras: ModelNode) -> Setting:
 HUNYUAN_VIDEO_BASE = Setting()
 FLUX_BASE = Setting(checkpoint=FLUX, picture=True)
 WAN_BASE = Setting(checkpoint=WAN, positive=Text(width=4096), negative=Text(seed=12, width=4096))
-BASES = {"hunyuan": HUNYUAN_VIDEO_BASE, "flux": FLUX_BASE, "wan": WAN_BASE}
+MOCHI_BASE = Setting(checkpoint=MOCHI, empty="EmptyMochiLatentVideo", length=13, positive=Text(tokens=8, valid=5))
+BASES = {
+    "hunyuan": HUNYUAN_VIDEO_BASE,
+    "flux": FLUX_BASE,
+    "wan": WAN_BASE,
+    "mochi": MOCHI_BASE,
+    "ltxv": replace(MOCHI_BASE, checkpoint=LTXV_CAUSAL, empty="EmptyLTXVLatentVideo", width=96, height=96),
+    "qwen": Setting(checkpoint=QWEN_IMAGE, picture=True),
+}
 
 
 def base_of(name: str) -> Setting:
@@ -60,7 +68,7 @@ def sample_anew(server: ComfyServer, setting: Setting, swapped: Swapped = TWO) -
     return latent
 
 
-@pytest.mark.parametrize("name", lora_files.HUNYUAN_VIDEO + lora_files.FLUX + lora_files.WAN)
+@pytest.mark.parametrize("name", lora_files.HUNYUAN_VIDEO + lora_files.FLUX + lora_files.WAN + lora_files.OTHERS)
 def test_every_format_gives_the_native_latent(server: ComfyServer, reference: Reference, name: str) -> None:
     setting = with_loras(base_of(name), lora(name))
     expected = reference(setting)
@@ -133,7 +141,10 @@ def scaled(name: str, layout: str) -> Setting:
 
 
 SCALED = [
-    *((name, "comfy_quant") for name in lora_files.HUNYUAN_VIDEO + lora_files.FLUX + lora_files.WAN),
+    *(
+        (name, "comfy_quant")
+        for name in lora_files.HUNYUAN_VIDEO + lora_files.FLUX + lora_files.WAN + lora_files.OTHERS
+    ),
     *((name, layout) for name in ("hunyuan_native", "flux_diffusers") for layout in ("scaled_0", "scaled_2")),
     ("hunyuan_native", "metadata"),
 ]

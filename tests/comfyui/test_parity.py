@@ -6,14 +6,28 @@ import pytest
 import torch
 
 from tests.comfyui.fixtures import Reference
-from tests.comfyui.graphs import Setting, Swapped, Text, fresh, model_node, two_stage_graph
+from tests.comfyui.graphs import (
+    GraphBuilder,
+    Link,
+    Setting,
+    Swapped,
+    Text,
+    fresh,
+    model_node,
+    two_stage_graph,
+)
 from tests.comfyui.latents import read_latent, relative_difference, sample
 from tests.comfyui.model_files import (
     FLUX,
     FLUX_KINDS,
     HUNYUAN_VIDEO_KINDS,
+    LTXV,
+    LTXV_CAUSAL,
+    MOCHI,
     NO_GUIDANCE,
     ORIGINAL_NAMES,
+    QWEN_IMAGE,
+    QWEN_IMAGE_2511,
     TINY,
     WAN,
     WAN_22_5B,
@@ -88,6 +102,51 @@ CASES |= {
 }
 
 
+def with_references(builder: GraphBuilder, setting: Setting, positive: Link, latent: Link) -> tuple[Link, Link]:
+    """Two pictures of odd sizes."""
+    for seed, (height, width) in enumerate([(5, 4), (3, 7)]):
+        picture = builder.add("SPTestVideoLatent", seed=seed, frames=1, height=height, width=width)
+        positive = builder.add("ReferenceLatent", conditioning=positive, latent=picture)
+    return positive, latent
+
+
+# The network sees their texts' padding only as a mask, which Mochi's text encoder always gives.
+_MOCHI = Setting(
+    checkpoint=MOCHI, empty="EmptyMochiLatentVideo", length=13, positive=MASKED, negative=Text(12, tokens=8, valid=3)
+)
+_LTXV = replace(_MOCHI, checkpoint=LTXV, empty="EmptyLTXVLatentVideo", width=128, height=96, length=17)
+_QWEN = Setting(checkpoint=QWEN_IMAGE, picture=True, positive=MASKED, negative=Text(12, tokens=5))
+# Sampled with one plan each: every one costs a server two samplings.
+SINGLE = {
+    "mochi_cfg": replace(_MOCHI, cfg=4.0),
+    "mochi_odd_batch_2": replace(_MOCHI, batch=2, width=48, height=80, **_DPMPP),
+    "mochi_one_text_token": replace(_MOCHI, length=19, positive=Text(tokens=9, valid=1)),
+    "ltxv_cfg": replace(_LTXV, cfg=4.0),
+    "ltxv_image": replace(_LTXV, checkpoint=LTXV_CAUSAL, start_image="LTXVImgToVideo"),
+    "ltxv_odd_image_batch_2": replace(
+        _LTXV, checkpoint=LTXV_CAUSAL, start_image="LTXVImgToVideo", batch=2, cfg=4.0, width=96, **_DPMPP
+    ),
+    "qwen_image_cfg": replace(_QWEN, cfg=4.0),
+    "qwen_image_odd_batch_2": replace(_QWEN, width=72, height=56, batch=2, **_DPMPP),
+    "qwen_image_references": replace(_QWEN, cfg=4.0, arrange=with_references),
+    "qwen_image_2511": replace(_QWEN, checkpoint=QWEN_IMAGE_2511, arrange=with_references),
+}
+
+
+def test_these_cases_show_their_masks_and_pictures(reference: Reference) -> None:
+    """Those comparisons would notice a lost mask, start image or reference."""
+    whole = Text(tokens=8, valid=7)
+    for name, other in {
+        "mochi_cfg": {"positive": whole},
+        "ltxv_cfg": {"positive": whole},
+        "ltxv_image": {"start_image": ""},
+        "qwen_image_cfg": {"positive": whole},
+        "qwen_image_references": {"arrange": None},
+    }.items():
+        setting = SINGLE[name]
+        assert relative_difference(reference(setting), reference(replace(setting, **other))) > 1e-3, name
+
+
 def test_easy_cache_case_skips_steps(reference: Reference) -> None:
     assert relative_difference(reference(CASES["easy_cache"]), reference(Setting(steps=8))) > 1e-2
 
@@ -121,29 +180,54 @@ def test_same_latent_from_other_dtypes(server: ComfyServer, reference: Reference
         pytest.param("masked", Swapped(ring_degree=2), id="ring"),
         pytest.param("cfg_unequal_prompts", Swapped(cfg_degree=2), id="cfg"),
         pytest.param("batch_2", Swapped(dp_degree=2), id="dp"),
-        pytest.param("odd_tokens", HYBRID, id="hybrid"),
         pytest.param("flux_63_text_tokens", Swapped(ring_degree=2), id="flux_ring"),
         pytest.param("flux_odd_size_cfg", Swapped(ring_degree=2), id="flux_ring_cfg"),
         pytest.param("flux_dpmpp_2m_batch_2", Swapped(ring_degree=2), id="flux_ring_batch"),
         pytest.param("wan_22_5b_cfg", Swapped(ring_degree=2), id="wan_ring"),
         pytest.param("wan_i2v_cfg", Swapped(cfg_degree=2), id="wan_cfg"),
         pytest.param("wan_22_5b_odd_batch_2", Swapped(dp_degree=2), id="wan_dp"),
+        pytest.param("mochi_cfg", Swapped(ulysses_degree=2), id="mochi_ulysses_cfg"),
+        pytest.param("mochi_odd_batch_2", Swapped(ring_degree=2), id="mochi_ring_batch"),
+        pytest.param("ltxv_cfg", Swapped(ulysses_degree=2), id="ltxv_ulysses_cfg"),
+        pytest.param("ltxv_odd_image_batch_2", Swapped(ring_degree=2), id="ltxv_ring_batch"),
+        pytest.param("qwen_image_cfg", Swapped(ulysses_degree=2), id="qwen_image_ulysses_cfg"),
+        pytest.param("qwen_image_odd_batch_2", Swapped(dp_degree=2), id="qwen_image_dp"),
+        pytest.param("qwen_image_references", Swapped(ring_degree=2), id="qwen_image_ring_references"),
+        # one after the other: another number of workers is another group, and takes seconds to start
+        pytest.param("odd_tokens", HYBRID, id="hybrid"),
         pytest.param("wan_t2v", HYBRID, id="wan_hybrid"),
+        pytest.param("mochi_one_text_token", HYBRID, id="mochi_hybrid"),
+        pytest.param("ltxv_image", HYBRID, id="ltxv_hybrid"),
+        pytest.param("qwen_image_2511", HYBRID, id="qwen_image_hybrid"),
     ],
 )
 def test_same_latent_with_explicit_degrees(
     server: ComfyServer, reference: Reference, name: str, swapped: Swapped
 ) -> None:
-    assert relative_difference(sample(server, CASES[name], swapped), reference(CASES[name])) <= TOLERANCE
+    setting = (CASES | SINGLE)[name]
+    assert relative_difference(sample(server, setting, swapped), reference(setting)) <= TOLERANCE
+
+
+@pytest.mark.parametrize("weights", ["shard", "offload"])
+def test_same_latent_wherever_the_weights_are(server: ComfyServer, reference: Reference, weights: str) -> None:
+    case = CASES["cfg_unequal_prompts"]
+    mark = len(server.log())
+    actual = sample(server, case, Swapped(weights=weights))
+    assert relative_difference(actual, reference(case)) <= TOLERANCE
+    assert f"weights {weights} (as asked)" in server.log()[mark:]
 
 
 def test_same_wan_latent_from_two_models_in_turn(server: ComfyServer) -> None:
-    """As Wan 2.2 A14B: one model for the noisy steps, another one for the rest."""
-    latents = [
-        read_latent(server, server.run(two_stage_graph(WAN_22_I2V, WAN_I2V, CASES["wan_i2v_cfg"], swapped)))
-        for swapped in (None, Swapped())
-    ]
-    assert relative_difference(latents[1], latents[0]) <= TOLERANCE
+    """As Wan 2.2 A14B: one model for the noisy steps, another one for the rest. Both stay for the next prompt."""
+    case = CASES["wan_i2v_cfg"]
+    expected = read_latent(server, server.run(two_stage_graph(WAN_22_I2V, WAN_I2V, case)))
+    for weights in ("auto", "shard", "offload"):
+        mark = len(server.log())
+        for setting in (case, fresh(case)):
+            outputs = server.run(two_stage_graph(WAN_22_I2V, WAN_I2V, setting, Swapped(weights=weights)))
+            if setting is case:
+                assert relative_difference(read_latent(server, outputs), expected) <= TOLERANCE
+        assert server.log()[mark:].count("safetensors: weights ") == 2
 
 
 def test_wan_cases_show_the_first_frame(reference: Reference) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import gc
 import importlib.util
+import itertools
 import json
 import sys
 from typing import Any
@@ -40,13 +41,22 @@ def main(comfyui: str, repository: str, cases: list[dict[str, Any]]) -> None:
     told: list[str] = []
     parallel_vae.tell = lambda node_id, text: told.append(text)
     vaes: dict[str, Any] = {}
+    native: dict[int, Any] = {}
+    results: list[dict[str, Any]] = [{} for _ in cases]
+    order: list[str] = []
     for case in cases:
-        kind = case["kind"]
-        if kind not in vaes:
+        order += [devices for devices in case["devices"] if devices not in order]
+    # Device by device: other devices are other workers, and each of them imports ComfyUI.
+    for devices, (i, case) in itertools.product(order, enumerate(cases)):
+        repetitions = case["devices"].count(devices)
+        if not repetitions:
+            continue
+        wanted = f"{case['kind']} {case.get('changed')}"
+        if wanted not in vaes:
             vae = patcher = None
             _forget(vaes, parallel_vae)
-            vaes[kind] = networks.make_vae(kind)
-        vae = vaes[kind]
+            vaes[wanted] = networks.make_vae(case["kind"])
+        vae = vaes[wanted]
         for name, value in case.get("changed", {}).items():
             setattr(vae.first_stage_model, name, value)
         given = torch.randn(case["shape"], generator=torch.Generator().manual_seed(1))
@@ -55,20 +65,21 @@ def main(comfyui: str, repository: str, cases: list[dict[str, Any]]) -> None:
         else:
             inputs = {"pixels": given.sigmoid(), **case["inputs"]}
         with torch.inference_mode():
-            native = comfy_nodes.NODE_CLASS_MAPPINGS[case["node"]]()
-            expected = _tensor(getattr(native, native.FUNCTION)(vae=vae, **inputs))
-            results = {}
-            for devices in case["devices"]:
+            if i not in native:
+                node = comfy_nodes.NODE_CLASS_MAPPINGS[case["node"]]()
+                native[i] = _tensor(getattr(node, node.FUNCTION)(vae=vae, **inputs))
+            for _ in range(repetitions):
                 actual = _tensor(parallel_vae.run_tiled(case["node"], vae, config(devices=devices), None, **inputs))
-                patcher = parallel_vae._patchers.get(vae.first_stage_model)
-                run = patcher.remote.last_run if patcher is not None else None
-                results[devices] = {
-                    "equal": torch.equal(actual, expected),
-                    "told": told[-1],
-                    "bytes_back": run.bytes_back if run is not None else 0,
-                }
+        patcher = parallel_vae._patchers.get(vae.first_stage_model)
+        run = patcher.remote.last_run if patcher is not None else None
+        results[i][devices] = {
+            "equal": torch.equal(actual, native[i]),
+            "told": " and ".join(told[-repetitions:]),
+            "bytes_back": run.bytes_back if run is not None else 0,
+        }
+    for expected, found in zip((native[i] for i in range(len(cases))), results, strict=True):
         finite = bool(expected.isfinite().all()) and expected.std().item() > 1e-3
-        print(json.dumps({"nbytes": expected.nbytes, "finite": finite, "results": results}), flush=True)
+        print(json.dumps({"nbytes": expected.nbytes, "finite": finite, "results": found}), flush=True)
     vae = patcher = run = None
     _forget(vaes, parallel_vae)
     importlib.import_module("pack.parallel.host.running").stop_all()

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -123,12 +123,172 @@ class WanInputs:
 
 
 @dataclass(frozen=True)
+class Hunyuan15Inputs:
+    """Sizes of one step's inputs for HunyuanVideo 1.5."""
+
+    frames: int = 2
+    height: int = 4
+    width: int = 4
+    text: int = 8
+    valid: tuple[int, ...] | None = None
+    """As for HunyuanVideo."""
+    glyphs: int = 3
+    """ByT5's tokens; 0 sends none."""
+    image: int = 0
+    """SigLIP's."""
+    batch: int = 1
+
+    def make(self) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """x, timestep, conditioning."""
+        generator = torch.Generator().manual_seed(0)
+
+        def random(*shape: int) -> Tensor:
+            return torch.randn(shape, generator=generator)
+
+        conditioning = {"context": random(self.batch, self.text, TEXT_WIDTH), "guidance": torch.tensor([6.0])}
+        if self.glyphs:
+            conditioning["txt_byt5"] = random(self.batch, self.glyphs, 1472)
+        if self.image:
+            conditioning["clip_fea"] = random(self.batch, self.image, 1152)
+        if self.valid is not None:
+            conditioning["attention_mask"] = (torch.arange(self.text)[None] < torch.tensor(self.valid)[:, None]).long()
+        x = random(self.batch, 65, self.frames, self.height, self.width)
+        return x, torch.linspace(900, 300, self.batch), conditioning
+
+
+@dataclass(frozen=True)
+class CogVideoXInputs:
+    """Sizes of one step's inputs for CogVideoX."""
+
+    frames: int = 2
+    height: int = 8
+    width: int = 8
+    channels: int = 16
+    text: int = 8
+    ofs: bool = False
+    batch: int = 1
+
+    def make(self) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """x, timestep, conditioning."""
+        generator = torch.Generator().manual_seed(0)
+
+        def random(*shape: int) -> Tensor:
+            return torch.randn(shape, generator=generator)
+
+        conditioning = {"context": random(self.batch, self.text, TEXT_WIDTH)}
+        if self.ofs:
+            conditioning["ofs"] = torch.full((self.batch,), 2.0)
+        x = random(self.batch, self.channels, self.frames, self.height, self.width)
+        return x, torch.linspace(900, 300, self.batch), conditioning
+
+
+@dataclass(frozen=True)
+class MochiInputs:
+    """Sizes of one step's inputs for Mochi."""
+
+    frames: int = 2
+    height: int = 8
+    width: int = 8
+    text: int = 8
+    valid: int = 8
+    """Text tokens that are no padding."""
+    batch: int = 1
+
+    def make(self) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """x, timestep, conditioning."""
+        generator = torch.Generator().manual_seed(0)
+        conditioning = {
+            "context": torch.randn(self.batch, self.text, TEXT_WIDTH, generator=generator),
+            "attention_mask": (torch.arange(self.text) < self.valid).long().repeat(self.batch, 1),
+            "num_tokens": pack_text(str(self.valid)),
+        }
+        x = torch.randn(self.batch, 12, self.frames, self.height, self.width, generator=generator)
+        return x, torch.linspace(0.9, 0.3, self.batch), conditioning
+
+
+@dataclass(frozen=True)
+class LTXVInputs:
+    """Sizes of one step's inputs for LTXV."""
+
+    frames: int = 2
+    height: int = 4
+    width: int = 4
+    text: int = 8
+    valid: tuple[int, ...] | None = None
+    """Valid text tokens of each sample; None sends no mask."""
+    rate: float = 25.0
+    clean_frames: int = 0
+    """Frames whose timestep is 0; with any, each token has a timestep of its own."""
+    batch: int = 1
+
+    def make(self) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """x, timestep, conditioning."""
+        generator = torch.Generator().manual_seed(0)
+        conditioning = {
+            "context": torch.randn(self.batch, self.text, TEXT_WIDTH, generator=generator),
+            "frame_rate": pack_text(str(self.rate)),
+        }
+        if self.valid is not None:
+            conditioning["attention_mask"] = (torch.arange(self.text) < torch.tensor(self.valid)[:, None]).long()
+        timestep = torch.linspace(0.9, 0.3, self.batch)
+        if self.clean_frames:
+            noisy = (torch.arange(self.frames) >= self.clean_frames).repeat_interleave(self.height * self.width)
+            timestep = (timestep[:, None] * noisy)[..., None]
+        return (
+            torch.randn(self.batch, 128, self.frames, self.height, self.width, generator=generator),
+            timestep,
+            conditioning,
+        )
+
+
+@dataclass(frozen=True)
+class QwenImageInputs:
+    """Sizes of one step's inputs for Qwen-Image."""
+
+    frames: int = 1
+    height: int = 8
+    width: int = 8
+    text: int = 8
+    valid: tuple[int, ...] | None = None
+    """Valid text tokens of each sample; None sends no mask."""
+    references: tuple[tuple[int, int], ...] = ()
+    """Heights and widths of further pictures."""
+    method: str | None = None
+    """How the references are placed."""
+    batch: int = 1
+
+    def make(self) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """x, timestep, conditioning."""
+        generator = torch.Generator().manual_seed(0)
+
+        def random(*shape: int) -> Tensor:
+            return torch.randn(shape, generator=generator)
+
+        conditioning = {"context": random(self.batch, self.text, TEXT_WIDTH)}
+        if self.valid is not None:
+            conditioning["attention_mask"] = (torch.arange(self.text) < torch.tensor(self.valid)[:, None]).long()
+        for i, size in enumerate(self.references):
+            conditioning[f"ref_latents.{i}"] = random(self.batch, 16, 1, *size)
+        if self.method is not None:
+            conditioning["ref_latents_method"] = pack_text(self.method)
+        x = random(self.batch, 16, self.frames, self.height, self.width)
+        return x, torch.linspace(0.9, 0.3, self.batch), conditioning
+
+
+class StepInputs(Protocol):
+    """What makes the inputs of one step."""
+
+    def make(self) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """x, timestep, conditioning."""
+
+
+@dataclass(frozen=True)
 class Model:
     """A checkpoint, the step it is asked for, and how it is loaded."""
 
     checkpoint: dict[str, Any] = field(default_factory=dict)
     """Arguments of `TinyModels.path`."""
-    inputs: Inputs | WanInputs = field(default_factory=Inputs)
+    inputs: StepInputs = field(default_factory=Inputs)
     weight_dtype: torch.dtype = torch.float32
 
 

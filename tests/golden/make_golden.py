@@ -18,7 +18,8 @@ from typing import Any
 COMFYUI = Path(os.environ.get("COMFYUI_PATH", Path.home() / "comfy" / "ComfyUI"))
 REPOSITORY = Path(__file__).resolve().parents[2]
 # This repository comes last: its `nodes` and `tests` folders would hide ComfyUI's.
-sys.path[:] = [str(Path(__file__).parent), str(COMFYUI), *sys.path[1:], str(REPOSITORY)]
+TEST_PACK = REPOSITORY / "tests" / "comfyui" / "test_pack"
+sys.path[:] = [str(Path(__file__).parent), str(COMFYUI), *sys.path[1:], str(REPOSITORY), str(TEST_PACK)]
 
 import comfy.options  # noqa: E402
 
@@ -31,6 +32,7 @@ import comfy.sample  # noqa: E402
 import comfy.samplers  # noqa: E402
 import comfy.sd  # noqa: E402
 import comfyui_version  # noqa: E402
+import tiny_detection  # noqa: E402
 import torch  # noqa: E402
 import vectors  # noqa: E402
 from torch import Tensor  # noqa: E402
@@ -84,8 +86,58 @@ WAN_FORWARDS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         {"channels": 48, "height": 4, "width": 6, "text": 2, "timesteps": (0.0, 750.0, 750.0)},
     ),
 }  # fmt: skip
+MOCHI = {"family": "mochi"}
+MOCHI_FORWARDS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "mochi": (MOCHI | {"seed": 21}, {"valid": 5}),
+    "mochi_odd_batch_2": (
+        MOCHI | {"seed": 22, "heads": 3, "depth": 3},
+        {"frames": 3, "height": 6, "width": 10, "text": 7, "valid": 3, "batch": 2},
+    ),
+}
+LTXV = {"family": "ltxv"}
+LTXV_FORWARDS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "ltxv": (LTXV | {"seed": 31}, {"valid": (5,)}),
+    "ltxv_unequal_texts": (LTXV | {"seed": 32, "heads": 1}, {"valid": (5, 8), "rate": 24.0}),
+    "ltxv_first_frame": (
+        LTXV | {"seed": 33, "heads": 3, "causal": True},
+        {"frames": 3, "height": 3, "width": 2, "valid": (3, 3), "rate": 23.976, "clean_frames": 1},
+    ),
+}
+QWEN = {"family": "qwen_image"}
+QWEN_FORWARDS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "qwen_image": (QWEN | {"seed": 41}, {}),
+    "qwen_image_unequal_texts": (QWEN | {"seed": 42, "heads": 1}, {"height": 5, "width": 7, "valid": (5, 8)}),
+    "qwen_image_references": (QWEN | {"seed": 43, "heads": 3}, REFERENCES),
+    "qwen_image_references_offset": (QWEN | {"seed": 43, "heads": 3}, REFERENCES | {"method": "offset"}),
+    "qwen_image_clean_references": (
+        QWEN | {"seed": 44, "clean_references": True},
+        {"height": 7, "valid": (3,), "references": ((9, 4),)},
+    ),
+    "qwen_image_layered": (QWEN | {"seed": 45, "layered": True}, {"frames": 2, "references": ((4, 6),)}),
+}
+VIDEO_15 = {"family": "hunyuan_video_15", "heads": 1, "depth": 1}
+VIDEO_15_FORWARDS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "hunyuan_15_t2v_odd_size": (VIDEO_15 | {"seed": 21}, {"glyphs": 1}),
+    "hunyuan_15_i2v_batch_2": (VIDEO_15 | {"seed": 22}, {"glyphs": 1, "image": 2, "batch": 2, "width": 2}),
+    "hunyuan_15_padded_text": (VIDEO_15 | {"seed": 23}, {"text": 6, "valid": 3}),
+}
+COGVIDEOX = {"family": "cogvideox", "heads": 1}
+COGVIDEOX_FORWARDS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "cogvideox_odd_size_batch_2": (COGVIDEOX | {"seed": 31}, {"batch": 2}),
+    "cogvideox_learned_positions": (  # ComfyUI knows tables of this length only, and of widths that 3 divides
+        COGVIDEOX | {"seed": 32, "heads": 3, "learned_positions": 17550},
+        {"height": 6, "width": 4},
+    ),
+    "cogvideox_15_odd_frames": (COGVIDEOX | {"seed": 33, "frames_per_patch": 2}, {"frames": 3}),
+    "cogvideox_15_i2v": (
+        COGVIDEOX | {"seed": 34, "frames_per_patch": 2, "in_channels": 32, "ofs": True},
+        {"channels": 32, "height": 4, "width": 6, "ofs": 2.0},
+    ),
+}
 TRAJECTORY = (VIDEO | {"seed": 8, "depth": 2, "depth_single": 2}, {"valid": 5})
 STEPS = 4
+NUMBERS: dict[str, type] = {"num_tokens": int, "frame_rate": float}
+"""Inputs that are numbers (`pack_text`)."""
 
 
 def inputs(
@@ -152,6 +204,114 @@ def wan_inputs(
     return tensors | {"clip_fea": random(batch, image, 1280)} if image else tensors
 
 
+def hunyuan_15_inputs(
+    *, height: int = 3, width: int = 5, text: int = 4, valid: int = 0, glyphs: int = 0, image: int = 0, batch: int = 1
+) -> dict[str, Tensor]:
+    """Two frames, with the channels of a given picture. `glyphs` and `image` are the numbers of ByT5's and SigLIP's
+    tokens; with `valid`, which is as for `inputs`, ComfyUI can have neither."""
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator)
+
+    tensors = {
+        "x": random(batch, 65, 2, height, width),
+        "timestep": torch.linspace(850, 250, batch),
+        "context": random(batch, text, TEXT_WIDTH),
+    }
+    if glyphs:
+        tensors["txt_byt5"] = random(batch, glyphs, 1472)
+    if image:
+        tensors["clip_fea"] = random(batch, image, 1152)
+    if valid:
+        tensors["attention_mask"] = (torch.arange(text) < valid).long().repeat(batch, 1)
+    return tensors
+
+
+def cogvideox_inputs(
+    *, frames: int = 2, height: int = 5, width: int = 7, channels: int = 16, batch: int = 1, ofs: float | None = None
+) -> dict[str, Tensor]:
+    """Three tokens of text."""
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator)
+
+    tensors = {
+        "x": random(batch, channels, frames, height, width),
+        "timestep": torch.linspace(850, 250, batch),
+        "context": random(batch, 3, TEXT_WIDTH),
+    }
+    return tensors if ofs is None else tensors | {"ofs": torch.full((batch,), ofs)}
+
+
+def mochi_inputs(
+    *, frames: int = 2, height: int = 4, width: int = 6, text: int = 8, valid: int = 8, batch: int = 1
+) -> dict[str, Tensor]:
+    """`valid` is the number of text tokens that are no padding."""
+    generator = torch.Generator().manual_seed(0)
+    return {
+        "x": torch.randn(batch, 12, frames, height, width, generator=generator),
+        "timestep": torch.linspace(0.85, 0.25, batch),
+        "context": torch.randn(batch, text, TEXT_WIDTH, generator=generator),
+        "attention_mask": (torch.arange(text) < valid).long().repeat(batch, 1),
+        "num_tokens": pack_text(str(valid)),
+    }
+
+
+def ltxv_inputs(
+    *,
+    frames: int = 2,
+    height: int = 2,
+    width: int = 3,
+    text: int = 8,
+    valid: tuple[int, ...] = (8,),
+    rate: float = 25.0,
+    clean_frames: int = 0,
+) -> dict[str, Tensor]:
+    """`valid` is the number of text tokens of each sample that are no padding; `clean_frames` have a timestep of 0."""
+    generator, batch = torch.Generator().manual_seed(0), len(valid)
+    timestep = torch.linspace(0.85, 0.25, batch)
+    if clean_frames:
+        noisy = (torch.arange(frames) >= clean_frames).repeat_interleave(height * width)
+        timestep = (timestep[:, None] * noisy)[..., None]
+    return {
+        "x": torch.randn(batch, 128, frames, height, width, generator=generator),
+        "timestep": timestep,
+        "context": torch.randn(batch, text, TEXT_WIDTH, generator=generator),
+        "attention_mask": (torch.arange(text) < torch.tensor(valid)[:, None]).long(),
+        "frame_rate": pack_text(str(rate)),
+    }
+
+
+def qwen_inputs(
+    *,
+    frames: int = 1,
+    height: int = 6,
+    width: int = 6,
+    text: int = 8,
+    valid: tuple[int, ...] = (),
+    references: tuple[tuple[int, int], ...] = (),
+    method: str = "",
+) -> dict[str, Tensor]:
+    """`valid` is the number of text tokens of each sample that are no padding; without it there is no mask."""
+    generator, batch = torch.Generator().manual_seed(0), len(valid) or 1
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator)
+
+    tensors = {
+        "x": random(batch, 16, frames, height, width),
+        "timestep": torch.linspace(0.85, 0.25, batch),
+        "context": random(batch, text, TEXT_WIDTH),
+    }
+    if valid:
+        tensors["attention_mask"] = (torch.arange(text) < torch.tensor(valid)[:, None]).long()
+    for i, size in enumerate(references):
+        tensors[f"ref_latents.{i}"] = random(batch, 16, 1, *size)
+    return tensors | {"ref_latents_method": pack_text(method)} if method else tensors
+
+
 def forward(patcher: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """One call of ComfyUI's network."""
     network = patcher.model.diffusion_model
@@ -162,6 +322,8 @@ def forward(patcher: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
             conditioning.setdefault("ref_latents", []).append(tensor)
         elif name == "ref_latents_method":
             conditioning[name] = unpack_text(tensor)
+        elif name in NUMBERS:
+            conditioning[name] = NUMBERS[name](unpack_text(tensor))
         elif name not in ("x", "timestep"):
             conditioning[name] = tensor
     return tensors | {"expected": network(tensors["x"], tensors["timestep"], **conditioning)}
@@ -182,9 +344,19 @@ def trajectory(patcher: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def main() -> None:
+    tiny_detection.apply()
     made_by = f"ComfyUI {comfyui_version.__version__}, torch {torch.__version__}, {platform.machine()}"
     cases = {name: (options, inputs(**sizes), forward) for name, (options, sizes) in FORWARDS.items()}
     cases |= {name: (options, wan_inputs(**sizes), forward) for name, (options, sizes) in WAN_FORWARDS.items()}
+    cases |= {name: (options, mochi_inputs(**sizes), forward) for name, (options, sizes) in MOCHI_FORWARDS.items()}
+    cases |= {name: (options, ltxv_inputs(**sizes), forward) for name, (options, sizes) in LTXV_FORWARDS.items()}
+    cases |= {name: (options, qwen_inputs(**sizes), forward) for name, (options, sizes) in QWEN_FORWARDS.items()}
+    cases |= {
+        name: (options, hunyuan_15_inputs(**sizes), forward) for name, (options, sizes) in VIDEO_15_FORWARDS.items()
+    }
+    cases |= {
+        name: (options, cogvideox_inputs(**sizes), forward) for name, (options, sizes) in COGVIDEOX_FORWARDS.items()
+    }
     cases["trajectory"] = (TRAJECTORY[0], inputs(**TRAJECTORY[1]), trajectory)
     for name in sys.argv[1:] or cases:
         options, tensors, run = cases[name]

@@ -66,17 +66,31 @@ def wan(heads: int, channels: int = 16, image: int | None = None, out: int = 16)
     return {"num_attention_heads": heads, "in_channels": channels, "out_channels": out, "image_dim": image}
 
 
+def ltxv(layers: int, *, causal: bool) -> dict[str, Any]:
+    return {"num_layers": layers, "causal_temporal_positioning": causal}
+
+
+def cogvideox(heads: int, channels: int, frames: int | None) -> dict[str, Any]:
+    return {"num_attention_heads": heads, "in_channels": channels, "patch_size_t": frames}
+
+
 @pytest.mark.parametrize(
     ("family", "config", "shapes", "expected"),
     [
         ("hunyuan_video", {}, None, coefficients.HUNYUAN_VIDEO),
         ("flux", {}, {"x": (1, 16, 128, 128)}, coefficients.FLUX),
         ("flux", {}, {"x": (1, 16, 128, 128), "ref_latents.0": (1, 16, 64, 64)}, coefficients.FLUX_KONTEXT),
+        ("mochi", {}, None, coefficients.MOCHI),
+        ("ltxv", ltxv(28, causal=False), None, coefficients.LTXV),
         ("wan", wan(12), {"x": (1, 16, 21, 60, 104)}, coefficients.WAN_T2V_1_3B),
         ("wan", wan(40), {"x": (1, 16, 21, 90, 160)}, coefficients.WAN_T2V_14B),
         ("wan", wan(40, 36, 1280), {"x": (1, 36, 21, 60, 104)}, coefficients.WAN_I2V_480P),
         ("wan", wan(40, 36, 1280), {"x": (1, 36, 21, 104, 60)}, coefficients.WAN_I2V_480P),
         ("wan", wan(40, 36, 1280), {"x": (1, 36, 21, 90, 160)}, coefficients.WAN_I2V_720P),
+        ("cogvideox", cogvideox(30, 16, None), None, coefficients.COGVIDEOX_2B),
+        ("cogvideox", cogvideox(48, 32, None), None, coefficients.COGVIDEOX_5B),
+        ("cogvideox", cogvideox(48, 16, 2), None, coefficients.COGVIDEOX_15),
+        ("cogvideox", cogvideox(48, 32, 2), None, coefficients.COGVIDEOX_15_I2V),
     ],
 )
 def test_the_polynomial_of_a_model(family: str, config: dict[str, Any], shapes: Any, expected: tuple[float, ...]):
@@ -89,7 +103,11 @@ def test_the_polynomial_of_a_model(family: str, config: dict[str, Any], shapes: 
         ("wan", wan(24, 48, out=48), "this Wan model .in_channels 48, 24 heads, without CLIP"),
         ("wan", wan(40, 36), "this Wan model .in_channels 36, 40 heads, without CLIP"),
         ("wan", wan(2), "this Wan model .in_channels 16, 2 heads"),
-        ("mochi", {}, "mochi"),
+        ("ltxv", ltxv(28, causal=True), "this LTXV model .28 layers, causal_temporal_positioning True"),
+        ("ltxv", ltxv(48, causal=False), "this LTXV model .48 layers, causal_temporal_positioning False"),
+        ("hunyuan_video_15", {}, "hunyuan_video_15"),
+        ("cogvideox", cogvideox(48, 48, 2), "this CogVideoX model .48 heads, in_channels 48; published are 2B, 5B"),
+        ("qwen_image", {}, "qwen_image"),
     ],
 )
 def test_a_model_without_a_published_polynomial_is_refused_by_name(family: str, config: dict[str, Any], named: str):

@@ -172,7 +172,33 @@ def test_a_kernel_whose_package_is_missing_is_refused(gpus, monkeypatch: pytest.
         resolve(SequenceParallelConfig(devices="cuda:0", attention="sage"))
 
 
-@pytest.mark.parametrize("weights", ["shard", "offload"])
-def test_a_weights_mode_that_this_version_lacks_is_refused(weights: str):
-    with pytest.raises(ConfigError, match=f"weights is '{weights}'; this version supports"):
-        resolve(SequenceParallelConfig(devices="cpu", weights=weights))
+@pytest.mark.parametrize(
+    ("devices", "degrees", "complaint"),
+    [
+        ("cpu", {}, "devices names one; allowed are auto, replicate and offload"),
+        ("cpu,cpu", {"cfg_degree": 2}, "with cfg_degree 2 and dp_degree auto: of 2 devices that leaves 1"),
+        ("cpu,cpu,cpu,cpu", {"cfg_degree": 2, "dp_degree": 2}, "of 4 devices that leaves 1"),
+        ("cpu,cpu", {"ulysses_degree": 1, "ring_degree": 1}, "cfg_degree auto and dp_degree auto: of 2 devices"),
+    ],
+)
+def test_shard_needs_devices_that_share_a_sequence(devices: str, degrees: dict[str, int], complaint: str):
+    with pytest.raises(ConfigError, match=f"^weights is 'shard'.*{complaint}"):
+        resolve(SequenceParallelConfig(devices=devices, weights="shard", **degrees))
+    for other in ("auto", "replicate", "offload"):
+        resolve(SequenceParallelConfig(devices=devices, weights=other, **degrees))
+
+
+@pytest.mark.parametrize(("version", "old"), [("2.5.1", True), ("2.6.0+cu124", False), ("3.0.0.dev20270101", False)])
+def test_shard_needs_a_pytorch_that_has_it(monkeypatch: pytest.MonkeyPatch, version: str, old: bool):
+    monkeypatch.setattr(torch, "__version__", version)
+    config = SequenceParallelConfig(devices="cpu,cpu", weights="shard")
+    if not old:
+        resolve(config)
+        return
+    with pytest.raises(ConfigError, match=r"weights is 'shard', which needs PyTorch 2\.6 or later; this is 2\.5\.1"):
+        resolve(config)
+
+
+@pytest.mark.parametrize("degrees", [{}, {"ring_degree": 2}, {"cfg_degree": 2}, {"dp_degree": 2}])
+def test_shard_over_the_devices_of_a_sequence(degrees: dict[str, int]):
+    resolve(SequenceParallelConfig(devices="cpu,cpu,cpu,cpu", weights="shard", **degrees))

@@ -1,11 +1,15 @@
 """Test-only nodes: what text encoders, VAEs and CLIP vision models give, without any of these models."""
 
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 from comfy.controlnet import ControlBase
 
+from . import tiny_detection
 from .vae_networks import NETWORKS, make_vae
+
+tiny_detection.apply()
 
 
 class SPTestConditioning:
@@ -25,10 +29,20 @@ class SPTestConditioning:
                 "width": ("INT", {"default": 64, "min": 1, "max": 16384}),
                 "pooled_width": ("INT", {"default": 768, "min": 1, "max": 16384}),
                 "guidance": ("FLOAT", {"default": -1.0, "min": -1.0, "max": 100.0, "tooltip": "-1: none"}),
-            }
+            },
+            "optional": {"glyph_tokens": ("INT", {"default": 0, "tooltip": "of HunyuanVideo 1.5's second encoder"})},
         }
 
-    def make(self, seed: int, tokens: int, valid_tokens: int, width: int, pooled_width: int, guidance: float) -> tuple:
+    def make(
+        self,
+        seed: int,
+        tokens: int,
+        valid_tokens: int,
+        width: int,
+        pooled_width: int,
+        guidance: float,
+        glyph_tokens: int = 0,
+    ) -> tuple:
         generator = torch.Generator().manual_seed(seed)
         cond = torch.randn(1, tokens, width, generator=generator)
         extra = {"pooled_output": torch.randn(1, pooled_width, generator=generator)}
@@ -36,6 +50,8 @@ class SPTestConditioning:
             extra["attention_mask"] = (torch.arange(tokens) < valid_tokens).long().unsqueeze(0)
         if guidance >= 0:
             extra["guidance"] = guidance
+        if glyph_tokens:
+            extra["conditioning_byt5small"] = torch.randn(1, glyph_tokens, 1472, generator=generator)
         return ([[cond, extra]],)
 
 
@@ -94,7 +110,7 @@ class SPTestCLIPVisionOutput:
 
     def make(self, tokens: int, width: int) -> tuple:
         hidden = torch.randn(1, tokens, width, generator=torch.Generator().manual_seed(4))
-        return (SimpleNamespace(penultimate_hidden_states=hidden),)
+        return (SimpleNamespace(penultimate_hidden_states=hidden, last_hidden_state=hidden.flip(1)),)
 
 
 class SPTestNoClip:
@@ -188,10 +204,26 @@ class SPTestImageAsLatent:
         return ({"samples": images},)
 
 
+class SPTestModelSize:
+    """Bytes that ComfyUI's memory management counts for a model."""
+
+    CATEGORY = "testing"
+    RETURN_TYPES = ()
+    OUTPUT_NODE = True
+    FUNCTION = "tell"
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict:
+        return {"required": {"model": ("MODEL",)}}
+
+    def tell(self, model: Any) -> dict:
+        return {"ui": {"bytes": [model.model_size()]}}
+
+
 NODE_CLASS_MAPPINGS = {
     node.__name__: node
     for node in (
         SPTestConditioning, SPTestLatent, SPTestVAE, SPTestCLIPVisionOutput, SPTestNoClip, SPTestControlNet,
-        SPTestRandomVAE, SPTestVideoLatent, SPTestImageAsLatent,
+        SPTestRandomVAE, SPTestVideoLatent, SPTestImageAsLatent, SPTestModelSize,
     )
 }  # fmt: skip

@@ -1,0 +1,28 @@
+"""What a MODEL says of FP8: its clones share one model in the workers, so it is said to them when they load it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import comfy.model_patcher
+
+from ..parallel.quantise.settings import FP8Settings
+
+_ATTACHED = "sequence_parallel_fp8"
+
+
+@dataclass(frozen=True, slots=True)
+class AttachedFP8:
+    """A node's settings on a MODEL."""
+
+    settings: FP8Settings
+    node_id: str
+    """Of the node that shows the result."""
+
+
+def attach_fp8(model: comfy.model_patcher.ModelPatcher, settings: FP8Settings, node_id: str) -> None:
+    model.set_attachments(_ATTACHED, AttachedFP8(settings, node_id))
+
+
+def attached_fp8(model: comfy.model_patcher.ModelPatcher) -> AttachedFP8 | None:
+    return model.attachments.get(_ATTACHED)

@@ -1,0 +1,69 @@
+"""What Torch Compile (SP) does: attaches its settings to a MODEL, and tells of each sampling that uses it."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from typing import Any
+
+import comfy.model_patcher
+from comfy.patcher_extension import WrappersMP
+
+from ..parallel.compilation.settings import CompileSettings
+from ..parallel.errors import UnsupportedError
+from ..parallel.host.compiled_sampling import CompiledSampling
+from .cached_call import COMPILED
+from .node_text import tell
+from .shell_patcher import SequenceParallelPatcher
+
+log = logging.getLogger("sequence_parallel")
+
+_ATTACHED = "sequence_parallel_compile"
+"""Key of `transformer_options`."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Attached:
+    """The node's settings on a MODEL."""
+
+    settings: CompileSettings
+    node_id: str
+    """Of the node that shows the result."""
+
+
+def with_compiled_blocks(model: Any, settings: CompileSettings, node_id: str) -> SequenceParallelPatcher:
+    """A clone of the MODEL whose samplings run compiled blocks. Weights and workers are the same as the MODEL's.
+
+    Raises:
+        UnsupportedError: a MODEL of another loader, or one that has been here before.
+    """
+    if not isinstance(model, SequenceParallelPatcher):
+        raise UnsupportedError(
+            f"{settings.name} works on the MODEL of Load Diffusion Model (SP) only; this one comes from another loader."
+            " Use TorchCompileModel for it"
+        )
+    if _ATTACHED in model.model_options.get("transformer_options", {}):
+        raise UnsupportedError(f"this MODEL has gone through {settings.name} already; remove one of the two nodes")
+    compiled = model.clone()
+    compiled.model_options.setdefault("transformer_options", {})[_ATTACHED] = _Attached(settings, node_id)
+    compiled.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, _ATTACHED, _sample)
+    return compiled
+
+
+def _sample(executor: Any, *args: Any, **kwargs: Any) -> Any:
+    """An OUTER_SAMPLE wrapper: a sampling ends with a report."""
+    guider = executor.class_obj
+    original = guider.model_options
+    options = comfy.model_patcher.create_model_options_clone(original)
+    transformer_options = options["transformer_options"]
+    attached: _Attached = transformer_options[_ATTACHED]
+    sampling = transformer_options[COMPILED] = CompiledSampling(attached.settings)
+    guider.model_options = options
+    try:
+        result = executor(*args, **kwargs)
+    finally:
+        guider.model_options = original
+    if sampling.report.failures:
+        log.warning("%s", sampling.report)
+    tell(attached.node_id, str(sampling.report))
+    return result

@@ -1,0 +1,211 @@
+"""A whole sampling in the workers: ComfyUI's own sampler is recorded, then run where the network is.
+
+ComfyUI prepares everything (sigmas, noise, conditioning, masks) and its sampler's code decides what happens at each
+step; see `parallel.sampling.recording`. What cannot be recorded is sampled step by step, as KSampler does it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import comfy.model_management
+import torch
+from comfy.patcher_extension import WrappersMP, get_all_wrappers
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from ..parallel.errors import EngineError, WorkerOutOfMemoryError
+from ..parallel.host.sampling import SampleReport
+from ..parallel.sampling.program import Program
+from ..parallel.sampling.recording import NotRecordable, Recorder
+from .cached_call import COMPILED, SAMPLING
+from .refusals import node_of
+from .shell_patcher import SequenceParallelPatcher
+
+KEY = "sequence_parallel_sampler"
+_OURS = frozenset({KEY, "sequence_parallel"})
+"""Keys of the wrappers that this pack sets."""
+_MOST_BYTES = 2 * 2**30
+"""Of the noise of all steps; host memory holds it twice. HunyuanVideo at 720p has 1.5 GB in 50 steps."""
+
+_FUNCTIONS = (
+    "sampler_calc_cond_batch_function",
+    "sampler_cfg_function",
+    "sampler_pre_cfg_function",
+    "sampler_post_cfg_function",
+    "model_function_wrapper",
+    "denoise_mask_function",
+)
+_WRAPPERS = (
+    WrappersMP.SAMPLER_SAMPLE,
+    WrappersMP.PREDICT_NOISE,
+    WrappersMP.CALC_COND_BATCH,
+    WrappersMP.APPLY_MODEL,
+    WrappersMP.DIFFUSION_MODEL,
+)
+_CONDITIONS = {
+    "control": "ControlNet",
+    "area": "conditioning for an area",
+    "gligen": "GLIGEN",
+    "hooks": "hooks on the conditioning",
+}
+
+
+class InWorkers:
+    """A SAMPLER_SAMPLE wrapper, for one sampling.
+
+    Attributes:
+        told: what happened, for the user.
+        report: what the workers have done; None where it was sampled step by step.
+    """
+
+    def __init__(self) -> None:
+        self.told = "nothing to do at denoise 0"
+        self.report: SampleReport | None = None
+
+    def attach(self, model: SequenceParallelPatcher) -> SequenceParallelPatcher:
+        """A clone of the MODEL that samples in the workers."""
+        clone = model.clone()
+        clone.add_wrapper_with_key(WrappersMP.SAMPLER_SAMPLE, KEY, self)
+        return clone
+
+    def __call__(
+        self,
+        executor: Any,
+        guider: Any,
+        sigmas: Tensor,
+        extra_args: dict[str, Any],
+        callback: Any,
+        noise: Tensor,
+        latent_image: Tensor | None = None,
+        denoise_mask: Tensor | None = None,
+        disable_pbar: bool = False,
+    ) -> Tensor:
+        try:
+            _refuse_other_code(guider, extra_args["model_options"])
+            program = _recorded(executor, guider, sigmas, extra_args, noise, latent_image, denoise_mask)
+        except NotRecordable as reason:
+            self.told = f"sampled step by step, as by KSampler: {reason}"
+            return executor(guider, sigmas, extra_args, callback, noise, latent_image, denoise_mask, disable_pbar)
+        options = extra_args["model_options"].get("transformer_options", {})
+        result, report = _run(guider, program, options, callback, disable_pbar)
+        self.report = report
+        self.told = (
+            f"{_counted(report.steps, 'step')} in the workers ({_counted(report.passes, 'network call')}), after"
+            f" {_counted(report.messages, 'message')} to them: {report.seconds:.1f} s"
+        )
+        return result
+
+
+def _recorded(
+    executor: Any,
+    guider: Any,
+    sigmas: Tensor,
+    extra_args: dict[str, Any],
+    noise: Tensor,
+    latent_image: Tensor | None,
+    denoise_mask: Tensor | None,
+) -> Program:
+    """The sampling as a program; random generators are left as after the sampling, or untouched.
+
+    Raises:
+        NotRecordable: it has to be sampled step by step.
+        UnsupportedError: it cannot be sampled at all.
+    """
+    if noise.is_nested or latent_image is None:
+        raise NotRecordable("the latent has several parts")
+    poll = comfy.model_management.throw_exception_if_processing_interrupted
+
+    def report(*shown: Any) -> None:
+        poll()  # drawing the noise may take a while
+        recorder.report(*shown)
+
+    recorder = Recorder(noise.shape, noise.device, most_bytes=_MOST_BYTES)
+    devices = [noise.device] if noise.device.type == "cuda" else []
+    states = torch.get_rng_state(), [torch.cuda.get_rng_state(device) for device in devices]
+    try:
+        result = executor(
+            guider,
+            sigmas.clone(),  # uni_pc writes to it
+            dict(extra_args),
+            report,
+            recorder.given(noise),
+            recorder.given(latent_image),
+            denoise_mask,
+            True,
+        )
+        return recorder.finish(result)
+    except BaseException as error:
+        torch.set_rng_state(states[0])
+        for device, state in zip(devices, states[1], strict=True):
+            torch.cuda.set_rng_state(state, device)
+        interrupted = comfy.model_management.InterruptProcessingException
+        if isinstance(error, EngineError | interrupted) or not isinstance(error, Exception):
+            raise
+        # Whatever it is: native sampling will show it, or will not have it.
+        raise NotRecordable(f"the sampler cannot be recorded ({type(error).__name__}: {error})") from error
+
+
+def _run(
+    guider: Any, program: Program, options: Mapping[str, Any], callback: Any, disable_pbar: bool
+) -> tuple[Tensor, SampleReport]:
+    network = guider.inner_model.diffusion_model
+    with tqdm(total=program.steps, disable=disable_pbar) as bar:
+
+        def on_step(step: int, denoised: Tensor, x: Tensor, steps: int) -> None:
+            bar.update(step + 1 - bar.n)
+            if callback is not None:
+                callback(step, denoised, x, steps)
+
+        try:
+            network.remote.check_sampling(program)
+            network.bring_weights()
+            result, report = network.remote.sample(
+                program,
+                cache=options.get(SAMPLING),
+                compiled=options.get(COMPILED),
+                poll=comfy.model_management.throw_exception_if_processing_interrupted,
+                on_step=on_step,
+            )
+        except WorkerOutOfMemoryError as error:
+            # ComfyUI's own kind, so that it frees memory and shows its advice.
+            raise comfy.model_management.OOM_EXCEPTION(str(error)) from error
+    return result, report
+
+
+def _refuse_other_code(guider: Any, options: dict[str, Any]) -> None:
+    """Code of other nodes that runs at each step may remember what it has seen, so it is not run twice, nor recorded.
+
+    Raises:
+        NotRecordable: there is some; it is named.
+    """
+    for name in _FUNCTIONS:
+        if value := options.get(name):
+            names = {node_of(function) for function in (value if isinstance(value, list) else [value])}
+            raise NotRecordable(f"{', '.join(sorted(names))} takes part in every step ({name})")
+    if options.get("context_handler") is not None:
+        raise NotRecordable("context windows cut the latent into parts")
+    if "multigpu_clones" in options:
+        raise NotRecordable("MultiGPU CFG Split shares out the conditions")
+    for kind in _WRAPPERS:
+        if keys := _keys(options, kind):
+            raise NotRecordable(f"{', '.join(keys)} takes part in every step (a {kind} wrapper)")
+    for conditions in guider.conds.values():
+        for condition in conditions:
+            for name, what in _CONDITIONS.items():
+                if condition.get(name) is not None:
+                    raise NotRecordable(f"the positive or negative prompt has {what}")
+
+
+def _keys(options: dict[str, Any], kind: str) -> list[str]:
+    """Of wrappers that other nodes have set."""
+    found: dict[str, Iterable[Any]] = options.get("transformer_options", {}).get("wrappers", {}).get(kind, {})
+    keys = sorted(str(key) for key, wrappers in found.items() if wrappers and key not in _OURS)
+    ours = sum(len(list(found.get(key, []))) for key in _OURS)
+    every = len(get_all_wrappers(kind, options, is_model_options=True))
+    return keys or (["another node"] if every > ours else [])
+
+
+def _counted(number: int, thing: str) -> str:
+    return f"{number} {thing}{'s' * (number != 1)}"

@@ -1,0 +1,99 @@
+"""Sampler (SP): KSampler, with all of its steps in the workers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import comfy.samplers
+from comfy_api.latest import io
+
+from .in_workers import InWorkers
+from .node_text import tell
+from .shell_patcher import SequenceParallelPatcher
+
+
+class SPSampler(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="SPSampler",
+            display_name="Sampler (SP)",
+            category="sequence parallel",
+            description=(
+                "KSampler, with the same result, for Load Diffusion Model (SP): all steps run in the workers after one"
+                " message, instead of one message for every step. What it cannot run there it samples as KSampler does,"
+                " and says why."
+            ),
+            inputs=[
+                io.Model.Input("model", tooltip="From Load Diffusion Model (SP); any other is sampled as by KSampler."),
+                io.Int.Input(
+                    "seed",
+                    default=0,
+                    min=0,
+                    max=0xFFFFFFFFFFFFFFFF,
+                    control_after_generate=True,
+                    tooltip="The random seed used for creating the noise.",
+                ),
+                io.Int.Input("steps", default=20, min=1, max=10000, tooltip="Denoising steps."),
+                io.Float.Input(
+                    "cfg",
+                    default=8.0,
+                    min=0.0,
+                    max=100.0,
+                    step=0.1,
+                    round=0.01,
+                    tooltip="How far the result is moved from the negative prompt's to the positive prompt's. At 1 the"
+                    " negative prompt is not used, and a step takes half the time.",
+                ),
+                io.Combo.Input(
+                    "sampler_name",
+                    options=comfy.samplers.KSampler.SAMPLERS,
+                    tooltip="The algorithm. Nearly all of ComfyUI's run in the workers; dpm_adaptive does not.",
+                ),
+                io.Combo.Input(
+                    "scheduler",
+                    options=comfy.samplers.KSampler.SCHEDULERS,
+                    tooltip="How the noise decreases over the steps.",
+                ),
+                io.Conditioning.Input("positive", tooltip="What the result should show."),
+                io.Conditioning.Input("negative", tooltip="What it should not show."),
+                io.Latent.Input("latent_image", tooltip="The latent to denoise, with its noise mask if it has one."),
+                io.Float.Input(
+                    "denoise",
+                    default=1.0,
+                    min=0.0,
+                    max=1.0,
+                    step=0.01,
+                    tooltip="Part of the noise to start from (0 to 1). Less keeps more of latent_image.",
+                ),
+            ],
+            outputs=[io.Latent.Output()],
+            hidden=[io.Hidden.unique_id],
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        model: Any,
+        seed: int,
+        steps: int,
+        cfg: float,
+        sampler_name: str,
+        scheduler: str,
+        positive: Any,
+        negative: Any,
+        latent_image: dict[str, Any],
+        denoise: float,
+    ) -> io.NodeOutput:
+        from nodes import common_ksampler  # ComfyUI's own `nodes`
+
+        in_workers = InWorkers()
+        if isinstance(model, SequenceParallelPatcher):
+            model = in_workers.attach(model)
+        else:
+            in_workers.told = "sampled step by step, as by KSampler: this MODEL is not from Load Diffusion Model (SP)"
+        (latent,) = common_ksampler(
+            model, seed, steps, cfg, sampler_name, scheduler, positive, negative, latent_image, denoise=denoise
+        )
+        tell(cls.hidden.unique_id, f"Sampler (SP): {in_workers.told}")
+        return io.NodeOutput(latent)

@@ -1,0 +1,36 @@
+"""What a user asks of the compiler."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any, ClassVar
+
+from ..errors import ConfigError
+
+MODES = ("default", "max-autotune-no-cudagraphs")
+"""Those of `torch.compile` without CUDA graphs. A graph replays launches into memory of its own: it cannot hold what a
+step does between the launches (exchanges, Cancel), and would overwrite hidden states that a cache keeps."""
+
+
+@dataclass(kw_only=True, slots=True, frozen=True)
+class CompileSettings:
+    """The Torch Compile (SP) node as data."""
+
+    name: ClassVar[str] = "Torch Compile (SP)"
+    """The node's, for messages."""
+    mode: str = "default"
+    """Of `torch.compile`: `default`, or `max-autotune-no-cudagraphs`, which tries more kernels and takes minutes."""
+    dynamic: bool = True
+    """One compilation for all sizes and prompt lengths; False compiles again for each."""
+
+    def __post_init__(self) -> None:
+        if self.mode not in MODES:
+            raise ConfigError(
+                f"mode is {self.mode!r}; allowed are {', '.join(MODES)} (modes with CUDA graphs cannot hold the"
+                " exchanges between the devices)"
+            )
+        if not isinstance(self.dynamic, bool):
+            raise ConfigError(f"dynamic is {self.dynamic!r}; allowed are True and False")
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)

@@ -1,0 +1,92 @@
+"""One sampling with compiled blocks, as the host sees it: what is asked of the workers, and what has become of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from ..compilation.settings import CompileSettings
+
+
+@dataclass(frozen=True, slots=True)
+class CompileReport:
+    """What the compilers of the workers have done."""
+
+    name: str
+    steps: int
+    seconds: float
+    """Spent in compilation by the rank that took longest."""
+    graphs: int
+    """Compiled by the rank that compiled most."""
+    breaks: int
+    recompilations: int
+    kinds: int
+    """Kinds of blocks that the family hands to the compiler."""
+    failures: tuple[tuple[int, str], ...]
+    """Ranks whose blocks ran uncompiled, and why."""
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def __str__(self) -> str:
+        if self.failures:
+            rank, cause = self.failures[0]
+            others = f" and {len(self.failures) - 1} more" if len(self.failures) > 1 else ""
+            return f"{self.name}: WARNING: not compiled on worker rank {rank}{others}: {cause}"
+        if not self.steps:
+            return f"{self.name}: no step has run"
+        if not self.kinds:
+            return f"{self.name}: WARNING: not compiled: this family's blocks cannot be compiled yet"
+        kinds = f"{_count(self.kinds, 'kind')} of blocks"
+        if not self.graphs:
+            return f"{self.name}: {kinds}, compiled before"
+        return (
+            f"{self.name}: {kinds}, {_count(self.graphs, 'graph')} compiled in {self.seconds:.1f} s (slowest worker);"
+            f" {_count(self.breaks, 'graph break')}, {_count(self.recompilations, 'recompilation')}"
+        )
+
+
+class CompiledSampling:
+    """Adds up what the ranks say of a sampling's steps."""
+
+    def __init__(self, settings: CompileSettings):
+        self.settings = settings
+        self._steps = 0
+        self._seconds: list[float] = []
+        self._counts: list[list[int]] = []
+        self._kinds = 0
+        self._failures: dict[int, str] = {}
+
+    def count(self, results: Sequence[Mapping[str, Any]]) -> None:
+        """Takes in what the ranks said of a step."""
+        self._steps += 1
+        self._seconds = self._seconds or [0.0] * len(results)
+        self._counts = self._counts or [[0, 0, 0] for _ in results]
+        for rank, result in enumerate(results):
+            told = result["compile"]
+            self._seconds[rank] += told["seconds"]
+            for i, what in enumerate(("graphs", "breaks", "recompilations")):
+                self._counts[rank][i] += told[what]
+            self._kinds = max(self._kinds, told["kinds"])
+            if told["failure"]:
+                self._failures[rank] = told["failure"]
+
+    @property
+    def report(self) -> CompileReport:
+        """So far."""
+        graphs, breaks, recompilations = map(max, zip(*self._counts, strict=True)) if self._counts else (0, 0, 0)
+        return CompileReport(
+            name=self.settings.name,
+            steps=self._steps,
+            seconds=max(self._seconds, default=0.0),
+            graphs=graphs,
+            breaks=breaks,
+            recompilations=recompilations,
+            kinds=self._kinds,
+            failures=tuple(sorted(self._failures.items())),
+        )
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}{'' if number == 1 else 's'}"

@@ -1,0 +1,178 @@
+"""A recorded sampling on its way to the workers: what they are sent, and where everything lies in shared memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..degrees import Degrees
+from ..sampling.program import Evaluate, Network, Pass, Program, plain
+from ..wire.shared import TensorRef, lay_out
+from .cached_sampling import CachedSampling
+from .group import Progress
+from .memory import GroupMemory
+
+SEGMENT = "sampling"
+
+OnStep = Callable[[int, Tensor, Tensor, int], None]
+"""Called with the step's number (from 0), the denoised latent, the latent, and the number of steps: as ComfyUI's
+callbacks are. A step is left out where the callback is slower than the steps."""
+
+
+@dataclass(slots=True)
+class SampleReport:
+    """What the workers have done."""
+
+    steps: int
+    passes: int
+    """Calls of the network."""
+    messages: int
+    """From the host to each worker, for all of it."""
+    seconds: float
+
+
+class Sent:
+    """A program in shared memory.
+
+    Args:
+        program: what to run.
+        degrees: of each of its `network` instructions.
+        memory: of the group.
+        with_previews: whether somebody wants to look.
+    """
+
+    def __init__(self, program: Program, degrees: Sequence[Degrees], memory: GroupMemory, *, with_previews: bool):
+        self._program = program
+        self._of_network = list(degrees)
+        self.degrees = list(dict.fromkeys(degrees))
+        self._tensors: list[tuple[tuple[int, ...], torch.dtype]] = []
+        self._copies: list[tuple[int, Tensor]] = []
+        self._places: dict[tuple[Any, ...], tuple[int, int]] = {}
+        self._timesteps: dict[int, int] = {}
+        constants = {number: self._copied(tensor) for number, tensor in program.constants.items()}
+        networks = [[self._pass_places(slot, each) for slot, each in enumerate(n.passes)] for n in program.networks]
+        latent = (program.shape, torch.float32)
+        result = self._room(*latent)
+        world = self.degrees[0].world_size if self.degrees else 1
+        shown = [[self._room(*latent) for _ in range(2)] for _ in range(2)] if with_previews else []
+        wanted, counts = self._room((1,), torch.int64), self._room((world, 2), torch.int64)
+        refs, size = lay_out(SEGMENT, self._tensors)
+        segment = self._segment = memory.segment(SEGMENT, size)
+        for place, tensor in self._copies:
+            segment.tensor(refs[place]).copy_(tensor)
+        self._concatenate(refs)
+        self._result = refs[result]
+        self._shown = [[refs[place] for place in pair] for pair in shown]
+        """Two pairs of a denoised latent and a latent, in turn: one may be looked at while the next one is written."""
+        self._counts = segment.tensor(refs[counts]).zero_()
+        """[world, 2]: how many latents a rank has shown, and of which step the last one was."""
+        self._wanted = segment.tensor(refs[wanted]).fill_(1)
+        """[1]: how many it may show."""
+        self._watched = {"wanted": refs[wanted].to_json(), "shown": refs[counts].to_json()}
+        self._constants = {str(number): refs[place].to_json() for number, place in constants.items()}
+        self._networks = [
+            [{name: refs[at].to_json() for name, at in places.items()} for places in each] for each in networks
+        ]
+
+    def message(self, keys: Sequence[dict[str, str]], cache: CachedSampling | None) -> dict[str, Any]:
+        """What the workers are told, but for the model and its conditioning.
+
+        Args:
+            keys: of each pass, in order: name of an input → key of its conditioning.
+            cache: the sampling that skips blocks, if it may.
+        """
+        keys_left, networks = iter(keys), iter(zip(self._networks, self._of_network, strict=True))
+        instructions: list[dict[str, Any]] = []
+        for instruction in self._program.instructions:
+            if isinstance(instruction, Evaluate):
+                instructions.append({"evaluate": instruction.to, "terms": plain(instruction.terms)})
+            elif isinstance(instruction, Network):
+                places, degrees = next(networks)
+                passes = [
+                    {
+                        **place,
+                        "latents": list(each.latents),
+                        "results": list(each.results),
+                        "conditioning": next(keys_left),
+                        "label": each.request.label,
+                    }
+                    for place, each in zip(places, instruction.passes, strict=True)
+                ]
+                active = cache is not None and cache.is_active(instruction.sigma)
+                instructions.append({"network": passes, "degrees": self.degrees.index(degrees), "active": active})
+            else:
+                shown = {"denoised": plain(instruction.denoised), "x": plain(instruction.x)}
+                instructions.append({"report": instruction.step, "steps": instruction.steps, **shown})
+        return {
+            "size": self._result.nbytes // torch.float32.itemsize,
+            "constants": self._constants,
+            "degrees": [asdict(each) for each in self.degrees],
+            "program": instructions,
+            "free": self._program.last_uses(),
+            "result": {"terms": plain(self._program.result), "out": self._result.to_json()},
+            "preview": {**self._watched, "latents": [[ref.to_json() for ref in pair] for pair in self._shown]}
+            if self._shown
+            else None,
+        }
+
+    def previewed(self, on_step: OnStep) -> Progress:
+        """For `WorkerGroup.call`: shows the latest latent that is complete, and asks for the next one."""
+        seen = 0
+
+        def progress(done: int, total: int) -> None:
+            nonlocal seen
+            counts = self._counts.clone()
+            (count, step), device = counts[0].tolist(), self._program.device
+            if not (counts == counts[0]).all() or count == seen:
+                return
+            seen = count
+            denoised, x = (self._segment.tensor(ref).to(device, copy=True) for ref in self._shown[count % 2])
+            self._wanted.fill_(count + 1)
+            on_step(step, denoised, x, total)
+
+        return progress
+
+    def result(self) -> Tensor:
+        """A copy, where the sampling wants it."""
+        return self._segment.tensor(self._result).to(self._program.device, copy=True)
+
+    def clear(self) -> None:
+        """Gives the memory back to the system: the noise of all steps may be gigabytes."""
+        self._segment.clear()
+
+    # --- places ---------------------------------------------------------------------------------------------------
+
+    def _room(self, shape: Sequence[int], dtype: torch.dtype) -> int:
+        self._tensors.append((tuple(shape), dtype))
+        return len(self._tensors) - 1
+
+    def _copied(self, tensor: Tensor) -> int:
+        place = self._room(tensor.shape, tensor.dtype)
+        self._copies.append((place, tensor))
+        return place
+
+    def _pass_places(self, slot: int, each: Pass) -> dict[str, int]:
+        """Places of x, the timestep and the prediction.
+
+        Passes that differ in their latents alone take turns in the same ones; those of one instruction do not.
+        """
+        x = each.request.x
+        key = (slot, tuple(x.shape), x.dtype, id(each.concat))
+        if key not in self._places:
+            self._places[key] = (self._room(x.shape, x.dtype), self._room(each.output_shape, x.dtype))
+        timestep = each.request.timestep
+        if id(timestep) not in self._timesteps:  # the recorder has one tensor for each value
+            self._timesteps[id(timestep)] = self._copied(timestep)
+        place, out = self._places[key]
+        return {"x": place, "timestep": self._timesteps[id(timestep)], "out": out}
+
+    def _concatenate(self, refs: Sequence[TensorRef]) -> None:
+        """Writes the channels that follow the latent's, once for all passes."""
+        concats = {id(p.concat): p.concat for network in self._program.networks for p in network.passes}
+        for (_, _, _, concat), (place, _) in self._places.items():
+            if (channels := concats[concat]) is not None:
+                self._segment.tensor(refs[place])[:, -channels.shape[1] :].copy_(channels)

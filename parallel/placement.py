@@ -1,0 +1,125 @@
+"""Where a model's weights live: the modes, what each costs, and the choice among them.
+
+- *replicate*: a copy on each device. Nothing travels.
+- *shard*: the ranks of a sequence hold equal parts of every tensor, and gather a block just before they run it.
+- *offload*: one copy in the host's memory, shared by all workers. A GPU gets a block just before it runs it; a CPU
+  worker computes with the copy where it is.
+
+The choice is made by the host, once per load, from numbers that it has asked all ranks for: so they agree.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import ceil
+
+import torch
+
+from .degrees import RequestedDegrees
+from .errors import ConfigError
+
+MODES = ("auto", "replicate", "shard", "offload")
+
+PASSING = 0.15
+"""Of the weights: two blocks, and all that is outside of the blocks. Shard and offload have that much on a GPU while a
+step runs. An estimate before a model is loaded; FLUX.1 and HunyuanVideo have 0.09, Wan 14B 0.08, Wan 1.3B 0.13."""
+_ROOM = 2**30
+_ROOM_SHARE = 0.1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Memory:
+    """Of a device, in bytes."""
+
+    free: int
+    total: int
+
+    @property
+    def for_weights(self) -> int:
+        """What weights may take: 1 GiB and a tenth of the device are left to activations."""
+        return self.free - _ROOM - int(_ROOM_SHARE * self.total)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Placement:
+    """A mode, settled."""
+
+    mode: str
+    """One of MODES but `auto`."""
+    reason: str
+
+
+def check(mode: str, degrees: RequestedDegrees) -> None:
+    """Refuses a mode that these degrees leave no way for.
+
+    Raises:
+        ConfigError: shard with one rank per sequence, or without FSDP2.
+    """
+    if mode == "shard" and not has_fsdp2():
+        raise ConfigError(
+            f"weights is 'shard', which needs PyTorch 2.6 or later; this is {torch.__version__}; choose auto, replicate"
+            " or offload"
+        )
+    if mode == "shard" and degrees.sharing < 2:
+        if degrees.world_size == 1:
+            raise ConfigError("weights is 'shard', and devices names one; allowed are auto, replicate and offload")
+        raise ConfigError(
+            f"weights is 'shard' with cfg_degree {degrees.cfg or 'auto'} and dp_degree {degrees.dp or 'auto'}: of"
+            f" {degrees.world_size} devices that leaves 1 for each sequence, and weights are sharded over the devices"
+            " that share one (ulysses_degree × ring_degree); set both to 1, or choose auto, replicate or offload"
+        )
+
+
+def has_fsdp2() -> bool:
+    """Whether PyTorch has `torch.distributed.fsdp.fully_shard`; told by its version, for the import takes seconds."""
+    major, minor = torch.__version__.split(".")[:2]
+    return (int(major), int(minor)) >= (2, 6)
+
+
+def bytes_on_device(mode: str, nbytes: int, sharing: int, device_type: str) -> int:
+    """About how many bytes of `nbytes` of weights one worker will have on its device between steps.
+
+    Args:
+        mode: of `auto` the most that it can be.
+        sharing: ranks of a sequence.
+        device_type: `cpu` or `cuda`; the one host copy counts for each CPU worker.
+    """
+    if mode == "shard":
+        return ceil(nbytes / sharing)
+    if mode == "offload" and device_type != "cpu":
+        return ceil(nbytes * PASSING)
+    return nbytes
+
+
+def choose(nbytes: int, devices: Sequence[Memory], host: Memory, *, sharing: int, device_type: str) -> Placement:
+    """What `auto` means.
+
+    Replicate where every device has room; else shard, if that makes room; else offload. CPU workers have one memory
+    in common, and offload costs them nothing.
+
+    Args:
+        nbytes: the model's weights.
+        devices: of each rank.
+        host: the machine's.
+        sharing: ranks of a sequence if the weights are sharded.
+    """
+    needed = _gib(nbytes)
+    if device_type == "cpu":
+        copies = f"{len(devices)} × {needed}"
+        if nbytes * len(devices) <= host.for_weights:
+            return Placement(mode="replicate", reason=f"auto: {copies} fit in memory")
+        reason = f"auto: {copies} do not fit in {_gib(host.for_weights)} of memory, so all workers use one copy"
+        return Placement(mode="offload", reason=reason)
+    rank, least = min(enumerate(devices), key=lambda entry: entry[1].for_weights)
+    where = f"rank {rank} has {_gib(least.for_weights)} for weights"
+    if nbytes <= least.for_weights:
+        return Placement(mode="replicate", reason=f"auto: {needed} fit, {where}")
+    if sharing > 1 and nbytes // sharing + int(nbytes * PASSING) <= least.for_weights:
+        return Placement(mode="shard", reason=f"auto: {needed} do not fit, 1/{sharing} of it does: {where}")
+    too_large = f", nor does 1/{sharing} of it" if sharing > 1 else ""
+    return Placement(mode="offload", reason=f"auto: {needed} do not fit{too_large}: {where}")
+
+
+def _gib(nbytes: int) -> str:
+    return f"{max(0, nbytes) / 2**30:.3g} GiB"

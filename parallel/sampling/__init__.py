@@ -1,0 +1,1 @@
+"""A whole sampling loop as data: recorded once on the host, run by the workers."""

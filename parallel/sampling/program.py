@@ -1,0 +1,125 @@
+"""A sampling as a list of instructions, which all ranks run alike.
+
+Between two passes through the network a sampler that can be recorded does nothing but multiply latents, elementwise, by
+numbers and by other latents, and add them up. So one kind of instruction is enough for all of them, and each rank can
+do it for the elements that it holds.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..host.step_request import StepRequest
+
+Terms = list[tuple[float, tuple[int, ...]]]
+"""A sum of products: factor × the product of the latents with these numbers; without latents the factor itself."""
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluate:
+    """Computes a latent, in fp32."""
+
+    to: int
+    terms: Terms
+
+
+@dataclass(frozen=True, slots=True)
+class Pass:
+    """One call of the network within an instruction."""
+
+    request: StepRequest
+    """Its x has a shape and a dtype, but no data."""
+    latents: tuple[int, ...]
+    """What its x consists of: these latents, one after the other along the batch."""
+    concat: Tensor | None
+    """Channels that follow the latents' in x, [samples of x, channels, …]; the same tensor wherever they are equal."""
+    results: tuple[int, ...]
+    """The predictions, cut as the latents."""
+    output_shape: tuple[int, ...]
+    conditions: frozenset[int]
+    """Which of cond and uncond it computes, as ComfyUI numbers them."""
+
+
+@dataclass(frozen=True, slots=True)
+class Network:
+    """Passes that do not need each other's results."""
+
+    passes: list[Pass]
+    sigma: float
+    """The step's; decides whether a cache is active."""
+
+    @property
+    def conditions(self) -> int:
+        """How many of cond and uncond run here."""
+        return max(1, len(frozenset().union(*(each.conditions for each in self.passes))))
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """A step is done."""
+
+    step: int
+    """From 0."""
+    steps: int
+    denoised: Terms
+    x: Terms
+
+
+Instruction = Evaluate | Network | Report
+
+
+@dataclass(slots=True)
+class Program:
+    """A recorded sampling."""
+
+    shape: tuple[int, ...]
+    """Of every latent."""
+    device: torch.device
+    """Where the result is wanted."""
+    constants: dict[int, Tensor] = field(default_factory=dict)
+    """Latents that are given: noise, the image, masks; fp32, on the CPU."""
+    instructions: list[Instruction] = field(default_factory=list)
+    result: Terms = field(default_factory=list)
+
+    @property
+    def networks(self) -> list[Network]:
+        return [instruction for instruction in self.instructions if isinstance(instruction, Network)]
+
+    @property
+    def steps(self) -> int:
+        """As many as report themselves."""
+        return max(
+            (instruction.steps for instruction in self.instructions if isinstance(instruction, Report)), default=0
+        )
+
+    def last_uses(self) -> list[list[int]]:
+        """For each instruction, the latents (but constants) that no later one needs."""
+        needed = {latent for _, latents in self.result for latent in latents}
+        freed: list[list[int]] = []
+        for instruction in reversed(self.instructions):
+            here = _read(instruction) | _written(instruction)
+            freed.append(sorted(here - needed - self.constants.keys()))
+            needed |= here
+        return freed[::-1]
+
+
+def _read(instruction: Instruction) -> set[int]:
+    if isinstance(instruction, Network):
+        return {latent for each in instruction.passes for latent in each.latents}
+    terms = instruction.terms if isinstance(instruction, Evaluate) else [*instruction.denoised, *instruction.x]
+    return {latent for _, latents in terms for latent in latents}
+
+
+def _written(instruction: Instruction) -> set[int]:
+    if isinstance(instruction, Network):
+        return {latent for each in instruction.passes for latent in each.results}
+    return {instruction.to} if isinstance(instruction, Evaluate) else set()
+
+
+def plain(terms: Terms) -> list[Any]:
+    """As JSON has it."""
+    return [[factor, list(latents)] for factor, latents in terms]

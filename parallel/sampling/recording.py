@@ -1,0 +1,530 @@
+"""Runs a sampler's own code with a latent that is not there, and writes down what it would do.
+
+The latent is a `RecordedLatent`: a tensor with shape, dtype and device but no data. Arithmetic on it gives further
+ones, each a sum of products of the latents that the program has so far. So the mathematics is the sampler's own,
+whichever it is, and noise is drawn when and as it draws it; and whatever it asks that only data could tell (a norm, a
+maximum, a part of the latent) ends the recording with `NotRecordable`, never with another result.
+
+All of a sampling's control flow must be decided by sigmas; the few samplers that choose their steps by the latent
+(dpm_adaptive) cannot be recorded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from math import isfinite, prod
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import EngineError
+from ..host.step_request import StepRequest
+from .program import Evaluate, Network, Pass, Program, Report, Terms
+
+_MOST_TERMS = 12
+"""A sum of more terms becomes a latent of its own: otherwise sums would grow with the steps."""
+_SAMPLE = 997
+"""Elements that are looked at to find a tensor among those that are known."""
+
+
+class NotRecordable(EngineError):
+    """The sampling does something that cannot be written down. The message says what."""
+
+
+class _Sum:
+    """A latent as a sum of products; `terms` changes when a latent of the program takes its place."""
+
+    __slots__ = ("terms",)
+
+    def __init__(self, terms: dict[tuple[int, ...], float]):
+        self.terms = terms
+
+
+class RecordedLatent(Tensor):
+    """A tensor whose data the workers will have: one or more latents, one after the other along the batch."""
+
+    recorder: Recorder
+    _sums: list[_Sum]
+    _concat: Tensor | None
+    """Channels behind the latents'."""
+    _is_part: bool
+    """It is cut from another one, which would have to change with it."""
+    _is_zeros: bool = False
+    """It was made as zeros."""
+
+    @staticmethod
+    def __new__(
+        cls,
+        recorder: Recorder,
+        sums: list[_Sum],
+        dtype: torch.dtype = torch.float32,
+        concat: Tensor | None = None,
+        is_part: bool = False,
+    ) -> RecordedLatent:
+        batch, channels, *rest = recorder.program.shape
+        channels += concat.shape[1] if concat is not None else 0
+        size = (batch * len(sums), channels, *rest)
+        made = Tensor._make_wrapper_subclass(cls, size, dtype=dtype, device=recorder.program.device)
+        made.recorder, made._sums, made._concat, made._is_part = recorder, sums, concat, is_part
+        return made
+
+    def __repr__(self, **_: Any) -> str:  # type: ignore[override]
+        return f"RecordedLatent(shape={tuple(self.shape)}, dtype={self.dtype})"
+
+    @classmethod
+    def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function is torch.stack and not (kwargs or {}).get("out"):
+            return _Stack(*args, **(kwargs or {}))
+        with torch._C.DisableTorchFunctionSubclass():
+            return function(*args, **(kwargs or {}))
+
+    @classmethod
+    def __torch_dispatch__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
+        handler = _HANDLERS.get(function.overloadpacket)
+        if handler is not None:
+            return handler(*args, **(kwargs or {}))
+        result = function.decompose(*args, **(kwargs or {}))  # what PyTorch itself does with others
+        if result is NotImplemented:
+            raise NotRecordable(f"the sampler applies {function.overloadpacket} to the latent")
+        return result
+
+
+class _Stack:
+    """Latents that were stacked along `dim` in order to be added up with factors."""
+
+    def __init__(self, latents: Sequence[RecordedLatent], dim: int = 0):
+        self._latents, self._dim = [latent.clone() for latent in latents], dim
+
+    @classmethod
+    def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = kwargs or {}
+        if function is torch.tensordot and isinstance(args[0], _Stack):
+            stack, factors = args[0], args[1]
+            dims = given.get("dims", args[2] if len(args) > 2 else None)
+            if dims == ([stack._dim], [0]) and factors.shape == (len(stack._latents),):
+                return sum(latent * factor for latent, factor in zip(stack._latents, factors, strict=True))
+        raise NotRecordable(f"the sampler applies {getattr(function, '__name__', function)} to stacked latents")
+
+
+class Recorder:
+    """Writes a program.
+
+    Args:
+        shape: of the latent.
+        device: where the sampling expects it.
+        most_bytes: of constants; more end the recording.
+    """
+
+    def __init__(self, shape: Sequence[int], device: torch.device, *, most_bytes: int):
+        self.program = Program(tuple(shape), device)
+        self._numbers = 0
+        self._most_bytes = self._room = most_bytes
+        self._known: dict[tuple[Any, ...], list[Tensor]] = {}
+        self._numbered: dict[int, int] = {}
+        self._predictions: set[int] = set()
+
+    # --- what the sampling calls --------------------------------------------------------------------------------
+
+    def given(self, tensor: Tensor) -> RecordedLatent:
+        """A latent whose data is known, as the sampling is to see it."""
+        return self._made([_Sum(self._of_tensor(tensor))])
+
+    def network(
+        self, request: StepRequest, output_shape: Sequence[int], *, conditions: frozenset[int], sigma: float
+    ) -> RecordedLatent:
+        """The prediction for a request whose x is recorded.
+
+        Args:
+            request: a call of the network.
+            output_shape: of the prediction.
+            conditions: see `Pass.conditions`.
+            sigma: see `Network.sigma`.
+        """
+        x = request.x
+        assert isinstance(x, RecordedLatent)
+        batch, *rest = self.program.shape
+        if tuple(output_shape) != (batch * len(x._sums), *rest):
+            raise NotRecordable(f"the network turns a latent of {list(self.program.shape)} into {list(output_shape)}")
+        latents = tuple(self._settled(each) for each in x._sums)
+        results = tuple(self._number() for _ in latents)
+        self._predictions |= set(results)
+        made = Pass(
+            StepRequest(
+                torch.empty(x.shape, dtype=x.dtype, device="meta"),
+                self.known(request.timestep),
+                {name: self.known(tensor) for name, tensor in request.conditioning.items()},
+                request.label,
+            ),
+            latents,
+            None if x._concat is None else self.known(x._concat),
+            results,
+            tuple(output_shape),
+            conditions,
+        )
+        last = self.program.instructions[-1] if self.program.instructions else None
+        if isinstance(last, Network) and last.sigma == sigma and _is_free_of(made, last):
+            last.passes.append(made)
+        else:
+            self.program.instructions.append(Network([made], sigma))
+        return RecordedLatent(self, [_Sum({(number,): 1.0}) for number in results], x.dtype)
+
+    def report(self, step: int, denoised: Any, x: Any, steps: int) -> None:
+        """A sampler's callback."""
+        if not isinstance(denoised, RecordedLatent) or not isinstance(x, RecordedLatent):
+            raise NotRecordable("the sampler shows something else than the latent")
+        self._settled(x._sums[0])
+        self.program.instructions.append(Report(step, steps, _terms(denoised), _terms(x)))
+
+    def finish(self, result: Any) -> Program:
+        """The program that ends with this latent."""
+        if not isinstance(result, RecordedLatent) or tuple(result.shape) != self.program.shape:
+            raise NotRecordable("the sampler returns something else than the latent")
+        self.program.result = _terms(result)
+        return self.program
+
+    def known(self, tensor: Tensor) -> Tensor:
+        """The first tensor of this content that was seen: samplings make new ones of the same values at every step.
+
+        It lies on the CPU.
+        """
+        tensor = tensor.detach()
+        flat = tensor.reshape(-1)
+        looked_at = flat[:: max(1, flat.numel() // _SAMPLE)].float().cpu() if flat.numel() else flat.float().cpu()
+        key = (tuple(tensor.shape), tensor.dtype, float(looked_at.sum()), float(looked_at.abs().sum()))
+        for known in self._known.get(key, []):
+            if torch.equal(known, tensor.to(known.device)):
+                return known
+        kept = tensor.to("cpu", copy=True).contiguous()
+        self._known.setdefault(key, []).append(kept)
+        return kept
+
+    def predicted(self, sums: Sequence[_Sum]) -> bool:
+        """Whether they are what the network has said, unchanged: that is rounded already."""
+        return all(list(each.terms.values()) == [1.0] and self._predictions.issuperset(*each.terms) for each in sums)
+
+    # --- parts ----------------------------------------------------------------------------------------------------
+
+    def _number(self) -> int:
+        self._numbers += 1
+        return self._numbers
+
+    def _made(self, sums: list[_Sum], dtype: torch.dtype = torch.float32) -> RecordedLatent:
+        return RecordedLatent(self, sums, dtype)
+
+    def _settled(self, each: _Sum) -> int:
+        """The number of a latent that has, or now gets, the value of the sum."""
+        if len(each.terms) == 1:
+            ((latents, factor),) = each.terms.items()
+            if factor == 1.0 and len(latents) == 1:
+                return latents[0]
+        number = self._number()
+        self.program.instructions.append(Evaluate(number, _listed(each.terms)))
+        each.terms = {(number,): 1.0}
+        return number
+
+    def _of_tensor(self, tensor: Tensor) -> dict[tuple[int, ...], float]:
+        """A tensor that can be expanded to the latent's shape, as a sum."""
+        if (value := _uniform(tensor)) is not None:
+            return {(): value} if value else {}
+        if tensor.is_complex():
+            raise NotRecordable("the sampler calculates with complex numbers")
+        whole = self.known(tensor.float().expand(self.program.shape))
+        if id(whole) not in self._numbered:
+            self._room -= whole.nbytes
+            if self._room < 0:
+                raise NotRecordable(
+                    f"the noise of all steps would take more than {self._most_bytes / 2**30:g} GiB of memory"
+                )
+            self._numbered[id(whole)] = number = self._number()
+            self.program.constants[number] = whole
+        return {(self._numbered[id(whole)],): 1.0}
+
+    def sums_of(self, value: Any, parts: int) -> list[dict[tuple[int, ...], float]]:
+        """A number, a tensor or a recorded latent as that many sums."""
+        if isinstance(value, RecordedLatent):
+            _require_fp32(value)
+            sums = [each.terms for each in value._sums]
+            if len(sums) not in (1, parts) or (len(sums) == 1 and parts > 1 and len(value) != 1):
+                raise NotRecordable("the sampler combines latents of different batch sizes")
+            return sums * (parts // len(sums))
+        if not isinstance(value, Tensor):
+            return [_number_as_sum(value)] * parts
+        if value.ndim > len(self.program.shape) or (value.ndim and value.shape[0] == 0):
+            raise NotRecordable(f"the sampler combines the latent with a tensor of shape {list(value.shape)}")
+        whole = (self.program.shape[0] * parts, *self.program.shape[1:])
+        try:
+            value.expand(whole)
+        except RuntimeError as error:
+            raise NotRecordable(
+                f"the sampler combines the latent with a tensor of shape {list(value.shape)}"
+            ) from error
+        if value.ndim < len(whole) or value.shape[0] == 1 or parts == 1:
+            return [self._of_tensor(value)] * parts
+        return [self._of_tensor(part) for part in value.chunk(parts)]
+
+    def combined(self, latents: list[dict[tuple[int, ...], float]]) -> RecordedLatent:
+        sums = []
+        for terms in latents:
+            if not all(isfinite(factor) for factor in terms.values()):
+                raise NotRecordable("the sampler multiplies the latent by something that is not finite")
+            each = _Sum({key: factor for key, factor in terms.items() if factor})
+            if len(each.terms) > _MOST_TERMS:
+                self._settled(each)
+            sums.append(each)
+        return self._made(sums)
+
+
+def _is_free_of(made: Pass, earlier: Network) -> bool:
+    """Whether the pass can run beside those of an instruction.
+
+    Its latents were computed before that instruction, or are given: nothing came in between.
+    """
+    results = {result for each in earlier.passes for result in each.results}
+    return results.isdisjoint(made.latents)
+
+
+def _terms(latent: RecordedLatent) -> Terms:
+    _require_fp32(latent)
+    return _listed(latent._sums[0].terms)
+
+
+def _listed(terms: dict[tuple[int, ...], float]) -> Terms:
+    return [(factor, latents) for latents, factor in terms.items()]
+
+
+def _require_fp32(latent: RecordedLatent) -> None:
+    if latent.dtype != torch.float32 or latent._concat is not None:
+        raise NotRecordable("the sampler calculates with a rounded latent, or one with further channels")
+
+
+def _number_as_sum(value: Any) -> dict[tuple[int, ...], float]:
+    number = float(value)
+    return {(): number} if number else {}
+
+
+def _uniform(tensor: Tensor) -> float | None:
+    """The one value of a tensor, if it has only one."""
+    if tensor.numel() == 1:
+        return float(tensor)
+    low, high = torch.aminmax(tensor)
+    value = float(low)
+    return value if value == float(high) else None
+
+
+# --- arithmetic -------------------------------------------------------------------------------------------------------
+
+Elementwise = Callable[..., list[dict[tuple[int, ...], float]]]
+
+
+def _recorder_of(*values: Any) -> tuple[Recorder, int]:
+    """The recorder, and how many latents the result has along the batch."""
+    latents = [value for value in values if isinstance(value, RecordedLatent)]
+    parts = max(len(latent._sums) for latent in latents)
+    for latent in latents:
+        _require_fp32(latent)
+    whole = latents[0].recorder.program.shape[0] * parts
+    for value in values:  # as PyTorch broadcasts: a larger batch would make the latent larger
+        if isinstance(value, Tensor) and value.ndim == len(latents[0].shape) and value.shape[0] not in (1, whole):
+            raise NotRecordable(f"the sampler combines the latent with a tensor of shape {list(value.shape)}")
+    return latents[0].recorder, parts
+
+
+def _sum(a: dict, b: dict, factor: float) -> dict:
+    terms = dict(a)
+    for key, value in b.items():
+        terms[key] = terms.get(key, 0.0) + factor * value
+    return terms
+
+
+def _product(a: dict, b: dict) -> dict:
+    terms: dict[tuple[int, ...], float] = {}
+    for latents, factor in a.items():
+        for others, other in b.items():
+            key = tuple(sorted(latents + others))
+            terms[key] = terms.get(key, 0.0) + factor * other
+    return terms
+
+
+def _add(a: Any, b: Any, *, alpha: float = 1) -> RecordedLatent:
+    recorder, parts = _recorder_of(a, b)
+    pairs = zip(recorder.sums_of(a, parts), recorder.sums_of(b, parts), strict=True)
+    return recorder.combined([_sum(p, q, float(alpha)) for p, q in pairs])
+
+
+def _sub(a: Any, b: Any, *, alpha: float = 1) -> RecordedLatent:
+    return _add(a, b, alpha=-alpha)
+
+
+def _rsub(a: Any, b: Any, alpha: float = 1) -> RecordedLatent:
+    return _add(b, a, alpha=-alpha)
+
+
+def _mul(a: Any, b: Any) -> RecordedLatent:
+    recorder, parts = _recorder_of(a, b)
+    pairs = list(zip(recorder.sums_of(a, parts), recorder.sums_of(b, parts), strict=True))
+    if isinstance(a, RecordedLatent) and isinstance(b, RecordedLatent):
+        raise NotRecordable("the sampler multiplies latents with each other")
+    return recorder.combined([_product(p, q) for p, q in pairs])
+
+
+def _div(a: Any, b: Any) -> RecordedLatent:
+    if isinstance(b, RecordedLatent):
+        raise NotRecordable("the sampler divides by the latent")
+    if not isinstance(b, Tensor):
+        return _mul(a, 1.0 / float(b)) if b else _infinite()
+    value = _uniform(b)
+    if value is None:
+        return _mul(a, b.reciprocal())
+    return _mul(a, 1.0 / value) if value else _infinite()
+
+
+def _infinite() -> RecordedLatent:
+    raise NotRecordable("the sampler multiplies the latent by something that is not finite")
+
+
+def _neg(a: RecordedLatent) -> RecordedLatent:
+    return _mul(a, -1.0)
+
+
+def _lerp(start: Any, end: Any, weight: Any) -> RecordedLatent:
+    return _add(start, _mul(_sub(end, start), weight))
+
+
+def _addcmul(a: Any, b: Any, c: Any, *, value: float = 1) -> RecordedLatent:
+    return _add(a, _mul(b, c), alpha=value)
+
+
+def _in_place(operation: Callable[..., RecordedLatent]) -> Callable[..., RecordedLatent]:
+    def changed(a: Any, *args: Any, **kwargs: Any) -> RecordedLatent:
+        if not isinstance(a, RecordedLatent):
+            raise NotRecordable("the sampler writes the latent into another tensor")
+        result = operation(a, *args, **kwargs)
+        if a._is_part or len(result._sums) != len(a._sums):
+            raise NotRecordable("the sampler writes to a part of the latent")
+        a._sums[:] = result._sums
+        return a
+
+    return changed
+
+
+# --- tensors of the same, or nearly the same, data --------------------------------------------------------------------
+
+
+def _same(a: RecordedLatent, *_: Any, **__: Any) -> RecordedLatent:
+    """Another tensor on the same data."""
+    return RecordedLatent(a.recorder, a._sums, a.dtype, a._concat, a._is_part)
+
+
+def _clone(a: RecordedLatent, **_: Any) -> RecordedLatent:
+    return RecordedLatent(a.recorder, list(a._sums), a.dtype, a._concat)
+
+
+def _detach(a: RecordedLatent) -> Tensor:
+    if a._is_zeros and not any(each.terms for each in a._sums):  # noise samplers start from them
+        return torch.zeros(a.shape, dtype=a.dtype, device=a.device)
+    return _same(a)
+
+
+def _view(a: RecordedLatent, size: Sequence[int], **_: Any) -> RecordedLatent:
+    wanted = [int(length) for length in size]
+    if -1 in wanted:
+        wanted[wanted.index(-1)] = a.numel() // max(1, -prod(wanted))
+    if tuple(wanted) != tuple(a.shape):
+        raise NotRecordable(f"the sampler views the latent as {wanted}")
+    return _same(a)
+
+
+def _to(a: RecordedLatent, *, dtype: torch.dtype | None = None, device: Any = None, **_: Any) -> RecordedLatent:
+    if device is not None and torch.device(device).type != a.device.type:
+        raise NotRecordable(f"the sampler moves the latent to {device}")
+    dtype = dtype or a.dtype
+    if not dtype.is_floating_point or dtype.itemsize > 4:
+        raise NotRecordable(f"the sampler turns the latent into {dtype}")
+    if a.dtype != torch.float32 and dtype != a.dtype and not a.recorder.predicted(a._sums):
+        raise NotRecordable("the sampler calculates with a rounded latent")
+    return RecordedLatent(a.recorder, list(a._sums), dtype, a._concat)
+
+
+def _zeros_like(a: RecordedLatent, *, dtype: torch.dtype | None = None, **_: Any) -> RecordedLatent:
+    if dtype not in (None, torch.float32) or a._concat is not None:
+        raise NotRecordable("the sampler wants zeros like a rounded latent")
+    zeros = RecordedLatent(a.recorder, [_Sum({}) for _ in a._sums])
+    zeros._is_zeros = True
+    return zeros
+
+
+def _filled(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def like(a: RecordedLatent, *, dtype: torch.dtype | None = None, device: Any = None, **_: Any) -> Tensor:
+        return make(a.shape, dtype=dtype or a.dtype, device=device or a.device)
+
+    return like
+
+
+def _new(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def new(
+        a: RecordedLatent, size: Sequence[int], *, dtype: torch.dtype | None = None, device: Any = None, **_: Any
+    ) -> Tensor:
+        return make(size, dtype=dtype or a.dtype, device=device or a.device)
+
+    return new
+
+
+def _cat(tensors: Sequence[Tensor], dim: int = 0) -> RecordedLatent:
+    first = tensors[0]
+    if dim == 0 and all(isinstance(each, RecordedLatent) for each in tensors):
+        latents: list[Any] = list(tensors)
+        if any(each.dtype != first.dtype or each._concat is not None for each in latents):
+            raise NotRecordable("the sampler joins latents of different kinds")
+        return RecordedLatent(latents[0].recorder, [s for each in latents for s in each._sums], first.dtype)
+    if dim in (1, 1 - first.ndim) and isinstance(first, RecordedLatent) and first._concat is None:
+        rest = [each for each in tensors[1:]]
+        if rest and not any(isinstance(each, RecordedLatent) for each in rest):
+            channels = torch.cat(rest, dim=1)
+            if len(channels) == len(first) and channels.shape[2:] == first.shape[2:]:
+                return RecordedLatent(first.recorder, list(first._sums), first.dtype, channels)
+    raise NotRecordable("the sampler joins the latent with other tensors")
+
+
+def _split(a: RecordedLatent, size: int, dim: int = 0) -> list[RecordedLatent]:
+    batch = a.recorder.program.shape[0]
+    if dim != 0 or size % batch or a._concat is not None:
+        raise NotRecordable("the sampler takes the latent apart")
+    count = size // batch
+    return [
+        RecordedLatent(a.recorder, a._sums[i : i + count], a.dtype, is_part=len(a._sums) > count)
+        for i in range(0, len(a._sums), count)
+    ]
+
+
+_aten = torch.ops.aten
+_HANDLERS: dict[Any, Callable[..., Any]] = {
+    _aten.add: _add,
+    _aten.sub: _sub,
+    _aten.rsub: _rsub,
+    _aten.mul: _mul,
+    _aten.div: _div,
+    _aten.neg: _neg,
+    _aten.lerp: _lerp,
+    _aten.addcmul: _addcmul,
+    _aten.add_: _in_place(_add),
+    _aten.sub_: _in_place(_sub),
+    _aten.mul_: _in_place(_mul),
+    _aten.div_: _in_place(_div),
+    _aten.alias: _same,
+    _aten.clone: _clone,
+    _aten.detach: _detach,
+    _aten.view: _view,
+    _aten._unsafe_view: _view,
+    _aten.expand: _view,
+    _aten._to_copy: _to,
+    _aten.zeros_like: _zeros_like,
+    _aten.ones_like: _filled(torch.ones),
+    _aten.randn_like: _filled(torch.randn),
+    _aten.rand_like: _filled(torch.rand),
+    _aten.new_ones: _new(torch.ones),
+    _aten.new_zeros: _new(torch.zeros),
+    _aten.new_empty: _new(torch.empty),
+    _aten.cat: _cat,
+    _aten.split: _split,
+}

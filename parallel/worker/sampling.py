@@ -1,0 +1,167 @@
+"""Runs a recorded sampling (`sampling.program`) on this rank.
+
+Between two passes through the network each rank holds, and calculates, an equal share of every latent's elements,
+whichever tokens it owns in the network: those change with the length of the prompt, and differ between batch groups.
+The latents of a pass go through shared memory, where every rank finds what its tokens need, and so do the predictions.
+Both are written and read by shares, and nothing is gathered.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ..errors import StepCancelled
+from ..plan import ranges, shares
+
+TensorAt = Callable[[dict[str, Any]], Tensor]
+"""Place in shared memory → tensor."""
+RunPasses = Callable[[dict[str, Any]], None]
+"""Runs this rank's part of a `network` instruction."""
+
+
+class Agreement:
+    """Where all ranks wait for each other, and learn what any of them has seen.
+
+    Args:
+        device: of the tensor that is added up: a group of GPUs has no other.
+    """
+
+    def __init__(self, device: torch.device):
+        self._device = device
+
+    def any(self, *seen: bool) -> list[bool]:
+        """For each, whether some rank has seen it. All ranks of the world must ask."""
+        flags = torch.tensor([float(each) for each in seen], device=self._device)
+        dist.all_reduce(flags)
+        return [count > 0 for count in flags.tolist()]
+
+
+class Sampling:
+    """The latents of one sampling: this rank's share of each.
+
+    Args:
+        message: see `host.sampling.Sent`.
+        rank: in the world.
+        world_size: of the group.
+        tensor_at: finds tensors in shared memory.
+        agreement: with the other ranks.
+        cancel_requested: whether the host wants to stop.
+    """
+
+    def __init__(
+        self,
+        message: Mapping[str, Any],
+        *,
+        rank: int,
+        world_size: int,
+        tensor_at: TensorAt,
+        agreement: Agreement,
+        cancel_requested: Callable[[], bool],
+    ):
+        self._message = message
+        self._tensor_at = tensor_at
+        self._agreement = agreement
+        self._cancel_requested = cancel_requested
+        self._rank = rank
+        result = tensor_at(message["result"]["out"])
+        self._sample = result[0].numel()
+        """Elements of one sample of a latent."""
+        self._share = ranges(shares(result.numel(), [1.0] * world_size))[rank]
+        self._latents = {int(n): self._mine(tensor_at(ref)) for n, ref in message["constants"].items()}
+        self._show = False
+        self._shown = 0
+        self._last_report = max((i for i, each in enumerate(message["program"]) if "report" in each), default=-1)
+
+    def run(self, passes: RunPasses, on_report: Callable[[int, int], None]) -> None:
+        """Every instruction, then this rank's share of the result.
+
+        Args:
+            passes: runs the network.
+            on_report: called with the number of steps done and of all.
+
+        Raises:
+            StepCancelled: on all ranks, after the same pass.
+        """
+        steps = zip(self._message["program"], self._message["free"], strict=True)
+        for place, (instruction, done_with) in enumerate(steps):
+            if "network" in instruction:
+                self._network(instruction, passes)
+            elif "evaluate" in instruction:
+                self._latents[instruction["evaluate"]] = self._value(instruction["terms"])
+            else:
+                self._report(instruction, is_last=place == self._last_report)
+                on_report(instruction["report"] + 1, instruction["steps"])
+            for number in done_with:
+                del self._latents[number]
+        result = self._message["result"]
+        self._mine(self._tensor_at(result["out"])).copy_(self._value(result["terms"]))
+
+    # --- instructions -------------------------------------------------------------------------------------------
+
+    def _network(self, instruction: Mapping[str, Any], passes: RunPasses) -> None:
+        for each in instruction["network"]:
+            x = self._tensor_at(each["x"])
+            for place, number in enumerate(each["latents"]):
+                self._write(x, place, self._latents[number])
+        self._agreement.any(False)  # x is complete
+        stopped = False
+        try:
+            passes(dict(instruction))
+        except StepCancelled:  # this rank's batch group has stopped; another one may just have finished
+            stopped = True
+        preview = self._message["preview"]
+        wanted = self._rank == 0 and preview is not None and int(self._tensor_at(preview["wanted"])) > self._shown
+        stopped, self._show = self._agreement.any(stopped or self._cancel_requested(), wanted)
+        if stopped:
+            raise StepCancelled("stopped between two passes")
+        size = self._message["size"]
+        for each in instruction["network"]:
+            out = self._tensor_at(each["out"]).view(-1)
+            for place, number in enumerate(each["results"]):
+                self._latents[number] = self._mine(out[place * size : (place + 1) * size]).float().clone()
+
+    def _report(self, instruction: Mapping[str, Any], is_last: bool) -> None:
+        """Shows the latent where the host has looked at the one before, and the last one in any case."""
+        preview = self._message["preview"]
+        if preview is None or not (self._show or is_last):
+            return
+        self._show = False
+        self._shown += 1
+        for place, name in zip(preview["latents"][self._shown % 2], ("denoised", "x"), strict=True):
+            self._mine(self._tensor_at(place)).copy_(self._value(instruction[name]))
+        self._tensor_at(preview["shown"])[self._rank] = torch.tensor([self._shown, instruction["report"]])
+
+    def _value(self, terms: list[Any]) -> Tensor:
+        """This rank's share of a sum of products."""
+        total = torch.zeros(self._share[1] - self._share[0])
+        for factor, numbers in terms:
+            if not numbers:
+                total += factor
+                continue
+            product = self._latents[numbers[0]]
+            for number in numbers[1:]:
+                product = product * self._latents[number]
+            total.add_(product, alpha=factor)
+        return total
+
+    # --- shares -------------------------------------------------------------------------------------------------
+
+    def _mine(self, whole: Tensor) -> Tensor:
+        """A view of this rank's share of a latent."""
+        return whole.view(-1)[slice(*self._share)]
+
+    def _write(self, x: Tensor, place: int, mine: Tensor) -> None:
+        """Puts a share of a latent into x [samples, channels, …], where further channels may follow the latent's."""
+        samples = self._message["size"] // self._sample
+        first, last = self._share
+        for sample in range(samples):
+            start, stop = max(first, sample * self._sample), min(last, (sample + 1) * self._sample)
+            if start < stop:
+                row = x[place * samples + sample].view(-1)[: self._sample]
+                offset = sample * self._sample
+                row[start - offset : stop - offset].copy_(mine[start - first : stop - first])

@@ -1,0 +1,52 @@
+"""Lets ComfyUI load tiny networks of families whose sizes its detection does not read from the file.
+
+The networks themselves are ComfyUI's own. To be imported where ComfyUI can be: in its process, not in the tests'.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import comfy.ldm.genmo.joint_model.asymm_models_joint as mochi
+import comfy.model_detection
+
+HIDDEN_OF_THE_ASSERTION = 1536 * 8
+"""ComfyUI's Mochi blocks assert that their MLP has this width, the released one's."""
+
+
+def _mochi_sizes(shape_of: dict[str, Any]) -> dict[str, Any]:
+    hidden = shape_of["x_embedder.proj.weight"][0]
+    return {
+        "depth": 1 + max(int(name.split(".")[1]) for name in shape_of if name.startswith("blocks.")),
+        "num_heads": shape_of["pos_frequencies"][1],
+        "hidden_size_x": hidden,
+        "hidden_size_y": shape_of["t5_yproj.weight"][0],
+        "t5_feat_dim": shape_of["t5_yproj.weight"][1],
+        "mlp_ratio_x": HIDDEN_OF_THE_ASSERTION / hidden,
+    }
+
+
+def _qwen_image_sizes(shape_of: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "num_attention_heads": shape_of["img_in.weight"][0] // 128,
+        "joint_attention_dim": shape_of["txt_norm.weight"][0],
+    }
+
+
+_SIZES = {"mochi_preview": _mochi_sizes, "qwen_image": _qwen_image_sizes}
+
+
+def apply() -> None:
+    """Makes the detection read these sizes from the file; of released files it finds what it found before."""
+    detect = comfy.model_detection.detect_unet_config
+
+    def detect_sizes(state_dict: dict[str, Any], key_prefix: str, metadata: Any = None) -> Any:
+        config = detect(state_dict, key_prefix, metadata=metadata)
+        if config is not None and (sizes := _SIZES.get(config.get("image_model", ""))):
+            shapes = {name.removeprefix(key_prefix): tuple(t.shape) for name, t in state_dict.items()}
+            config |= sizes(shapes)
+        return config
+
+    comfy.model_detection.detect_unet_config = detect_sizes
+    feed_forward = mochi.FeedForward
+    mochi.FeedForward = lambda **options: feed_forward(**options | {"hidden_size": 4 * options["in_features"]})

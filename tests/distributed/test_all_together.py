@@ -1,0 +1,118 @@
+"""Everything at once: any plan with a cache, FP8 weights, compiled blocks and a LoRA, in every combination."""
+
+from __future__ import annotations
+
+import itertools
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+from torch import Tensor
+
+from parallel.cache.settings import FirstBlockCacheSettings
+from parallel.compilation.folder import VARIABLE
+from parallel.compilation.settings import CompileSettings
+from parallel.config import SequenceParallelConfig, resolve
+from parallel.host.cached_sampling import CachedSampling
+from parallel.host.compiled_sampling import CompiledSampling
+from parallel.host.group import WorkerGroup
+from parallel.host.remote_model import RemoteModel, StepRequest
+from parallel.quantise.settings import FP8Settings
+from tests.distributed.test_weights import change
+from tests.distributed.tiny_models import TinyModels, WanInputs, recipe_of, relative_difference
+
+FOUR = "cpu,cpu,cpu,cpu"
+PLANS: dict[str, tuple[str, dict[str, int]]] = {
+    "ulysses": ("cpu,cpu", {"cfg_degree": 1}),
+    "ring": ("cpu,cpu", {"ring_degree": 2}),
+    "cfg": ("cpu,cpu", {"cfg_degree": 2}),
+    "cfg_and_ulysses": (FOUR, {"cfg_degree": 2, "ulysses_degree": 2}),
+}
+PATCHED = ("blocks.0.self_attn.q.weight", "blocks.1.ffn.2.weight", "head.head.weight")
+STEPS, HITS = 3, [0, 2, 2]
+"""Hits of cond and uncond at each step: the first one has nothing to remember."""
+TOLERANCE = 1e-4
+
+
+class Choice(NamedTuple):
+    """What is switched on besides the plan."""
+
+    cache: bool
+    fp8: bool
+    compiled: bool
+    lora: bool
+
+
+CHOICES = [Choice(*chosen) for chosen in itertools.product((False, True), repeat=4)]
+
+
+class Run(NamedTuple):
+    """What one sampling has given."""
+
+    results: list[list[Tensor]]
+    hits: list[int]
+    compiled: CompiledSampling | None
+
+
+def requests(step: int) -> list[StepRequest]:
+    """cond and uncond, the latent and the timestep moving."""
+    x, timestep, conditioning = WanInputs(frames=3, height=9, width=7).make()
+    negative = {name: tensor * 0.5 for name, tensor in conditioning.items()}
+    x, timestep = x * (1 - 0.05 * step), timestep - 100 * step
+    return [StepRequest(x, timestep, conditioning, "cond"), StepRequest(x, timestep, negative, "uncond")]
+
+
+def sample(model: RemoteModel, choice: Choice) -> Run:
+    model.ensure_loaded(fp8=FP8Settings(scheme="weight_only") if choice.fp8 else None)
+    model.replace_weights("lora" if choice.lora else None, PATCHED if choice.lora else (), change)
+    cache = CachedSampling(FirstBlockCacheSettings(residual_diff_threshold=10.0)) if choice.cache else None
+    compiled = CompiledSampling(CompileSettings()) if choice.compiled else None
+    results, hits = [], []
+    for step in range(STEPS):
+        results.append(model.steps(requests(step), conditions=2, cache=cache, compiled=compiled))
+        if cache is not None:
+            ranks = model.degrees(2).sp  # those of one group count alike
+            hits.append(sum(told["cache"]["hits"] for told in model.last_step[::ranks]))
+    return Run(results, hits, compiled)
+
+
+@contextmanager
+def model_on(folder: Path, path: Path, devices: str, degrees: dict[str, int]) -> Iterator[RemoteModel]:
+    """On workers of its own, which keep compiled code in `folder`."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(VARIABLE, str(folder))
+        group = WorkerGroup(resolve(SequenceParallelConfig(devices=devices)), threads=1)
+        group.start()
+    try:
+        yield RemoteModel(recipe_of(path, devices, **degrees), group=group)
+    finally:
+        group.stop()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler (g++)")
+def test_every_combination_gives_what_one_process_gives(tiny_models: TinyModels, tmp_path: Path):
+    path = tiny_models.path("wan", context_dim=64, depth=2)
+    with model_on(tmp_path, path, "cpu", {}) as alone:
+        expected = {choice: sample(alone, choice) for choice in CHOICES if not choice.compiled}
+    uncached = [run.results[-1][0] for choice, run in expected.items() if not choice.cache]
+    for first, second in itertools.combinations(uncached, 2):
+        assert relative_difference(first, second) > 10 * TOLERANCE, "FP8 or the LoRA does nothing"
+    for name, (devices, degrees) in PLANS.items():
+        with model_on(tmp_path, path, devices, degrees) as model:
+            for choice in CHOICES:
+                run, reference = sample(model, choice), expected[choice._replace(compiled=False)]
+                worst = max(
+                    relative_difference(actual, wanted)
+                    for pair in zip(run.results, reference.results, strict=True)
+                    for actual, wanted in zip(*pair, strict=True)
+                )
+                assert worst <= TOLERANCE, (name, choice, worst)
+                assert run.hits == reference.hits == (HITS if choice.cache else []), (name, choice)
+                if run.compiled is not None:
+                    report = run.compiled.report
+                    assert report.kinds == 1 and not report.failures and not report.breaks, (name, choice, report)

@@ -1,0 +1,381 @@
+"""A whole sampling in the workers against the same one step by step on one process."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from parallel.cache.settings import FirstBlockCacheSettings
+from parallel.config import SequenceParallelConfig
+from parallel.errors import WorkerDiedError
+from parallel.host import group as group_module
+from parallel.host.cached_sampling import CachedSampling
+from parallel.host.recipe import Recipe
+from parallel.host.remote_model import RemoteModel
+from parallel.host.step_request import StepRequest
+from parallel.sampling.program import Program
+from parallel.sampling.recording import Recorder
+from tests.distributed.tiny_models import Inputs, Model, StartGroup, TinyModels, WanInputs, loaded, relative_difference
+
+FOUR = "cpu,cpu,cpu,cpu"
+TOLERANCE = 1e-5
+
+Denoiser = Callable[[Tensor, float], Tensor]
+Callback = Callable[[int, Tensor, Tensor, int], None]
+Solver = Callable[[Denoiser, Tensor, Sequence[float], Callback], Tensor]
+
+
+# --- solvers, as ComfyUI's are written ----------------------------------------------------------------------------
+
+
+def euler(model: Denoiser, x: Tensor, sigmas: Sequence[float], callback: Callback) -> Tensor:
+    for i, (sigma, following) in enumerate(pairwise(sigmas)):
+        denoised = model(x, sigma)
+        callback(i, denoised, x, len(sigmas) - 1)
+        x = x + (x - denoised) / sigma * (following - sigma)
+    return x
+
+
+def with_memory_and_noise(model: Denoiser, x: Tensor, sigmas: Sequence[float], callback: Callback) -> Tensor:
+    """Second order from what the step before has said, and fresh noise at every step."""
+    generator = torch.Generator().manual_seed(5)
+    before = None
+    for i, (sigma, following) in enumerate(pairwise(sigmas)):
+        denoised = model(x, sigma)
+        callback(i, denoised, x, len(sigmas) - 1)
+        guess = denoised if before is None else 1.5 * denoised - 0.5 * before
+        noise = torch.randn(x.shape, generator=generator)
+        ratio = following / sigma
+        x = ratio * x + (1 - ratio) * guess
+        if following:
+            x += 0.1 * following * noise
+        before = denoised
+    return x
+
+
+def heun(model: Denoiser, x: Tensor, sigmas: Sequence[float], callback: Callback) -> Tensor:
+    """Two passes for a step."""
+    for i, (sigma, following) in enumerate(pairwise(sigmas)):
+        denoised = model(x, sigma)
+        callback(i, denoised, x, len(sigmas) - 1)
+        slope = (x - denoised) / sigma
+        if following:
+            there = x + slope * (following - sigma)
+            slope = (slope + (there - model(there, following)) / following) / 2
+        x = x + slope * (following - sigma)
+    return x
+
+
+# --- what is sampled ----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A flow model, guided, with a mask or without."""
+
+    model: Model
+    solver: Solver
+    negative: Inputs | WanInputs | None = None
+    """Of the second condition; its latent is not used."""
+    together: bool = False
+    """Both conditions in one call, as ComfyUI does where their shapes agree."""
+    masked: bool = False
+    concat: int = 0
+    """Channels of x that are not the latent's."""
+    steps: int = 4
+
+
+ODD = Inputs(frames=3, height=10, width=6, valid=(5,))
+PICTURE = Inputs(frames=None, height=9, width=7, references=((4, 12),), sigma=True, batch=2)
+SETTINGS = {
+    "euler": Setting(Model(inputs=ODD), euler),
+    "guided": Setting(Model(inputs=ODD), with_memory_and_noise, replace(ODD, valid=(8,), seed=1), masked=True),
+    "together": Setting(Model(inputs=Inputs(batch=2)), heun, Inputs(batch=2, seed=1), together=True, masked=True),
+    "flux": Setting(Model({"family": "flux"}, PICTURE), with_memory_and_noise, replace(PICTURE, seed=1)),
+    "wan_i2v": Setting(
+        Model({"family": "wan", "context_dim": 64, "in_channels": 36}, WanInputs(channels=36, frames=3, width=6)),
+        heun,
+        WanInputs(channels=36, text=7),
+        concat=20,
+    ),
+}
+
+RUNS: list[tuple[str, str, dict[str, int]]] = [
+    ("guided", "cpu", {}),
+    ("guided", "cpu,cpu", {}),
+    ("guided", "cpu,cpu", {"cfg_degree": 2}),
+    ("together", "cpu,cpu", {"cfg_degree": 2}),
+    ("together", "cpu,cpu", {"dp_degree": 2}),
+    ("flux", "cpu,cpu", {}),
+    ("wan_i2v", "cpu,cpu", {}),
+    ("euler", "cpu*3,cpu,cpu", {"ring_degree": 3}),
+    ("guided", "cpu*3,cpu,cpu", {}),
+    ("wan_i2v", FOUR, {"ulysses_degree": 2, "ring_degree": 2}),
+    ("guided", FOUR, {"cfg_degree": 2, "ulysses_degree": 2}),
+    ("flux", FOUR, {"cfg_degree": 2, "dp_degree": 2}),
+]
+
+
+class Sampling:
+    """The code of a sampling, to be run with the network's predictions or with a recorder's."""
+
+    def __init__(self, setting: Setting, dtype: torch.dtype = torch.float32):
+        self.setting, self.dtype = setting, dtype
+        x, timestep, conditioning = setting.model.inputs.make()
+        self.largest = float(timestep.max())
+        channels = x.shape[1] - setting.concat
+        self.noise, self.beside = x[:, :channels], x[:, channels:]
+        self.conditions = [conditioning]
+        if setting.negative is not None:
+            self.conditions.append(setting.negative.make()[2])
+        generator = torch.Generator().manual_seed(7)
+        self.image = torch.randn(self.noise.shape, generator=generator)
+        self.mask = (torch.rand(self.noise.shape[2:], generator=generator) > 0.3).float().expand(self.noise.shape)
+
+    @property
+    def sigmas(self) -> list[float]:
+        return torch.linspace(1, 0, self.setting.steps + 1).tolist()
+
+    def run(self, predict: Callable[..., Tensor], noise: Tensor, callback: Callback) -> Tensor:
+        def network(x: Tensor, sigma: float, conditioning: dict[str, Tensor], label: str) -> Tensor:
+            if self.setting.concat:
+                x = torch.cat([x, self.beside], dim=1)
+            timestep = torch.full((len(x),), self.largest * sigma)
+            return predict(x.to(self.dtype), timestep, conditioning, label, sigma).float()
+
+        def model(x: Tensor, sigma: float) -> Tensor:
+            if self.setting.masked:
+                x = x * self.mask + (sigma * noise + (1 - sigma) * self.image) * (1 - self.mask)
+            if self.setting.together:
+                both = {name: torch.cat([each[name] for each in self.conditions]) for name in self.conditions[0]}
+                given, other = network(torch.cat([x, x]), sigma, both, "0 1").chunk(2)
+                velocity = other + (given - other) * 3.0
+            else:
+                all_of = [network(x, sigma, each, str(i)) for i, each in enumerate(self.conditions)]
+                velocity = all_of[0] if len(all_of) == 1 else all_of[1] + (all_of[0] - all_of[1]) * 3.0
+            denoised = x - velocity * sigma
+            return denoised * self.mask + self.image * (1 - self.mask) if self.setting.masked else denoised
+
+        return self.setting.solver(model, noise * self.sigmas[0], self.sigmas, callback)
+
+    def record(self) -> Program:
+        recorder = Recorder(self.noise.shape, torch.device("cpu"), most_bytes=2**30)
+
+        def predict(x: Any, timestep: Tensor, conditioning: dict[str, Tensor], label: str, sigma: float) -> Tensor:
+            shape = (len(x), *self.noise.shape[1:])
+            numbers = frozenset(map(int, label.split()))
+            return recorder.network(
+                StepRequest(x, timestep, conditioning, label), shape, conditions=numbers, sigma=sigma
+            )
+
+        return recorder.finish(self.run(predict, recorder.given(self.noise), recorder.report))
+
+    def stepwise(self, remote: RemoteModel, cache: CachedSampling | None = None) -> tuple[Tensor, list[Tensor]]:
+        """The result, and the denoised latents that the callback is shown."""
+        shown: list[Tensor] = []
+
+        def predict(x: Tensor, timestep: Tensor, conditioning: dict[str, Tensor], label: str, sigma: float) -> Tensor:
+            return remote.steps([StepRequest(x, timestep, conditioning, label)], cache=cache, sigma=sigma)[0].clone()
+
+        def callback(step: int, denoised: Tensor, x: Tensor, steps: int) -> None:
+            shown.append(denoised.clone())
+
+        return self.run(predict, self.noise, callback), shown
+
+
+@pytest.fixture(scope="module")
+def expected(start_group: StartGroup, tiny_models: TinyModels) -> Callable[[str], tuple[Tensor, list[Tensor]]]:
+    """Each setting step by step on one process."""
+    known: dict[str, tuple[Tensor, list[Tensor]]] = {}
+
+    def get(name: str) -> tuple[Tensor, list[Tensor]]:
+        if name not in known:
+            setting = SETTINGS[name]
+            with loaded(start_group("cpu"), tiny_models.path(**setting.model.checkpoint)) as remote:
+                known[name] = Sampling(setting).stepwise(remote)
+        return known[name]
+
+    return get
+
+
+@pytest.mark.parametrize(("name", "devices", "degrees"), RUNS)
+def test_the_same_result_after_one_message(
+    start_group: StartGroup,
+    tiny_models: TinyModels,
+    expected: Callable[[str], tuple[Tensor, list[Tensor]]],
+    name: str,
+    devices: str,
+    degrees: dict[str, int],
+):
+    setting = SETTINGS[name]
+    right, right_shown = expected(name)
+    shown: dict[int, Tensor] = {}
+
+    def on_step(step: int, denoised: Tensor, x: Tensor, steps: int) -> None:
+        assert steps == setting.steps
+        shown[step] = denoised
+
+    with loaded(start_group(devices), tiny_models.path(**setting.model.checkpoint), **degrees) as remote:
+        group = remote.group
+        assert group is not None
+        for _ in range(2):  # the second time in the same memory
+            sent = group.messages
+            shown.clear()
+            result, report = remote.sample(Sampling(setting).record(), on_step=on_step)
+            assert group.messages - sent == report.messages == 1
+            assert relative_difference(result, right) <= TOLERANCE
+    assert list(shown) == sorted(shown) and setting.steps - 1 in shown
+    for step, denoised in shown.items():
+        assert relative_difference(denoised, right_shown[step]) <= TOLERANCE
+
+
+def test_bf16(start_group: StartGroup, tiny_models: TinyModels):
+    """The latent stays in fp32, as in ComfyUI; the network gets and gives bf16."""
+    sampling = Sampling(SETTINGS["wan_i2v"], torch.bfloat16)
+    path = tiny_models.path(**sampling.setting.model.checkpoint)
+    config = SequenceParallelConfig(devices="cpu,cpu")
+    recipe = Recipe(path=str(path), weight_dtype=torch.bfloat16, compute_dtype=torch.bfloat16, config=config)
+    remote = RemoteModel(recipe, group=start_group("cpu,cpu"))
+    remote.ensure_loaded()
+    right, _ = sampling.stepwise(remote)
+    result, _ = remote.sample(sampling.record())
+    remote.unload()
+    assert result.dtype == torch.float32
+    assert not torch.equal(result.bfloat16().float(), result)
+    assert relative_difference(result, right) <= 5e-3
+
+
+def test_conditions_run_side_by_side(start_group: StartGroup, tiny_models: TinyModels):
+    setting = SETTINGS["guided"]
+    program = Sampling(setting).record()
+    assert [len(network.passes) for network in program.networks] == [2] * setting.steps
+    with loaded(start_group("cpu,cpu"), tiny_models.path(**setting.model.checkpoint), cfg_degree=2) as remote:
+        remote.sample(program)
+        assert [result["collectives"] for result in remote.last_step] == [0, 0], "no rank has a sequence to share"
+
+
+def test_a_cache_skips_and_counts_as_step_by_step(start_group: StartGroup, tiny_models: TinyModels):
+    model = Model({"depth": 2, "depth_single": 2}, ODD)
+    sampling = Sampling(replace(SETTINGS["euler"], model=model, steps=6))
+    settings = FirstBlockCacheSettings(residual_diff_threshold=1e9, max_consecutive_hits=2)
+    with loaded(start_group("cpu,cpu"), tiny_models.path(**model.checkpoint)) as remote:
+        there, here = (CachedSampling(settings, first_sigma=0.9) for _ in range(2))
+        right, _ = sampling.stepwise(remote, there)
+        result, _ = remote.sample(sampling.record(), cache=here)
+        assert relative_difference(result, right) <= TOLERANCE
+        assert (here.report.hits, here.report.passes) == (there.report.hits, there.report.passes)
+        assert here.report.hits == 3, "of the five steps in its window, but the first, and one after two"
+        assert here.report.seconds_saved > 0
+
+
+# --- stopped ------------------------------------------------------------------------------------------------------
+
+
+class Cancelled(Exception):
+    """Stands for ComfyUI's InterruptProcessingException."""
+
+
+@pytest.mark.parametrize(
+    ("devices", "degrees"), [("cpu,cpu", {}), ("cpu,cpu", {"cfg_degree": 2}), (FOUR, {"cfg_degree": 2})]
+)
+def test_cancels_at_any_time_leave_no_rank_waiting(
+    start_group: StartGroup,
+    tiny_models: TinyModels,
+    expected: Callable[[str], tuple[Tensor, list[Tensor]]],
+    monkeypatch: pytest.MonkeyPatch,
+    devices: str,
+    degrees: dict[str, int],
+):
+    monkeypatch.setattr(group_module, "_SLICE_S", 0.0005)
+    right, _ = expected("guided")
+    setting = SETTINGS["guided"]
+    times = random.Random(0)
+    with loaded(start_group(devices), tiny_models.path(**setting.model.checkpoint), **degrees) as remote:
+        program = Sampling(setting).record()
+        began = time.monotonic()
+        remote.sample(program)
+        lasts = time.monotonic() - began
+        group = remote.group
+        assert group is not None
+        pids = list(group.pids)
+        cancelled = 0
+        for _ in range(8):
+            until = time.monotonic() + times.uniform(0, lasts)
+
+            def poll(until: float = until) -> None:
+                if time.monotonic() > until:
+                    raise Cancelled
+
+            try:
+                remote.sample(program, poll=poll)
+            except Cancelled:
+                cancelled += 1
+        assert cancelled >= 3
+        assert relative_difference(remote.sample(program)[0], right) <= TOLERANCE
+        assert group.pids == pids
+
+
+def test_a_callback_that_raises_stops_the_workers(start_group: StartGroup, tiny_models: TinyModels):
+    """ComfyUI's progress bar raises at Cancel, too."""
+    sampling = Sampling(replace(SETTINGS["euler"], steps=1000))
+    with loaded(start_group("cpu,cpu"), tiny_models.path(**SETTINGS["euler"].model.checkpoint)) as remote:
+        program, short = sampling.record(), Sampling(SETTINGS["euler"]).record()
+        right, _ = remote.sample(short)
+        reached: list[int] = []
+
+        def raising(step: int, *_: Any) -> None:
+            reached.append(step)
+            raise Cancelled
+
+        with pytest.raises(Cancelled):
+            remote.sample(program, on_step=raising)
+        assert torch.equal(remote.sample(short)[0], right)
+        assert len(reached) == 1 and reached[0] < 990
+
+
+def test_a_killed_worker_ends_the_sampling_by_name(start_group: StartGroup, tiny_models: TinyModels):
+    sampling = Sampling(replace(SETTINGS["euler"], steps=400))
+    with loaded(start_group("cpu,cpu"), tiny_models.path(**SETTINGS["euler"].model.checkpoint)) as remote:
+        group = remote.group
+        assert group is not None
+
+        def kill(*_: Any) -> None:
+            os.kill(group.pids[1], signal.SIGKILL)
+
+        with pytest.raises(WorkerDiedError, match=r"rank 1.*'sample'"):
+            remote.sample(sampling.record(), on_step=kill)
+        assert not remote.loaded
+
+
+# --- memory -------------------------------------------------------------------------------------------------------
+
+
+def test_the_noise_of_a_sampling_takes_no_memory_after_it(start_group: StartGroup, tiny_models: TinyModels):
+    setting = replace(SETTINGS["guided"], steps=40)
+    with loaded(start_group("cpu,cpu"), tiny_models.path(**setting.model.checkpoint)) as remote:
+        group = remote.group
+        assert group is not None
+        segment = None
+        most = 0
+
+        def look(*_: Any) -> None:
+            nonlocal segment, most
+            segment = group.memory.segment("sampling", 0)
+            most = max(most, os.fstat(segment.fileno()).st_blocks * 512)
+
+        program = Sampling(setting).record()
+        noise = sum(tensor.nbytes for tensor in program.constants.values())
+        remote.sample(program, on_step=look)
+        assert segment is not None
+        assert most > noise > 39 * 4 * 16 * 3 * 10 * 6
+        assert os.fstat(segment.fileno()).st_blocks * 512 < noise / 10
