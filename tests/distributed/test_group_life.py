@@ -25,7 +25,7 @@ from parallel.config import SequenceParallelConfig, resolve
 from parallel.errors import EngineError, WorkerDiedError, WorkerError, WorkerOutOfMemoryError
 from parallel.host import group as group_module
 from parallel.host import process as process_module
-from parallel.host import running
+from parallel.host import running, status
 from parallel.host.group import WorkerGroup
 from parallel.host.recipe import Recipe
 from parallel.host.remote_model import RemoteModel
@@ -386,6 +386,8 @@ def test_a_rank_out_of_memory_releases_its_peers(model: RemoteModel, group: Work
     lines = error.remote_traceback.splitlines()
     assert all(line.startswith("[rank 1]") for line in lines)
     assert "_stream_block" in error.remote_traceback
+    told = status.errors()[-1]
+    assert (told.kind, told.text) == ("out_of_memory", str(error)), "nobody who watches has been told"
     assert wait_until(lambda: all_ended(pids), RELEASE_S), "a worker is left"
 
 
