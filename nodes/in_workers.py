@@ -6,6 +6,7 @@ step; see `parallel.sampling.recording`. What cannot be recorded is sampled step
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -86,8 +87,10 @@ class InWorkers:
             _refuse_other_code(guider, extra_args["model_options"])
             program = _recorded(executor, guider, sigmas, extra_args, noise, latent_image, denoise_mask)
         except NotRecordable as reason:
-            self.told = f"sampled step by step, as by KSampler: {reason}"
-            return executor(guider, sigmas, extra_args, callback, noise, latent_image, denoise_mask, disable_pbar)
+            began = time.monotonic()
+            result = executor(guider, sigmas, extra_args, callback, noise, latent_image, denoise_mask, disable_pbar)
+            self.told = step_by_step(time.monotonic() - began, str(reason))
+            return result
         options = extra_args["model_options"].get("transformer_options", {})
         result, report = _run(guider, program, options, callback, disable_pbar)
         self.report = report
@@ -96,6 +99,11 @@ class InWorkers:
             f" {_counted(report.messages, 'message')} to them: {report.seconds:.1f} s"
         )
         return result
+
+
+def step_by_step(seconds: float, reason: str) -> str:
+    """For the user, when nothing ran in the workers as a whole."""
+    return f"sampled step by step, as by KSampler, in {seconds:.1f} s: {reason}"
 
 
 def _recorded(

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import comfy.samplers
 from comfy_api.latest import io
 
-from .in_workers import InWorkers
+from .in_workers import InWorkers, step_by_step
 from .node_text import tell
 from .shell_patcher import SequenceParallelPatcher
 
@@ -90,10 +91,12 @@ class SPSampler(io.ComfyNode):
         in_workers = InWorkers()
         if isinstance(model, SequenceParallelPatcher):
             model = in_workers.attach(model)
-        else:
-            in_workers.told = "sampled step by step, as by KSampler: this MODEL is not from Load Diffusion Model (SP)"
+        began = time.monotonic()
         (latent,) = common_ksampler(
             model, seed, steps, cfg, sampler_name, scheduler, positive, negative, latent_image, denoise=denoise
         )
+        if not isinstance(model, SequenceParallelPatcher):
+            seconds = time.monotonic() - began  # with the time that ComfyUI takes to load it
+            in_workers.told = step_by_step(seconds, "this MODEL is not from Load Diffusion Model (SP)")
         tell(cls.hidden.unique_id, f"Sampler (SP): {in_workers.told}")
         return io.NodeOutput(latent)

@@ -27,7 +27,7 @@ TWO = Swapped(devices="cpu,cpu")
 VISIBLE = Setting(width=256, height=384, length=33, steps=3, chain="sp_sampler")
 LONG = replace(VISIBLE, checkpoint=DEEP, steps=20)
 IN_WORKERS = re.compile(r"Sampler \(SP\): (\d+) steps? in the workers .* after (\d+) message")
-STEPWISE = re.compile(r"Sampler \(SP\): sampled step by step, as by KSampler: (.*)")
+STEPWISE = re.compile(r"Sampler \(SP\): sampled step by step, as by KSampler, in [0-9.]+ s: (.*)")
 CACHED = re.compile(r"skipped the blocks in (\d+) of (\d+) network passes")
 
 

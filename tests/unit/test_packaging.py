@@ -66,7 +66,8 @@ def test_the_archive_holds_what_comfyui_needs_and_no_tests():
     names = {path.relative_to(ROOT).as_posix() for path in shipped()}
     assert {"__init__.py", "pyproject.toml", "requirements.txt", "LICENSE", "README.md"} <= names
     assert {"parallel/worker/boot.py", "nodes/sp_config.py", "js/docs/SPConfig.md"} <= names
-    assert {name.partition("/")[0] for name in names if "/" in name} == {"js", "nodes", "parallel", "workflows"}
+    folders = {"js", "locales", "nodes", "parallel", "workflows"}
+    assert {name.partition("/")[0] for name in names if "/" in name} == folders
 
 
 def python_files() -> list[Path]:
