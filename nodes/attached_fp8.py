@@ -18,12 +18,10 @@ class AttachedFP8:
     settings: FP8Settings
     node_id: str
     """Of the node that shows the result."""
-    saved: int
-    """Bytes by which weights on a device become less."""
 
 
-def attach_fp8(model: comfy.model_patcher.ModelPatcher, attached: AttachedFP8) -> None:
-    model.set_attachments(_ATTACHED, attached)
+def attach_fp8(model: comfy.model_patcher.ModelPatcher, settings: FP8Settings, node_id: str) -> None:
+    model.set_attachments(_ATTACHED, AttachedFP8(settings, node_id))
 
 
 def attached_fp8(model: comfy.model_patcher.ModelPatcher) -> AttachedFP8 | None:

@@ -55,9 +55,12 @@ def run_tiled(
     native = importlib.import_module("nodes").NODE_CLASS_MAPPINGS[node]()  # ComfyUI's, not this pack's
     function: Callable[..., tuple[Any, ...]] = getattr(native, native.FUNCTION)
     began = time.perf_counter()
+    direction = "decode" if "Decode" in node else "encode"
     try:
         patcher = _patcher(vae, _config(config))
-        result, tiles = _in_workers(function, vae, patcher, "decode" if "Decode" in node else "encode", inputs)
+        if direction == "decode" and _adds_noise(vae.first_stage_model):
+            raise UnsupportedError("this VAE adds random noise to what it decodes, and workers would draw other noise")
+        result, tiles = _in_workers(function, vae, patcher, direction, inputs)
     except UnsupportedError as error:
         tell_fallback(node_id, f"Computed natively, on one device: {error}")
         return function(vae=vae, **inputs)
@@ -163,6 +166,13 @@ def _patcher(vae: Any, config: SequenceParallelConfig) -> VAEPatcher:
     patcher = _patchers[network] = VAEPatcher(remote, config, comfy.model_management.module_size(network))
     finalize(network, remote.release).atexit = False
     return patcher
+
+
+def _adds_noise(network: nn.Module) -> bool:
+    """Whether tiles depend on the order in which they are decoded: by these settings LTX-Video's decoders, since 0.9.1,
+    draw random numbers for each."""
+    names = ("timestep_conditioning", "inject_noise")
+    return any(getattr(module, name, False) for module in network.modules() for name in names)
 
 
 # --- two runs ---------------------------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ from comfy_api.latest import io
 
 from ..parallel.errors import UnsupportedError
 from ..parallel.quantise.settings import NODE, SCHEMES, FP8Settings
-from .attached_fp8 import AttachedFP8, attach_fp8, attached_fp8
+from .attached_fp8 import attach_fp8, attached_fp8
 from .shell_patcher import SequenceParallelPatcher
 
 
@@ -65,7 +65,7 @@ def _with_fp8(model: Any, settings: FP8Settings, node_id: str) -> SequenceParall
         )
     if attached_fp8(model) is not None:
         raise UnsupportedError(f"{NODE} is in this MODEL's chain twice; remove one")
-    selection = model.remote.select_fp8(settings)
+    model.remote.select_fp8(settings)
     quantised = model.clone()
-    attach_fp8(quantised, AttachedFP8(settings, node_id, selection.saved))
+    attach_fp8(quantised, settings, node_id)
     return quantised

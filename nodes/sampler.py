@@ -85,7 +85,7 @@ class SPSampler(io.ComfyNode):
         latent_image: dict[str, Any],
         denoise: float,
     ) -> io.NodeOutput:
-        from nodes import common_ksampler  # type: ignore[attr-defined]  # ComfyUI's own `nodes`
+        from nodes import common_ksampler  # ComfyUI's own `nodes`
 
         in_workers = InWorkers()
         if isinstance(model, SequenceParallelPatcher):

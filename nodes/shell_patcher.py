@@ -38,7 +38,7 @@ class SequenceParallelPatcher(WorkersPatcher):
         if self.size <= 1:  # no worker uses the device that ComfyUI watches
             return int(self.size)
         fp8 = attached_fp8(self)
-        return self.remote.expected_bytes() if fp8 is None else self.remote.expected_bytes(fp8.settings, fp8.saved)
+        return self.remote.expected_bytes(None if fp8 is None else fp8.settings)
 
     # --- residency ----------------------------------------------------------------------------------------------------
 

@@ -7,7 +7,6 @@ from typing import Any
 from comfy_api.latest import io
 
 from ..parallel.config import ATTENTION_KERNELS, SequenceParallelConfig, resolve
-from ..parallel.errors import EngineError
 from ..parallel.placement import MODES
 
 SPConfig = io.Custom("SP_CONFIG")
@@ -70,11 +69,13 @@ class SPConfigNode(io.ComfyNode):
         ring_degree: int | None = None,
         cfg_degree: int | None = None,
         dp_degree: int | None = None,
-    ) -> bool | str:
-        """Flags wrong devices, and degrees that do not fit them, before anything is queued.
+    ) -> bool:
+        """Flags wrong devices, and degrees that do not fit them, before anything is queued. `execute` checks the rest.
 
-        ComfyUI repeats the answer for each input that is named here, and marks them all: these five depend on each
-        other. The rest is checked by `execute`. None is an input whose value comes from a link, not known yet.
+        None is an input whose value comes from a link, not known yet.
+
+        Raises:
+            ConfigError: ComfyUI shows its message, once. A text that is returned it repeats for each input named here.
         """
         degrees = {
             "ulysses_degree": ulysses_degree,
@@ -85,10 +86,7 @@ class SPConfigNode(io.ComfyNode):
         if devices is None:
             return True
         known: dict[str, Any] = {} if None in degrees.values() else degrees
-        try:
-            resolve(SequenceParallelConfig(devices=devices, **known))
-        except EngineError as error:
-            return str(error)
+        resolve(SequenceParallelConfig(devices=devices, **known))
         return True
 
     @classmethod

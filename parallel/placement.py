@@ -14,8 +14,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from math import ceil
 
+import torch
+
 from .degrees import RequestedDegrees
-from .errors import ConfigError, UnsupportedError
+from .errors import ConfigError
 
 MODES = ("auto", "replicate", "shard", "offload")
 
@@ -52,8 +54,13 @@ def check(mode: str, degrees: RequestedDegrees) -> None:
     """Refuses a mode that these degrees leave no way for.
 
     Raises:
-        ConfigError: shard with one rank per sequence.
+        ConfigError: shard with one rank per sequence, or without FSDP2.
     """
+    if mode == "shard" and not has_fsdp2():
+        raise ConfigError(
+            f"weights is 'shard', which needs PyTorch 2.6 or later; this is {torch.__version__}; choose auto, replicate"
+            " or offload"
+        )
     if mode == "shard" and degrees.sharing < 2:
         if degrees.world_size == 1:
             raise ConfigError("weights is 'shard', and devices names one; allowed are auto, replicate and offload")
@@ -64,23 +71,10 @@ def check(mode: str, degrees: RequestedDegrees) -> None:
         )
 
 
-def refuse_quantised(mode: str, what: str) -> None:
-    """To be called before weights are loaded under `mode` that are quantised on the way.
-
-    What a home keeps has its shape and dtype before it is read, and each rank fills in its rows of it; quantising takes
-    whole tensors and makes others of them.
-
-    Args:
-        what: the node or option that quantises, for the message.
-
-    Raises:
-        UnsupportedError: the mode cannot be had with it.
-    """
-    if mode in ("shard", "offload"):
-        raise UnsupportedError(
-            f"{what} cannot be used with weights '{mode}'; set weights to replicate in SP Config, or use an fp8"
-            " weight_dtype or a scaled-fp8 file instead, which can be"
-        )
+def has_fsdp2() -> bool:
+    """Whether PyTorch has `torch.distributed.fsdp.fully_shard`; told by its version, for the import takes seconds."""
+    major, minor = torch.__version__.split(".")[:2]
+    return (int(major), int(minor)) >= (2, 6)
 
 
 def bytes_on_device(mode: str, nbytes: int, sharing: int, device_type: str) -> int:
@@ -98,9 +92,7 @@ def bytes_on_device(mode: str, nbytes: int, sharing: int, device_type: str) -> i
     return nbytes
 
 
-def choose(
-    nbytes: int, devices: Sequence[Memory], host: Memory, *, sharing: int, device_type: str, plain: bool = True
-) -> Placement:
+def choose(nbytes: int, devices: Sequence[Memory], host: Memory, *, sharing: int, device_type: str) -> Placement:
     """What `auto` means.
 
     Replicate where every device has room; else shard, if that makes room; else offload. CPU workers have one memory
@@ -111,11 +103,8 @@ def choose(
         devices: of each rank.
         host: the machine's.
         sharing: ranks of a sequence if the weights are sharded.
-        plain: see `refuse_quantised`; other weights can only be replicated.
     """
     needed = _gib(nbytes)
-    if not plain:
-        return Placement(mode="replicate", reason="auto: weights that a node quantises can only be replicated")
     if device_type == "cpu":
         copies = f"{len(devices)} × {needed}"
         if nbytes * len(devices) <= host.for_weights:

@@ -21,14 +21,21 @@ export class Panel {
       element(
         "div",
         "sp-buttons",
-        button("pi pi-eraser", t("Free memory"), t("ComfyUI unloads all models between prompts; the workers stay."), free),
-        button("pi pi-refresh", t("Restart workers"), t("Ends the workers, whatever they do, and starts them again."), () =>
-          restart(this._state),
-        ),
-        button("pi pi-copy", t("Copy report"), t("Versions, devices, settings, state and the last errors, for a bug report."), copyReport),
+        ...this._buttons(),
       ),
     );
     this.update(this._state);
+  }
+
+  _buttons() {
+    const unload = t("ComfyUI unloads all models between prompts; the workers stay.");
+    const again = t("Ends the workers, whatever they do, and starts them again.");
+    const contents = t("Versions, devices, settings, state and the last errors, for a bug report.");
+    return [
+      button("pi pi-eraser", t("Free memory"), unload, free),
+      button("pi pi-refresh", t("Restart workers"), again, () => restart(this._state)),
+      button("pi pi-copy", t("Copy report"), contents, copyReport),
+    ];
   }
 
   /** @param {{groups: object[]}} state as the server sends it */
@@ -41,7 +48,8 @@ export class Panel {
       this._views.get(group.id).update(group);
     }
     setChildren(this._groups, state.groups.map((group) => this._views.get(group.id).element));
-    this._say(state.groups.length ? "" : t("No workers are running. They start with the first prompt that needs them."));
+    const none = t("No workers are running. They start with the first prompt that needs them.");
+    this._say(state.groups.length ? "" : none);
   }
 
   /** The server cannot be asked. */

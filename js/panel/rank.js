@@ -4,6 +4,8 @@ import { element, setAttribute, setText } from "./elements.js";
 import { stateText } from "./states.js";
 import { bytes, seconds, t } from "./text.js";
 
+const SIZES = ["weights", "activations", "free"];
+const ENDED = ["dead", "stopped"];
 const PARTS = ["weights", "activations", "others"];
 
 export class RankView {
@@ -14,14 +16,15 @@ export class RankView {
     this._bar.setAttribute("role", "img");
     this._parts = PARTS.map((part) => element("span", `sp-bar-${part}`));
     this._bar.append(...this._parts);
-    this._sizes = ["weights", "activations", "free"].map((part) => [element("span", `sp-key sp-bar-${part}`), element("span")]);
+    this._sizes = SIZES.map((part) => [element("span", `sp-key sp-bar-${part}`), element("span")]);
     this._memory = element(
       "div",
       "sp-legend sp-muted",
       ...this._sizes.map((parts) => element("span", "sp-legend-entry", ...parts)),
     );
     this._memory.setAttribute("aria-hidden", "true"); // the bar's label says the same in words
-    this.element = element("li", "sp-rank", element("div", "sp-line", this._title, this._state), this._bar, this._memory);
+    const title = element("div", "sp-line", this._title, this._state);
+    this.element = element("li", "sp-rank", title, this._bar, this._memory);
   }
 
   /** @param {object} rank one of `ranks` of a group in the server's state */
@@ -41,9 +44,10 @@ export class RankView {
     this._parts.forEach((part, i) => {
       part.style.width = rank.total ? `${(100 * sizes[i]) / rank.total}%` : "0";
     });
-    this._bar.hidden = this._memory.hidden = rank.memory === 0; // it has not said anything yet
+    const over = ENDED.includes(rank.state);
+    this._bar.hidden = this._memory.hidden = over || rank.memory === 0; // gone, or it has not said anything yet
     const values = { weights: bytes(rank.weights), activations: bytes(activations), free: bytes(Math.max(0, free)) };
-    ["weights", "activations", "free"].forEach((part, i) => setText(this._sizes[i][1], values[part]));
+    SIZES.forEach((part, i) => setText(this._sizes[i][1], values[part]));
     const text = t("{weights} weights, {activations} activations, {free} free of {total}", {
       ...values,
       total: bytes(rank.total),
@@ -54,7 +58,10 @@ export class RankView {
 }
 
 function rankState(rank) {
-  if (rank.progress) return `${stateText(rank.state)} ${Math.floor((100 * rank.progress[0]) / Math.max(1, rank.progress[1]))} %`;
   const text = stateText(rank.state);
-  return rank.seconds === null || rank.state === "dead" ? text : `${text} · ${seconds(rank.seconds)}`;
+  if (rank.progress) {
+    const [done, total] = rank.progress;
+    return `${text} ${Math.floor((100 * done) / Math.max(1, total))} %`;
+  }
+  return rank.seconds === null || ENDED.includes(rank.state) ? text : `${text} · ${seconds(rank.seconds)}`;
 }

@@ -15,8 +15,9 @@ const TOASTS = {
 
 /** What the topbar is to show, for `registerExtension`; follows `setBadge`. */
 export function topbarBadges() {
-  const text = tab()?.iconBadge;
-  return text ? [{ text: t("Workers failed"), label: "SP", variant: "error", tooltip: t("Open Sequence Parallel in the sidebar.") }] : [];
+  if (!tab()?.iconBadge) return [];
+  const tooltip = t("Open Sequence Parallel in the sidebar.");
+  return [{ text: t("Workers failed"), label: "SP", variant: "error", tooltip }];
 }
 
 /** ComfyUI's own copy of the tab: changing it is what redraws the sidebar and the topbar. */
@@ -30,7 +31,12 @@ export function setBadge(shown) {
 }
 
 export function watchTrouble() {
+  const fallbacks = new Set();
   onEvent("sequence_parallel.event", ({ kind, text }) => {
+    if (kind === "fallback") {
+      if (fallbacks.has(text)) return; // once is enough; the node says it every time
+      fallbacks.add(text);
+    }
     const [severity, summary, life] = TOASTS[kind] ?? ["info", "Sequence Parallel", 6];
     toast(severity, t(summary), text, life);
     if (severity === "error") setBadge(true);

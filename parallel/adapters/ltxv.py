@@ -85,6 +85,9 @@ class _Prompts:
 
 class LTXVAdapter(Adapter):
     family: ClassVar[str] = "ltxv"
+    title: ClassVar[str] = "LTX-Video"
+    makes: ClassVar[tuple[str, ...]] = ("T2V", "I2V")
+    verified: ClassVar[str] = "ComfyUI, diffusers"
     not_quantised: ClassVar[tuple[str, ...]] = (
         "patchify_proj", "adaln_single", "caption_projection", "proj_out",
     )  # fmt: skip
@@ -221,12 +224,11 @@ class LTXVAdapter(Adapter):
         hidden = m.proj_in(read_tokens(x, start, stop, _PATCH, prompts.text))
 
         def each_block(hidden: Tensor) -> Blocks:
-            attend = context.attention(plan)
+            attend, run = context.attention(plan), context.block(_block)
             for block in m.transformer_blocks:
                 context.enter_block(plan)
-                hidden = _block(
-                    block, hidden, _OwnRows(modulation + block.scale_shift_table, which), table, text, attend
-                )
+                by = _OwnRows(modulation + block.scale_shift_table, which)
+                hidden = run(block, hidden, by, table, text, attend)
                 yield hidden
 
         def probe() -> Tensor:

@@ -82,6 +82,9 @@ class _Prompt:
 
 class MochiAdapter(Adapter):
     family: ClassVar[str] = "mochi"
+    title: ClassVar[str] = "Mochi 1"
+    makes: ClassVar[tuple[str, ...]] = ("T2V",)
+    verified: ClassVar[str] = "ComfyUI with a patched detection, diffusers"
     read_directly: ClassVar[tuple[str, ...]] = ("patch_embed",)
     not_quantised: ClassVar[tuple[str, ...]] = (
         "x_embedder", "t_embedder", "t5_y_embedder", "t5_yproj", "mod_x", "mod_y", "final_layer",
@@ -179,7 +182,7 @@ class MochiAdapter(Adapter):
     def example(self, config: Mapping[str, Any], world_size: int, dtype: torch.dtype) -> dict[str, Tensor]:
         random = normal(dtype)
         return {
-            "x": random(1, config["in_channels"], 1, 2, 2 * world_size + 2),
+            "x": random(1, config["in_channels"], 1, 4, 2 * world_size + 2),
             "timestep": torch.tensor([0.5]),
             "context": random(1, 7, config["text_embed_dim"]),
             "attention_mask": torch.tensor([[1, 1, 1, 1, 1, 0, 0]]),
@@ -203,10 +206,13 @@ class MochiAdapter(Adapter):
         by = F.silu(vector)
 
         def each_block(video: Tensor, text: Tensor) -> Blocks:
-            attend = context.attention(plan)
+            attend, run, run_last = context.attention(plan), context.block(_block), context.block(_last_block)
             for block in m.transformer_blocks:
                 context.enter_block(plan)
-                video, text = _block(block, video, text, by, table, attend)
+                if block.context_pre_only:
+                    video = run_last(block, video, text, by, table, attend)
+                else:
+                    video, text = run(block, video, text, by, table, attend)
                 yield video
 
         def probe() -> Tensor:
@@ -260,27 +266,36 @@ def _added(x: Tensor, change: Tensor, gate: Tensor) -> Tensor:
 def _block(
     block: Any, video: Tensor, text: Tensor, by: Tensor, table: Rope, attend: JointAttention
 ) -> tuple[Tensor, Tensor]:
-    """video [B, n, hidden], text [B, m, text hidden] → the same; m may be 0 on this rank, and then costs nothing.
-
-    The last block's text takes part in its attention, and goes no further.
-    """
-    attn, count = block.attn1, video.shape[1]
+    """video [B, n, hidden], text [B, m, text hidden] → the same; m may be 0 on this rank, and then costs nothing."""
     scale, *gates = block.norm1.linear(by).chunk(4, dim=1)
-    parts = two_stream.qkv(_scaled(video, scale), (attn.to_q, attn.to_k, attn.to_v), (attn.norm_q, attn.norm_k), 1e-5)
-    text_gates: list[Tensor] = []
+    if not text.shape[1]:
+        out = _attended(block.attn1, _scaled(video, scale), text, table, attend)
+        return _after_attention(video, block.attn1.to_out[0](out), gates, block.ff), text
+    text_scale, *text_gates = block.norm1_context.linear(by).chunk(4, dim=1)
+    out = _attended(block.attn1, _scaled(video, scale), _scaled(text, text_scale), table, attend)
+    own, of_text = out[:, : video.shape[1]], out[:, video.shape[1] :]
+    text = _after_attention(text, block.attn1.to_add_out(of_text), text_gates, block.ff_context)
+    return _after_attention(video, block.attn1.to_out[0](own), gates, block.ff), text
+
+
+def _last_block(block: Any, video: Tensor, text: Tensor, by: Tensor, table: Rope, attend: JointAttention) -> Tensor:
+    """video [B, n, hidden] → the same. The text takes part in the attention, and goes no further."""
+    scale, *gates = block.norm1.linear(by).chunk(4, dim=1)
     if text.shape[1]:
-        if block.context_pre_only:
-            scale = block.norm1_context.linear_1(by)
-        else:
-            scale, *text_gates = block.norm1_context.linear(by).chunk(4, dim=1)
-        layers = (attn.add_q_proj, attn.add_k_proj, attn.add_v_proj)
-        added = two_stream.qkv(_scaled(text, scale), layers, (attn.norm_added_q, attn.norm_added_k), 1e-5)
+        text = _scaled(text, block.norm1_context.linear_1(by))
+    out = _attended(block.attn1, _scaled(video, scale), text, table, attend)
+    return _after_attention(video, block.attn1.to_out[0](out[:, : video.shape[1]]), gates, block.ff)
+
+
+def _attended(attn: Any, video: Tensor, text: Tensor, table: Rope, attend: JointAttention) -> Tensor:
+    """video [B, n, hidden], text [B, m, text hidden], both scaled → [B, n + m, hidden]."""
+    parts = two_stream.qkv(video, (attn.to_q, attn.to_k, attn.to_v), (attn.norm_q, attn.norm_k), 1e-5)
+    if text.shape[1]:
+        layers, norms = (attn.add_q_proj, attn.add_k_proj, attn.add_v_proj), (attn.norm_added_q, attn.norm_added_k)
+        added = two_stream.qkv(text, layers, norms, 1e-5)
         parts = [torch.cat(pair, dim=1) for pair in zip(parts, added, strict=True)]
     q, k, v = parts
-    out = attend(rotate(q, table), rotate(k, table), v).flatten(2)
-    if text_gates:
-        text = _after_attention(text, attn.to_add_out(out[:, count:]), text_gates, block.ff_context)
-    return _after_attention(video, attn.to_out[0](out[:, :count]), gates, block.ff), text
+    return attend(rotate(q, table), rotate(k, table), v).flatten(2)
 
 
 def _after_attention(x: Tensor, attended: Tensor, gates: list[Tensor], mlp: nn.Module) -> Tensor:

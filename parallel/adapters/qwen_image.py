@@ -72,6 +72,9 @@ class _Prompts:
 
 class QwenImageAdapter(Adapter):
     family: ClassVar[str] = "qwen_image"
+    title: ClassVar[str] = "Qwen-Image, Edit, Layered"
+    makes: ClassVar[tuple[str, ...]] = ("T2I", "edit")
+    verified: ClassVar[str] = "ComfyUI with a patched detection, diffusers"
     not_quantised: ClassVar[tuple[str, ...]] = (
         "img_in", "txt_in", "time_text_embed", "img_mod", "txt_mod", "norm_out", "proj_out",
     )  # fmt: skip
@@ -146,6 +149,8 @@ class QwenImageAdapter(Adapter):
         require_latent("Qwen-Image", x, channels)
         for name in references:
             require_latent(f"Qwen-Image ({name})", inputs[name], channels)
+            if len(inputs[name]) != len(x):
+                raise UnsupportedError(f"{name} has {len(inputs[name])} pictures; needed is one for each of {len(x)}")
         require_text(inputs, config["joint_attention_dim"], "Qwen2.5-VL")
         require_one_time_each("Qwen-Image", inputs["timestep"])
         if (method := _method(inputs)) not in ("", *_METHODS):
@@ -212,10 +217,10 @@ class QwenImageAdapter(Adapter):
         table = cos.to(text.dtype), sin.to(text.dtype)  # ComfyUI rounds them so
 
         def each_block(image: Tensor, text: Tensor) -> Blocks:
-            attend = context.attention(plan)
+            attend, run = context.attention(plan), context.block(_block)
             for block in m.transformer_blocks:
                 context.enter_block(plan)
-                image, text = _block(block, image, text, by, table, attend)
+                image, text = run(block, image, text, by, table, attend)
                 yield image
 
         def probe() -> Tensor:

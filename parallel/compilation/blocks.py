@@ -111,7 +111,7 @@ class CompiledBlocks:
                 stands_in.append(in_graph.InGraph(len(stands_in)))
             replacements = iter(stands_in)
             replaced = [
-                next(replacements) if isinstance(argument, JointAttention) else _without_base(argument)
+                next(replacements) if isinstance(argument, JointAttention) else _plain(argument)
                 for argument in arguments
             ]
             with in_graph.standing_for(attentions) as calls:
@@ -206,10 +206,13 @@ def _prepare(settings: CompileSettings) -> dict[str, Any]:
     use_folder()
     import torch._dynamo
     import torch._inductor
+    import torch.fx.experimental._config
 
     limits: Any = torch._dynamo.config
     limit = "recompile_limit" if hasattr(limits, "recompile_limit") else "cache_size_limit"  # before torch 2.6
     setattr(limits, limit, max(getattr(limits, limit), _VARIANTS))
+    # Sizes that happen to be equal at first (of text and picture, say) are not taken to be always.
+    torch.fx.experimental._config.use_duck_shape = False
     _signs.register()
     options = dict(torch._inductor.list_mode_options(settings.mode))
     # What runs between the two operators of an attention is to stay there, where it hides the exchange.
@@ -218,12 +221,25 @@ def _prepare(settings: CompileSettings) -> dict[str, Any]:
     return options | {name: value for name, value in wanted.items() if name in known}
 
 
-def _without_base(argument: Any) -> Any:
-    """A tensor that is a view, as one that is none.
+def _plain(argument: Any) -> Any:
+    """A tensor that is a view, as one that is none, and one that lies in order with the strides that say so.
 
-    The compiler looks at what a view is a view of; the first block's input often is one, and the other blocks' not.
+    The compiler looks at what a view is a view of, and at the stride of a dimension of size 1; of the first block's
+    input, and of a compiled block's result, they often differ from the other blocks'.
     """
-    return argument.data if isinstance(argument, Tensor) and argument._is_view() else argument
+    if not isinstance(argument, Tensor):
+        return argument
+    if argument.is_contiguous() and argument.stride() != (strides := _strides(argument.shape)):
+        argument = argument.as_strided(argument.shape, strides)
+    return argument.data if argument._is_view() else argument
+
+
+def _strides(shape: torch.Size) -> tuple[int, ...]:
+    """Of a tensor of this shape without gaps."""
+    strides = [1]
+    for size in reversed(shape[1:]):
+        strides.append(strides[-1] * max(size, 1))
+    return tuple(reversed(strides)) if shape else ()
 
 
 def _describe(error: BaseException) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from pathlib import Path
 
 VARIABLE = "TORCHINDUCTOR_CACHE_DIR"
@@ -19,8 +20,12 @@ def use_folder() -> Path:
     Raises:
         OSError: there is no such folder and none can be made, or it is not this user's alone.
     """
-    if given := os.environ.get(VARIABLE):
-        return Path(given)
+    given = Path(os.environ.get(VARIABLE, ""))
+    default = given.parent == Path(tempfile.gettempdir()) and given.name.startswith("torchinductor_")
+    if (
+        given.name and not default
+    ):  # PyTorch sets its default there itself, also in the host, whose variables we inherit
+        return given
     folder = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "sequence-parallel" / "compiled"
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     status = folder.stat()

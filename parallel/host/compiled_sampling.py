@@ -14,6 +14,7 @@ class CompileReport:
     """What the compilers of the workers have done."""
 
     name: str
+    steps: int
     seconds: float
     """Spent in compilation by the rank that took longest."""
     graphs: int
@@ -33,6 +34,8 @@ class CompileReport:
             rank, cause = self.failures[0]
             others = f" and {len(self.failures) - 1} more" if len(self.failures) > 1 else ""
             return f"{self.name}: WARNING: not compiled on worker rank {rank}{others}: {cause}"
+        if not self.steps:
+            return f"{self.name}: no step has run"
         if not self.kinds:
             return f"{self.name}: WARNING: not compiled: this family's blocks cannot be compiled yet"
         kinds = f"{_count(self.kinds, 'kind')} of blocks"
@@ -49,6 +52,7 @@ class CompiledSampling:
 
     def __init__(self, settings: CompileSettings):
         self.settings = settings
+        self._steps = 0
         self._seconds: list[float] = []
         self._counts: list[list[int]] = []
         self._kinds = 0
@@ -56,6 +60,7 @@ class CompiledSampling:
 
     def count(self, results: Sequence[Mapping[str, Any]]) -> None:
         """Takes in what the ranks said of a step."""
+        self._steps += 1
         self._seconds = self._seconds or [0.0] * len(results)
         self._counts = self._counts or [[0, 0, 0] for _ in results]
         for rank, result in enumerate(results):
@@ -73,6 +78,7 @@ class CompiledSampling:
         graphs, breaks, recompilations = map(max, zip(*self._counts, strict=True)) if self._counts else (0, 0, 0)
         return CompileReport(
             name=self.settings.name,
+            steps=self._steps,
             seconds=max(self._seconds, default=0.0),
             graphs=graphs,
             breaks=breaks,

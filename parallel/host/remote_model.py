@@ -19,16 +19,14 @@ from ..checkpoints.source import Stored
 from ..config import resolve
 from ..degrees import Degrees
 from ..errors import WorkerError
-from ..placement import Memory, Placement, bytes_on_device, refuse_quantised
-from ..placement import choose as choose_placement
+from ..placement import Memory, Placement, bytes_on_device, choose, has_fsdp2
 from ..plan import SequencePlan
 from ..quantise.selection import Selection, select
 from ..quantise.settings import (
-    NODE,
     FP8Choice,
     FP8Report,
     FP8Settings,
-    choose,
+    choose_scheme,
     likely_scheme,
     refuse_devices,
 )
@@ -87,6 +85,7 @@ class RemoteModel:
         self._group: WorkerGroup | None = None
         self._generation = 0
         self._fp8: FP8Settings | None = None
+        self._selections: dict[FP8Settings, Selection] = {}
         self._conditioning = _SentConditioning(self.name)
         self._tensors = NativeTensors(self.inspected.source, self.inspected.adapter, self.inspected.model_config)
         self._version: Hashable = None
@@ -122,9 +121,9 @@ class RemoteModel:
         group = self._own_group or running.acquire(self.recipe.config, poll)
         if self.loaded and group is self._group and fp8 == self._fp8:
             return self.nbytes
-        choice = None if fp8 is None else _choose(fp8, group, poll)
+        choice = None if fp8 is None else _choose_scheme(fp8, group, poll)
         self.unload()  # what is loaded otherwise makes room for this
-        placement = self._place(group, poll, plain=fp8 is None)
+        placement = self._place(group, poll, fp8)
         weights: dict[str, Any] = {"mode": placement.mode, "sharing": self._layout.degrees.sharing}
         if placement.mode == "offload":
             weights["segment"] = f"{self.name}-weights"
@@ -154,57 +153,67 @@ class RemoteModel:
             if placement.mode == "offload" and self._layout.device_type == "cpu"
             else f"on each of {len(results)} workers",
         )  # fmt: skip
-        self.fp8_report = None
-        if choice is not None:
-            self.fp8_report = FP8Report(scheme=choice.scheme, reason=choice.reason, **results[0]["fp8"])
+        self.fp8_report = None if choice is None else self._report(choice, placement, **results[0]["fp8"])
         return self.nbytes
+
+    def _report(self, choice: FP8Choice, placement: Placement, *, saved: int, **counts: int) -> FP8Report:
+        degrees, device_type = self._layout.degrees, self._layout.device_type
+        return FP8Report(
+            scheme=choice.scheme,
+            reason=choice.reason,
+            bytes_before=self.nbytes + bytes_on_device(placement.mode, saved, degrees.sharing, device_type),
+            bytes_after=self.nbytes,
+            **counts,
+        )
 
     def select_fp8(self, fp8: FP8Settings) -> Selection:
         """What `fp8` will do to this model, told without workers.
 
         Raises:
             ConfigError: the devices cannot do it, or `skip` has a pattern that means no layer.
-            UnsupportedError: the way in which the weights are kept does not go with it.
         """
-        refuse_quantised(self.recipe.config.weights, NODE)
         refuse_devices(fp8, self._layout)
-        return select(
-            self.inspected.source,
-            self.inspected.adapter,
-            self._tensors,
-            scheme=likely_scheme(fp8, self._layout),
-            skip=fp8.patterns,
-            storage=self.recipe.weight_dtype,
-            compute=self.recipe.compute_dtype,
-        )
+        if fp8 not in self._selections:
+            self._selections[fp8] = select(
+                self.inspected.source,
+                self.inspected.adapter,
+                self._tensors,
+                scheme=likely_scheme(fp8, self._layout),
+                skip=fp8.patterns,
+                storage=self.recipe.weight_dtype,
+                compute=self.recipe.compute_dtype,
+            )
+        return self._selections[fp8]
 
-    def _place(self, group: WorkerGroup, poll: Poll | None, *, plain: bool) -> Placement:
+    def _whole_bytes(self, fp8: FP8Settings | None) -> int:
+        """Of a whole copy of the weights."""
+        saved = 0 if fp8 is None else self.select_fp8(fp8).saved
+        return weight_bytes(self.inspected, self.recipe) - saved
+
+    def _place(self, group: WorkerGroup, poll: Poll | None, fp8: FP8Settings | None) -> Placement:
         """Settles where the weights go; asks the workers for their free memory only if that matters."""
         asked = self.recipe.config.weights
         if asked != "auto":
             return Placement(mode=asked, reason="as asked")
         told = group.call("free memory", {}, poll=poll)
-        return choose_placement(
-            weight_bytes(self.inspected, self.recipe),
+        return choose(
+            self._whole_bytes(fp8),
             [Memory(**rank["device"]) for rank in told],
             Memory(**told[0]["host"]),
-            sharing=self._layout.degrees.sharing,
+            sharing=self._layout.degrees.sharing if has_fsdp2() else 1,
             device_type=self._layout.device_type,
-            plain=plain,
         )
 
-    def expected_bytes(self, fp8: FP8Settings | None = None, saved: int = 0) -> int:
-        """Of weights on one worker's device when they are loaded; under `auto` as much as it may be.
-
-        Args:
-            fp8: how they are to be quantised, if so.
-            saved: bytes that this saves (`Selection.saved`).
-        """
+    def expected_bytes(self, fp8: FP8Settings | None = None) -> int:
+        """Of weights on one worker's device when they are loaded; under `auto` as much as it may be."""
         if self.loaded and fp8 == self._fp8:
             return self.nbytes
-        mode = self.recipe.config.weights
-        nbytes = weight_bytes(self.inspected, self.recipe) - saved
-        return bytes_on_device(mode, nbytes, self._layout.degrees.sharing, self._layout.device_type)
+        return bytes_on_device(
+            self.recipe.config.weights,
+            self._whole_bytes(fp8),
+            self._layout.degrees.sharing,
+            self._layout.device_type,
+        )
 
     def replace_weights(
         self,
@@ -475,7 +484,7 @@ class RemoteModel:
         degrees = [self.degrees(network.conditions) for network in networks]
         passes = [each.request for network in networks for each in network.passes]
         told = None
-        if cache is not None:
+        if cache is not None and passes:
             told = cache.message(0.0, inspected.adapter.family, inspected.model_config, passes[0].shapes)
         group = self._group
         assert group is not None, "call ensure_loaded first"
@@ -521,10 +530,10 @@ class RemoteModel:
         return result, report
 
 
-def _choose(fp8: FP8Settings, group: WorkerGroup, poll: Poll | None) -> FP8Choice:
+def _choose_scheme(fp8: FP8Settings, group: WorkerGroup, poll: Poll | None) -> FP8Choice:
     """The scheme for all ranks, by what each says of its device."""
     found = [result["support"] for result in group.call("fp8 support", {}, poll=poll)]
-    return choose(fp8, group.layout, found)
+    return choose_scheme(fp8, group.layout, found)
 
 
 def _batches(sizes: Mapping[str, int]) -> Iterator[list[str]]:

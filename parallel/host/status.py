@@ -97,8 +97,8 @@ class Sampling:
         self.running = False
 
     def advance(self, step: int) -> None:
-        """So many steps have been done."""
-        self.step, self._last_done = step, time.monotonic()
+        """So many steps have been done; a sampler that chooses its steps itself may need more than were expected."""
+        self.step, self.steps, self._last_done = step, max(step, self.steps), time.monotonic()
         self._first_done = self._first_done or self._last_done
 
     @property

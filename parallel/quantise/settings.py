@@ -94,7 +94,7 @@ class FP8Report:
 
 
 def refuse_devices(settings: FP8Settings, layout: Layout) -> None:
-    """Refuses before any work what the devices cannot do; what their kernels cannot, `choose` finds out.
+    """Refuses before any work what the devices cannot do; what their kernels cannot, `choose_scheme` finds out.
 
     Raises:
         ConfigError: a dynamic scheme, and a device without FP8 arithmetic.
@@ -107,13 +107,13 @@ def refuse_devices(settings: FP8Settings, layout: Layout) -> None:
 
 
 def likely_scheme(settings: FP8Settings, layout: Layout) -> str:
-    """What `choose` will say, if the devices' kernels work."""
+    """What `choose_scheme` will say, if the devices' kernels work."""
     if settings.scheme != "auto":
         return settings.scheme
     return WEIGHT_ONLY if any(_lack(device.name) for device in layout.devices) else DYNAMIC[0]
 
 
-def choose(settings: FP8Settings, layout: Layout, found: Sequence[Mapping[str, str]]) -> FP8Choice:
+def choose_scheme(settings: FP8Settings, layout: Layout, found: Sequence[Mapping[str, str]]) -> FP8Choice:
     """One scheme for all ranks.
 
     Args:

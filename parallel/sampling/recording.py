@@ -94,7 +94,7 @@ class _Stack:
     """Latents that were stacked along `dim` in order to be added up with factors."""
 
     def __init__(self, latents: Sequence[RecordedLatent], dim: int = 0):
-        self._latents, self._dim = list(latents), dim
+        self._latents, self._dim = [latent.clone() for latent in latents], dim
 
     @classmethod
     def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

@@ -68,23 +68,43 @@ class FP8Linear(nn.Linear):
         return out.view(*input.shape[:-1], self.out_features).to(input.dtype)
 
 
-def quantise(layer: nn.Module, scheme: str, weight: Tensor, scale: float | None = None) -> None:
-    """Gives a linear layer an FP8 weight under a scheme.
+def is_rowwise(scheme: str) -> bool:
+    """Whether each row of a weight has a scale of its own."""
+    return scheme != "dynamic_tensorwise"
+
+
+def quantised(scheme: str, weight: Tensor, scale: float | None = None) -> tuple[Tensor, Tensor]:
+    """A linear layer's weight and scale under a scheme; of row-wise ones each row is for itself.
 
     Args:
-        weight: [N, K], on the layer's device. e4m3 is taken over as it is, so that scaled fp8 is not rounded twice.
+        weight: [N, K]. e4m3 is taken over as it is, so that scaled fp8 is not rounded twice.
         scale: of a weight in fp8 (1 where it has none).
+
+    Returns:
+        [N, K] e4m3; [N, 1] or [1, 1] fp32.
     """
-    rowwise = scheme != "dynamic_tensorwise"
-    if weight.dtype == E4M3:
-        assert scale is not None
-        data = weight
-        scales = torch.full((len(weight) if rowwise else 1, 1), scale, device=weight.device)
-    else:
-        data, scales = to_fp8(weight if scale is None else weight.float().mul_(scale), rowwise=rowwise)
+    if weight.dtype != E4M3:
+        return to_fp8(weight if scale is None else weight.float().mul_(scale), rowwise=is_rowwise(scheme))
+    assert scale is not None
+    return weight, torch.full((len(weight) if is_rowwise(scheme) else 1, 1), scale, device=weight.device)
+
+
+def become_fp8(layer: nn.Linear, scheme: str) -> None:
+    """Makes a linear layer one of the scheme, with the parameters that it needs, still without data."""
+    rows = layer.out_features if is_rowwise(scheme) else 1
     layer.__class__ = FP8Linear if scheme in DYNAMIC else ScaledLinear
-    layer._parameters["weight"] = nn.Parameter(data, requires_grad=False)
-    layer._parameters["scale"] = nn.Parameter(scales, requires_grad=False)
+    layer._parameters["weight"] = nn.Parameter(torch.empty_like(layer.weight, dtype=E4M3, device="meta"), False)
+    layer._parameters["scale"] = nn.Parameter(torch.empty(rows, 1, dtype=torch.float32, device="meta"), False)
+
+
+def fp8_layer(layer: nn.Linear, scheme: str) -> nn.Linear:
+    """A layer under a scheme, with the same bias."""
+    new = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None, device="meta")
+    new.bias = layer.bias
+    become_fp8(new, scheme)
+    data, scale = quantised(scheme, layer.weight.detach())
+    new._parameters |= {"weight": nn.Parameter(data, False), "scale": nn.Parameter(scale, False)}
+    return new
 
 
 def support(device: torch.device) -> dict[str, str]:
@@ -102,12 +122,11 @@ def _problem(scheme: str, device: torch.device) -> str:
     generator = torch.Generator().manual_seed(0)
     x, weight, bias = (torch.randn(size, generator=generator) for size in ((37, 256), (128, 256), (128,)))
     layer = nn.Linear(256, 128, device="meta")
-    layer.bias = nn.Parameter(bias.to(device, _PRODUCT), requires_grad=False)
+    layer.weight, layer.bias = (nn.Parameter(p.to(device, _PRODUCT), False) for p in (weight, bias))
     try:
-        quantise(layer, scheme, weight.to(device, _PRODUCT))
-        found = layer(x.to(device, _PRODUCT)).float().cpu()
+        found = fp8_layer(layer, scheme)(x.to(device, _PRODUCT)).float().cpu()
     except (RuntimeError, ValueError, NotImplementedError) as error:  # what PyTorch says of missing kernels
-        return str(error).strip().splitlines()[0]
+        return (str(error).strip() or type(error).__name__).splitlines()[0]
     expected = F.linear(x, weight, bias)
     error_of_it = ((found - expected).norm() / expected.norm()).item()
     return "" if error_of_it <= _ALLOWED else f"its FP8 product is wrong by {error_of_it:.0%}"

@@ -15,7 +15,7 @@ class Home(ABC):
     """The parameters of one model on one rank.
 
     Made from a model on the meta device, whose parameters have the shapes and dtypes in which they are to be kept. It
-    is filled by `share`; `in_use` surrounds every step. Parameters keep their names and, to who looks, their shapes.
+    is filled by `share`; `in_use` surrounds every step. Parameters keep their names and their shapes.
     """
 
     @abstractmethod
@@ -69,7 +69,7 @@ class BlockList(nn.ModuleList):
     """A list of a network's blocks that brings each one's weights when it is taken out of the list.
 
     So the code that runs blocks, one after the other, need not know where the weights are. A block can be used until
-    the next but one is taken.
+    the next one is taken.
     """
 
     source: BlockSource

@@ -21,7 +21,7 @@ from ..degrees import Degrees
 from ..errors import CheckpointError, UnsupportedError
 from ..quantise.selection import Selection, select
 from ..quantise.settings import DYNAMIC
-from .fp8_linear import quantise
+from .fp8_linear import E4M3, FP8Linear, become_fp8, is_rowwise, quantised
 from .homes import Home, MakeHome, Replicated, own
 from .ranks import SoloContext
 from .scaled_linear import CastLinear, ScaledLinear
@@ -95,28 +95,25 @@ class ResidentModel:
 
     @property
     def fp8_report(self) -> dict[str, Any] | None:
-        """What has been quantised: the fields of `quantise.settings.FP8Report` that this worker knows."""
+        """What has been quantised: the counts of `quantise.settings.FP8Report`, and what a copy saves in bytes."""
         if self.scheme is None:
             return None
-        of, nbytes = self._selection, self.nbytes
+        of = self._selection
         counts = {"layers": len(of.weights), "already": of.already, "skipped": of.skipped, "unfit": of.unfit}
-        return {**counts, "bytes_before": nbytes + of.saved, "bytes_after": nbytes}
+        return {**counts, "saved": of.saved}
 
     def set_parameter(self, name: str, part: Tensor, scale: float | None) -> None:
         """Sets this rank's share of a parameter of the diffusers model to a copy of `part` × `scale`.
 
         It is rounded to the dtype in which it is kept. With a scale `part` is fp8, and stays so if it is the weight of
-        a linear layer. What is to be quantised is quantised here, whether it comes from the file or from a LoRA: no
-        other copy of it is kept.
+        a linear layer. What is to be quantised is quantised here, whether it comes from the file or from a LoRA.
         """
-        module = self.model.get_submodule(name.rpartition(".")[0])
-        if self.scheme is not None and name in self._selection.weights:
-            if scale is None:
-                part, scale = part.to(self._storage), 1.0 if self._storage in FP8 else None
-            quantise(module, self.scheme, part.to(self.device, copy=True), scale)
+        if name in self._selection.weights:
+            self._set_quantised(name, part, scale)
             return
         mine, rows = self.home.share(name)
         part = part[rows]
+        module = self.model.get_submodule(name.rpartition(".")[0])
         if scale is not None:
             if mine.dtype in FP8 and isinstance(module, ScaledLinear):
                 module.scale = scale
@@ -126,6 +123,19 @@ class ResidentModel:
         if name not in self.adapter.full_precision:
             part = part.to(self._storage)  # ComfyUI rounds weights to this first; so do we, to get its results
         mine.copy_(part)
+
+    def _set_quantised(self, name: str, part: Tensor, scale: float | None) -> None:
+        """This rank's share of a weight that is quantised, and of its scales."""
+        assert self.scheme is not None
+        weight, rows = self.home.share(name)
+        scales, scale_rows = self.home.share(_scale_of(name))
+        if is_rowwise(self.scheme):
+            part, rows, scale_rows = part[rows], slice(None), slice(None)
+        if scale is None:
+            part, scale = part.to(self._storage), 1.0 if self._storage in FP8 else None
+        values, found = quantised(self.scheme, part.to(self.device), scale)
+        weight.copy_(values[rows])
+        scales.copy_(found[scale_rows])
 
     def close(self) -> None:
         """Before it goes."""
@@ -231,10 +241,12 @@ class ResidentModel:
         rank leaves its blocks uncompiled.
 
         The step has several tokens on each rank, so that its graphs fit the sizes of real ones: with dynamic sizes they
-        are compiled here, and for good.
+        are compiled here, and for good. It has one timestep per sample, as most have; one per frame is another graph.
         """
         compiled.compiler = blocks
         inputs = self.adapter.example(self.config, 4 * degrees.sp, self.compute_dtype)
+        if inputs["timestep"].ndim > 1:
+            inputs["timestep"] = inputs["timestep"][:, 0]
         difference = self._difference(inputs, compiled, uncompiled)
         if not blocks.failure and not difference <= self._allowed_difference:
             blocks.give_up(f"compiled, a small step differs by {difference:.2g} (relative) from one that is not")
@@ -273,14 +285,17 @@ class ResidentModel:
             info = self._source.tensors[name]
             scaled |= {piece.name: info.dtype for piece in self.adapter.pieces(name, info.shape, self.config)}
         for path, module in self.model.named_modules():
-            if type(module) is nn.Linear and f"{path}.weight" not in self._selection.weights:
-                if f"{path}.weight" in scaled:
+            if type(module) is nn.Linear:
+                if self.scheme is not None and f"{path}.weight" in self._selection.weights:
+                    become_fp8(module, self.scheme)
+                    scaled |= {f"{path}.weight": E4M3, f"{path}.scale": torch.float32}
+                elif f"{path}.weight" in scaled:
                     module.__class__ = ScaledLinear
                 elif self._storage in FP8 and not any(re.search(p, path) for p in self.adapter.read_directly):
                     module.__class__ = CastLinear
             for name, parameter in list(module.named_parameters(path, recurse=False)):
                 dtype = self._storage if isinstance(module, CastLinear) else self.compute_dtype
-                if isinstance(module, ScaledLinear):
+                if isinstance(module, ScaledLinear | FP8Linear):
                     dtype = scaled.get(name, dtype)
                 if name in self.adapter.full_precision:
                     dtype = torch.float32
@@ -289,7 +304,8 @@ class ResidentModel:
     def _load(self, progress: Progress) -> None:
         """Fills the model's parameters from the file, one tensor at a time."""
         source = self._source
-        expected = dict(self.model.named_parameters())
+        made = {_scale_of(name) for name in self._selection.weights}
+        expected = {name: p for name, p in self.model.named_parameters() if name not in made}
         missing = set(expected)
         total = sum(_nbytes(info) for info in source.tensors.values())
         done = 0
@@ -315,6 +331,11 @@ class ResidentModel:
         if missing:
             some = ", ".join(sorted(missing)[:3])
             raise CheckpointError(f"{source.path} lacks {len(missing)} tensors of {self.adapter.family}, e.g. {some}")
+
+
+def _scale_of(weight: str) -> str:
+    """Name of the parameter that scales a quantised weight."""
+    return f"{weight.removesuffix('weight')}scale"
 
 
 def _is_superfluous(model: Any, name: str) -> bool:

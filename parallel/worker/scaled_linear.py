@@ -21,8 +21,7 @@ class ScaledLinear(nn.Linear):
     """The true weight is `weight` (fp8) × `scale`."""
 
     scale: float | Tensor
-    """One for the whole weight, a plain number that no cast of the module rounds; or one for each row, [N, 1] in fp32,
-    if the layer was quantised here."""
+    """Of a file's tensor, as a plain number: no cast of the module rounds it; or of each row, a parameter [N, 1]."""
 
     def forward(self, input: Tensor) -> Tensor:
         return F.linear(input, self.weight.to(input.dtype).mul_(self.scale), self.bias)

@@ -153,6 +153,7 @@ def test_what_is_refused_stepwise_is_refused_here(server: ComfyServer) -> None:
 
 @pytest.mark.slow
 def test_cancel_stops_inside_a_step(server: ComfyServer) -> None:
+    sample(server, fresh(VISIBLE), TWO)  # starting workers takes CPU time, too
     graph = sampling_graph(fresh(LONG), TWO)
     prompt_id = server.queue(graph)
     assert isinstance(prompt_id, str), prompt_id

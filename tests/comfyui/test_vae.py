@@ -49,14 +49,17 @@ TABLE = [
 # As a node that changes the network in place leaves it.
 CHANGED = case("wan_2_1", DECODE, [1, 16, 2, 9, 9], [TWO, TWO]) | {"changed": {"scale_of_another_node": 2}}
 
+# As LTX-Video's: each tile is decoded from its own random numbers.
+NOISY = case("wan_2_1", DECODE, [1, 16, 2, 9, 9], [TWO]) | {"changed": {"timestep_conditioning": True}}
+
 
 @pytest.fixture(scope="module")
 def compared(installation: Installation) -> dict[str, list[dict]]:
     """One process, and one set of workers, for all cases: each imports ComfyUI."""
     kinds = [case["kind"] for case in TABLE]
-    found = run(installation, [*TABLE, CHANGED])
+    found = run(installation, [*TABLE, CHANGED, NOISY])
     results = {kind: [result for of, result in zip(kinds, found, strict=False) if of == kind] for kind in kinds}
-    return results | {"changed": found[len(TABLE) :]}
+    return results | {"changed": [found[-2]], "noisy": [found[-1]]}
 
 
 @pytest.mark.slow
@@ -74,6 +77,14 @@ def test_a_vae_that_workers_would_build_otherwise_is_run_natively(compared: dict
     assert found["equal"]
     complaint = "Computed natively.*?would build another VAE.*?scale_of_another_node=2"
     assert len(re.findall(complaint, found["told"])) == 2, found["told"]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_vae_that_adds_noise_is_run_natively(compared: dict[str, list[dict]]) -> None:
+    found = compared["noisy"][0]["results"][TWO]
+    assert found["equal"]
+    assert "Computed natively, on one device: this VAE adds random noise" in found["told"]
 
 
 @pytest.mark.thousands

@@ -33,6 +33,7 @@ MODELS: dict[str, tuple[dict[str, Any], Inputs | WanInputs]] = {
     "flux": ({"family": "flux"}, Inputs(frames=None, height=10, sigma=True)),
     "wan": ({"family": "wan", "context_dim": 64}, WanInputs(height=10)),
 }
+NAMES = [f"double_blocks.0.{name}" for name in ("img_attn.qkv.weight", "txt_mlp.0.weight", "img_mod.lin.weight")]
 WEIGHT_ONLY = FP8Settings(scheme="weight_only")
 ROWWISE = FP8Settings(scheme="dynamic_rowwise")
 TENSORWISE = FP8Settings(scheme="dynamic_tensorwise")
@@ -45,13 +46,15 @@ def on_cpus(monkeypatch: pytest.MonkeyPatch) -> None:
     def as_asked(fp8: FP8Settings, *others: Any) -> FP8Choice:
         return FP8Choice(scheme=fp8.scheme, skip=fp8.patterns)
 
-    monkeypatch.setattr(remote_model, "_choose", as_asked)
+    monkeypatch.setattr(remote_model, "_choose_scheme", as_asked)
 
 
 @contextmanager
-def model_on(start_group: StartGroup, path: Path, devices: str, dtype: torch.dtype = FP32) -> Iterator[RemoteModel]:
-    compute = FP32 if dtype == E4M3 else dtype
-    model = RemoteModel(replace(recipe_of(path, devices, dtype), compute_dtype=compute), group=start_group(devices))
+def model_on(
+    start_group: StartGroup, path: Path, devices: str, dtype: torch.dtype = FP32, weights: str = "replicate"
+) -> Iterator[RemoteModel]:
+    recipe = replace(recipe_of(path, devices, dtype, weights=weights), compute_dtype=FP32 if dtype == E4M3 else dtype)
+    model = RemoteModel(recipe, group=start_group(devices))
     try:
         yield model
     finally:
@@ -115,13 +118,14 @@ def test_dynamic_schemes_hold_on_two_ranks(
 
 
 @pytest.mark.usefixtures("on_cpus")
-@pytest.mark.parametrize("fp8", [WEIGHT_ONLY, ROWWISE], ids=["weight_only", "dynamic_rowwise"])
 @pytest.mark.parametrize(
-    ("checkpoint", "dtype"),
+    ("checkpoint", "dtype", "fp8"),
     [
-        pytest.param({"dtype": BF16}, BF16, id="bf16"),
-        pytest.param({"scaled": "comfy_quant"}, FP32, id="scaled_fp8"),
-        pytest.param({"dtype": E4M3}, E4M3, id="fp8"),
+        pytest.param({"dtype": BF16}, BF16, WEIGHT_ONLY, id="bf16"),
+        pytest.param({"dtype": BF16}, BF16, ROWWISE, id="bf16_dynamic"),
+        pytest.param({"scaled": "comfy_quant"}, FP32, WEIGHT_ONLY, id="scaled_fp8"),
+        pytest.param({"scaled": "comfy_quant"}, FP32, ROWWISE, id="scaled_fp8_dynamic"),
+        pytest.param({"dtype": E4M3}, E4M3, ROWWISE, id="fp8_dynamic"),
     ],
 )
 def test_patched_weights_are_quantised_again(
@@ -153,6 +157,31 @@ def test_patched_weights_are_quantised_again(
         assert relative_difference(base, plain) > 1e-3
     else:  # in FP8 already
         assert torch.equal(base, plain)
+
+
+@pytest.mark.usefixtures("on_cpus")
+@pytest.mark.parametrize(
+    ("scheme", "weights"),
+    [("weight_only", "shard"), ("dynamic_tensorwise", "shard"), ("dynamic_rowwise", "offload")],
+)
+def test_shared_out_weights_are_the_same_ones(
+    start_group: StartGroup, tiny_models: TinyModels, scheme: str, weights: str
+):
+    """Each rank quantises its rows only, but for tensor-wise scales; a LoRA changes them there."""
+    path, inputs, fp8 = tiny_models.path("flux", dtype=BF16), MODELS["flux"][1], FP8Settings(scheme=scheme)
+    found = {}
+    for mode in ("replicate", weights):
+        with model_on(start_group, path, TWO, BF16, mode) as model:
+            first = step(model, inputs, fp8)
+            model.replace_weights("changed", NAMES, change)
+            second = step(model, inputs, fp8)
+            model.replace_weights(None, (), change)
+            found[mode] = [first, second, step(model, inputs, fp8)]
+            report = model.fp8_report
+        assert report is not None and report.bytes_after < 0.8 * report.bytes_before
+    assert all(torch.equal(a, b) for a, b in zip(found["replicate"], found[weights], strict=True))
+    first, second, third = found[weights]
+    assert torch.equal(first, third) and relative_difference(second, first) > 1e-2
 
 
 def test_skipped_layers_take_part_as_they_are(start_group: StartGroup, tiny_models: TinyModels):

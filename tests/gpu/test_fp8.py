@@ -15,7 +15,7 @@ from parallel.host import running
 from parallel.host.recipe import Recipe
 from parallel.host.remote_model import RemoteModel
 from parallel.quantise.settings import CAPABILITY, DYNAMIC, FP8Settings
-from parallel.worker.fp8_linear import quantise, support
+from parallel.worker.fp8_linear import fp8_layer, support
 
 CUDA = torch.cuda.is_available()
 CAPABLE = CUDA and torch.version.hip is None and torch.cuda.get_device_capability() >= CAPABILITY
@@ -31,10 +31,8 @@ SINGLE_BLOCK = [(WIDTH, WIDTH), (WIDTH, WIDTH), (WIDTH, WIDTH), (4 * WIDTH, WIDT
 
 def pair(shape: tuple[int, int], scheme: str, dtype: torch.dtype) -> tuple[nn.Linear, nn.Linear]:
     """The same layer as it is and in FP8."""
-    plain, in_fp8 = (nn.Linear(shape[1], shape[0], device="cuda", dtype=dtype) for _ in range(2))
-    in_fp8.load_state_dict(plain.state_dict())
-    quantise(in_fp8, scheme, plain.weight.detach())
-    return plain, in_fp8
+    plain = nn.Linear(shape[1], shape[0], device="cuda", dtype=dtype)
+    return plain, fp8_layer(plain, scheme)
 
 
 @capable

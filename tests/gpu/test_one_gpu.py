@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,8 @@ from parallel.demo.checkpoint import write_tiny_hunyuan_video
 from parallel.host import running
 from parallel.host.recipe import Recipe
 from parallel.host.remote_model import RemoteModel
+from parallel.host.step_request import StepRequest
+from parallel.sampling.recording import Recorder
 
 pytestmark = [
     pytest.mark.gpu,
@@ -53,3 +56,36 @@ def test_a_cuda_worker_agrees_with_a_cpu_worker(tmp_path: Path, scaled: str):
         results.append(model.step(x, torch.tensor([500.0]), conditioning))
     running.stop_all()
     assert ((results[1] - results[0]).abs().max() / results[0].abs().max()) <= 1e-3  # TF32 is off by default
+
+
+def sampled_on(device: str, path: Path) -> torch.Tensor:
+    """Three steps with fresh noise and a mask, recorded and run on this device."""
+    generator = torch.Generator().manual_seed(0)
+    noise, extra, image = (torch.randn(1, 16, 2, 8, 8, generator=generator).to(device) for _ in range(3))
+    mask = (image > 0).float()
+    y = torch.randn(1, 768, generator=generator)
+    conditioning = {"context": torch.randn(1, 8, 64, generator=generator), "y": y, "guidance": torch.tensor([6.0])}
+    recorder = Recorder(noise.shape, noise.device, most_bytes=2**20)
+    x, sigmas = recorder.given(noise), torch.tensor([1.0, 0.6, 0.3, 0.0], device=device)
+    for step, (sigma, following) in enumerate(pairwise(sigmas)):
+        x = x * mask + image * (1 - mask)
+        timestep = torch.full((1,), 1000.0, device=device) * sigma
+        request = StepRequest(x, timestep, {name: t.to(device) for name, t in conditioning.items()})
+        velocity = recorder.network(request, x.shape, conditions=frozenset({0}), sigma=float(sigma)).float()
+        recorder.report(step, x - velocity * sigma, x, 3)
+        x = x + velocity * (following - sigma) + 0.1 * following * extra
+    shown: list[torch.Tensor] = []
+    config = SequenceParallelConfig(devices=device)
+    model = RemoteModel(Recipe(path=str(path), weight_dtype=torch.float32, compute_dtype=torch.float32, config=config))
+    model.ensure_loaded()
+    result, _ = model.sample(recorder.finish(x), on_step=lambda step, denoised, x, steps: shown.append(denoised))
+    running.stop_all()
+    assert result.device.type == shown[-1].device.type == torch.device(device).type
+    return result.cpu()
+
+
+def test_a_sampling_on_a_cuda_worker_agrees_with_a_cpu_worker(tmp_path: Path):
+    path = tmp_path / "tiny.safetensors"
+    write_tiny_hunyuan_video(path, heads=2)
+    expected = sampled_on("cpu", path)
+    assert (sampled_on("cuda:0", path) - expected).abs().max() / expected.abs().max() <= 1e-3  # TF32 is off by default

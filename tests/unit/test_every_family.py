@@ -8,15 +8,20 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from parallel.adapters.base import Adapter
 from parallel.adapters.native import NativeTensors
 from parallel.adapters.registry import FAMILIES, adapter_for
+from parallel.attention.kernels import Sdpa
+from parallel.cache.blocks import StepPasses, TeaCache
 from parallel.checkpoints.source import Source, open_source
+from parallel.degrees import Degrees
 from parallel.demo.checkpoint import SCALED_LAYOUTS, WRITERS
 from parallel.errors import UnsupportedError
 from parallel.quantise.selection import select
+from parallel.worker.homes import Replicated, watch_blocks
+from parallel.worker.ranks import SoloContext
 from parallel.worker.resident import ResidentModel
 from tests.golden import vectors
 
@@ -87,6 +92,55 @@ def test_the_example_is_a_legal_step(tmp_path: Path, family: str):
     _, adapter, config = written(tmp_path, family)
     for ranks in (2, 3, 8):
         assert adapter.check_inputs(config, example(adapter, config, ranks)) > ranks
+
+
+class OneAtATime(Replicated):
+    """Blocks whose weights are there for their own turn; at any other time they are not numbers."""
+
+    def __init__(self, model: nn.Module, device: torch.device):
+        super().__init__(model, device)
+        self._blocks = watch_blocks(model, self)
+        self._values: list[list[Tensor]] = []
+        self.brought: list[int] = []
+
+    def hide(self) -> None:
+        self._values = [[parameter.data for parameter in block.parameters()] for block in self._blocks]
+        self._show(-1)
+
+    def bring(self, index: int) -> None:
+        self.brought.append(index)
+        self._show(index)
+
+    def _show(self, index: int) -> None:
+        for number, (block, values) in enumerate(zip(self._blocks, self._values, strict=True)):
+            for parameter, value in zip(block.parameters(), values, strict=True):
+                parameter.data = value if number == index else torch.full_like(value, torch.nan)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_block_is_used_in_its_turn_only(tmp_path: Path, family: str):
+    """So its weights can be elsewhere at any other time: on other ranks, or in host memory."""
+    _, adapter, config = written(tmp_path, family)
+    recipe = {"path": str(tmp_path / "tiny.safetensors"), "weight_dtype": "float32", "compute_dtype": "float32"}
+    whole, model = (
+        ResidentModel(recipe, torch.device("cpu"), lambda done, total: None, home) for home in (Replicated, OneAtATime)
+    )
+    turns: Any = model.home
+    turns.hide()
+    results = []
+    for resident in (whole, model):
+        inputs = example(adapter, config)
+        x, timestep = inputs.pop("x"), inputs.pop("timestep")
+        results.append(torch.empty(adapter.output_shape(config, tuple(x.shape))))
+        context = SoloContext(Sdpa())
+        cache = TeaCache(0.0, torch.device("cpu"), coefficients=[1.0])  # which looks into the first block before
+        cache.begin_step(Degrees(), active=True)
+        context.cache = StepPasses(cache, 0, (), lambda sums: None)
+        with torch.no_grad():
+            adapter.step(resident.model, x, timestep, adapter.prepare(inputs), results[-1], context)
+    assert len(turns._blocks) >= 2
+    assert sorted(set(turns.brought)) == list(range(len(turns._blocks)))
+    assert torch.equal(*results)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -17,8 +17,8 @@ from parallel.errors import ConfigError
 from parallel.host.recipe import Recipe
 from parallel.host.remote_model import RemoteModel
 from parallel.quantise.selection import matches, select
-from parallel.quantise.settings import DYNAMIC, SCHEMES, FP8Report, FP8Settings, choose
-from parallel.worker.fp8_linear import E4M3, FP8Linear, quantise, to_fp8
+from parallel.quantise.settings import DYNAMIC, SCHEMES, FP8Report, FP8Settings, choose_scheme
+from parallel.worker.fp8_linear import E4M3, FP8Linear, become_fp8, quantised, to_fp8
 from parallel.worker.resident import ResidentModel
 
 GOLDEN = load_file(Path(__file__).parents[1] / "golden" / "torchao" / "linear.safetensors")
@@ -77,7 +77,7 @@ def test_a_pattern_means_whole_parts_of_a_name(pattern: str, name: str, expected
     ],
 )
 def test_auto_is_what_every_device_can_do(found: list[dict[str, str]], expected: str):
-    choice = choose(FP8Settings(skip="a"), CPUS, found)
+    choice = choose_scheme(FP8Settings(skip="a"), CPUS, found)
     assert (choice.scheme, choice.skip) == (expected, ("a",))
     if expected != "dynamic_rowwise":
         assert "cpu: no " in choice.reason
@@ -92,12 +92,12 @@ def test_auto_is_what_every_device_can_do(found: list[dict[str, str]], expected:
 )
 def test_a_scheme_that_one_device_lacks_is_refused(scheme: str, found: list[dict[str, str]], allowed: str):
     with pytest.raises(ConfigError, match=f"scheme is '{scheme}', which does not work on cpu: no .*{allowed}$"):
-        choose(FP8Settings(scheme=scheme), CPUS, found)
+        choose_scheme(FP8Settings(scheme=scheme), CPUS, found)
 
 
 @pytest.mark.parametrize("scheme", [scheme for scheme in SCHEMES if scheme != "auto"])
 def test_a_scheme_that_all_devices_have_is_honoured(scheme: str):
-    assert choose(FP8Settings(scheme=scheme), CPUS, [WORKS, WORKS]).scheme == scheme
+    assert choose_scheme(FP8Settings(scheme=scheme), CPUS, [WORKS, WORKS]).scheme == scheme
 
 
 def test_the_report_says_what_was_done():
@@ -122,10 +122,10 @@ def remote(folder: Path, family: str = "flux", storage: torch.dtype = torch.bflo
 
 def resident(model: RemoteModel, scheme: str, skip: tuple[str, ...] = ()) -> ResidentModel:
     fp8 = {"scheme": scheme, "skip": list(skip)}
-    return ResidentModel(model.recipe.to_json(), torch.device("cpu"), lambda done, total: None, fp8)
+    return ResidentModel(model.recipe.to_json(), torch.device("cpu"), lambda done, total: None, fp8=fp8)
 
 
-def quantised(model: nn.Module) -> set[str]:
+def in_fp8(model: nn.Module) -> set[str]:
     return {name for name, module in model.named_modules() if isinstance(getattr(module, "scale", None), Tensor)}
 
 
@@ -140,25 +140,24 @@ def test_the_host_knows_what_the_worker_does(tmp_path: Path, options: dict[str, 
     loaded = resident(model, scheme)
     report = loaded.fp8_report
     assert report is not None
-    assert report["bytes_after"] == loaded.nbytes
-    assert report["bytes_before"] == pytest.approx(plain.nbytes, rel=0.005)  # biases stored in fp8 are not counted
+    assert loaded.nbytes + report["saved"] == pytest.approx(plain.nbytes, rel=0.005)  # but for biases stored in fp8
     if scheme == "weight_only":
         selection = model.select_fp8(FP8Settings(scheme=scheme))
         assert plain.nbytes - selection.saved == loaded.nbytes
         assert bool(selection.weights) is not bool(options)
         assert bool(selection.already) is bool(options)
     else:
-        assert report["layers"] == len(quantised(loaded.model)) > 10
+        assert report["layers"] == len(in_fp8(loaded.model)) > 10
 
 
 @pytest.mark.parametrize("pattern", ["img_mlp", "transformer_blocks.*.ff"])
 def test_skipped_layers_stay_as_they_are(tmp_path: Path, pattern: str):
     """Named as in ComfyUI's files or as in diffusers."""
     model = remote(tmp_path)
-    without = quantised(resident(model, "weight_only").model)
+    without = in_fp8(resident(model, "weight_only").model)
     loaded = resident(model, "weight_only", (pattern,))
     left = {"transformer_blocks.0.ff.net.0.proj", "transformer_blocks.0.ff.net.2"}
-    assert without - quantised(loaded.model) == left
+    assert without - in_fp8(loaded.model) == left
     plain = ResidentModel(model.recipe.to_json(), torch.device("cpu"), lambda done, total: None)
     for name in left:
         assert torch.equal(loaded.model.get_parameter(f"{name}.weight"), plain.model.get_parameter(f"{name}.weight"))
@@ -216,7 +215,10 @@ def linear(scheme: str, weight: Tensor, bias: Tensor | None, scale: float | None
     layer = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
     if bias is not None:
         layer.bias = nn.Parameter(bias, requires_grad=False)
-    quantise(layer, scheme, weight, scale)
+    become_fp8(layer, scheme)
+    for name, values in zip(("weight", "scale"), quantised(scheme, weight, scale), strict=True):
+        assert values.shape == getattr(layer, name).shape
+        layer._parameters[name] = nn.Parameter(values, requires_grad=False)
     return layer
 
 

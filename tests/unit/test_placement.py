@@ -6,8 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from parallel.errors import UnsupportedError
-from parallel.placement import Memory, bytes_on_device, choose, refuse_quantised
+from parallel.placement import Memory, bytes_on_device, choose
 from parallel.worker.free_memory import host_memory
 from parallel.worker.homes import share_of_rows
 
@@ -59,16 +58,6 @@ def test_auto_on_cpus(free: int, mode: str, why: str):
 )  # fmt: skip
 def test_bytes_that_comfyui_is_to_make_room_for(mode: str, device: str, share: float):
     assert bytes_on_device(mode, 1000, 4, device) == 1000 * share
-
-
-@pytest.mark.parametrize("mode", ["shard", "offload"])
-def test_quantised_weights_are_refused_by_name(mode: str):
-    with pytest.raises(UnsupportedError, match=f"FP8 Quantize.* cannot be used with weights '{mode}'; set weights"):
-        refuse_quantised(mode, "FP8 Quantize (SP)")
-    refuse_quantised("replicate", "FP8 Quantize (SP)")
-    full = gpus(1, 1)
-    chosen = choose(26 * GIB, full, LARGE_HOST, sharing=2, device_type="cuda", plain=False)
-    assert (chosen.mode, "quantises" in chosen.reason) == ("replicate", True)
 
 
 @pytest.mark.parametrize("ranks", range(1, 6))

@@ -83,6 +83,7 @@ def test_references_do_not_count_as_tokens_of_the_latent():
     [
         ({"guidance": (1,)}, "cannot use the input guidance yet"),
         ({"ref_latents.0": (1, 4, 1, 8, 8)}, r"\(ref_latents.0\) needs .*\[batch, 16, .* it is \[1, 4, 1, 8, 8\]"),
+        ({"ref_latents.0": (2, 16, 1, 8, 8)}, "ref_latents.0 has 2 pictures; needed is one for each of 1"),
         ({"x": (1, 16, 9, 6)}, r"\[batch, 16, frames, height, width\]; it is \[1, 16, 9, 6\]"),
         ({"timestep": (1, 2)}, r"one timestep per sample; got \[1, 2\]"),
         ({"context": (1, 8, 64)}, r"\[1, 8, 64\].*Qwen2.5-VL"),

@@ -79,6 +79,8 @@ def test_the_first_step_is_left_out_of_the_time_per_step(monkeypatch: pytest.Mon
             sampling.advance(step)
         assert sampling.seconds_per_step == 2.5
     assert sampling.to_json() == {"step": 3, "steps": 4, "running": False, "seconds_per_step": 2.5}
+    sampling.advance(9)  # dpm_adaptive
+    assert (sampling.step, sampling.steps) == (9, 9)
 
 
 def test_a_sampling_is_shown_by_the_group_that_has_its_model():
