@@ -27,6 +27,7 @@ from ..errors import CheckpointError, UnsupportedError
 from ..plan import Range
 from . import two_stream
 from .base import Adapter, Piece, StepContext
+from .inputs import normal, require_known, require_latent, require_one_time_each, require_text
 from .patches import Grid, read_tokens, write_tokens
 from .two_stream import Shapes, rename
 
@@ -169,25 +170,13 @@ class CogVideoXAdapter(Adapter):
     # --- inputs -------------------------------------------------------------------------------------------------
 
     def check_inputs(self, config: Mapping[str, Any], inputs: Mapping[str, Tensor]) -> int:
-        shapes = {name: tuple(tensor.shape) for name, tensor in inputs.items()}
-        if unknown := sorted(set(shapes) - {"x", "timestep", "context", "ofs"}):
-            raise UnsupportedError(f"CogVideoX (SP) cannot use the input {', '.join(unknown)} yet")
-        if "context" not in shapes:
-            raise UnsupportedError("CogVideoX needs a text encoder's conditioning; the conditioning has none")
-        x, context = shapes["x"], shapes["context"]
-        if len(x) != 5 or x[1] != config["in_channels"]:
-            raise UnsupportedError(
-                f"this CogVideoX checkpoint needs a latent of shape [batch, {config['in_channels']}, frames, height,"
-                f" width], concatenated channels included; it is {list(x)}"
-            )
-        if len(context) != 3 or context[2] != config["text_embed_dim"]:
-            raise UnsupportedError(
-                f"the text conditioning has the shape {list(context)}; this checkpoint needs"
-                f" [batch, tokens, {config['text_embed_dim']}]: is it from T5-XXL?"
-            )
-        for name in {"timestep", "ofs"} & set(shapes):
-            if len(shapes[name]) != 1:
-                raise UnsupportedError(f"CogVideoX needs one {name} per sample; got {list(shapes[name])}")
+        require_known("CogVideoX", inputs, ("ofs",), ("context",))
+        require_latent("this CogVideoX checkpoint", inputs["x"], config["in_channels"])
+        require_text(inputs, config["text_embed_dim"], "T5-XXL")
+        require_one_time_each("CogVideoX", inputs["timestep"])
+        if "ofs" in inputs and inputs["ofs"].ndim != 1:
+            raise UnsupportedError(f"CogVideoX needs one ofs per sample; got {list(inputs['ofs'].shape)}")
+        x, context = tuple(inputs["x"].shape), tuple(inputs["context"].shape)
         grid = _grid(x, _patch(config))
         self._check_size(config, x, context, prod(grid))
         return prod(grid)
@@ -212,11 +201,7 @@ class CogVideoXAdapter(Adapter):
         return conditioning
 
     def example(self, config: Mapping[str, Any], world_size: int, dtype: torch.dtype) -> dict[str, Tensor]:
-        generator = torch.Generator().manual_seed(0)
-
-        def random(*shape: int) -> Tensor:
-            return torch.randn(shape, generator=generator).to(dtype)
-
+        random = normal(dtype)
         size = (3, 2 * (world_size + 1))
         if config["position_rows"] and not config["single_file"]:
             size = (config["sample_height"], config["sample_width"])

@@ -13,6 +13,7 @@ from torch import Tensor
 from ..attention.rope import Rope, rope
 from ..errors import UnsupportedError
 from . import two_stream
+from .inputs import alike
 from .patches import Grid
 from .two_stream import HEAD_DIM, Shapes
 
@@ -157,12 +158,7 @@ def by_length(conditioning: Mapping[str, Tensor]) -> list[Prompts]:
             others={name: value if len(value) == 1 else value[rows] for name, value in others.items()},
         )
 
-    valid = context.new_ones(1, context.shape[1]) if mask is None else mask
-    valid = valid.expand(context.shape[0], -1) != 0
-    if (valid == valid[:1]).all():
-        return [prompts(slice(None), valid[0])]
-    # Unequal texts: one pass per sample, so that none attends to padding.
-    return [prompts(slice(i, i + 1), keep) for i, keep in enumerate(valid)]
+    return [prompts(rows, keep) for rows, keep in alike(context, mask)]
 
 
 def refined_text(m: Any, timestep: Tensor, prompts: Prompts) -> Tensor:

@@ -20,6 +20,7 @@ from ..errors import CheckpointError, UnsupportedError
 from . import hunyuan, two_stream
 from .base import Adapter, Piece, StepContext
 from .hunyuan import Prompts
+from .inputs import normal
 from .patches import Grid, read_tokens, write_tokens
 from .two_stream import HEAD_DIM, Modulation, Shapes, rename
 
@@ -145,12 +146,7 @@ class HunyuanVideo15Adapter(Adapter):
         return hunyuan.by_length(conditioning)
 
     def example(self, config: Mapping[str, Any], world_size: int, dtype: torch.dtype) -> dict[str, Tensor]:
-        generator = torch.Generator().manual_seed(0)
-        patch = config["patch_size"]
-
-        def random(*shape: int) -> Tensor:
-            return torch.randn(shape, generator=generator).to(dtype)
-
+        random, patch = normal(dtype), config["patch_size"]
         return {
             "x": random(1, config["in_channels"], config["patch_size_t"], 2 * patch, (world_size + 1) * patch),
             "timestep": torch.tensor([500.0]),
