@@ -8,7 +8,7 @@ import comfy.samplers
 from comfy_api.latest import io
 
 from .in_workers import InWorkers
-from .node_text import tell
+from .node_text import tell, tell_fallback
 from .shell_patcher import SequenceParallelPatcher
 
 
@@ -91,9 +91,10 @@ class SPSampler(io.ComfyNode):
         if isinstance(model, SequenceParallelPatcher):
             model = in_workers.attach(model)
         else:
-            in_workers.told = "sampled step by step, as by KSampler: this MODEL is not from Load Diffusion Model (SP)"
+            in_workers.fall_back("this MODEL is not from Load Diffusion Model (SP)")
         (latent,) = common_ksampler(
             model, seed, steps, cfg, sampler_name, scheduler, positive, negative, latent_image, denoise=denoise
         )
-        tell(cls.hidden.unique_id, f"Sampler (SP): {in_workers.told}")
+        say = tell_fallback if in_workers.stepwise else tell
+        say(cls.hidden.unique_id, f"Sampler (SP): {in_workers.told}")
         return io.NodeOutput(latent)
