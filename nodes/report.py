@@ -12,7 +12,7 @@ from importlib.metadata import PackageNotFoundError, version
 import comfyui_version
 import torch
 
-from .. import parallel
+from ..parallel import __version__
 from ..parallel.errors import ConfigError
 from ..parallel.host import running, status
 from . import settings
@@ -30,7 +30,7 @@ def report() -> str:
     lines = [
         "### Sequence Parallel report",
         "",
-        f"- Sequence Parallel {parallel.__version__}, ComfyUI {comfyui_version.__version__}",
+        f"- Sequence Parallel {__version__}, ComfyUI {comfyui_version.__version__}",
         f"- Python {sys.version.split()[0]}, torch {torch.__version__}, CUDA {torch.version.cuda or 'none'}",
         f"- {', '.join(f'{name} {_version(name)}' for name in _PACKAGES)}",
         f"- {platform.platform()}; GPUs: {', '.join(devices) or 'none'}",

@@ -424,7 +424,7 @@ class RemoteModel:
             cache.count(self.last_step, degrees)
         if compiled is not None:
             compiled.count(self.last_step)
-        self._note_step(group, requests, degrees, cache, self.last_step)
+        self._note_step(group, requests, degrees, cache, compiled, self.last_step)
         return [
             _hand_over(results, ref, request.x.device, lend) for ref, request in zip(out_refs, requests, strict=True)
         ]
@@ -435,12 +435,14 @@ class RemoteModel:
         requests: Sequence[StepRequest],
         degrees: Degrees,
         cache: CachedSampling | None,
+        compiled: CompiledSampling | None,
         results: Sequence[Mapping[str, Any]],
     ) -> None:
         """For those who watch: what was computed, by how many."""
         recipe = self.recipe
         sizes = tuple(tuple(sorted(request.shapes.items())) for request in requests)
-        work = (recipe.path, recipe.weight_dtype, recipe.compute_dtype, group.layout.attention, sizes)
+        how = (group.layout.attention, self._fp8, None if compiled is None else compiled.settings)
+        work = (recipe.path, recipe.weight_dtype, recipe.compute_dtype, how, sizes)
         report = None if cache is None else cache.report.to_json()
         group.figures.stepped(work, degrees, self._reason, results, report)
 
@@ -523,8 +525,12 @@ class RemoteModel:
         self.last_step = results
         if networks:
             requests = [each.request for each in networks[0].passes]
-            per_call = [{**each, "seconds": each["seconds"] / len(networks)} for each in results]
-            self._note_step(group, requests, degrees[0], cache, per_call)
+            n = len(networks)
+            counted = ("collectives", "bytes_sent")
+            per_call = [
+                {"seconds": each["seconds"] / n, **{name: each[name] // n for name in counted}} for each in results
+            ]
+            self._note_step(group, requests, degrees[0], cache, compiled, per_call)
         result = sent.result()
         sent.clear()
         return result, report
