@@ -67,11 +67,6 @@ class InWorkers:
         self.report: SampleReport | None = None
         self.stepwise = False
 
-    def fall_back(self, reason: str) -> None:
-        """It will be sampled by KSampler's own code."""
-        self.stepwise = True
-        self.told = f"sampled step by step, as by KSampler: {reason}"
-
     def attach(self, model: SequenceParallelPatcher) -> SequenceParallelPatcher:
         """A clone of the MODEL that samples in the workers."""
         clone = model.clone()
@@ -94,15 +89,11 @@ class InWorkers:
             _refuse_other_code(guider, extra_args["model_options"])
             program = _recorded(executor, guider, sigmas, extra_args, noise, latent_image, denoise_mask)
         except NotRecordable as reason:
-<<<<<<< HEAD
             began = time.monotonic()
             result = executor(guider, sigmas, extra_args, callback, noise, latent_image, denoise_mask, disable_pbar)
+            self.stepwise = True
             self.told = step_by_step(time.monotonic() - began, str(reason))
             return result
-=======
-            self.fall_back(str(reason))
-            return executor(guider, sigmas, extra_args, callback, noise, latent_image, denoise_mask, disable_pbar)
->>>>>>> panel
         options = extra_args["model_options"].get("transformer_options", {})
         result, report = _run(guider, program, options, callback, disable_pbar)
         self.report = report

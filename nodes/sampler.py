@@ -8,13 +8,8 @@ from typing import Any
 import comfy.samplers
 from comfy_api.latest import io
 
-<<<<<<< HEAD
 from .in_workers import InWorkers, step_by_step
-from .node_text import tell
-=======
-from .in_workers import InWorkers
 from .node_text import tell, tell_fallback
->>>>>>> panel
 from .shell_patcher import SequenceParallelPatcher
 
 
@@ -96,7 +91,6 @@ class SPSampler(io.ComfyNode):
         in_workers = InWorkers()
         if isinstance(model, SequenceParallelPatcher):
             model = in_workers.attach(model)
-<<<<<<< HEAD
         began = time.monotonic()
         (latent,) = common_ksampler(
             model, seed, steps, cfg, sampler_name, scheduler, positive, negative, latent_image, denoise=denoise
@@ -104,14 +98,6 @@ class SPSampler(io.ComfyNode):
         if not isinstance(model, SequenceParallelPatcher):
             seconds = time.monotonic() - began  # with the time that ComfyUI takes to load it
             in_workers.told = step_by_step(seconds, "this MODEL is not from Load Diffusion Model (SP)")
-        tell(cls.hidden.unique_id, f"Sampler (SP): {in_workers.told}")
-=======
-        else:
-            in_workers.fall_back("this MODEL is not from Load Diffusion Model (SP)")
-        (latent,) = common_ksampler(
-            model, seed, steps, cfg, sampler_name, scheduler, positive, negative, latent_image, denoise=denoise
-        )
         say = tell_fallback if in_workers.stepwise else tell
         say(cls.hidden.unique_id, f"Sampler (SP): {in_workers.told}")
->>>>>>> panel
         return io.NodeOutput(latent)
