@@ -1,4 +1,4 @@
-"""Front door of the engine: `python -m parallel demo|doctor|bench`."""
+"""Front door of the engine: `python -m parallel demo|doctor|bench|families`."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ def main(arguments: list[str] | None = None) -> int:
     demo = commands.add_parser("demo", parents=[common], help="sample a tiny random HunyuanVideo, split and alone")
     demo.add_argument("--steps", type=int, default=6, help="denoising steps (default 6)")
     demo.add_argument("--output", default="output/demo.webp", help="animated file to write")
+    commands.add_parser("families", parents=[common], help="list the model families, and what works with each")
     commands.add_parser("doctor", parents=[common], help="check this machine and start the workers once")
 
     bench = commands.add_parser("bench", parents=[common], help="time the exchange, or a step of a tiny model")
@@ -70,6 +71,10 @@ def _run(options: argparse.Namespace) -> tuple[dict[str, Any], str, int]:
         return (*run_demo(devices=options.devices, steps=options.steps, output=options.output), 0)
     if options.command == "bench":
         return (*_bench(options), 0)
+    if options.command == "families":
+        from .families import as_markdown, families
+
+        return {"families": families()}, as_markdown().rstrip(), 0
     from .doctor import examine
 
     result, text = examine(options.devices)

@@ -101,6 +101,12 @@ class Adapter(ABC):
 
     family: ClassVar[str]
     """Key in the registry, and the family's name in messages."""
+    title: ClassVar[str]
+    """The family's name for people, with the versions that are meant."""
+    makes: ClassVar[tuple[str, ...]]
+    """What of: `T2V`, `I2V` (video from text, or from a picture and text), `T2I`, `edit` (pictures likewise)."""
+    verified: ClassVar[str] = "ComfyUI"
+    """Against whose results its tests compare it, besides what all families have in common."""
     full_precision: ClassVar[tuple[str, ...]] = ()
     """Parameters of the diffusers model that ComfyUI keeps in fp32, whatever the storage dtype."""
     read_directly: ClassVar[tuple[str, ...]] = ()

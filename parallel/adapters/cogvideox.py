@@ -72,6 +72,9 @@ _RENAMED = [
 
 class CogVideoXAdapter(Adapter):
     family: ClassVar[str] = "cogvideox"
+    title: ClassVar[str] = "CogVideoX 2B, 5B, 1.5"
+    makes: ClassVar[tuple[str, ...]] = ("T2V", "I2V")
+    verified: ClassVar[str] = "ComfyUI; diffusers for its folders"
     full_precision: ClassVar[tuple[str, ...]] = (
         *(f"patch_embed.{name}.{leaf}" for name in ("proj", "text_proj") for leaf in ("weight", "bias")),
         _POSITIONS,

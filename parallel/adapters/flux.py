@@ -48,6 +48,8 @@ class _Prompt:
 
 class FluxAdapter(Adapter):
     family: ClassVar[str] = "flux"
+    title: ClassVar[str] = "FLUX.1 dev, schnell, Kontext"
+    makes: ClassVar[tuple[str, ...]] = ("T2I", "edit")
     read_directly: ClassVar[tuple[str, ...]] = ("x_embedder",)
     not_quantised: ClassVar[tuple[str, ...]] = two_stream.NOT_QUANTISED
 

@@ -37,6 +37,8 @@ _OTHER_FAMILIES = (
 
 class HunyuanVideoAdapter(Adapter):
     family: ClassVar[str] = "hunyuan_video"
+    title: ClassVar[str] = "HunyuanVideo"
+    makes: ClassVar[tuple[str, ...]] = ("T2V", "I2V")
     read_directly: ClassVar[tuple[str, ...]] = ("x_embedder",)
     not_quantised: ClassVar[tuple[str, ...]] = two_stream.NOT_QUANTISED
 

@@ -60,6 +60,8 @@ _OTHER_STREAMS = {"txt_byt5": ("text_embed_2_dim", "ByT5"), "clip_fea": ("image_
 
 class HunyuanVideo15Adapter(Adapter):
     family: ClassVar[str] = "hunyuan_video_15"
+    title: ClassVar[str] = "HunyuanVideo 1.5"
+    makes: ClassVar[tuple[str, ...]] = ("T2V", "I2V")
     full_precision: ClassVar[tuple[str, ...]] = ("cond_type_embed.weight",)
     read_directly: ClassVar[tuple[str, ...]] = ("x_embedder",)
     not_quantised: ClassVar[tuple[str, ...]] = (*two_stream.NOT_QUANTISED, "byt5_in", "vision_in")

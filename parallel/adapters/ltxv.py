@@ -85,6 +85,9 @@ class _Prompts:
 
 class LTXVAdapter(Adapter):
     family: ClassVar[str] = "ltxv"
+    title: ClassVar[str] = "LTX-Video"
+    makes: ClassVar[tuple[str, ...]] = ("T2V", "I2V")
+    verified: ClassVar[str] = "ComfyUI, diffusers"
     not_quantised: ClassVar[tuple[str, ...]] = (
         "patchify_proj", "adaln_single", "caption_projection", "proj_out",
     )  # fmt: skip

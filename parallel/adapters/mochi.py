@@ -82,6 +82,9 @@ class _Prompt:
 
 class MochiAdapter(Adapter):
     family: ClassVar[str] = "mochi"
+    title: ClassVar[str] = "Mochi 1"
+    makes: ClassVar[tuple[str, ...]] = ("T2V",)
+    verified: ClassVar[str] = "ComfyUI with a patched detection, diffusers"
     read_directly: ClassVar[tuple[str, ...]] = ("patch_embed",)
     not_quantised: ClassVar[tuple[str, ...]] = (
         "x_embedder", "t_embedder", "t5_y_embedder", "t5_yproj", "mod_x", "mod_y", "final_layer",

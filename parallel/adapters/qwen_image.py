@@ -72,6 +72,9 @@ class _Prompts:
 
 class QwenImageAdapter(Adapter):
     family: ClassVar[str] = "qwen_image"
+    title: ClassVar[str] = "Qwen-Image, Edit, Layered"
+    makes: ClassVar[tuple[str, ...]] = ("T2I", "edit")
+    verified: ClassVar[str] = "ComfyUI with a patched detection, diffusers"
     not_quantised: ClassVar[tuple[str, ...]] = (
         "img_in", "txt_in", "time_text_embed", "img_mod", "txt_mod", "norm_out", "proj_out",
     )  # fmt: skip

@@ -98,6 +98,8 @@ _RENAMED = [
 
 class WanAdapter(Adapter):
     family: ClassVar[str] = "wan"
+    title: ClassVar[str] = "Wan 2.1, 2.2"
+    makes: ClassVar[tuple[str, ...]] = ("T2V", "I2V")
     full_precision: ClassVar[tuple[str, ...]] = ("patch_embedding.weight", "patch_embedding.bias")
     read_directly: ClassVar[tuple[str, ...]] = ("patch_embedding",)
     not_quantised: ClassVar[tuple[str, ...]] = (
