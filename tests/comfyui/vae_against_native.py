@@ -39,7 +39,7 @@ def main(comfyui: str, repository: str, cases: list[dict[str, Any]]) -> None:
     comfy_nodes = importlib.import_module("nodes")
     torch.set_num_threads(1)
     told: list[str] = []
-    parallel_vae.tell = lambda node_id, text: told.append(text)
+    parallel_vae.tell = parallel_vae.tell_fallback = lambda node_id, text: told.append(text)
     vaes: dict[str, Any] = {}
     native: dict[int, Any] = {}
     results: list[dict[str, Any]] = [{} for _ in cases]
