@@ -170,7 +170,7 @@ def test_the_log_level_decides_what_is_logged(server: ComfyServer) -> None:
         start = len(server.log())
         with stored(server, **{"Log.Level": level, "Workers.Devices": "cpu,cpu"}):
             assert server.run(without_config(fresh(Setting(weight_dtype=dtype)))).status == "success"
-        assert ("of weights on each" in server.log()[start:]) == (level == "comfyui")
+        assert ("plan on cpu,cpu" in server.log()[start:]) == (level == "comfyui")
 
 
 def test_idle_workers_leave_when_the_setting_says_so(server: ComfyServer) -> None:
