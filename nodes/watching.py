@@ -51,7 +51,7 @@ def describe(remote: RemoteModel, sampling: Sampling) -> str:
     seconds = sampling.seconds_per_step
     above_1 = [f"{axis} {size}" for axis, size in dataclasses.asdict(degrees).items() if size > 1]
     timing = "" if seconds is None else f", {seconds:.2f} s per step"
-    return f"{' × '.join(reversed(above_1)) or 'one device'}{timing} ({reason})"
+    return f"{' × '.join(reversed(above_1))}{timing} ({reason})" if above_1 else f"one device{timing}"
 
 
 class LoadText:
