@@ -36,7 +36,9 @@ from parallel.compilation.blocks import CompiledBlocks
 from parallel.compilation.settings import CompileSettings
 from parallel.degrees import Degrees
 from parallel.errors import EngineError
+from parallel.quantise.settings import DYNAMIC, WEIGHT_ONLY
 from parallel.wire.control import ControlPage
+from parallel.worker.fp8_linear import fp8_layer, support
 from parallel.worker.ranks import ParallelContext, Ranks, SoloContext
 
 FULL = {
@@ -58,12 +60,19 @@ class Variant:
     compiled: bool = False
     cache_hit: bool = False
     """First Block Cache skips all blocks but the first."""
+    fp8: bool = False
+    """The blocks' linear layers are in FP8: row-wise products where the device has them, else the weights alone."""
 
 
 VARIANTS = {
     "+ compile": Variant(compiled=True),
     "+ cache hit": Variant(cache_hit=True),
     "+ compile + cache hit": Variant(compiled=True, cache_hit=True),
+    # From here on the model stays in FP8.
+    "+ FP8": Variant(fp8=True),
+    "+ FP8 + compile": Variant(fp8=True, compiled=True),
+    "+ FP8 + cache hit": Variant(fp8=True, cache_hit=True),
+    "+ FP8 + compile + cache hit": Variant(fp8=True, compiled=True, cache_hit=True),
 }
 
 
@@ -94,6 +103,8 @@ class Bench:
             "attention_mask": (torch.arange(TEXT, device=self.device)[None] < VALID).long(),
         }
         self.out = torch.empty_like(self.x)
+        self.scheme = ""
+        """Of the layers in FP8, if any are."""
 
     def seconds(self, run: Callable[[], Any]) -> float:
         """Median of the repeats, after a warm-up."""
@@ -113,6 +124,8 @@ class Bench:
 
     def variant(self, variant: Variant) -> float | str:
         """Seconds of a step, or why there are none."""
+        if variant.fp8:
+            self.quantise()
         context = SoloContext(select("auto", self.device))
         blocks = CompiledBlocks(CompileSettings(), lambda: None) if variant.compiled else None
         context.compiler = blocks
@@ -126,6 +139,16 @@ class Bench:
 
         seconds = self.seconds(step)  # compiles, and fills the cache, in the warm-up
         return f"not available: {blocks.failure}" if blocks is not None and blocks.failure else seconds
+
+    def quantise(self) -> None:
+        """Puts the blocks' linear layers into FP8, but for their modulation; there is no way back."""
+        works = not support(self.device)[DYNAMIC[0]]
+        self.scheme = DYNAMIC[0] if works else WEIGHT_ONLY
+        for blocks in (self.model.transformer_blocks, self.model.single_transformer_blocks):
+            for path, module in list(blocks.named_modules()):  # type: ignore[union-attr]
+                if type(module) is nn.Linear and ".norm" not in path:
+                    parent, _, name = path.rpartition(".")
+                    setattr(blocks.get_submodule(parent), name, fp8_layer(module, self.scheme))  # type: ignore[operator]
 
     def stock(self) -> None:
         """diffusers' own forward, which masks the padding instead of trimming it."""
@@ -169,16 +192,17 @@ def measure(toy: bool) -> dict[str, Any]:
             rows[f"one rank, {name}"] = bench.seconds(lambda kernel=kernel: bench.step(SoloContext(kernel)))
         except (ImportError, EngineError, RuntimeError) as error:
             rows[f"one rank, {name}"] = f"not available: {str(error).splitlines()[0]}"
-    for name, variant in VARIANTS.items():
-        rows[f"one rank, auto {name}"] = bench.variant(variant)
     for world_size in SHARES:
         with share(bench, world_size) as context:
             rows[f"share of rank 0 of {world_size}"] = bench.seconds(lambda context=context: bench.step(context))
+    for name, variant in VARIANTS.items():
+        rows[f"one rank, auto {name}"] = bench.variant(variant)
     return {
         "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
         "hardware": torch.cuda.get_device_name() if bench.device.type == "cuda" else platform.processor() or "CPU",
         "versions": {name: importlib.metadata.version(name) for name in ("torch", "diffusers")},
         "dtype": str(bench.dtype),
+        "fp8": bench.scheme,
         "latent": bench.latent,
         "text": [TEXT, VALID],
         "seconds_per_step": rows,
