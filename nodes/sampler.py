@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import time
 from typing import Any
 
@@ -86,13 +87,12 @@ class SPSampler(io.ComfyNode):
         latent_image: dict[str, Any],
         denoise: float,
     ) -> io.NodeOutput:
-        from nodes import common_ksampler  # ComfyUI's own `nodes`
-
+        comfy_nodes: Any = importlib.import_module("nodes")  # ComfyUI's, not this pack's
         in_workers = InWorkers()
         if isinstance(model, SequenceParallelPatcher):
             model = in_workers.attach(model)
         began = time.monotonic()
-        (latent,) = common_ksampler(
+        (latent,) = comfy_nodes.common_ksampler(
             model, seed, steps, cfg, sampler_name, scheduler, positive, negative, latent_image, denoise=denoise
         )
         if not isinstance(model, SequenceParallelPatcher):
