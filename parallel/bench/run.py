@@ -20,7 +20,8 @@ from ..demo.checkpoint import write_tiny_hunyuan_video
 from ..errors import ConfigError
 from ..host.group import WorkerGroup
 from ..host.recipe import Recipe
-from ..host.remote_model import RemoteModel, StepRequest
+from ..host.remote_model import RemoteModel
+from ..host.step_request import StepRequest
 from ..measure import QuietRounds
 from ..plan import SequencePlan
 

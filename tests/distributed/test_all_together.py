@@ -19,7 +19,8 @@ from parallel.config import SequenceParallelConfig, resolve
 from parallel.host.cached_sampling import CachedSampling
 from parallel.host.compiled_sampling import CompiledSampling
 from parallel.host.group import WorkerGroup
-from parallel.host.remote_model import RemoteModel, StepRequest
+from parallel.host.remote_model import RemoteModel
+from parallel.host.step_request import StepRequest
 from parallel.quantise.settings import FP8Settings
 from tests.distributed.test_weights import change
 from tests.distributed.tiny_models import TinyModels, WanInputs, recipe_of, relative_difference

@@ -20,7 +20,8 @@ from parallel.cache.settings import CacheSettings, FirstBlockCacheSettings, TeaC
 from parallel.checkpoints.source import Stored
 from parallel.host import group as group_module
 from parallel.host.cached_sampling import CachedSampling
-from parallel.host.remote_model import RemoteModel, StepRequest
+from parallel.host.remote_model import RemoteModel
+from parallel.host.step_request import StepRequest
 from parallel.measure import QuietRounds
 from parallel.plan import SequencePlan
 from parallel.worker.ranks import SoloContext

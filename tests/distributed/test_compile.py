@@ -26,7 +26,8 @@ from parallel.host import group as group_module
 from parallel.host.cached_sampling import CachedSampling
 from parallel.host.compiled_sampling import CompiledSampling
 from parallel.host.group import WorkerGroup
-from parallel.host.remote_model import RemoteModel, StepRequest
+from parallel.host.remote_model import RemoteModel
+from parallel.host.step_request import StepRequest
 from tests.distributed.process_facts import all_ended
 from tests.distributed.tiny_models import TinyModels, WanInputs, loaded, relative_difference
 

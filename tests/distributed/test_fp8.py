@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from parallel.errors import ConfigError, WorkerError
-from parallel.host import remote_model
+from parallel.host import remote_weights
 from parallel.host.remote_model import RemoteModel
 from parallel.quantise.settings import FP8Choice, FP8Settings
 from tests.distributed.test_weights import change, write_changed
@@ -46,7 +46,7 @@ def on_cpus(monkeypatch: pytest.MonkeyPatch) -> None:
     def as_asked(fp8: FP8Settings, *others: Any) -> FP8Choice:
         return FP8Choice(scheme=fp8.scheme, skip=fp8.patterns)
 
-    monkeypatch.setattr(remote_model, "_choose_scheme", as_asked)
+    monkeypatch.setattr(remote_weights, "_choose_scheme", as_asked)
 
 
 @contextmanager

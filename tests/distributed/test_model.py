@@ -18,7 +18,8 @@ from parallel.adapters.registry import FAMILIES
 from parallel.errors import CheckpointError, ConfigError, UnsupportedError, WorkerError
 from parallel.host import memory, remote_model
 from parallel.host.recipe import Recipe
-from parallel.host.remote_model import RemoteModel, StepRequest
+from parallel.host.remote_model import RemoteModel
+from parallel.host.step_request import StepRequest
 from parallel.wire.channel import Channel, Message
 from parallel.wire.shared import TensorRef, lay_out
 from parallel.worker.resident import ResidentModel

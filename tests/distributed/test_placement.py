@@ -20,7 +20,8 @@ from parallel.demo.checkpoint import write_tiny_hunyuan_video
 from parallel.host import remote_model
 from parallel.host.cached_sampling import CachedSampling
 from parallel.host.group import WorkerGroup
-from parallel.host.remote_model import RemoteModel, StepRequest
+from parallel.host.remote_model import RemoteModel
+from parallel.host.step_request import StepRequest
 from parallel.placement import Placement
 from tests.distributed.process_facts import MemoryPeaks, memory
 from tests.distributed.start_ranks import run_ranks

@@ -18,7 +18,7 @@ from parallel.checkpoints.source import Stored, open_source
 from parallel.config import SequenceParallelConfig, resolve
 from parallel.demo.checkpoint import SCALED_LAYOUTS
 from parallel.errors import WorkerDiedError, WorkerError
-from parallel.host import remote_model
+from parallel.host import remote_weights
 from parallel.host.group import WorkerGroup
 from parallel.host.remote_model import RemoteModel
 from parallel.worker.resident import ResidentModel
@@ -221,7 +221,7 @@ def test_shared_memory_holds_a_few_weights_at_a_time(
     case.replace(None, ())
     sent.clear()
     limit = 1 << 20
-    monkeypatch.setattr(remote_model, "_BATCH_BYTES", limit)
+    monkeypatch.setattr(remote_weights, "_BATCH_BYTES", limit)
     told: list[tuple[int, int]] = []
     case.replace("in parts", SOME, on_progress=lambda done, total: told.append((done, total)))
     assert torch.equal(case.step(), expected)
@@ -240,7 +240,7 @@ def test_cancel_in_the_middle_leaves_nothing_half_done(case: Case, monkeypatch: 
     case.replace("first", SOME)
     expected = case.step()
     case.replace(None, ())
-    monkeypatch.setattr(remote_model, "_BATCH_BYTES", 1)
+    monkeypatch.setattr(remote_weights, "_BATCH_BYTES", 1)
     polls = 0
 
     def poll() -> None:

@@ -1,0 +1,66 @@
+"""Which conditioning the workers of a group hold already."""
+
+from __future__ import annotations
+
+import itertools
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..wire.shared import lay_out
+from .group import WorkerGroup
+
+_KEPT = 16
+"""Tensors kept per model in each worker: prompt and negative prompt, a few of each."""
+
+
+class SentConditioning:
+    """Which tensors the workers hold, by content: ComfyUI makes new tensors of the same values at every step."""
+
+    def __init__(self, model: str):
+        self._model = model
+        self._sent: OrderedDict[str, Tensor] = OrderedDict()
+        self._numbers = itertools.count(1)
+        self._stale: list[str] = []
+
+    def clear(self) -> None:
+        self._stale += self._sent
+        self._sent.clear()
+
+    def update(
+        self, wanted: Sequence[Mapping[str, Tensor]], group: WorkerGroup
+    ) -> tuple[list[dict[str, str]], dict[str, Any], list[str]]:
+        """Finds what is new and writes it to shared memory.
+
+        Returns:
+            For each request, name → key; key → place of the tensors to take over; keys to forget.
+        """
+        keys: list[dict[str, str]] = []
+        new: dict[str, Tensor] = {}
+        for conditioning in wanted:
+            keys.append({})
+            for name, tensor in conditioning.items():
+                key = next((key for key, sent in self._sent.items() if _same(sent, tensor)), None)
+                if key is None:
+                    key = f"{self._model}/{next(self._numbers)}"
+                    new[key] = self._sent[key] = tensor.detach().clone()
+                self._sent.move_to_end(key)
+                keys[-1][name] = key
+        drop, self._stale = self._stale, []
+        while len(self._sent) > max(_KEPT, sum(map(len, keys))):
+            drop.append(self._sent.popitem(last=False)[0])
+        put: dict[str, Any] = {}
+        if new:
+            refs, size = lay_out("conditioning", [(tensor.shape, tensor.dtype) for tensor in new.values()])
+            segment = group.memory.segment("conditioning", size)
+            for (key, tensor), ref in zip(new.items(), refs, strict=True):
+                segment.tensor(ref).copy_(tensor)
+                put[key] = ref.to_json()
+        return keys, put, drop
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    return a.shape == b.shape and a.dtype == b.dtype and a.device == b.device and torch.equal(a, b)
