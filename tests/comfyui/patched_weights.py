@@ -16,7 +16,13 @@ from pathlib import Path
 from typing import Any
 
 COMFYUI, REPOSITORY, FOLDER = (Path(argument) for argument in sys.argv[1:])
-sys.path[:] = [str(COMFYUI), *sys.path[1:], sys.path[0]]  # this folder last: it has a `server`, as ComfyUI
+HERE = sys.path[0]
+sys.path[:] = [
+    str(COMFYUI),
+    *sys.path[1:],
+    HERE,
+    f"{HERE}/test_pack",
+]  # this folder last: it has a `server`, as ComfyUI
 
 import comfy.options  # noqa: E402
 
@@ -27,6 +33,7 @@ args.cpu = True
 
 import comfy.sd  # noqa: E402
 import comfy.utils  # noqa: E402
+import tiny_detection  # noqa: E402
 import torch  # noqa: E402
 from lora_files import write_lora_files  # noqa: E402
 from safetensors.torch import save_file  # noqa: E402
@@ -40,7 +47,10 @@ config: Any = import_module(f"{PACK.__name__}.parallel.config")
 native_model: Any = import_module(f"{PACK.__name__}.nodes.native_model")
 lora: Any = import_module(f"{PACK.__name__}.nodes.lora")
 
-LORAS = {"hunyuan_video": "hunyuan_native", "flux": "flux_diffusers", "wan": "wan_native"}
+LORAS = {
+    "hunyuan_video": "hunyuan_native", "hunyuan_video_15": "hv15_native", "flux": "flux_diffusers", "wan": "wan_native",
+    "cogvideox": "cogvideox_native", "mochi": "mochi_native", "ltxv": "ltxv_diffusers", "qwen_image": "qwen_diffusers",
+}  # fmt: skip
 STRENGTH = 0.8
 
 
@@ -69,6 +79,7 @@ def same(own: Any, sent: Any) -> bool:
 
 
 def main() -> None:
+    tiny_detection.apply()
     write_lora_files(FOLDER)
     results = {}
     for family, write in checkpoint.WRITERS.items():
