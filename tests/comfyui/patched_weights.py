@@ -16,13 +16,13 @@ from pathlib import Path
 from typing import Any
 
 COMFYUI, REPOSITORY, FOLDER = (Path(argument) for argument in sys.argv[1:])
-HERE = sys.path[0]
+HERE = sys.path[0]  # last: it has a `server`, as ComfyUI
 sys.path[:] = [
     str(COMFYUI),
     *sys.path[1:],
     HERE,
     f"{HERE}/test_pack",
-]  # this folder last: it has a `server`, as ComfyUI
+]
 
 import comfy.options  # noqa: E402
 
