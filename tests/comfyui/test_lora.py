@@ -141,10 +141,7 @@ def scaled(name: str, layout: str) -> Setting:
 
 
 SCALED = [
-    *(
-        (name, "comfy_quant")
-        for name in lora_files.HUNYUAN_VIDEO + lora_files.FLUX + lora_files.WAN + lora_files.OTHERS
-    ),
+    *((name, "comfy_quant") for name in lora_files.HUNYUAN_VIDEO + lora_files.FLUX + lora_files.WAN),
     *((name, layout) for name in ("hunyuan_native", "flux_diffusers") for layout in ("scaled_0", "scaled_2")),
     ("hunyuan_native", "metadata"),
 ]

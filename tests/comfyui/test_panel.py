@@ -22,6 +22,8 @@ from tests.comfyui.server import ComfyServer, Graph
 pytestmark = pytest.mark.comfyui
 
 STATUS = "sequence_parallel.status"
+STEPS = 40
+"""Enough to be seen more than twice, at four updates a second."""
 
 
 def test_every_widget_has_a_tooltip_and_every_node_a_help_page(server: ComfyServer) -> None:
@@ -55,14 +57,14 @@ def watch(server: ComfyServer, visible: bool) -> tuple[int, Any]:
 
 
 def test_a_visible_panel_sees_the_steps_and_a_hidden_one_nothing(server: ComfyServer) -> None:
-    setting = Setting(width=128, height=96, length=17, steps=12)
+    setting = Setting(width=128, height=96, length=17, steps=STEPS)
     assert server.run(sampling_graph(fresh(setting, steps=2), Swapped())).status == "success"
     status, shown = watch(server, True)
     assert status == 200
     assert shown["groups"][-1]["state"] == "idle"
     start = server.mark()
     result = server.run(sampling_graph(fresh(setting), Swapped()))
-    assert wait_until(lambda: steps_shown(server, start)[-1:] == [12], timeout=10)
+    assert wait_until(lambda: steps_shown(server, start)[-1:] == [STEPS], timeout=10)
     assert watch(server, False) == (200, {})
     seen = steps_shown(server, start)
     assert seen == sorted(seen) and len(set(seen)) > 2, seen
@@ -86,7 +88,7 @@ def steps_shown(server: ComfyServer, since: int) -> list[int]:
         group["sampling"]
         for event in server.events(STATUS, since=since)
         for group in event.data["groups"]
-        if group["sampling"] is not None and group["sampling"]["steps"] == 12
+        if group["sampling"] is not None and group["sampling"]["steps"] == STEPS
     ]
     return [sampling["step"] for sampling in samplings]
 
