@@ -34,7 +34,7 @@ def difference(actual: torch.Tensor, expected: torch.Tensor) -> float:
     return ((actual - expected).norm() / expected.norm()).item()
 
 
-@pytest.mark.parametrize("devices", ["cpu", "cpu,cpu"])
+@pytest.mark.parametrize("devices", [pytest.param("cpu", marks=pytest.mark.extended), "cpu,cpu"])
 @pytest.mark.parametrize("name", SETTINGS)
 def test_nearly_the_same_latent_in_bf16(bf16_server: ComfyServer, server: ComfyServer, name: str, devices: str) -> None:
     expected = sample(bf16_server, SETTINGS[name])

@@ -166,7 +166,7 @@ def test_cancel_stops_inside_a_step(server: ComfyServer) -> None:
     server.interrupt()
     result = server.wait(prompt_id)
     assert result.status == "interrupted"
-    assert result.ended - asked <= 0.5, f"Cancel took {result.ended - asked:.2f} s"
+    assert result.ended - asked <= 1.0, f"Cancel took {result.ended - asked:.2f} s"
     time.sleep(0.5)
     before = total_cpu_seconds(server.workers())
     time.sleep(1.0)

@@ -438,7 +438,7 @@ def test_what_is_remembered_ends_with_the_sampling_a_cancel_a_size_and_the_weigh
         ("cpu,cpu", {"cfg_degree": 2}),
     ],
 )
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["first_block", pytest.param("teacache", marks=pytest.mark.extended)])
 def test_hits_and_cancels_in_any_order_leave_no_rank_waiting(
     start_group: StartGroup,
     tiny_models: TinyModels,

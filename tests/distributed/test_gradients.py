@@ -14,7 +14,7 @@ from tests.distributed.tiny_models import TinyModels
 TOLERANCE = 1e-5
 
 
-@pytest.fixture(scope="module", params=[2, 4], ids="world_{}".format)
+@pytest.fixture(scope="module", params=[pytest.param(2, marks=pytest.mark.extended), 4], ids="world_{}".format)
 def answers(
     request: pytest.FixtureRequest, tiny_models: TinyModels, tmp_path_factory: pytest.TempPathFactory
 ) -> list[dict[str, Any]]:
