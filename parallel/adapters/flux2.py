@@ -45,14 +45,17 @@ _FIXED = {
     "mlp_ratio": 3.0, "eps": 1e-6, "timestep_guidance_channels": 256,
 }  # fmt: skip
 
-_MARKERS = ("img_in.weight", "double_stream_modulation_img.lin.weight", "single_stream_modulation.lin.weight")
+_MARKERS = (
+    "img_in.weight", "double_stream_modulation_img.lin.weight", "single_stream_modulation.lin.weight",
+    "double_blocks.0.img_attn.qkv.weight",
+)  # fmt: skip
 
 # ComfyUI's names → diffusers' names, where they are not FLUX.1's.
 _RENAMED = [
     (r"^img_in$", "x_embedder"),
     (r"^txt_in$", "context_embedder"),
-    (r"^(time|guidance)_in\.", r"time_guidance_embed.\1_embedder."),
-    (r"\.time_embedder\.", ".timestep_embedder."),
+    (r"^time_in\.", "time_guidance_embed.timestep_embedder."),
+    (r"^guidance_in\.", "time_guidance_embed.guidance_embedder."),
     (r"^((?:double|single)_stream_modulation\w*)\.lin$", r"\1.linear"),
     (r"\.img_mlp\.0$", ".ff.linear_in"),
     (r"\.img_mlp\.2$", ".ff.linear_out"),
