@@ -15,8 +15,9 @@ from ..attention.rope import rope
 from ..checkpoints.source import Source, TensorInfo
 from ..errors import CheckpointError, UnsupportedError
 from . import two_stream
-from .base import Adapter, Piece, StepContext, unpack_text
+from .base import Adapter, Piece, StepContext
 from .patches import Grid, read_tokens, write_tokens
+from .references import PREFIX, beside, diagonal, method_of, references_of
 from .two_stream import HEAD_DIM, Shapes
 
 ROPE_AXES = (16, 56, 56)
@@ -30,8 +31,6 @@ _DEFAULTS = {
 }  # fmt: skip
 _RENAMED = [(r"^img_in$", "x_embedder"), (r"^txt_in$", "context_embedder"), *two_stream.RENAMED]
 
-_REFERENCE = "ref_latents."
-"""Begins the names of Kontext's reference pictures: `ref_latents.0` and so on."""
 _METHODS = ("offset", "index", "uxo")
 """Ways to place the references; the first one is the default."""
 
@@ -99,7 +98,7 @@ class FluxAdapter(Adapter):
 
     def check_inputs(self, config: Mapping[str, Any], inputs: Mapping[str, Tensor]) -> int:
         shapes = {name: tuple(tensor.shape) for name, tensor in inputs.items()}
-        references = {name: shape for name, shape in shapes.items() if name.startswith(_REFERENCE)}
+        references = {name: shape for name, shape in shapes.items() if name.startswith(PREFIX)}
         known = {"x", "timestep", "context", "y", "guidance", "ref_latents_method"}
         if unknown := sorted(set(shapes) - known - set(references)):
             raise UnsupportedError(f"FLUX.1 (SP) cannot use the input {', '.join(unknown)} yet")
@@ -121,7 +120,7 @@ class FluxAdapter(Adapter):
                     f"a reference latent needs the shape [{x[0]}, {x[1]}, height, width] for this latent;"
                     f" {name} is {list(shape)}"
                 )
-        method = _method(inputs)
+        method = method_of(inputs) or _METHODS[0]
         if method not in _METHODS:
             raise UnsupportedError(
                 f"FLUX.1 (SP) cannot use the reference method {method}; choose {', '.join(_METHODS)}"
@@ -132,13 +131,12 @@ class FluxAdapter(Adapter):
         return (x_shape[0], config["out_channels"] // prod(_PATCH), *x_shape[2:])
 
     def prepare(self, conditioning: Mapping[str, Tensor]) -> _Prompt:
-        count = sum(name.startswith(_REFERENCE) for name in conditioning)
         return _Prompt(
             text=conditioning["context"],  # FLUX attends to its padding: nothing may be trimmed
             pooled=conditioning.get("y"),
             guidance=conditioning.get("guidance"),
-            references=[conditioning[f"{_REFERENCE}{i}"] for i in range(count)],
-            method=_method(conditioning),
+            references=references_of(conditioning),
+            method=method_of(conditioning) or _METHODS[0],
         )
 
     def example(self, config: Mapping[str, Any], world_size: int, dtype: torch.dtype) -> dict[str, Tensor]:
@@ -153,7 +151,7 @@ class FluxAdapter(Adapter):
             "context": random(1, 7, config["joint_attention_dim"]),
             "y": random(1, config["pooled_projection_dim"]),
             "guidance": torch.tensor([3.5]).to(dtype),
-            f"{_REFERENCE}0": random(1, config["in_channels"] // prod(_PATCH), 3, 4),
+            f"{PREFIX}0": random(1, config["in_channels"] // prod(_PATCH), 3, 4),
         }
 
     def step(
@@ -195,32 +193,19 @@ def _whole_patches(x: Tensor) -> Tensor:
     return x[:, :, None]
 
 
-def _method(inputs: Mapping[str, Tensor]) -> str:
-    """How the references are placed."""
-    chosen = inputs.get("ref_latents_method")
-    return _METHODS[0] if chosen is None else unpack_text(chosen)
-
-
 def _offsets(references: Sequence[Tensor], method: str, x: Tensor) -> list[Grid]:
     """Where each reference lies on the axes of the position embedding, in tokens.
 
-    `index`: each alone on a plane of its own. `uxo`: down the diagonal from the picture's corner. `offset`: on one
-    plane, each below or right of those before it, whichever keeps the whole smaller.
+    `index`: each alone on a plane of its own. `uxo`: on the picture's plane. `offset`: together on the one beside it.
     """
     if method == "index":
         return [(i, 0, 0) for i in range(1, len(references) + 1)]
-    offsets: list[Grid] = []
-    below, right = (size + size % 2 for size in x.shape[2:]) if method == "uxo" else (0, 0)
-    for reference in references:
-        height, width = reference.shape[2:]
-        if method == "uxo":
-            place = below, right
-            below, right = below + height, right + width
-        else:
-            place = (0, right) if height + below > width + right else (below, 0)
-            below, right = max(below, place[0] + height), max(right, place[1] + width)
-        offsets.append((int(method == "offset"), (place[0] + 1) // 2, (place[1] + 1) // 2))
-    return offsets
+    sizes = [(reference.shape[2], reference.shape[3]) for reference in references]
+    if method == "uxo":
+        places = diagonal(sizes, (x.shape[2] + x.shape[2] % 2, x.shape[3] + x.shape[3] % 2))
+    else:
+        places = beside(sizes)
+    return [(int(method == "offset"), (row + 1) // 2, (column + 1) // 2) for row, column in places]
 
 
 def _positions(start: int, stop: int, grid: Grid, offset: Grid, device: torch.device) -> Tensor:

@@ -21,10 +21,11 @@ from ..cache.blocks import Blocks
 from ..checkpoints.source import Source, TensorInfo
 from ..errors import CheckpointError, UnsupportedError
 from . import two_stream
-from .base import Adapter, Piece, StepContext, unpack_text
+from .base import Adapter, Piece, StepContext
 from .inputs import alike, normal, require_known, require_latent, require_one_time_each, require_text
 from .patches import Grid, read_tokens, write_tokens
-from .two_stream import HEAD_DIM, Modulation, Shapes, Vectors
+from .references import PREFIX, beside, method_of, references_of
+from .two_stream import HEAD_DIM, Modulation, Shapes, add_gated, by_rows, modulate
 
 ROPE_AXES = (16, 56, 56)
 ROPE_THETA = 10000.0
@@ -48,8 +49,6 @@ _LAYERED = "time_text_embed.addition_t_embedding.weight"
 _MAGE_FLOW = (2560, 128)
 """Width of the text and of the output by which ComfyUI tells this relative."""
 
-_REFERENCE = "ref_latents."
-"""Begins the names of the reference pictures: `ref_latents.0` and so on."""
 _METHODS = ("index", "index_timestep_zero", "negative_index", "offset")
 """Ways to place the references."""
 
@@ -142,7 +141,7 @@ class QwenImageAdapter(Adapter):
         return two_stream.with_biases(linear) | others
 
     def check_inputs(self, config: Mapping[str, Any], inputs: Mapping[str, Tensor]) -> int:
-        references = [name for name in inputs if name.startswith(_REFERENCE)]
+        references = [name for name in inputs if name.startswith(PREFIX)]
         require_known("Qwen-Image", inputs, ("attention_mask", "ref_latents_method", *references), ("context",))
         channels = config["in_channels"] // prod(_PATCH)
         x = inputs["x"]
@@ -153,7 +152,7 @@ class QwenImageAdapter(Adapter):
                 raise UnsupportedError(f"{name} has {len(inputs[name])} pictures; needed is one for each of {len(x)}")
         require_text(inputs, config["joint_attention_dim"], "Qwen2.5-VL")
         require_one_time_each("Qwen-Image", inputs["timestep"])
-        if (method := _method(inputs)) not in ("", *_METHODS):
+        if (method := method_of(inputs)) not in ("", *_METHODS):
             raise UnsupportedError(
                 f"Qwen-Image (SP) cannot use the reference method {method}; choose {', '.join(_METHODS)}"
             )
@@ -164,12 +163,11 @@ class QwenImageAdapter(Adapter):
 
     def prepare(self, conditioning: Mapping[str, Tensor]) -> list[_Prompts]:
         text = conditioning["context"]
-        count = sum(name.startswith(_REFERENCE) for name in conditioning)
-        references = [conditioning[f"{_REFERENCE}{i}"] for i in range(count)]
+        references = references_of(conditioning)
 
         def prompts(rows: slice, keep: Tensor) -> _Prompts:
             own = [reference[rows] if len(reference) > 1 else reference for reference in references]
-            return _Prompts(rows, text[rows, keep], keep.nonzero().flatten(), own, _method(conditioning))
+            return _Prompts(rows, text[rows, keep], keep.nonzero().flatten(), own, method_of(conditioning))
 
         return [prompts(rows, keep) for rows, keep in alike(text, conditioning.get("attention_mask"))]
 
@@ -180,7 +178,7 @@ class QwenImageAdapter(Adapter):
             "timestep": torch.tensor([0.5]),
             "context": random(1, 7, config["joint_attention_dim"]),
             "attention_mask": torch.tensor([[1, 1, 1, 1, 1, 0, 0]]),
-            f"{_REFERENCE}0": random(1, channels, 1, 3, 4),
+            f"{PREFIX}0": random(1, channels, 1, 3, 4),
         }
 
     def step(
@@ -224,17 +222,12 @@ class QwenImageAdapter(Adapter):
                 yield image
 
         def probe() -> Tensor:
-            return _modulated(image, _rows(m.transformer_blocks[0].img_mod, by.image), 0)
+            return modulate(image, by_rows(m.transformer_blocks[0].img_mod, by.image), 0)
 
         image = context.run_blocks(plan, image, each_block(image, m.txt_in(normed)), probe)
         start, stop = parts[0]  # the references are context: no prediction is made for them
         head = m.proj_out(m.norm_out(image[:, : stop - start], _embedded_times(m, timestep, text.dtype)))
         write_tokens(head, out, start, stop, _PATCH)
-
-
-def _method(inputs: Mapping[str, Tensor]) -> str:
-    chosen = inputs.get("ref_latents_method")
-    return "" if chosen is None else unpack_text(chosen)
 
 
 def _own_method(config: Any) -> str:
@@ -262,20 +255,13 @@ def _whole_patches(x: Tensor) -> Tensor:
 def _offsets(references: list[Tensor], method: str) -> list[Grid]:
     """Where each reference lies beside its centre: plane, and rows and columns in tokens.
 
-    `offset`: on one plane, each below or right of those before it, whichever keeps the whole smaller. The other
-    methods give each a plane of its own.
+    `offset`: together on one plane. The other methods give each a plane of its own.
     """
     if method != "offset":
         sign = -1 if method == "negative_index" else 1
         return [(sign * i, 0, 0) for i in range(1, len(references) + 1)]
-    offsets: list[Grid] = []
-    below, right = 0, 0
-    for reference in references:
-        height, width = reference.shape[3:]
-        place = (0, right) if height + below > width + right else (below, 0)
-        below, right = max(below, place[0] + height), max(right, place[1] + width)
-        offsets.append((1, _tokens(place[0]), _tokens(place[1])))
-    return offsets
+    places = beside((reference.shape[3], reference.shape[4]) for reference in references)
+    return [(1, _tokens(row), _tokens(column)) for row, column in places]
 
 
 def _positions(start: int, stop: int, grid: Grid, offset: Grid, device: torch.device) -> Tensor:
@@ -307,42 +293,25 @@ def _modulation(
     return Modulation(two_stream.vectors([(stop - start, vector), (rows, zero)]), uniform.text, uniform.joint)
 
 
-_OwnRows = list[tuple[slice, tuple[Tensor, ...]]]
-"""Which shift, scale and gate of the attention, then of the MLP, each [B, 1, hidden], are for which rows."""
-
-
-def _rows(mod: nn.Module, vectors: Vectors) -> _OwnRows:
-    return [(rows, mod(vector)[:, None].chunk(6, dim=2)) for rows, vector in vectors]
-
-
-def _modulated(x: Tensor, own: _OwnRows, shift: int) -> Tensor:
-    """x [B, S, hidden], normalised, by the vectors `shift` and, for the scale, the one after it."""
-    normed = F.layer_norm(x, x.shape[-1:], eps=_EPS)
-    return two_stream.join([torch.addcmul(by[shift], normed[:, rows], 1 + by[shift + 1]) for rows, by in own])
-
-
-def _added(x: Tensor, change: Tensor, own: _OwnRows, gate: int) -> Tensor:
-    return two_stream.join([torch.addcmul(x[:, rows], by[gate], change[:, rows]) for rows, by in own])
-
-
 def _block(
     block: Any, image: Tensor, text: Tensor, by: Modulation, table: Rope, attend: JointAttention
 ) -> tuple[Tensor, Tensor]:
     """image [B, n, hidden], text [B, m, hidden] → the same; m may be 0 on this rank, and then costs nothing."""
     attn, count = block.attn, image.shape[1]
-    of_image, of_text = _rows(block.img_mod, by.image), _rows(block.txt_mod, by.text) if text.shape[1] else []
-    x = _modulated(image, of_image, 0)
+    of_image = by_rows(block.img_mod, by.image)
+    of_text = by_rows(block.txt_mod, by.text) if text.shape[1] else ()
+    x = modulate(image, of_image, 0)
     parts = two_stream.qkv(x, (attn.to_q, attn.to_k, attn.to_v), (attn.norm_q, attn.norm_k), _EPS)
     if of_text:
-        x = _modulated(text, of_text, 0)
+        x = modulate(text, of_text, 0)
         layers = (attn.add_q_proj, attn.add_k_proj, attn.add_v_proj)
         added = two_stream.qkv(x, layers, (attn.norm_added_q, attn.norm_added_k), _EPS)
         parts = [torch.cat(pair, dim=1) for pair in zip(parts, added, strict=True)]
     q, k, v = parts
     out = attend(rotate(q, table), rotate(k, table), v).flatten(2)
-    image = _added(image, attn.to_out[0](out[:, :count]), of_image, 2)
-    image = _added(image, block.img_mlp(_modulated(image, of_image, 3)), of_image, 5)
+    image = add_gated(image, attn.to_out[0](out[:, :count]), of_image, 2)
+    image = add_gated(image, block.img_mlp(modulate(image, of_image, 3)), of_image, 5)
     if of_text:
-        text = _added(text, attn.to_add_out(out[:, count:]), of_text, 2)
-        text = _added(text, block.txt_mlp(_modulated(text, of_text, 3)), of_text, 5)
+        text = add_gated(text, attn.to_add_out(out[:, count:]), of_text, 2)
+        text = add_gated(text, block.txt_mlp(modulate(text, of_text, 3)), of_text, 5)
     return image, text

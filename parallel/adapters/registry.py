@@ -7,6 +7,7 @@ from ..errors import UnsupportedError
 from .base import Adapter
 from .cogvideox import CogVideoXAdapter
 from .flux import FluxAdapter
+from .flux2 import Flux2Adapter
 from .hunyuan_video import HunyuanVideoAdapter
 from .hunyuan_video_15 import HunyuanVideo15Adapter
 from .ltxv import LTXVAdapter
@@ -17,8 +18,8 @@ from .wan import WanAdapter
 FAMILIES: dict[str, type[Adapter]] = {
     adapter.family: adapter
     for adapter in (
-        HunyuanVideoAdapter, HunyuanVideo15Adapter, FluxAdapter, WanAdapter, CogVideoXAdapter, MochiAdapter,
-        LTXVAdapter, QwenImageAdapter,
+        HunyuanVideoAdapter, HunyuanVideo15Adapter, FluxAdapter, Flux2Adapter, WanAdapter, CogVideoXAdapter,
+        MochiAdapter, LTXVAdapter, QwenImageAdapter,
     )
 }  # fmt: skip
 

@@ -231,7 +231,7 @@ def _each_block(
     if not hasattr(model, "single_transformer_blocks"):
         return
     single_stream_block = context.block(_single_stream_block)
-    hidden = torch.cat([_finite(image), text], dim=1)
+    hidden = torch.cat([finite(image), text], dim=1)
     for block in model.single_transformer_blocks:
         context.enter_block(plan)
         hidden = single_stream_block(block, hidden, by.joint, table, attend)
@@ -249,7 +249,7 @@ def rope_with_text(table: Rope, text: int) -> Rope:
     return F.pad(cos, (0, 0, 0, text), value=1.0), F.pad(sin, (0, 0, 0, text))
 
 
-def _finite(x: Tensor) -> Tensor:
+def finite(x: Tensor) -> Tensor:
     """As ComfyUI: fp16 can overflow here."""
     return torch.nan_to_num(x, nan=0.0, posinf=65504, neginf=-65504) if x.dtype == torch.float16 else x
 
@@ -260,8 +260,11 @@ def heads(x: Tensor, norm: Any = None) -> Tensor:
     return x if norm is None else F.rms_norm(x, (HEAD_DIM,), norm.weight)
 
 
-def qkv(x: Tensor, layers: Sequence[Any], norms: Sequence[Any], eps: float) -> list[Tensor]:
-    """x [B, S, C] → q, k, v [B, S, H, D], of which the norms, for D channels, are applied to q and k."""
+def qkv(x: Tensor, layers: Sequence[Any], norms: Sequence[Any], eps: float | None) -> list[Tensor]:
+    """x [B, S, C] → q, k, v [B, S, H, D], of which the norms, for D channels, are applied to q and k.
+
+    `eps` None is the epsilon of the dtype.
+    """
     parts = [layer(x).unflatten(2, (-1, norms[0].weight.shape[0])) for layer in layers]
     normed = [F.rms_norm(part, norm.weight.shape, norm.weight, eps) for part, norm in zip(parts, norms, strict=False)]
     return [*normed, parts[2]]
@@ -287,6 +290,26 @@ def _joint_qkv(attn: Any, image: Tensor, text: Tensor) -> tuple[Tensor, ...]:
 def join(parts: list[Tensor]) -> Tensor:
     """Rows one after the other; one part alone is not copied."""
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+
+
+ByRows = tuple[tuple[slice, tuple[Tensor, ...]], ...]
+"""Shift, scale and gate of the attention, then of the MLP, if it has its own, each [B, 1, hidden], and their rows."""
+
+
+def by_rows(mod: nn.Module, vectors: Vectors) -> ByRows:
+    """What a modulation layer makes of each vector."""
+    return tuple((rows, mod(vector)[:, None].split(vector.shape[1], dim=2)) for rows, vector in vectors)
+
+
+def modulate(x: Tensor, by: ByRows, shift: int) -> Tensor:
+    """x [B, S, hidden], normalised, by the parts `shift` and, for the scale, the one after it."""
+    normed = F.layer_norm(x, x.shape[-1:], eps=1e-6)
+    return join([torch.addcmul(own[shift], normed[:, rows], 1 + own[shift + 1]) for rows, own in by])
+
+
+def add_gated(x: Tensor, change: Tensor, by: ByRows, gate: int) -> Tensor:
+    """x + change · the part `gate`, all [B, S, hidden]."""
+    return join([torch.addcmul(x[:, rows], own[gate], change[:, rows]) for rows, own in by])
 
 
 _Gates = list[tuple[slice, list[Tensor]]]
@@ -316,7 +339,7 @@ def _dual_stream_block(
     if has_text:
         attended = block.attn.to_add_out(out[:, image.shape[1] :])
         text = _residuals(text, attended, text_gates, block.norm2_context, block.ff_context)
-    return image, _finite(text)
+    return image, finite(text)
 
 
 def _residuals(x: Tensor, attended: Tensor, gates: _Gates, norm: nn.Module, mlp: nn.Module) -> Tensor:
@@ -335,4 +358,4 @@ def _single_stream_block(block: Any, hidden: Tensor, vectors: Vectors, table: Ro
     # The first half of the MLP does not need the attention: it runs while tokens and heads are exchanged.
     out, mlp = attend.with_work(rotate(q, table), rotate(k, table), v, lambda: block.act_mlp(block.proj_mlp(normed)))
     out = block.proj_out(torch.cat([out.flatten(2), mlp], dim=2))
-    return _finite(join([hidden[:, rows] + gate[:, None] * out[:, rows] for rows, (gate,) in gates]))
+    return finite(join([hidden[:, rows] + gate[:, None] * out[:, rows] for rows, (gate,) in gates]))

@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from ..adapters.base import Adapter
 from ..adapters.cogvideox import CogVideoXAdapter
 from ..adapters.flux import FluxAdapter
+from ..adapters.flux2 import Flux2Adapter
 from ..adapters.hunyuan_video import HunyuanVideoAdapter
 from ..adapters.hunyuan_video_15 import HunyuanVideo15Adapter
 from ..adapters.ltxv import LTXVAdapter
@@ -229,6 +230,40 @@ def write_tiny_flux(
     return config
 
 
+def write_tiny_flux2(
+    path: str | Path,
+    *,
+    seed: int = 0,
+    heads: int = 2,
+    depth: int = 1,
+    depth_single: int = 1,
+    context_dim: int = 64,
+    guidance: bool = True,
+    dtype: torch.dtype = torch.float32,
+    prefix: str = "",
+    scaled: str = "",
+) -> dict[str, Any]:
+    """Writes a random FLUX.2 of hidden size heads × 128 as a single safetensors file; returns its configuration.
+
+    ComfyUI's loader knows 128 channels of the latent only.
+
+    Args:
+        guidance: False for Klein.
+    """
+    config = {
+        "in_channels": 128,
+        "out_channels": 128,
+        "num_attention_heads": heads,
+        "num_layers": depth,
+        "num_single_layers": depth_single,
+        "guidance_embeds": guidance,
+        "joint_attention_dim": context_dim,
+    }
+    tensors = random_tensors(Flux2Adapter(), config, seed)
+    _save(path, {name: tensor.to(dtype) for name, tensor in tensors.items()}, prefix, scaled)
+    return config
+
+
 def write_tiny_wan(
     path: str | Path,
     *,
@@ -415,6 +450,7 @@ WRITERS: dict[str, Callable[..., dict[str, Any]]] = {
     HunyuanVideoAdapter.family: write_tiny_hunyuan_video,
     HunyuanVideo15Adapter.family: write_tiny_hunyuan_video_15,
     FluxAdapter.family: write_tiny_flux,
+    Flux2Adapter.family: write_tiny_flux2,
     WanAdapter.family: write_tiny_wan,
     CogVideoXAdapter.family: write_tiny_cogvideox,
     MochiAdapter.family: write_tiny_mochi,

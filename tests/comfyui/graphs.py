@@ -51,6 +51,7 @@ class Setting:
     length: int = 5
     batch: int = 1
     picture: bool = False  # a latent without frames, for FLUX
+    empty_picture: str = "EmptySD3LatentImage"  # the node that makes a picture's latent
     empty: str = "EmptyHunyuanLatentVideo"  # the node that makes a video's latent
     start_image: str = ""  # the node that puts a first frame in, see `add_start_image`
     image_tokens: int = 0  # of CLIP, for WanImageToVideo and HunyuanVideo15ImageToVideo
@@ -134,7 +135,7 @@ def add_sampling(builder: GraphBuilder, setting: Setting, model: Link, output: s
     if setting.start_image:
         positive, negative, latent = add_start_image(builder, setting, positive, negative)
     elif setting.picture:
-        latent = builder.add("EmptySD3LatentImage", **size)
+        latent = builder.add(setting.empty_picture, **size)
     else:
         latent = builder.add(setting.empty, length=setting.length, **size)
     if setting.arrange is not None:

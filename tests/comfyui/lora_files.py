@@ -184,13 +184,32 @@ _FILES: dict[str, tuple[Form, dict[str, Shape]]] = {
         },
     ),
     "flux_control": (_peft_of_another_shape, {"diffusion_model.img_in": (WIDTH, 128)}),
+    # FLUX.2
+    "flux2_native": (
+        _kohya,
+        {
+            "diffusion_model.double_blocks.0.txt_attn.qkv": _QKV,
+            "diffusion_model.single_blocks.0.linear2": (WIDTH, 4 * WIDTH),
+            "diffusion_model.double_stream_modulation_img.lin": (6 * WIDTH, WIDTH),
+            "diffusion_model.final_layer.adaLN_modulation.1": (2 * WIDTH, WIDTH),
+        },
+    ),
+    "flux2_diffusers": (
+        _peft,
+        {
+            "transformer.transformer_blocks.0.attn.to_q": _SQUARE,
+            "transformer.transformer_blocks.0.attn.add_v_proj": _SQUARE,
+            "transformer.transformer_blocks.0.ff.linear_in": (6 * WIDTH, WIDTH),
+            "transformer.single_transformer_blocks.0.attn.to_qkv_mlp_proj": (9 * WIDTH, WIDTH),
+        },
+    ),
 }
 HUNYUAN_VIDEO = tuple(name for name in _FILES if name.startswith("hunyuan"))
-FLUX = tuple(name for name in _FILES if name.startswith("flux") and name != "flux_control")
+FLUX = tuple(name for name in _FILES if name.startswith("flux_") and name != "flux_control")
 WAN = tuple(name for name in _FILES if name.startswith("wan"))
 COGVIDEOX = tuple(name for name in _FILES if name.startswith("cogvideox"))
 HUNYUAN_15 = tuple(name for name in _FILES if name.startswith("hv15"))
-OTHERS = tuple(name for name in _FILES if name.startswith(("mochi", "ltxv", "qwen")))
+OTHERS = tuple(name for name in _FILES if name.startswith(("mochi", "ltxv", "qwen", "flux2")))
 
 
 def write_lora_files(folder: Path) -> None:

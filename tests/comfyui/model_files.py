@@ -39,6 +39,8 @@ LTXV = "tiny_ltxv.safetensors"
 LTXV_CAUSAL = "tiny_ltxv_causal.safetensors"  # as version 0.9.5 and newer
 QWEN_IMAGE = "tiny_qwen_image.safetensors"
 QWEN_IMAGE_2511 = "tiny_qwen_image_2511.safetensors"
+FLUX2 = "tiny_flux2.safetensors"
+FLUX2_KLEIN = "tiny_flux2_klein.safetensors"  # scaled fp8
 WAN_RELATIVES = {
     "wan_vace.safetensors": "vace_patch_embedding.weight",
     "wan_camera.safetensors": "control_adapter.conv.weight",
@@ -76,6 +78,7 @@ def write_model_files(models: Path) -> None:
     from parallel.demo.checkpoint import (
         write_tiny_cogvideox,
         write_tiny_flux,
+        write_tiny_flux2,
         write_tiny_hunyuan_video,
         write_tiny_hunyuan_video_15,
         write_tiny_ltxv,
@@ -119,6 +122,8 @@ def write_model_files(models: Path) -> None:
     write_tiny_ltxv(folder / LTXV_CAUSAL, seed=1, heads=3, causal=True)
     write_tiny_qwen_image(folder / QWEN_IMAGE)
     write_tiny_qwen_image(folder / QWEN_IMAGE_2511, seed=1, clean_references=True)
+    write_tiny_flux2(folder / FLUX2, prefix="model.diffusion_model.")
+    write_tiny_flux2(folder / FLUX2_KLEIN, seed=1, guidance=False, scaled="comfy_quant")
     _write_diffusers_folder(folder / FLUX, folder / FLUX_FOLDER)
     _write_zeros(folder / SD_LIKE, _SD_SHAPES)
     _write_zeros(folder / AURA_FLOW_LIKE, _AURA_FLOW_SHAPES)

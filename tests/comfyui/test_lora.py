@@ -20,7 +20,7 @@ from tests.comfyui.graphs import (
     sampling_graph,
 )
 from tests.comfyui.latents import read_latent, relative_difference, sample
-from tests.comfyui.model_files import FLUX, FLUX_FOLDER, LTXV_CAUSAL, MOCHI, ORIGINAL_NAMES, QWEN_IMAGE, WAN
+from tests.comfyui.model_files import FLUX, FLUX2, FLUX_FOLDER, LTXV_CAUSAL, MOCHI, ORIGINAL_NAMES, QWEN_IMAGE, WAN
 from tests.comfyui.server import ComfyServer
 
 pytestmark = pytest.mark.comfyui
@@ -50,6 +50,7 @@ BASES = {
     "mochi": MOCHI_BASE,
     "ltxv": replace(MOCHI_BASE, checkpoint=LTXV_CAUSAL, empty="EmptyLTXVLatentVideo", width=96, height=96),
     "qwen": Setting(checkpoint=QWEN_IMAGE, picture=True),
+    "flux2": Setting(checkpoint=FLUX2, picture=True, empty_picture="EmptyFlux2LatentImage"),
 }
 
 

@@ -19,6 +19,8 @@ from tests.comfyui.graphs import (
 from tests.comfyui.latents import read_latent, relative_difference, sample
 from tests.comfyui.model_files import (
     FLUX,
+    FLUX2,
+    FLUX2_KLEIN,
     FLUX_KINDS,
     HUNYUAN_VIDEO_KINDS,
     LTXV,
@@ -110,12 +112,30 @@ def with_references(builder: GraphBuilder, setting: Setting, positive: Link, lat
     return positive, latent
 
 
+def with_pictures(builder: GraphBuilder, setting: Setting, positive: Link, latent: Link) -> tuple[Link, Link]:
+    """Two pictures for FLUX.2."""
+    for seed, (height, width) in enumerate([(5, 4), (3, 7)]):
+        picture = builder.add("SPTestVideoLatent", seed=seed, frames=0, height=height, width=width, channels=128)
+        positive = builder.add("ReferenceLatent", conditioning=positive, latent=picture)
+    return positive, latent
+
+
+def with_clean_pictures(builder: GraphBuilder, setting: Setting, positive: Link, latent: Link) -> tuple[Link, Link]:
+    """The same, with the timestep 0."""
+    positive, latent = with_pictures(builder, setting, positive, latent)
+    node = "FluxKontextMultiReferenceLatentMethod"
+    return builder.add(node, conditioning=positive, reference_latents_method="index_timestep_zero"), latent
+
+
 # The network sees their texts' padding only as a mask, which Mochi's text encoder always gives.
 _MOCHI = Setting(
     checkpoint=MOCHI, empty="EmptyMochiLatentVideo", length=13, positive=MASKED, negative=Text(12, tokens=8, valid=3)
 )
 _LTXV = replace(_MOCHI, checkpoint=LTXV, empty="EmptyLTXVLatentVideo", width=128, height=96, length=17)
 _QWEN = Setting(checkpoint=QWEN_IMAGE, picture=True, positive=MASKED, negative=Text(12, tokens=5))
+_FLUX2 = Setting(
+    checkpoint=FLUX2, picture=True, empty_picture="EmptyFlux2LatentImage", width=112, height=80, negative=SHORT
+)
 # Sampled with one plan each: every one costs a server two samplings.
 SINGLE = {
     "mochi_cfg": replace(_MOCHI, cfg=4.0),
@@ -130,6 +150,10 @@ SINGLE = {
     "qwen_image_odd_batch_2": replace(_QWEN, width=72, height=56, batch=2, **_DPMPP),
     "qwen_image_references": replace(_QWEN, cfg=4.0, arrange=with_references),
     "qwen_image_2511": replace(_QWEN, checkpoint=QWEN_IMAGE_2511, arrange=with_references),
+    "flux2_cfg": replace(_FLUX2, cfg=4.0),
+    "flux2_klein_batch_2": replace(_FLUX2, checkpoint=FLUX2_KLEIN, batch=2, **_DPMPP),
+    "flux2_references": replace(_FLUX2, cfg=4.0, arrange=with_pictures),
+    "flux2_clean_references": replace(_FLUX2, arrange=with_clean_pictures),
 }
 
 
@@ -142,6 +166,8 @@ def test_these_cases_show_their_masks_and_pictures(reference: Reference) -> None
         "ltxv_image": {"start_image": ""},
         "qwen_image_cfg": {"positive": whole},
         "qwen_image_references": {"arrange": None},
+        "flux2_references": {"arrange": None},
+        "flux2_clean_references": {"arrange": with_pictures},
     }.items():
         setting = SINGLE[name]
         assert relative_difference(reference(setting), reference(replace(setting, **other))) > 1e-3, name
@@ -193,12 +219,16 @@ def test_same_latent_from_other_dtypes(server: ComfyServer, reference: Reference
         pytest.param("qwen_image_cfg", Swapped(ulysses_degree=2), id="qwen_image_ulysses_cfg"),
         pytest.param("qwen_image_odd_batch_2", Swapped(dp_degree=2), id="qwen_image_dp"),
         pytest.param("qwen_image_references", Swapped(ring_degree=2), id="qwen_image_ring_references"),
+        pytest.param("flux2_cfg", Swapped(ulysses_degree=2), id="flux2_ulysses_cfg"),
+        pytest.param("flux2_klein_batch_2", Swapped(dp_degree=2), id="flux2_klein_dp"),
+        pytest.param("flux2_references", Swapped(ring_degree=2), id="flux2_ring_references"),
         # one after the other: another number of workers is another group, and takes seconds to start
         pytest.param("odd_tokens", HYBRID, id="hybrid"),
         pytest.param("wan_t2v", HYBRID, id="wan_hybrid"),
         pytest.param("mochi_one_text_token", HYBRID, id="mochi_hybrid"),
         pytest.param("ltxv_image", HYBRID, id="ltxv_hybrid"),
         pytest.param("qwen_image_2511", HYBRID, id="qwen_image_hybrid"),
+        pytest.param("flux2_clean_references", HYBRID, id="flux2_hybrid_clean_references"),
     ],
 )
 def test_same_latent_with_explicit_degrees(

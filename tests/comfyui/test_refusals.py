@@ -164,6 +164,13 @@ def test_block_patches_are_refused(server: ComfyServer) -> None:
     assert_says(refusal(server, sampling_graph(setting, UNUSED)).message, "SkipLayerGuidanceDiT", "block replacement")
 
 
+def test_a_cache_of_references_is_refused(server: ComfyServer) -> None:
+    """Its code keeps keys and values inside the blocks."""
+    model_nodes = (model_node("FluxKVCache"),)
+    setting = Setting(checkpoint=model_files.FLUX2_KLEIN, picture=True, model_nodes=model_nodes)
+    assert_says(refusal(server, sampling_graph(setting, UNUSED)).message, "Flux KV Cache", "remove the node")
+
+
 def test_perturbed_attention_is_refused(server: ComfyServer) -> None:
     setting = Setting(cfg=4.0, model_nodes=(model_node("PerturbedAttentionGuidance", scale=3.0),))
     assert_says(refusal(server, sampling_graph(setting, UNUSED)).message, "PerturbedAttentionGuidance")

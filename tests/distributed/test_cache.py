@@ -28,6 +28,7 @@ from parallel.worker.ranks import SoloContext
 from parallel.worker.resident import ResidentModel
 from tests.distributed.tiny_models import (
     CogVideoXInputs,
+    Flux2Inputs,
     Hunyuan15Inputs,
     Inputs,
     LTXVInputs,
@@ -71,6 +72,10 @@ OTHERS = {
     "qwen_image": Model(
         {"family": "qwen_image", "clean_references": True},
         QwenImageInputs(height=9, width=7, valid=(5,), references=((4, 12),)),
+    ),
+    "flux2": Model(
+        {"family": "flux2"},
+        Flux2Inputs(height=5, width=3, references=((3, 2),), method="index_timestep_zero", batch=2),
     ),
 }
 
@@ -186,6 +191,7 @@ SKIPPED = [
         for case in [
             ("hunyuan_video_15", "first_block"), ("cogvideox", "first_block"), ("cogvideox", "teacache"),
             ("mochi", "first_block"), ("mochi", "teacache"), ("ltxv", "first_block"), ("qwen_image", "first_block"),
+            ("flux2", "first_block"),
         ]
         for plan in [("cpu,cpu", {"ring_degree": 2}), (FOUR, {})]
     ),

@@ -25,6 +25,7 @@ from parallel.wire.shared import TensorRef, lay_out
 from parallel.worker.resident import ResidentModel
 from tests.distributed.tiny_models import (
     CogVideoXInputs,
+    Flux2Inputs,
     Hunyuan15Inputs,
     Inputs,
     LTXVInputs,
@@ -185,6 +186,21 @@ MODELS |= {
     "qwen_layered": Model(QWEN | {"layered": True}, QwenImageInputs(frames=3, references=((6, 5),), text=1)),
 }
 
+FLUX2: dict[str, Any] = {"family": "flux2"}
+KLEIN = FLUX2 | {"guidance": False}
+MODELS |= {
+    "flux2": Model(FLUX2, Flux2Inputs()),
+    "flux2_references": Model(FLUX2, Flux2Inputs(references=((3, 5), (4, 2)))),
+    "flux2_klein": Model(KLEIN, Flux2Inputs()),
+    "flux2_klein_mostly_text": Model(KLEIN, Flux2Inputs(height=2, width=2, text=30, references=((2, 1),))),
+    "flux2_odd_clean_references": Model(
+        FLUX2 | {"heads": 3, "depth": 2, "depth_single": 2},
+        Flux2Inputs(height=5, width=3, references=((3, 5), (1, 1)), method="index_timestep_zero", batch=2),
+    ),
+    "flux2_fp8_storage": Model(FLUX2, Flux2Inputs(text=1), torch.float8_e4m3fn),
+    "flux2_scaled_fp8": Model(KLEIN | {"scaled": "comfy_quant"}, Flux2Inputs()),
+}
+
 
 def stock_model(path: Path) -> Any:
     """diffusers' own model with the weights of a checkpoint, in this process."""
@@ -260,6 +276,7 @@ def test_many_workers_give_what_one_gives(predict: Predictions, name: str, devic
         "flux_odd_size", "flux_references", "wan_odd_size", "wan_i2v_batch_2", "wan_22_5b_batch_2",
         "hunyuan_15_unequal_batch", "cogvideox_15_i2v",
         "mochi_odd_batch_2", "ltxv_odd_first_frame", "qwen_odd_clean_references",
+        "flux2_odd_clean_references",
     ],
 )  # fmt: skip
 def test_any_degrees_give_what_one_worker_gives(predict: Predictions, name: str, devices: str, degrees: dict[str, int]):
@@ -323,6 +340,9 @@ def test_the_dialect_of_a_checkpoint_does_not_matter(predict: Predictions, name:
         ("ltxv", "ltxv_padded"),
         ("qwen", "qwen_padded"),
         ("qwen", "qwen_clean_references"),
+        ("flux2", "flux2_klein"),
+        ("flux2", "flux2_references"),
+        ("flux2_klein", "flux2_scaled_fp8"),
     ],
 )
 def test_what_differs_shows(predict: Predictions, first: str, second: str):
@@ -528,6 +548,34 @@ def test_one_worker_gives_what_diffusers_gives_for_qwen_image(predict: Predictio
         )
     expected = expected[:, : tokens[0].shape[1]]
     expected = rearrange(expected, "b (h w) (c ph pw) -> b c 1 (h ph) (w pw)", h=x.shape[3] // 2, ph=2, pw=2)
+    assert relative_difference(predict(name, "cpu"), expected) <= STOCK_TOLERANCE
+
+
+@pytest.mark.parametrize("name", ["flux2", "flux2_references", "flux2_klein"])
+def test_one_worker_gives_what_diffusers_gives_for_flux2(predict: Predictions, tiny_models: TinyModels, name: str):
+    """diffusers takes each token's plane, row, column and place in the text from its caller."""
+    model = MODELS[name]
+    stock = stock_model(tiny_models.path(**model.checkpoint))
+    assert type(stock).__name__ == "Flux2Transformer2DModel"
+    x, timestep, conditioning = model.inputs.make()
+    pictures = [x, *(tensor for name, tensor in conditioning.items() if name.startswith("ref_latents."))]
+    one = torch.arange(1)
+    places = [
+        torch.cartesian_prod(10 * i + one, torch.arange(picture.shape[2]), torch.arange(picture.shape[3]), one)
+        for i, picture in enumerate(pictures)
+    ]
+    text = torch.cartesian_prod(one, one, one, torch.arange(conditioning["context"].shape[1]))
+    with torch.no_grad():
+        (expected,) = stock(
+            torch.cat([picture.flatten(2).transpose(1, 2) for picture in pictures], dim=1),
+            conditioning["context"],
+            timestep,
+            torch.cat(places),
+            text,
+            conditioning["guidance"],
+            return_dict=False,
+        )
+    expected = expected[:, : x.shape[2] * x.shape[3]].transpose(1, 2).unflatten(2, x.shape[2:])
     assert relative_difference(predict(name, "cpu"), expected) <= STOCK_TOLERANCE
 
 

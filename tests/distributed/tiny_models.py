@@ -275,6 +275,34 @@ class QwenImageInputs:
         return x, torch.linspace(0.9, 0.3, self.batch), conditioning
 
 
+@dataclass(frozen=True)
+class Flux2Inputs:
+    """Sizes of one step's inputs for FLUX.2."""
+
+    height: int = 4
+    width: int = 4
+    text: int = 8
+    references: tuple[tuple[int, int], ...] = ()
+    """Heights and widths of further pictures."""
+    method: str | None = None
+    """How the references are placed."""
+    batch: int = 1
+
+    def make(self) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """x, timestep, conditioning."""
+        generator = torch.Generator().manual_seed(0)
+
+        def random(*shape: int) -> Tensor:
+            return torch.randn(shape, generator=generator)
+
+        conditioning = {"context": random(self.batch, self.text, TEXT_WIDTH), "guidance": torch.tensor([4.0])}
+        for i, size in enumerate(self.references):
+            conditioning[f"ref_latents.{i}"] = random(self.batch, 128, *size)
+        if self.method is not None:
+            conditioning["ref_latents_method"] = pack_text(self.method)
+        return random(self.batch, 128, self.height, self.width), torch.linspace(0.9, 0.3, self.batch), conditioning
+
+
 class StepInputs(Protocol):
     """What makes the inputs of one step."""
 

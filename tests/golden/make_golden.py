@@ -115,6 +115,17 @@ QWEN_FORWARDS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     ),
     "qwen_image_layered": (QWEN | {"seed": 45, "layered": True}, {"frames": 2, "references": ((4, 6),)}),
 }
+FLUX2 = {"family": "flux2"}
+FLUX2_FORWARDS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "flux2_batch_2": (FLUX2 | {"seed": 51, "depth_single": 2}, {"batch": 2}),
+    "flux2_klein_references": (FLUX2 | {"seed": 52, "guidance": False}, {"references": ((2, 3), (3, 1))}),
+    "flux2_references_uxo": (FLUX2 | {"seed": 53, "heads": 1}, {"references": ((2, 1), (1, 2)), "method": "uxo"}),
+    "flux2_references_offset": (FLUX2 | {"seed": 53, "heads": 1}, {"references": ((2, 1), (1, 2)), "method": "offset"}),
+    "flux2_references_timestep_zero": (
+        FLUX2 | {"seed": 54, "heads": 3},
+        {"references": ((2, 1), (1, 2)), "method": "index_timestep_zero"},
+    ),
+}
 VIDEO_15 = {"family": "hunyuan_video_15", "heads": 1, "depth": 1}
 VIDEO_15_FORWARDS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "hunyuan_15_t2v_odd_size": (VIDEO_15 | {"seed": 21}, {"glyphs": 1}),
@@ -312,6 +323,26 @@ def qwen_inputs(
     return tensors | {"ref_latents_method": pack_text(method)} if method else tensors
 
 
+def flux2_inputs(
+    *, batch: int = 1, references: tuple[tuple[int, int], ...] = (), method: str = ""
+) -> dict[str, Tensor]:
+    """A picture of 3 × 4 and five tokens of text."""
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator)
+
+    tensors = {
+        "x": random(batch, 128, 3, 4),
+        "timestep": torch.linspace(0.85, 0.25, batch),
+        "context": random(batch, 5, TEXT_WIDTH),
+        "guidance": torch.full((batch,), 4.0),
+    }
+    for i, size in enumerate(references):
+        tensors[f"ref_latents.{i}"] = random(batch, 128, *size)
+    return tensors | {"ref_latents_method": pack_text(method)} if method else tensors
+
+
 def forward(patcher: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """One call of ComfyUI's network."""
     network = patcher.model.diffusion_model
@@ -357,6 +388,7 @@ def main() -> None:
     cases |= {
         name: (options, cogvideox_inputs(**sizes), forward) for name, (options, sizes) in COGVIDEOX_FORWARDS.items()
     }
+    cases |= {name: (options, flux2_inputs(**sizes), forward) for name, (options, sizes) in FLUX2_FORWARDS.items()}
     cases["trajectory"] = (TRAJECTORY[0], inputs(**TRAJECTORY[1]), trajectory)
     for name in sys.argv[1:] or cases:
         options, tensors, run = cases[name]

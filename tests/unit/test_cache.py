@@ -108,6 +108,7 @@ def test_the_polynomial_of_a_model(family: str, config: dict[str, Any], shapes: 
         ("hunyuan_video_15", {}, "hunyuan_video_15"),
         ("cogvideox", cogvideox(48, 48, 2), "this CogVideoX model .48 heads, in_channels 48; published are 2B, 5B"),
         ("qwen_image", {}, "qwen_image"),
+        ("flux2", {}, "flux2"),
     ],
 )
 def test_a_model_without_a_published_polynomial_is_refused_by_name(family: str, config: dict[str, Any], named: str):

@@ -29,7 +29,7 @@ from parallel.host.compiled_sampling import CompiledSampling
 from parallel.plan import SequencePlan
 from parallel.worker.resident import ResidentModel
 
-TWO_STREAM = {"hunyuan_video", "flux"}
+TWO_STREAM = {"hunyuan_video", "flux", "flux2"}
 """Families with single-stream blocks, too."""
 OPTIONS: dict[str, dict[str, Any]] = {
     "wan": {"context_dim": 64, "depth": 2},

@@ -173,7 +173,8 @@ class SPTestRandomVAE:
 
 
 class SPTestVideoLatent:
-    """A random video's latent, always the same for the same inputs; sizes as they are in the latent."""
+    """A random video's latent, always the same for the same inputs; sizes as they are in the latent. 0 frames make a
+    picture's."""
 
     CATEGORY = "testing"
     RETURN_TYPES = ("LATENT",)
@@ -181,12 +182,13 @@ class SPTestVideoLatent:
 
     @classmethod
     def INPUT_TYPES(cls) -> dict:
-        sizes = {name: ("INT", {"default": 4, "min": 1, "max": 4096}) for name in ("frames", "height", "width")}
-        return {"required": {"seed": ("INT", {"default": 0}), **sizes}}
+        sizes = {name: ("INT", {"default": 4, "min": 0, "max": 4096}) for name in ("frames", "height", "width")}
+        channels = {"channels": ("INT", {"default": 16, "min": 1, "max": 4096})}
+        return {"required": {"seed": ("INT", {"default": 0}), **sizes}, "optional": channels}
 
-    def make(self, seed: int, frames: int, height: int, width: int) -> tuple:
-        generator = torch.Generator().manual_seed(seed)
-        return ({"samples": torch.randn(1, 16, frames, height, width, generator=generator)},)
+    def make(self, seed: int, frames: int, height: int, width: int, channels: int = 16) -> tuple:
+        size = (frames, height, width) if frames else (height, width)
+        return ({"samples": torch.randn(1, channels, *size, generator=torch.Generator().manual_seed(seed))},)
 
 
 class SPTestImageAsLatent:
