@@ -48,8 +48,9 @@ native_model: Any = import_module(f"{PACK.__name__}.nodes.native_model")
 lora: Any = import_module(f"{PACK.__name__}.nodes.lora")
 
 LORAS = {
-    "hunyuan_video": "hunyuan_native", "hunyuan_video_15": "hv15_native", "flux": "flux_diffusers", "flux2": "flux2_native", "wan": "wan_native",
-    "cogvideox": "cogvideox_native", "mochi": "mochi_native", "ltxv": "ltxv_diffusers", "qwen_image": "qwen_diffusers",
+    "hunyuan_video": "hunyuan_native", "hunyuan_video_15": "hv15_native", "wan": "wan_native",
+    "flux": "flux_diffusers", "flux2": "flux2_native", "cogvideox": "cogvideox_native",
+    "mochi": "mochi_native", "ltxv": "ltxv_diffusers", "qwen_image": "qwen_diffusers",
 }  # fmt: skip
 STRENGTH = 0.8
 
