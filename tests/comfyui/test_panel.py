@@ -22,8 +22,8 @@ from tests.comfyui.server import ComfyServer, Graph
 pytestmark = pytest.mark.comfyui
 
 STATUS = "sequence_parallel.status"
-STEPS = 40
-"""Enough to be seen more than twice, at four updates a second."""
+STEPS = 160
+"""About three seconds: enough to be seen more than twice, by a panel that looks once a second while all is idle."""
 
 
 def test_every_widget_has_a_tooltip_and_every_node_a_help_page(server: ComfyServer) -> None:
