@@ -43,6 +43,7 @@ from ..wire.shared import Segment, TensorRef, dtype_name
 from .fp8_linear import support
 from .free_memory import device_memory, host_memory
 from .homes import MakeHome, Replicated
+from .imports import without_transformers
 from .measurement import Slowed, measure_attention
 from .native_vae import NativeVAE
 from .offloaded import Offloaded
@@ -160,7 +161,7 @@ class Worker:
                 told = time.monotonic()
                 self._channel.send({"event": "progress", "done": done, "total": total})
 
-        with torch.no_grad():
+        with torch.no_grad(), without_transformers():
             home = self._home(message["weights"])
             model = ResidentModel(message["recipe"], self._device, progress, home, message["fp8"])
             self._models[message["model"]] = model

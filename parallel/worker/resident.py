@@ -23,7 +23,6 @@ from ..quantise.selection import Selection, select
 from ..quantise.settings import DYNAMIC
 from .fp8_linear import E4M3, FP8Linear, become_fp8, is_rowwise, quantised
 from .homes import Home, MakeHome, Replicated, own
-from .imports import without_transformers
 from .ranks import SoloContext
 from .scaled_linear import CastLinear, ScaledLinear
 
@@ -73,8 +72,7 @@ class ResidentModel:
         self._tensors = NativeTensors(self._source, self.adapter, self.config)
         self.scheme: str | None = None if fp8 is None else fp8["scheme"]
         self._selection = Selection({}, 0, 0, 0, 0) if fp8 is None else self._select(fp8)
-        with without_transformers():
-            model_class = self.adapter.model_class()
+        model_class = self.adapter.model_class()
         with torch.device("meta"):  # no memory until a weight is read
             self.model = model_class(**self.config)
         self.model.eval().requires_grad_(False)

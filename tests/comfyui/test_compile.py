@@ -26,6 +26,7 @@ def told(server: ComfyServer, since: int) -> list[str]:
 
 
 @pytest.mark.slow
+@pytest.mark.extended
 @pytest.mark.timeout(900)
 @pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler (g++)")
 def test_compiled_and_uncompiled_models_of_one_loader_agree_with_the_native_one(server: ComfyServer) -> None:

@@ -159,7 +159,7 @@ def test_the_nodes_make_a_difference(server: ComfyServer, native: Native, name: 
 
 
 @pytest.mark.parametrize("name", CASES)
-@pytest.mark.parametrize("devices", ["cpu", "cpu,cpu"])
+@pytest.mark.parametrize("devices", [pytest.param("cpu", marks=pytest.mark.extended), "cpu,cpu"])
 def test_same_latent(server: ComfyServer, native: Native, devices: str, name: str) -> None:
     setting, expected = native(name)
     assert relative_difference(sample(server, setting, Swapped(devices=devices)), expected) <= TOLERANCE

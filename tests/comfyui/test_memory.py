@@ -26,6 +26,7 @@ def resident_bytes(server: ComfyServer) -> tuple[int, int]:
 
 
 @pytest.mark.slow
+@pytest.mark.extended
 def test_alternating_families_neither_leak_nor_keep_their_memory(start_server: ServerFactory) -> None:
     with start_server() as server:
         require_pack(server)

@@ -41,7 +41,11 @@ from tests.comfyui.server import ComfyServer
 pytestmark = pytest.mark.comfyui
 
 TOLERANCE = 1e-4
-DEVICES = [pytest.param("cpu", marks=pytest.mark.extended), "cpu,cpu", "cpu,cpu,cpu"]
+DEVICES = [
+    pytest.param("cpu", marks=pytest.mark.extended),
+    "cpu,cpu",
+    pytest.param("cpu,cpu,cpu", marks=pytest.mark.extended),
+]
 HYBRID = Swapped(devices="cpu,cpu,cpu,cpu", ulysses_degree=2, ring_degree=2)
 SHORT = Text(seed=12, tokens=5)
 MASKED = Text(tokens=8, valid=5)

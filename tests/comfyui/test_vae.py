@@ -38,11 +38,12 @@ TABLE = [
     case("wan_2_1", DECODE, [1, 16, 2, 8, 8], [TWO]),  # one tile
     case("wan_2_1", DECODE, [1, 16, 2, 16, 24], [TWO, THREE], APART),
     case("wan_2_1", ENCODE, [17, 104, 152, 3], [TWO, THREE], WIDE),
-    case("flux", DECODE, [2, 16, 9, 13], [TWO, THREE]),
-    case("flux", ENCODE, [2, 76, 100, 3], [TWO]),
+    case("flux", DECODE, [2, 16, 9, 13], [TWO]),
     case("hunyuan_video", DECODE, [1, 16, 3, 8, 9], [TWO]),  # it has one size only, and takes seconds a tile
 ]
 LARGE = [
+    case("flux", DECODE, [2, 16, 9, 13], [THREE]),
+    case("flux", ENCODE, [2, 76, 100, 3], [TWO]),
     case("hunyuan_video", ENCODE, [9, 72, 64, 3], [TWO]),
     case("cogvideox", DECODE, [1, 16, 3, 8, 9], [TWO]),
     case("cogvideox", ENCODE, [9, 72, 64, 3], [TWO]),

@@ -104,8 +104,12 @@ def workers(folder: Path, devices: str) -> Iterator[WorkerGroup]:
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
+@pytest.mark.parametrize(
+    "devices",
+    [devices if devices == "cpu,cpu" else pytest.param(devices, marks=pytest.mark.extended) for devices in PLANS],
+)
 @pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler (g++)")
-def test_every_combination_gives_what_one_process_gives(tiny_models: TinyModels, tmp_path: Path):
+def test_every_combination_gives_what_one_process_gives(tiny_models: TinyModels, tmp_path: Path, devices: str):
     path = tiny_models.path("wan", context_dim=64, depth=2)
     with workers(tmp_path, "cpu") as group:
         alone = RemoteModel(recipe_of(path, "cpu"), group=group)
@@ -113,14 +117,13 @@ def test_every_combination_gives_what_one_process_gives(tiny_models: TinyModels,
     uncached = [run.results[-1][0] for choice, run in expected.items() if not choice.cache]
     for first, second in itertools.combinations(uncached, 2):
         assert relative_difference(first, second) > 10 * TOLERANCE, "FP8 or the LoRA does nothing"
-    for devices, plans in PLANS.items():
-        with workers(tmp_path, devices) as group:
-            for plan, degrees in plans.items():
-                model = RemoteModel(recipe_of(path, devices, **degrees), group=group)
-                # Compiling takes longest: all combinations with it for one plan, the fullest one for the others.
-                for choice in CHOICES if plan == "ulysses" else [*UNCOMPILED, EVERYTHING]:
-                    check(sample(model, choice), expected[choice._replace(compiled=False)], f"{plan}, {choice}")
-                model.unload()
+    with workers(tmp_path, devices) as group:
+        for plan, degrees in PLANS[devices].items():
+            model = RemoteModel(recipe_of(path, devices, **degrees), group=group)
+            # Compiling takes longest: all combinations with it for one plan, the fullest one for the others.
+            for choice in CHOICES if plan == "ulysses" else [*UNCOMPILED, EVERYTHING]:
+                check(sample(model, choice), expected[choice._replace(compiled=False)], f"{plan}, {choice}")
+            model.unload()
 
 
 def check(run: Run, reference: Run, case: str) -> None:

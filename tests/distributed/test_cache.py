@@ -120,8 +120,14 @@ def hits(remote: RemoteModel) -> list[int]:
 # --- threshold 0 --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("devices", "degrees"), PLANS)
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(
+    ("name", "devices", "degrees"),
+    [
+        pytest.param(name, *plan, marks=[] if name == "hunyuan_video" or plan in PLANS[1:3] else pytest.mark.extended)
+        for name in MODELS
+        for plan in PLANS
+    ],
+)
 def test_threshold_zero_changes_no_bit(
     start_group: StartGroup, tiny_models: TinyModels, name: str, devices: str, degrees: dict[str, int]
 ):
@@ -494,7 +500,7 @@ def test_hits_and_cancels_in_any_order_leave_no_rank_waiting(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("devices", ["cpu", "cpu,cpu"])
+@pytest.mark.parametrize("devices", [pytest.param("cpu", marks=pytest.mark.extended), "cpu,cpu"])
 def test_a_hit_costs_no_more_than_the_first_block(start_group: StartGroup, tiny_models: TinyModels, devices: str):
     """Against a network that has only this block, before which and behind which everything is the same."""
     group = start_group(devices)
