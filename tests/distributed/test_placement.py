@@ -17,7 +17,7 @@ from torch import Tensor
 from parallel.cache.settings import FirstBlockCacheSettings, TeaCacheSettings
 from parallel.checkpoints.source import Stored
 from parallel.demo.checkpoint import write_tiny_hunyuan_video
-from parallel.host import remote_model
+from parallel.host import remote_weights
 from parallel.host.cached_sampling import CachedSampling
 from parallel.host.group import WorkerGroup
 from parallel.host.remote_model import RemoteModel
@@ -311,7 +311,7 @@ def test_auto_decides_by_free_memory_and_says_why(
     with placed(start_group(TWO), path, "auto") as remote:
         expected = remote.step(*PADDED.make())
         assert remote.placement == Placement(mode="replicate", reason="auto: 2 × 0.0353 GiB fit in memory")
-    monkeypatch.setattr(remote_model, "weight_bytes", lambda *_: 2**50)
+    monkeypatch.setattr(remote_weights, "weight_bytes", lambda *_: 2**50)
     with placed(start_group(TWO), path, "auto") as remote:
         assert remote.placement.mode == "offload"
         assert "auto: 2 × 1.05e+06 GiB do not fit in" in remote.placement.reason
