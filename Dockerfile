@@ -1,4 +1,4 @@
-# A headless ComfyUI with this pack, for a machine with several NVIDIA GPUs.
+# A headless ComfyUI with this pack, for a machine with several NVIDIA GPUs. Not yet built or run.
 #
 #   docker build -t comfyui-sp .
 #   docker run --gpus all --shm-size 1g -p 127.0.0.1:8188:8188 -v /path/to/models:/comfyui/models comfyui-sp

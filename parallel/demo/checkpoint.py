@@ -196,8 +196,7 @@ def write_tiny_hunyuan_video_15(
         "text_embed_2_dim": 1472,
         "image_embed_dim": 1152,
     }
-    tensors = random_tensors(HunyuanVideo15Adapter(), config, seed)
-    _save(path, {name: tensor.to(dtype) for name, tensor in tensors.items()}, prefix, scaled)
+    _write(path, HunyuanVideo15Adapter(), config, seed, dtype, prefix, scaled)
     return config
 
 
@@ -225,8 +224,7 @@ def write_tiny_flux(
         "joint_attention_dim": context_dim,
         "pooled_projection_dim": 768,
     }
-    tensors = random_tensors(FluxAdapter(), config, seed)
-    _save(path, {name: tensor.to(dtype) for name, tensor in tensors.items()}, prefix, scaled)
+    _write(path, FluxAdapter(), config, seed, dtype, prefix, scaled)
     return config
 
 
@@ -259,8 +257,7 @@ def write_tiny_flux2(
         "guidance_embeds": guidance,
         "joint_attention_dim": context_dim,
     }
-    tensors = random_tensors(Flux2Adapter(), config, seed)
-    _save(path, {name: tensor.to(dtype) for name, tensor in tensors.items()}, prefix, scaled)
+    _write(path, Flux2Adapter(), config, seed, dtype, prefix, scaled)
     return config
 
 
@@ -297,8 +294,7 @@ def write_tiny_wan(
         "image_dim": 1280 if clip else None,
         "pos_embed_seq_len": clip_positions,
     }
-    tensors = random_tensors(WanAdapter(), config, seed)
-    _save(path, {name: tensor.to(dtype) for name, tensor in tensors.items()}, prefix, scaled)
+    _write(path, WanAdapter(), config, seed, dtype, prefix, scaled)
     return config
 
 
@@ -327,8 +323,7 @@ def write_tiny_mochi(
         "out_channels": 12,
         "text_embed_dim": context_dim,
     }
-    tensors = random_tensors(MochiAdapter(), config, seed)
-    _save(path, {name: tensor.to(dtype) for name, tensor in tensors.items()}, prefix, scaled)
+    _write(path, MochiAdapter(), config, seed, dtype, prefix, scaled)
     return config
 
 
@@ -401,8 +396,7 @@ def write_tiny_qwen_image(
         "zero_cond_t": clean_references,
         "use_additional_t_cond": layered,
     }
-    tensors = random_tensors(QwenImageAdapter(), config, seed)
-    _save(path, {name: tensor.to(dtype) for name, tensor in tensors.items()}, prefix, scaled)
+    _write(path, QwenImageAdapter(), config, seed, dtype, prefix, scaled)
     return config
 
 
@@ -441,8 +435,7 @@ def write_tiny_cogvideox(
         "patch_size_t": frames_per_patch,
         "position_rows": 226 + learned_positions if learned_positions else 0,
     }
-    tensors = random_tensors(CogVideoXAdapter(), config, seed)
-    _save(path, {name: tensor.to(dtype) for name, tensor in tensors.items()}, prefix, scaled)
+    _write(path, CogVideoXAdapter(), config, seed, dtype, prefix, scaled)
     return config
 
 
@@ -458,6 +451,14 @@ WRITERS: dict[str, Callable[..., dict[str, Any]]] = {
     QwenImageAdapter.family: write_tiny_qwen_image,
 }
 """Family → what writes its tiny checkpoints; all take `path`, `seed`, `heads`, `depth`, `dtype`, `prefix`, `scaled`."""
+
+
+def _write(
+    path: str | Path, adapter: Adapter, config: dict[str, Any], seed: int, dtype: torch.dtype, prefix: str, scaled: str
+) -> None:
+    """A file of random tensors for this configuration."""
+    tensors = random_tensors(adapter, config, seed)
+    _save(path, {name: tensor.to(dtype) for name, tensor in tensors.items()}, prefix, scaled)
 
 
 def _save(

@@ -147,10 +147,7 @@ class RemoteModel(RemoteWeights):
         try:
             self.last_step = group.call("step", message, poll=poll)
         except BaseException:
-            self._conditioning.clear()  # what the workers hold now is unknown: send it again
-            if cache is not None:
-                self.forget(cache)
-                cache.restart()
+            self._begin_anew(cache)
             raise
         if cache is not None:
             cache.count(self.last_step, degrees)
@@ -160,6 +157,13 @@ class RemoteModel(RemoteWeights):
         return [
             _hand_over(results, ref, request.x.device, lend) for ref, request in zip(out_refs, requests, strict=True)
         ]
+
+    def _begin_anew(self, cache: CachedSampling | None) -> None:
+        """After a Cancel or a failure: what the workers hold now is unknown, so it is sent, and remembered, again."""
+        self._conditioning.clear()
+        if cache is not None:
+            self.forget(cache)
+            cache.restart()
 
     def _note_step(
         self,
@@ -243,10 +247,7 @@ class RemoteModel(RemoteWeights):
                 "sample", message, poll=poll, on_progress=None if on_step is None else sent.previewed(on_step)
             )
         except BaseException:
-            self._conditioning.clear()
-            if cache is not None:
-                self.forget(cache)
-                cache.restart()
+            self._begin_anew(cache)
             raise
         report = SampleReport(program.steps, len(passes), group.messages - before, seconds=time.monotonic() - began)
         if cache is not None:

@@ -217,10 +217,7 @@ class Worker:
 
     def _step(self, message: Message) -> dict[str, Any]:
         """Runs this rank's part of one or more requests; which samples are its group's follows from the degrees."""
-        model = self._models[message["model"]]
-        model.drop_conditioning(message["drop"])
-        for key, ref in message["put"].items():
-            model.put_conditioning(key, self._tensor(ref))
+        model = self._conditioned(message)
         assert self._control is not None
         mesh = self._ranks.mesh(Degrees(**message["degrees"]))
         with torch.no_grad():
@@ -241,10 +238,7 @@ class Worker:
 
     def _sample(self, message: Message) -> dict[str, Any]:
         """Runs a whole sampling. What it returns, and counts of a cache, is kept apart by the degrees of its passes."""
-        model = self._models[message["model"]]
-        model.drop_conditioning(message["drop"])
-        for key, ref in message["put"].items():
-            model.put_conditioning(key, self._tensor(ref))
+        model = self._conditioned(message)
         assert self._control is not None
         control = self._control
         meshes = [self._ranks.mesh(Degrees(**degrees)) for degrees in message["degrees"]]
@@ -296,6 +290,14 @@ class Worker:
                 {"seconds": took, "cache": asdict(tally)} for took, tally in zip(seconds, tallies, strict=True)
             ],
         }
+
+    def _conditioned(self, message: Message) -> ResidentModel:
+        """The model of a message, with the conditioning that comes along."""
+        model = self._models[message["model"]]
+        model.drop_conditioning(message["drop"])
+        for key, ref in message["put"].items():
+            model.put_conditioning(key, self._tensor(ref))
+        return model
 
     def _run_requests(
         self,
