@@ -19,6 +19,16 @@ function legend() {
   return made;
 }
 
+function exposedTooltip({ ranks, step }) {
+  const said = ranks.filter((rank) => rank.exposed_s !== null);
+  const waits = said.map((rank) => `${t("Rank {rank}", rank)} ${seconds(rank.exposed_s)}`).join(", ");
+  return [
+    t("How long the worker that waits most could not compute, because something from the others had not arrived."),
+    t("All workers: {waits}.", { waits }),
+    t("Copying to and from the exchanges, which is not part of it: {time}.", { time: seconds(step.copying_s) }),
+  ].join("\n");
+}
+
 export class GroupView {
   constructor() {
     this._title = element("h3", "sp-group-title");
@@ -88,6 +98,13 @@ export class GroupView {
         "Sent per step",
         t("{bytes} in {count} exchanges", values),
         t("By the worker that sends most; hidden behind computation or not."),
+      ]);
+      const waited = group.step.exposed_s;
+      const percent = group.step.seconds > 0 ? Math.round((100 * waited) / group.step.seconds) : 0;
+      rows.push([
+        "Exposed communication",
+        t("{time} per step ({percent} %)", { time: seconds(waited), percent }),
+        exposedTooltip(group),
       ]);
     }
     if (group.cache) {

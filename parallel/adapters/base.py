@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..attention.joint import JointAttention
+from ..attention.traffic import Traffic
 from ..cache.blocks import Blocks, Probe, StepPasses, last_of
 from ..checkpoints.source import Source, TensorInfo
 from ..plan import SequencePlan
@@ -50,6 +51,8 @@ class StepContext(ABC):
     """Remembers what blocks have added, for steps that skip them."""
     compiler: Callable[[Callable[..., Any]], Callable[..., Any]] | None = None
     """Compiles the function of a kind of block, where the user asked for that (`compilation.blocks.CompiledBlocks`)."""
+    traffic: Traffic | None = None
+    """Counts and times the communication, if anybody asks."""
 
     @abstractmethod
     def plan(self, streams: tuple[int, ...], heads: int) -> SequencePlan:

@@ -14,7 +14,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from .exchange import PARTS, Joined, Parcel, Pieces
+from .exchange import PARTS, Coming, Joined, Parcel, Pieces
 
 _HEADER = 64 << 10
 _TABLE = 4096
@@ -118,7 +118,9 @@ class CommonMemoryExchange:
             if i != self.position:
                 target.copy_(pieces[i])
         arrived = self.publish(received, whole.dtype)
-        return lambda: [pieces[i] if i == self.position else piece for i, piece in enumerate(arrived())]
+        return Coming(
+            arrived.wait, lambda: [pieces[i] if i == self.position else x for i, x in enumerate(arrived.read())]
+        )
 
     def slot(self, sent: Sequence[int], dtype: torch.dtype) -> list[Tensor]:
         """Where the pieces of the next message go; this rank's own is empty."""
@@ -133,14 +135,17 @@ class CommonMemoryExchange:
         """Lets the others read what has been laid into the slot. This rank's own piece does not arrive: it is empty."""
         self._number += 1
         self.memory.words[self._words[self.position]] = self._number
-        return partial(self._wait_for, self._number, received, dtype)
+        return Coming(partial(self._wait_for, self._number), partial(self._read, self._number, received, dtype))
 
-    def _wait_for(self, number: int, received: Sequence[int], dtype: torch.dtype) -> list[Tensor]:
+    def _wait_for(self, number: int) -> None:
         words = self.memory.words
-        pieces = []
-        for rank, word, count in zip(self._ranks, self._words, received, strict=True):
+        for word in self._words:
             if words[word] < number:
                 _wait(words, word, number)
+
+    def _read(self, number: int, received: Sequence[int], dtype: torch.dtype) -> list[Tensor]:
+        pieces = []
+        for rank, count in zip(self._ranks, received, strict=True):
             start, end = self.memory.table(rank, number)[self.position : self.position + 2]
             expected = 0 if rank == self.memory.rank else count
             assert end - start == expected, f"rank {rank} sent {end - start} elements, the plan has {expected}"
@@ -166,13 +171,13 @@ class _InSlot:
     def send(self) -> Joined:
         arrived = self._exchange.publish(self._received, self._room.dtype)
 
-        def joined() -> Tensor:
-            for i, (place, piece) in enumerate(zip(self._places, arrived(), strict=True)):
+        def read() -> Tensor:
+            for i, (place, piece) in enumerate(zip(self._places, arrived.read(), strict=True)):
                 if i != self._exchange.position:
                     place.copy_(piece.view(place.shape))
             return self._room
 
-        return joined
+        return Coming(arrived.wait, read)
 
 
 def _wait(words: memoryview, word: int, number: int) -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from dataclasses import dataclass
+from typing import Generic, Protocol, TypeVar
 
 import torch.distributed as dist
 from torch import Tensor
@@ -11,10 +12,27 @@ from torch import Tensor
 PARTS = 3
 """q, k and v travel together."""
 
-Joined = Callable[[], Tensor]
-"""Waits; [PARTS, rows of all ranks, width], to be read before the next exchange."""
-Pieces = Callable[[], Sequence[Tensor]]
-"""Waits; what each rank sent, flat, by rank; to be read before the next exchange."""
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Coming(Generic[T]):
+    """What other ranks send, to be read before the next exchange."""
+
+    wait: Callable[[], object]
+    """Until it is there."""
+    read: Callable[[], T]
+    """After that."""
+
+    def __call__(self) -> T:
+        self.wait()
+        return self.read()
+
+
+Joined = Coming[Tensor]
+"""[PARTS, rows of all ranks, width]."""
+Pieces = Coming[Sequence[Tensor]]
+"""What each rank sent, flat, by rank."""
 
 
 class Parcel(Protocol):
@@ -64,12 +82,7 @@ class CollectiveExchange:
 
     def start(self, whole: Tensor, sent: Sequence[int], received: Sequence[int]) -> Pieces:
         arrived, wait = self.transfer(whole.reshape(-1), sent, received)
-
-        def pieces() -> Sequence[Tensor]:
-            wait()
-            return arrived.split(list(received))
-
-        return pieces
+        return Coming(wait, lambda: arrived.split(list(received)))
 
     def transfer(
         self, send: Tensor, sent: Sequence[int], received: Sequence[int]
@@ -100,9 +113,4 @@ class _Packed:
 
     def send(self) -> Joined:
         arrived, wait = self._exchange.transfer(self._whole, self._sent, self._received)
-
-        def joined() -> Tensor:
-            wait()
-            return arrived.view(self._shape).transpose(0, 1)
-
-        return joined
+        return Coming(wait, lambda: arrived.view(self._shape).transpose(0, 1))

@@ -28,7 +28,7 @@ class RingAttention:
         index: this rank's place in the ring.
         group: the ring's process group.
         kernel: must give log-sum-exp.
-        traffic: counts what is sent.
+        traffic: counts what is sent, and times the exchanges.
 
     Raises:
         UnsupportedError: the kernel gives none; on all ranks alike, before anything is sent.
@@ -76,7 +76,8 @@ class _Ring(torch.autograd.Function):
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, ring: RingAttention) -> Tensor:
         batch, heads, _, dim = q.shape
         rounds = len(ring.chunks)
-        held = torch.stack((k, v))
+        with ring.traffic.copying():
+            held = torch.stack((k, v))
         out = lse = None
         for done in range(rounds):
             works: list[dist.Work] = []
@@ -89,9 +90,10 @@ class _Ring(torch.autograd.Function):
                 out, lse = part.to(torch.float32, copy=True), part_lse
             else:
                 out, lse = merge(out, lse, part, part_lse)
-            for work in works:
-                work.wait()
             if works:
+                with ring.traffic.waiting():  # the kernel has hidden the rest
+                    for work in works:
+                        work.wait()
                 held = coming
         assert out is not None
         result = out.to(q.dtype)

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from ..plan import Range, SequencePlan, ranges, shares
 from .common_memory import CommonMemoryExchange
-from .exchange import CollectiveExchange, Exchange, Joined, Pieces
+from .exchange import CollectiveExchange, Coming, Exchange, Joined, Pieces
 from .traffic import Traffic
 
 T = TypeVar("T")
@@ -45,7 +45,7 @@ class UlyssesAttention:
         group: the Ulysses process group, a row of the plan.
         local: attention between the two exchanges.
         pipeline: chunks of heads; fewer where a rank has fewer heads.
-        traffic: counts what is sent.
+        traffic: counts what is sent, and times the exchanges.
         common: how the ranks exchange without collectives, if they can; gradients, chunks of heads and messages that do
             not fit go through the group all the same.
     """
@@ -100,14 +100,22 @@ class UlyssesAttention:
         returning: list[Pieces] = []
         for i, heads in enumerate(self.chunks):
             assert coming is not None
-            received = coming()
+            received = self._receive(coming)
             coming = self._scatter(exchange, q, k, v, self.chunks[i + 1]) if i + 1 < len(self.chunks) else None
             returning.append(self._gather(exchange, self._attend(received, heads, batch, dim), heads))
         out = q.new_empty(tokens, batch, self.heads, dim)
         for heads, pieces in zip(self.chunks, returning, strict=True):
-            for piece, (first, last) in zip(pieces(), heads, strict=True):
-                out[:, :, first:last] = piece.view(tokens, batch, last - first, dim)
+            arrived = self._receive(pieces)
+            with self.traffic.copying():
+                for piece, (first, last) in zip(arrived, heads, strict=True):
+                    out[:, :, first:last] = piece.view(tokens, batch, last - first, dim)
         return out.transpose(0, 1)
+
+    def _receive(self, coming: Coming[T]) -> T:
+        with self.traffic.waiting():
+            coming.wait()
+        with self.traffic.copying():
+            return coming.read()
 
     def _exchange(self, nbytes: int) -> Exchange:
         """The same choice on every rank; `nbytes` of one head of one token."""
@@ -118,10 +126,11 @@ class UlyssesAttention:
         """Starts [B, S_r, H, D] ×3 → [3, S, B · H_r · D]."""
         batch, tokens, _, dim = q.shape
         widths = [batch * (last - first) * dim for first, last in heads]
-        parcel = exchange.pack(widths, self.tokens, q)
-        for i, x in enumerate((q, k, v)):
-            for piece, (first, last) in zip(parcel.pieces, heads, strict=True):
-                piece[i].view(tokens, batch, last - first, dim).copy_(x[:, :, first:last].transpose(0, 1))
+        with self.traffic.copying():
+            parcel = exchange.pack(widths, self.tokens, q)
+            for i, x in enumerate((q, k, v)):
+                for piece, (first, last) in zip(parcel.pieces, heads, strict=True):
+                    piece[i].view(tokens, batch, last - first, dim).copy_(x[:, :, first:last].transpose(0, 1))
         self.traffic.add(3 * tokens * (sum(widths) - widths[self.position]) * q.element_size())
         return parcel.send()
 
@@ -131,10 +140,10 @@ class UlyssesAttention:
         tokens = self.tokens[self.position]
         sent = [n * batch * local * dim for n in self.tokens]
         self.traffic.add((out.numel() - sent[self.position]) * out.element_size())
-        # SDPA returns [B, S, H, D] memory seen as [B, H, S, D], so for B = 1 this is contiguous.
-        return exchange.start(
-            out.permute(2, 0, 1, 3), sent, [tokens * batch * (last - first) * dim for first, last in heads]
-        )
+        received = [tokens * batch * (last - first) * dim for first, last in heads]
+        with self.traffic.copying():
+            # SDPA returns [B, S, H, D] memory seen as [B, H, S, D], so for B = 1 this is contiguous.
+            return exchange.start(out.permute(2, 0, 1, 3), sent, received)
 
     def _attend(self, received: Tensor, heads: list[Range], batch: int, dim: int) -> Tensor:
         """[3, S, B · H_r · D] → [B, H_r, S, D]."""

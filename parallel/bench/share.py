@@ -42,7 +42,7 @@ def bench_share(work: Workload, world_size: int, rank: int) -> tuple[dict[str, A
         kernel = select("auto", device)
         times = []
         for _ in range(work.rounds + 1):
-            traffic = Traffic()
+            traffic = Traffic(on_cuda=device.type == "cuda")
             attend = joint_attention(plan, mesh.sp_rank, mesh.ulysses, mesh.ring, kernel, work.pipeline, traffic)
             times.append(
                 measure_attention(

@@ -33,7 +33,7 @@ class RemoteModel(RemoteWeights):
     def __init__(self, recipe: Recipe, inspected: Inspected | None = None, group: WorkerGroup | None = None):
         super().__init__(recipe, inspected, group)
         self.last_step: list[dict[str, Any]] = []
-        """What each rank said of the last step: `seconds`, `collectives` and `bytes_sent` to other ranks; with a cache
+        """What each rank said of the last step: `seconds` and the counters of `attention.traffic.Traffic`; with a cache
         also `cache`: `passes`, `hits` and `skipped_s` (`cache.blocks.Tally`), with compiled blocks `compile`
         (`compilation.blocks.Tally`)."""
         self._told_degrees: Degrees | None = None
@@ -259,9 +259,10 @@ class RemoteModel(RemoteWeights):
         if networks:
             requests = [each.request for each in networks[0].passes]
             n = len(networks)
-            counted = ("collectives", "bytes_sent")
+            counted, timed = ("collectives", "bytes_sent"), ("seconds", "exposed_s", "copying_s")
             per_call = [
-                {"seconds": each["seconds"] / n, **{name: each[name] // n for name in counted}} for each in results
+                {**{name: each[name] // n for name in counted}, **{name: each[name] / n for name in timed}}
+                for each in results
             ]
             self._note_step(group, requests, degrees[0], cache, compiled, per_call)
         result = sent.result()

@@ -127,6 +127,8 @@ def sampling() -> Sampling | None:
 
 # --- figures of a group -----------------------------------------------------------------------------------------------
 
+_OF_A_STEP = ("seconds", "collectives", "bytes_sent", "exposed_s", "copying_s")
+"""The largest of any rank is shown."""
 _single_steps: dict[Hashable, float] = {}
 """What was computed → seconds of its last step on one device."""
 
@@ -196,8 +198,9 @@ class GroupFigures:
             self._speedup = alone / seconds
 
     def of_rank(self, rank: int) -> dict[str, Any]:
-        """`seconds` of this rank's part of the last step, or None."""
-        return {"seconds": self._results[rank]["seconds"] if rank < len(self._results) else None}
+        """`seconds` of this rank's part of the last step, and `exposed_s` (`attention.traffic.Traffic`), or None."""
+        result = self._results[rank] if rank < len(self._results) else {}
+        return {name: result.get(name) for name in ("seconds", "exposed_s")}
 
     def to_json(self) -> dict[str, Any]:
         plan = None
@@ -207,11 +210,7 @@ class GroupFigures:
         results = self._results
         step = None
         if results:
-            step = {
-                "seconds": max(result["seconds"] for result in results),
-                "collectives": max(result["collectives"] for result in results),
-                "bytes_sent": max(result["bytes_sent"] for result in results),
-            }
+            step = {name: max(result[name] for result in results) for name in _OF_A_STEP}
         held = list(self._held.items())
         return {
             "models": [title for _, (title, _) in held],

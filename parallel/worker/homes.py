@@ -10,6 +10,8 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from ..attention.traffic import Traffic
+
 
 class Home(ABC):
     """The parameters of one model on one rank.
@@ -22,8 +24,9 @@ class Home(ABC):
     def share(self, name: str) -> tuple[Tensor, slice]:
         """Where this rank is to write its part of a parameter, and which rows of the parameter that is."""
 
-    def in_use(self) -> AbstractContextManager[None]:
-        """Inside, the network can run: on all ranks of a sequence together."""
+    def in_use(self, traffic: Traffic | None = None) -> AbstractContextManager[None]:
+        """Inside, the network can run: on all ranks of a sequence together. `traffic` times the waits for weights that
+        other ranks have."""
         return nullcontext()
 
     @property

@@ -234,7 +234,7 @@ class Worker:
         counted = {} if cache is None else {"cache": asdict(cache.tally)}
         if blocks is not None:
             counted["compile"] = asdict(blocks.take_tally())
-        return {"seconds": time.perf_counter() - began, **asdict(context.traffic), **counted}
+        return {"seconds": time.perf_counter() - began, **context.traffic.to_json(), **counted}
 
     def _sample(self, message: Message) -> dict[str, Any]:
         """Runs a whole sampling. What it returns, and counts of a cache, is kept apart by the degrees of its passes."""
@@ -243,6 +243,7 @@ class Worker:
         control = self._control
         meshes = [self._ranks.mesh(Degrees(**degrees)) for degrees in message["degrees"]]
         contexts: list[ParallelContext] = []
+        traffic = Traffic()
         seconds, tallies = [0.0 for _ in meshes], [Tally() for _ in meshes]
 
         def passes(instruction: dict[str, Any]) -> None:
@@ -275,17 +276,18 @@ class Worker:
                 rank=self._rank,
                 world_size=self._ranks.world_size,
                 tensor_at=self._tensor,
-                agreement=Agreement(self._device),
+                agreement=Agreement(self._device, traffic),
                 cancel_requested=lambda: control.cancel_requested,
             )
             sampling.run(passes, told)
+        for context in contexts:
+            traffic.include(context.traffic)
         blocks = next(iter(compilers), None)  # one for all degrees
         counted = {} if blocks is None else {"compile": asdict(blocks.take_tally())}
         return {
             **counted,
             "seconds": time.perf_counter() - began,
-            "collectives": sum(context.traffic.collectives for context in contexts),
-            "bytes_sent": sum(context.traffic.bytes_sent for context in contexts),
+            **traffic.to_json(),
             "degrees": [
                 {"seconds": took, "cache": asdict(tally)} for took, tally in zip(seconds, tallies, strict=True)
             ],
@@ -319,6 +321,7 @@ class Worker:
                 model.step(x, timestep, request["conditioning"], rows, out, context)
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
+        context.traffic.read_events()
 
     def _load_vae(self, message: Message) -> dict[str, Any]:
         """Rebuilds ComfyUI's VAE around the weights that the host shares; a CPU rank computes with them where they are.
@@ -379,7 +382,7 @@ class Worker:
         plan = SequencePlan(
             tuple(message["streams"]), message["heads"], mesh.members(self._ranks.weights), mesh.degrees.ring
         )
-        traffic = Traffic()
+        traffic = Traffic(on_cuda=self._device.type == "cuda")
         return measure_attention(
             self._ranks.joint_attention(plan, mesh, message["pipeline"], traffic),
             traffic,

@@ -15,6 +15,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, cuda, nn
 
+from ..attention.traffic import Traffic
 from ..wire.shared import Segment, TensorRef, lay_out
 from .homes import Home, own, share_of_rows, watch_blocks
 from .passing import Cargo, Passing
@@ -60,7 +61,7 @@ class Offloaded(Home):
         return self._size if self._passing is None else self._passing.nbytes
 
     @contextmanager
-    def in_use(self) -> Iterator[None]:
+    def in_use(self, traffic: Traffic | None = None) -> Iterator[None]:
         if self._passing is not None:
             self._passing.begin()
         yield

@@ -86,7 +86,8 @@ class Ranks:
 
         def total(sums: torch.Tensor) -> None:
             if group is not None:
-                dist.all_reduce(sums, group=group)
+                with traffic.waiting():
+                    dist.all_reduce(sums, group=group)
                 traffic.add(sums.nbytes)
 
         return total
@@ -127,7 +128,7 @@ class ParallelContext(StepContext):
         self._device = ranks.device
         self._control = control
         self._block = first_block
-        self.traffic = Traffic()
+        self.traffic = Traffic(on_cuda=ranks.device.type == "cuda")
         self._events: collections.deque[torch.cuda.Event] = collections.deque()
 
     def plan(self, streams: tuple[int, ...], heads: int) -> SequencePlan:

@@ -204,7 +204,7 @@ class ResidentModel:
             mine = {name: t[rows] if len(t) == len(x) else t for name, t in tensors.items()}
             self._prepared[wanted] = self.adapter.prepare(mine)
         timestep = timestep[rows].to(self.device)
-        with self.home.in_use():
+        with self.home.in_use(context.traffic):
             self.adapter.step(self.model, x[rows], timestep, self._prepared[wanted], out[rows], context)
 
     def self_check(self, context: StepContext, solo: SoloContext, degrees: Degrees) -> None:

@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ..attention.traffic import Traffic
 from ..errors import StepCancelled
 from ..plan import ranges, shares
 
@@ -29,16 +30,22 @@ class Agreement:
 
     Args:
         device: of the tensor that is added up: a group of GPUs has no other.
+        traffic: times the waits, by the clock: no device computes meanwhile.
     """
 
-    def __init__(self, device: torch.device):
+    def __init__(self, device: torch.device, traffic: Traffic):
         self._device = device
+        self._traffic = traffic
 
     def any(self, *seen: bool) -> list[bool]:
         """For each, whether some rank has seen it. All ranks of the world must ask."""
+        if dist.get_world_size() == 1:
+            return list(seen)
         flags = torch.tensor([float(each) for each in seen], device=self._device)
-        dist.all_reduce(flags)
-        return [count > 0 for count in flags.tolist()]
+        with self._traffic.waiting():
+            dist.all_reduce(flags)
+            counts = flags.tolist()
+        return [count > 0 for count in counts]
 
 
 class Sampling:

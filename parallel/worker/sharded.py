@@ -20,6 +20,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, UnshardHandle, fully_shard
 from torch.distributed.tensor import DTensor
 
+from ..attention.traffic import Traffic
 from .homes import Home, share_of_rows, watch_blocks
 
 
@@ -43,6 +44,7 @@ class Sharded(Home):
         _materialise(model, device)
         self._whole: dict[int, UnshardHandle | None] = {}
         """Blocks whose weights this rank has, or will have when the handle, if any, has been waited for."""
+        self._traffic = Traffic()
 
     def share(self, name: str) -> tuple[Tensor, slice]:
         parameter = self._model.get_parameter(name)
@@ -53,8 +55,10 @@ class Sharded(Home):
         return sum(_local(parameter).nbytes for parameter in self._model.parameters())
 
     @contextmanager
-    def in_use(self) -> Iterator[None]:
-        self._rest.unshard()
+    def in_use(self, traffic: Traffic | None = None) -> Iterator[None]:
+        self._traffic = traffic or Traffic()
+        with self._traffic.waiting():
+            self._rest.unshard()
         try:
             yield
         finally:
@@ -68,14 +72,16 @@ class Sharded(Home):
         ahead = index + 1 if self._ahead and index + 1 < len(self._units) else index
         self._put_away(but={index, ahead})
         if index not in self._whole:
-            self._whole[index] = self._units[index].unshard()
+            with self._traffic.waiting():
+                self._whole[index] = self._units[index].unshard()
         self._arrive(index)
         if ahead not in self._whole:
             self._whole[ahead] = self._units[ahead].unshard(async_op=True)
 
     def _arrive(self, index: int) -> None:
         if (handle := self._whole[index]) is not None:
-            handle.wait()
+            with self._traffic.waiting():
+                handle.wait()
             self._whole[index] = None
 
     def _put_away(self, but: set[int]) -> None:

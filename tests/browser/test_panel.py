@@ -158,8 +158,16 @@ def test_eight_workers_fit_and_a_hidden_panel_asks_for_nothing(front_end: FrontE
         sizes = panel.root.evaluate("(e) => [e.scrollWidth, e.clientWidth, e.scrollHeight, e.clientHeight]")
         assert sizes[0] <= sizes[1] and sizes[2] <= sizes[3], f"something sticks out: {sizes}"
     page.evaluate("window.app.extensionManager.setting.set('Comfy.ColorPalette', 'dark')")
-    for part in ("6.31× one device", "7 of 21 passes skipped", "Step 11 of 30 · 3.42 s per step", "2.3 GiB in 120"):
+    for part in (
+        "6.31× one device",
+        "7 of 21 passes skipped",
+        "Step 11 of 30 · 3.42 s per step",
+        "2.3 GiB in 120",
+        "320 ms per step (9 %)",
+    ):
         assert part in panel.root.inner_text(), panel.root.inner_text()
+    exposed = panel.root.get_by_text("320 ms per step (9 %)").get_attribute("title") or ""
+    assert "Rank 0 40 ms" in exposed and "Rank 7 320 ms" in exposed and "not part of it: 50 ms" in exposed, exposed
     buttons = panel.root.get_by_role("button").all()
     assert [button.inner_text() for button in buttons] == ["Free memory", "Restart workers", "Copy report"]
     buttons[0].focus()
@@ -197,6 +205,7 @@ def eight_workers() -> dict[str, Any]:
             "free": int((6 - 0.4 * rank) * gib),
             "total": 24 * gib,
             "seconds": 3.4 - 0.03 * rank,
+            "exposed_s": 0.04 * (rank + 1),
         }
         for rank in range(8)
     ]
@@ -209,7 +218,13 @@ def eight_workers() -> dict[str, Any]:
         "ranks": ranks,
         "models": ["hunyuan_video_t2v_720p_bf16.safetensors"],
         "plan": {"ulysses": 4, "ring": 1, "cfg": 2, "dp": 1, "reason": "auto: cond and uncond side by side"},
-        "step": {"seconds": 3.4, "collectives": 120, "bytes_sent": int(2.31 * gib)},
+        "step": {
+            "seconds": 3.4,
+            "collectives": 120,
+            "bytes_sent": int(2.31 * gib),
+            "exposed_s": 0.32,
+            "copying_s": 0.05,
+        },
         "cache": {"name": "TeaCache (SP)", "hits": 7, "passes": 21, "seconds": 40.0, "seconds_saved": 18.2},
         "speedup": 6.31,
         "sampling": {"step": 11, "steps": 30, "running": True, "seconds_per_step": 3.42},

@@ -24,7 +24,10 @@ def heard() -> Iterator[list[Event]]:
 
 
 def results(*seconds: float) -> list[dict[str, Any]]:
-    return [{"seconds": value, "collectives": 4, "bytes_sent": 100 * rank} for rank, value in enumerate(seconds)]
+    return [
+        {"seconds": value, "collectives": 4, "bytes_sent": 100 * rank, "exposed_s": value / 4, "copying_s": value / 8}
+        for rank, value in enumerate(seconds)
+    ]
 
 
 def stepped(work: str, *seconds: float, cache: dict[str, Any] | None = None) -> dict[str, Any]:
@@ -51,10 +54,10 @@ def test_a_step_with_a_cache_is_compared_with_nothing():
     assert stepped("cached alone", 1.0, 2.0)["speedup"] is None
 
 
-def test_a_step_shows_its_plan_and_the_most_that_a_rank_sent():
+def test_a_step_shows_its_plan_and_the_most_that_a_rank_sent_and_waited():
     shown = stepped("plan", 1.0, 2.0)
     assert shown["plan"] == {"dp": 1, "cfg": 1, "ring": 1, "ulysses": 2, "reason": "as asked"}
-    assert shown["step"] == {"seconds": 2.0, "collectives": 4, "bytes_sent": 100}
+    assert shown["step"] == {"seconds": 2.0, "collectives": 4, "bytes_sent": 100, "exposed_s": 0.5, "copying_s": 0.25}
 
 
 def test_weights_are_counted_while_they_are_held():
