@@ -25,6 +25,18 @@ export const settings = [
     attrs: { min: 0, max: 10080, showButtons: true, maxFractionDigits: 1 },
   },
   {
+    id: "SequenceParallel.Sampler.PreviewIntervalSeconds",
+    category: category("Sampler", "PreviewInterval"),
+    name: "Preview interval (seconds)",
+    tooltip:
+      "Least time between two previews of Sampler (SP); 0: one at every step. Between them no latents are sent to ComfyUI;" +
+      " the progress bar goes on, and the last step is always shown. KSampler shows every step. Takes effect with the" +
+      " next prompt. Not used when ComfyUI runs with --multi-user.",
+    type: "number",
+    defaultValue: 0,
+    attrs: { min: 0, max: 3600, showButtons: true, maxFractionDigits: 1 },
+  },
+  {
     id: "SequenceParallel.Log.Level",
     category: category("Log", "Level"),
     name: "Log level",

@@ -21,6 +21,7 @@ from ..parallel.host.sampling import SampleReport
 from ..parallel.sampling.program import Program
 from ..parallel.sampling.recording import NotRecordable, Recorder
 from .cached_call import COMPILED, SAMPLING
+from .previews import Audience
 from .refusals import node_of
 from .shell_patcher import SequenceParallelPatcher
 
@@ -87,6 +88,7 @@ class InWorkers:
     ) -> Tensor:
         try:
             _refuse_other_code(guider, extra_args["model_options"])
+            audience = Audience(callback)
             program = _recorded(executor, guider, sigmas, extra_args, noise, latent_image, denoise_mask)
         except NotRecordable as reason:
             began = time.monotonic()
@@ -95,7 +97,7 @@ class InWorkers:
             self.told = step_by_step(time.monotonic() - began, str(reason))
             return result
         options = extra_args["model_options"].get("transformer_options", {})
-        result, report = _run(guider, program, options, callback, disable_pbar)
+        result, report = _run(guider, program, options, audience, disable_pbar)
         self.report = report
         self.told = (
             f"{_counted(report.steps, 'step')} in the workers ({_counted(report.passes, 'network call')}), after"
@@ -159,15 +161,18 @@ def _recorded(
 
 
 def _run(
-    guider: Any, program: Program, options: Mapping[str, Any], callback: Any, disable_pbar: bool
+    guider: Any, program: Program, options: Mapping[str, Any], audience: Audience, disable_pbar: bool
 ) -> tuple[Tensor, SampleReport]:
     network = guider.inner_model.diffusion_model
     with tqdm(total=program.steps, disable=disable_pbar) as bar:
 
         def on_step(step: int, denoised: Tensor, x: Tensor, steps: int) -> None:
             bar.update(step + 1 - bar.n)
-            if callback is not None:
-                callback(step, denoised, x, steps)
+            audience.show(step, denoised, x, steps)
+
+        def on_progress(done: int, steps: int) -> None:
+            bar.update(done - bar.n)
+            audience.count(done, steps)
 
         try:
             network.remote.check_sampling(program)
@@ -177,7 +182,9 @@ def _run(
                 cache=options.get(SAMPLING),
                 compiled=options.get(COMPILED),
                 poll=comfy.model_management.throw_exception_if_processing_interrupted,
-                on_step=on_step,
+                on_step=on_step if audience.wants_latents else None,
+                interval_s=audience.interval_s,
+                on_progress=on_progress,
             )
         except WorkerOutOfMemoryError as error:
             # ComfyUI's own kind, so that it frees memory and shows its advice.

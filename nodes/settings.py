@@ -40,6 +40,8 @@ class Settings:
     """For nodes without SP Config, as its `devices`."""
     keep_alive_minutes: float = 0.0
     """Idle workers leave after so many minutes; 0: they stay."""
+    preview_interval_seconds: float = 0.0
+    """Least time between two previews of Sampler (SP); 0: one at every step, as KSampler shows them."""
     log_level: str = "comfyui"
     """A key of LOG_LEVELS; `comfyui` is as ComfyUI's own messages."""
 
@@ -48,9 +50,13 @@ class Settings:
             parse_devices(self.devices)
         except ConfigError as error:
             raise ConfigError(f"setting Sequence Parallel, Default devices: {error}") from error
-        minutes = self.keep_alive_minutes
-        if isinstance(minutes, bool) or not isinstance(minutes, int | float) or not 0 <= minutes < math.inf:
-            raise ConfigError(f"setting Sequence Parallel, Keep-alive is {minutes!r}; allowed are 0 or more minutes")
+        times = (
+            ("Keep-alive", self.keep_alive_minutes, "minutes"),
+            ("Preview interval", self.preview_interval_seconds, "seconds"),
+        )
+        for name, time, unit in times:
+            if isinstance(time, bool) or not isinstance(time, int | float) or not 0 <= time < math.inf:
+                raise ConfigError(f"setting Sequence Parallel, {name} is {time!r}; allowed are 0 or more {unit}")
         if self.log_level not in LOG_LEVELS:
             allowed = ", ".join(LOG_LEVELS)
             raise ConfigError(f"setting Sequence Parallel, Log level is {self.log_level!r}; allowed are {allowed}")
@@ -59,6 +65,7 @@ class Settings:
 _IDS = {
     "devices": "SequenceParallel.Workers.Devices",
     "keep_alive_minutes": "SequenceParallel.Workers.KeepAliveMinutes",
+    "preview_interval_seconds": "SequenceParallel.Sampler.PreviewIntervalSeconds",
     "log_level": "SequenceParallel.Log.Level",
 }
 """As `js/settings.js` registers them."""

@@ -15,6 +15,29 @@ _INTERVAL_S = 0.25
 """Between two texts while weights are read."""
 
 
+class StepCounter:
+    """A sampler's callback that counts the steps for the panel, before the callback that the sampling came with.
+
+    Attributes:
+        callback: that one, or None.
+    """
+
+    def __init__(self, remote: RemoteModel, sampling: Sampling, callback: Any):
+        self.callback = callback
+        self._remote, self._sampling = remote, sampling
+
+    def __call__(self, step: int, x0: Any, x: Any, total_steps: int) -> None:
+        self.count(step + 1)
+        if self.callback is not None:
+            self.callback(step, x0, x, total_steps)
+
+    def count(self, done: int) -> None:
+        """So many steps have been done."""
+        self._sampling.advance(done)
+        if done == 1:
+            show(executing_node(), describe(self._remote, self._sampling))
+
+
 def watched(
     executor: Any,
     noise: Any,
@@ -29,14 +52,7 @@ def watched(
     """An OUTER_SAMPLE wrapper, set by Load Diffusion Model (SP)."""
     remote: RemoteModel = executor.class_obj.model_patcher.remote
     with Sampling(remote.name, steps=max(0, len(sigmas) - 1)) as sampling:
-
-        def count(step: int, x0: Any, x: Any, total_steps: int) -> None:
-            sampling.advance(step + 1)
-            if sampling.step == 1:
-                show(executing_node(), describe(remote, sampling))
-            if callback is not None:
-                callback(step, x0, x, total_steps)
-
+        count = StepCounter(remote, sampling, callback)
         result = executor(noise, latent_image, sampler, sigmas, denoise_mask, count, *args, **kwargs)
     show(executing_node(), describe(remote, sampling))
     return result

@@ -17,7 +17,7 @@ from ..sampling.program import Program
 from ..wire.shared import Segment, TensorRef, lay_out
 from .cached_sampling import CachedSampling
 from .compiled_sampling import CompiledSampling
-from .group import Poll, WorkerGroup
+from .group import Poll, Progress, WorkerGroup
 from .recipe import Inspected, Recipe
 from .remote_weights import RemoteWeights
 from .sampling import OnStep, SampleReport, Sent
@@ -201,6 +201,8 @@ class RemoteModel(RemoteWeights):
         compiled: CompiledSampling | None = None,
         poll: Poll | None = None,
         on_step: OnStep | None = None,
+        interval_s: float = 0.0,
+        on_progress: Progress | None = None,
     ) -> tuple[Tensor, SampleReport]:
         """A whole sampling, for which each worker gets one message.
 
@@ -208,7 +210,9 @@ class RemoteModel(RemoteWeights):
             program: see `sampling.recording`.
             cache, compiled: as for `steps`.
             poll: see `WorkerGroup.call`.
-            on_step: see `OnStep`.
+            on_step: see `OnStep`. Without it, no latents are sent back before the end.
+            interval_s: least seconds between two of its calls, but for the last one; 0: at every step.
+            on_progress: told how many steps have been done, of all, where `on_step` is not.
 
         Returns:
             The result, on the program's device, in fp32.
@@ -227,7 +231,7 @@ class RemoteModel(RemoteWeights):
         group = self._group
         assert group is not None, "call ensure_loaded first"
         group.settle(poll)
-        sent = Sent(program, degrees, group.memory, with_previews=on_step is not None)
+        sent = Sent(program, degrees, group.memory, with_previews=on_step is not None, interval_s=interval_s)
         kinds = [tuple((name, id(tensor)) for name, tensor in each.conditioning.items()) for each in passes]
         different = {kind: each.conditioning for kind, each in zip(kinds, passes, strict=True)}
         keys, put, drop = self._conditioning.update(list(different.values()), group)
@@ -243,13 +247,12 @@ class RemoteModel(RemoteWeights):
         }
         before, began = group.messages, time.monotonic()
         try:
-            results = group.call(
-                "sample", message, poll=poll, on_progress=None if on_step is None else sent.previewed(on_step)
-            )
+            results = group.call("sample", message, poll=poll, on_progress=sent.followed(on_step, on_progress))
         except BaseException:
             self._begin_anew(cache)
             raise
-        report = SampleReport(program.steps, len(passes), group.messages - before, seconds=time.monotonic() - began)
+        seconds = time.monotonic() - began
+        report = SampleReport(program.steps, len(passes), group.messages - before, seconds, sent.previews)
         if cache is not None:
             for i, each in enumerate(sent.degrees):
                 cache.count([result["degrees"][i] for result in results], each)

@@ -20,7 +20,8 @@ SEGMENT = "sampling"
 
 OnStep = Callable[[int, Tensor, Tensor, int], None]
 """Called with the step's number (from 0), the denoised latent, the latent, and the number of steps: as ComfyUI's
-callbacks are. A step is left out where the callback is slower than the steps."""
+callbacks are. A step is left out where the callback is slower than the steps, or where no preview is due; the last one
+never is."""
 
 
 @dataclass(slots=True)
@@ -33,6 +34,8 @@ class SampleReport:
     messages: int
     """From the host to each worker, for all of it."""
     seconds: float
+    previews: int
+    """How often the latents were sent back before the end; 0 where nobody wants to look."""
 
 
 class Sent:
@@ -43,10 +46,20 @@ class Sent:
         degrees: of each of its `network` instructions.
         memory: of the group.
         with_previews: whether somebody wants to look.
+        interval_s: least seconds between two looks; 0: at every step.
     """
 
-    def __init__(self, program: Program, degrees: Sequence[Degrees], memory: GroupMemory, *, with_previews: bool):
+    def __init__(
+        self,
+        program: Program,
+        degrees: Sequence[Degrees],
+        memory: GroupMemory,
+        *,
+        with_previews: bool,
+        interval_s: float = 0.0,
+    ):
         self._program = program
+        self._interval_s = interval_s
         self._of_network = list(degrees)
         self.degrees = list(dict.fromkeys(degrees))
         self._tensors: list[tuple[tuple[int, ...], torch.dtype]] = []
@@ -114,25 +127,37 @@ class Sent:
             "program": instructions,
             "free": self._program.last_uses(),
             "result": {"terms": plain(self._program.result), "out": self._result.to_json()},
-            "preview": {**self._watched, "latents": [[ref.to_json() for ref in pair] for pair in self._shown]}
+            "preview": {
+                **self._watched,
+                "latents": [[ref.to_json() for ref in pair] for pair in self._shown],
+                "interval_s": self._interval_s,
+            }
             if self._shown
             else None,
         }
 
-    def previewed(self, on_step: OnStep) -> Progress:
-        """For `WorkerGroup.call`: shows the latest latent that is complete, and asks for the next one."""
-        seen = 0
+    @property
+    def previews(self) -> int:
+        """How many latents have been shown."""
+        return int(self._counts[0, 0])
+
+    def followed(self, on_step: OnStep | None, on_progress: Progress | None) -> Progress:
+        """For `WorkerGroup.call`: shows the latest latent that is complete, and asks for the next one. Of steps that
+        are not shown it tells their number."""
+        seen = told = 0
 
         def progress(done: int, total: int) -> None:
-            nonlocal seen
+            nonlocal seen, told
             counts = self._counts.clone()
             (count, step), device = counts[0].tolist(), self._program.device
-            if not (counts == counts[0]).all() or count == seen:
-                return
-            seen = count
-            denoised, x = (self._segment.tensor(ref).to(device, copy=True) for ref in self._shown[count % 2])
-            self._wanted.fill_(count + 1)
-            on_step(step, denoised, x, total)
+            if on_step is not None and (counts == counts[0]).all() and count != seen:
+                seen, told = count, max(told, step + 1)
+                denoised, x = (self._segment.tensor(ref).to(device, copy=True) for ref in self._shown[count % 2])
+                self._wanted.fill_(count + 1)
+                on_step(step, denoised, x, total)
+            if on_progress is not None and done > told:
+                told = done
+                on_progress(done, total)
 
         return progress
 

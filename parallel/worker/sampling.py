@@ -8,6 +8,8 @@ Both are written and read by shares, and nothing is gathered.
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -82,6 +84,7 @@ class Sampling:
         self._latents = {int(n): self._mine(tensor_at(ref)) for n, ref in message["constants"].items()}
         self._show = False
         self._shown = 0
+        self._shown_at = -math.inf
         self._last_report = max((i for i, each in enumerate(message["program"]) if "report" in each), default=-1)
 
     def run(self, passes: RunPasses, on_report: Callable[[int, int], None]) -> None:
@@ -121,9 +124,9 @@ class Sampling:
             passes(dict(instruction))
         except StepCancelled:  # this rank's batch group has stopped; another one may just have finished
             stopped = True
-        preview = self._message["preview"]
-        wanted = self._rank == 0 and preview is not None and int(self._tensor_at(preview["wanted"])) > self._shown
-        stopped, self._show = self._agreement.any(stopped or self._cancel_requested(), wanted)
+        stopped, self._show = self._agreement.any(
+            stopped or self._cancel_requested(), self._rank == 0 and self._preview_is_due()
+        )
         if stopped:
             raise StepCancelled("stopped between two passes")
         size = self._message["size"]
@@ -132,13 +135,21 @@ class Sampling:
             for place, number in enumerate(each["results"]):
                 self._latents[number] = self._mine(out[place * size : (place + 1) * size]).float().clone()
 
+    def _preview_is_due(self) -> bool:
+        """Whether the host has looked at the latents before, and its interval has passed since they were shown."""
+        preview = self._message["preview"]
+        if preview is None or int(self._tensor_at(preview["wanted"])) <= self._shown:
+            return False
+        return time.monotonic() >= self._shown_at + preview["interval_s"]
+
     def _report(self, instruction: Mapping[str, Any], is_last: bool) -> None:
-        """Shows the latent where the host has looked at the one before, and the last one in any case."""
+        """Shows the latent if a preview is due, and the last one in any case; else it stays here."""
         preview = self._message["preview"]
         if preview is None or not (self._show or is_last):
             return
         self._show = False
         self._shown += 1
+        self._shown_at = time.monotonic()
         for place, name in zip(preview["latents"][self._shown % 2], ("denoised", "x"), strict=True):
             self._mine(self._tensor_at(place)).copy_(self._value(instruction[name]))
         self._tensor_at(preview["shown"])[self._rank] = torch.tensor([self._shown, instruction["report"]])
