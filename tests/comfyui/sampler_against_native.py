@@ -4,7 +4,8 @@
 
 FOLDER is empty; "every" adds ComfyUI's other samplers. Prints JSON: case → `difference` (max|a−b| / max|b|) of the
 latent, `told` to the user, `messages` to the workers, whether the `last_step_shown` is the last one, and
-`shown_difference`, of the denoised latents that were shown.
+`shown_difference`, of the denoised latents that were shown. Under "previews": what ComfyUI's own callback gets, see
+`previews`.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ args.cpu = True
 
 import comfy.samplers  # noqa: E402
 import comfy.sd  # noqa: E402
+import comfy.utils  # noqa: E402
 import latent_preview  # noqa: E402
 import torch  # noqa: E402
 
@@ -43,8 +45,11 @@ config: Any = import_module(f"{PACK.__name__}.parallel.config")
 running: Any = import_module(f"{PACK.__name__}.parallel.host.running")
 native_model: Any = import_module(f"{PACK.__name__}.nodes.native_model")
 in_workers: Any = import_module(f"{PACK.__name__}.nodes.in_workers")
+previews_module: Any = import_module(f"{PACK.__name__}.nodes.previews")
+settings: Any = import_module(f"{PACK.__name__}.nodes.settings")
 
 torch.set_num_threads(1)
+NATIVE_CALLBACK = latent_preview.prepare_callback
 
 MUST = ("euler", "euler_ancestral", "heun", "dpmpp_2m", "dpmpp_2m_sde", "uni_pc", "lcm")
 MASKED = {"mask": True, "denoise": 0.6}
@@ -168,6 +173,27 @@ def run(case: dict[str, Any], models: dict[str, tuple[Any, Any]]) -> dict[str, A
     }
 
 
+def previews(model: Any) -> dict[str, Any]:
+    """ComfyUI's preview method and the setting's seconds → how often latents came back, how many previews were shown,
+    and the last step that the progress bar has seen."""
+    text = [[torch.zeros(1, 8, 64), {"pooled_output": torch.zeros(1, 768)}]]
+    latent_preview.prepare_callback = NATIVE_CALLBACK
+    seen: list[tuple[int, bool]] = []
+    comfy.utils.set_progress_bar_global_hook(lambda done, total, image, node_id: seen.append((done, image is not None)))
+    told: dict[str, Any] = {}
+    for method, seconds in (("none", 0.0), ("latent2rgb", 0.0), ("latent2rgb", 1000.0)):
+        seen.clear()
+        latent_preview.set_preview_method(method)
+        previews_module.settings.read = lambda seconds=seconds: settings.Settings(preview_interval_seconds=seconds)
+        ours = in_workers.InWorkers()
+        latent = {"samples": torch.zeros(1, 16, 3, 8, 8)}
+        nodes.common_ksampler(ours.attach(model), 3, 6, 1.0, "euler", "simple", text, text, latent)
+        told[f"{method}, {seconds:g} s"] = [ours.report.previews, sum(image for _, image in seen), seen[-1][0]]
+    other = previews_module.Audience(lambda *_: None)
+    told["another node's callback"] = [other.wants_latents, other.interval_s]
+    return told
+
+
 def main() -> None:
     models: dict[str, tuple[Any, Any]] = {}
     for name, options in FAMILIES.items():
@@ -175,7 +201,8 @@ def main() -> None:
         family = next(family for family in checkpoint.WRITERS if name.startswith(family))
         checkpoint.WRITERS[family](path, **options)
         models[name] = comfy.sd.load_diffusion_model(str(path)), str(path)
-    results = {name: run(case, models) for name, case in CASES.items()}
+    results: dict[str, Any] = {name: run(case, models) for name, case in CASES.items()}
+    results["previews"] = previews(swapped(models["hunyuan_video"][1]))
     running.stop_all()
     print(json.dumps(results))
 

@@ -159,12 +159,21 @@ def stored(server: ComfyServer, **values: Any) -> Iterator[None]:
     store(before)
 
 
-def test_a_setting_that_is_not_allowed_is_named(server: ComfyServer) -> None:
-    with stored(server, **{"Workers.Devices": "tpu"}):
+@pytest.mark.parametrize(
+    ("setting", "value", "said"),
+    [
+        ("Workers.Devices", "tpu", ("Default devices", "'tpu'")),
+        ("Sampler.PreviewIntervalSeconds", -1, ("Preview interval is -1", "allowed are 0 or more seconds")),
+    ],
+)
+def test_a_setting_that_is_not_allowed_is_named(
+    server: ComfyServer, setting: str, value: object, said: tuple[str, str]
+) -> None:
+    with stored(server, **{setting: value}):
         result = server.run(without_config(fresh(Setting())))
     assert result.status == "error"
-    assert "setting Sequence Parallel, Default devices" in result.message
-    assert "'tpu'" in result.message
+    for part in ("setting Sequence Parallel, ", *said):
+        assert part in result.message, result.message
 
 
 def test_the_log_level_decides_what_is_logged(server: ComfyServer) -> None:

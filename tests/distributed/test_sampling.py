@@ -234,9 +234,57 @@ def test_the_same_result_after_one_message(
             result, report = remote.sample(Sampling(setting).record(), on_step=on_step)
             assert group.messages - sent == report.messages == 1
             assert relative_difference(result, right) <= TOLERANCE
+            assert report.previews == len(shown)
+            for rank in remote.last_step:
+                assert 0 <= rank["exposed_s"] < rank["seconds"]
+                assert (rank["exposed_s"] > 0) == (group.layout.world_size > 1), "ranks wait between two passes"
     assert list(shown) == sorted(shown) and setting.steps - 1 in shown
     for step, denoised in shown.items():
         assert relative_difference(denoised, right_shown[step]) <= TOLERANCE
+
+
+@pytest.mark.parametrize(("interval_s", "most"), [(0.0, 40), (1000.0, 2), (None, 0)])
+def test_latents_travel_only_for_previews_that_are_due(
+    start_group: StartGroup, tiny_models: TinyModels, interval_s: float | None, most: int
+):
+    """None: nobody looks. Progress goes on all the same."""
+    setting = replace(SETTINGS["euler"], steps=40)
+    shown: list[int] = []
+    done: list[int] = []
+
+    def on_step(step: int, *_: Any) -> None:
+        shown.append(step)
+        done.append(step + 1)
+
+    with loaded(start_group("cpu,cpu"), tiny_models.path(**setting.model.checkpoint)) as remote:
+        assert remote.group is not None
+        _, report = remote.sample(
+            Sampling(setting).record(),
+            on_step=None if interval_s is None else on_step,
+            interval_s=interval_s or 0.0,
+            on_progress=lambda now, total: done.append(now),
+        )
+    assert report.previews == len(shown) <= most
+    if interval_s is not None:
+        assert shown[-1] == setting.steps - 1
+    if interval_s:
+        assert shown[0] < 5 and len(shown) == 2, "the first step and the last"
+    else:
+        assert interval_s is None or len(shown) > 3
+    assert done == sorted(set(done)) and done[-1] == setting.steps
+    assert len(done) > 5, "progress waited for previews"
+
+
+def test_two_previews_are_as_far_apart_as_asked(start_group: StartGroup, tiny_models: TinyModels):
+    setting = replace(SETTINGS["euler"], steps=60)
+    looked: list[float] = []
+    with loaded(start_group("cpu,cpu"), tiny_models.path(**setting.model.checkpoint)) as remote:
+        program = Sampling(setting).record()
+        _, quick = remote.sample(program)
+        interval = quick.seconds / 10
+        remote.sample(program, on_step=lambda *_: looked.append(time.monotonic()), interval_s=interval)
+    between = [later - earlier for earlier, later in pairwise(looked[:-1])]  # the last one is not waited for
+    assert between and sum(between) / len(between) >= 0.9 * interval
 
 
 def test_bf16(start_group: StartGroup, tiny_models: TinyModels):

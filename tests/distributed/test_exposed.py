@@ -1,0 +1,84 @@
+"""Exposed communication: a rank counts the time in which it had to wait for others, and nothing else."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from parallel.host.remote_model import RemoteModel
+from tests.distributed.exposed_ranks import LATE_S
+from tests.distributed.start_ranks import run_ranks
+from tests.distributed.tiny_models import Inputs, StartGroup, TinyModels, loaded
+
+LONG = Inputs(frames=4, height=32, width=32)
+TIMES = 4
+"""How many times slower rank 1 is made."""
+
+
+@pytest.fixture(scope="module")
+def waited(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, dict[str, Any]]]:
+    """The figures of both ranks, by kind of attention."""
+    folder = tmp_path_factory.mktemp("exposed")
+    (folder / "memory").touch()
+    return [json.loads(file) for file in run_ranks("tests.distributed.exposed_ranks", 2, folder, [folder / "memory"])]
+
+
+@pytest.mark.parametrize("kind", ["ulysses", "common memory", "ring"])
+def test_who_comes_first_waits_and_who_comes_late_does_not(waited: list[dict[str, dict[str, Any]]], kind: str):
+    if kind not in waited[0]:
+        pytest.skip("no common memory on this kind of machine")
+    early, late = (rank[kind]["exposed_s"] for rank in waited)
+    assert 0.8 * LATE_S <= early <= 2 * LATE_S
+    assert late <= 0.5 * LATE_S
+    assert all(0 < rank[kind]["copying_s"] <= 0.5 * LATE_S for rank in waited)
+
+
+def test_what_the_kernel_hides_does_not_count(waited: list[dict[str, dict[str, Any]]]):
+    """The other rank's keys arrive late, but before this one has finished with its own."""
+    assert all(rank["busy ring"]["exposed_s"] <= 0.5 * LATE_S for rank in waited), waited
+
+
+@pytest.fixture
+def model(start_group: StartGroup, tiny_models: TinyModels) -> Iterator[RemoteModel]:
+    group = start_group("cpu,cpu")
+    with loaded(group, tiny_models.path()) as remote:
+        yield remote
+        group.call("slow", {"times": [1, 1]})
+
+
+def quickest(model: RemoteModel) -> list[dict[str, Any]]:
+    """The step of three that other processes have disturbed least."""
+    steps = []
+    for _ in range(3):
+        model.step(*LONG.make())
+        steps.append(model.last_step)
+    return min(steps, key=lambda ranks: max(rank["seconds"] for rank in ranks))
+
+
+def test_a_slow_rank_makes_the_other_one_wait(model: RemoteModel):
+    even = quickest(model)
+    assert model.group is not None
+    model.group.call("slow", {"times": [1, TIMES]})
+    uneven = quickest(model)
+    computed = even[0]["seconds"] - even[0]["exposed_s"]
+    expected = uneven[0]["seconds"] - computed  # both end together
+    assert expected > computed, "rank 1 was not slow"
+    assert uneven[0]["exposed_s"] == pytest.approx(expected, rel=0.35)
+    assert uneven[1]["exposed_s"] < 0.25 * uneven[0]["exposed_s"]
+    shown = model.group.status()
+    assert shown["step"]["exposed_s"] == max(rank["exposed_s"] for rank in shown["ranks"]) > 0
+
+
+def test_one_rank_never_waits(start_group: StartGroup, tiny_models: TinyModels):
+    with loaded(start_group("cpu"), tiny_models.path()) as alone:
+        alone.step(*Inputs().make())
+        assert [(rank["exposed_s"], rank["copying_s"]) for rank in alone.last_step] == [(0.0, 0.0)]
+
+
+def test_ranks_that_share_no_sequence_do_not_wait_in_a_step(start_group: StartGroup, tiny_models: TinyModels):
+    with loaded(start_group("cpu,cpu"), tiny_models.path(), dp_degree=2) as apart:
+        apart.step(*Inputs(batch=2).make())
+        assert [rank["exposed_s"] for rank in apart.last_step] == [0.0, 0.0]
