@@ -120,6 +120,8 @@ class ParallelContext(StepContext):
         first_block: the first one's number; it grows through all steps of one call of the host.
     """
 
+    traffic: Traffic
+
     def __init__(self, ranks: Ranks, mesh: Mesh, control: ControlPage, first_block: int = 0):
         self.rank = mesh.sp_rank
         self._mesh = mesh
