@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -38,17 +36,13 @@ class Traffic:
         self.collectives += 1
         self.bytes_sent += bytes_sent
 
-    @contextmanager
-    def waiting(self) -> Iterator[None]:
-        """Around every wait for other ranks."""
-        with self._timed("exposed_s"):
-            yield
+    def waiting(self) -> _Interval:
+        """Around every wait for other ranks; a context manager."""
+        return _Interval(self, "exposed_s")
 
-    @contextmanager
-    def copying(self) -> Iterator[None]:
-        """Around copies to and from an exchange."""
-        with self._timed("copying_s"):
-            yield
+    def copying(self) -> _Interval:
+        """Around copies to and from an exchange; a context manager."""
+        return _Interval(self, "copying_s")
 
     def include(self, other: Traffic) -> None:
         """Adds what another one has counted; its events must have been read."""
@@ -61,7 +55,7 @@ class Traffic:
     def read_events(self) -> None:
         """Adds up what CUDA events say; when the device has done all that they lie between."""
         for figure, first, last in self._pairs:
-            self._count(figure, first.elapsed_time(last) / 1000)
+            self.count(figure, first.elapsed_time(last) / 1000)
         self._pairs.clear()
 
     def to_json(self) -> dict[str, Any]:
@@ -73,18 +67,36 @@ class Traffic:
             "copying_s": self.copying_s,
         }
 
-    @contextmanager
-    def _timed(self, figure: str) -> Iterator[None]:
-        if self.on_cuda:
-            first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            first.record()
-            yield
-            last.record()
-            self._pairs.append((figure, first, last))
-            return
-        began = time.perf_counter()
-        yield
-        self._count(figure, time.perf_counter() - began)
-
-    def _count(self, figure: str, seconds: float) -> None:
+    def count(self, figure: str, seconds: float) -> None:
+        """Adds to `exposed_s` or `copying_s`."""
         setattr(self, figure, getattr(self, figure) + seconds)
+
+    def count_between(self, figure: str, first: torch.cuda.Event, last: torch.cuda.Event) -> None:
+        """The same, when the device has come so far, see `read_events`."""
+        self._pairs.append((figure, first, last))
+
+
+class _Interval:
+    """Adds its length to a figure; nothing where an error ends it. There are a hundred or more of them in a step."""
+
+    __slots__ = ("_began", "_figure", "_first", "_traffic")
+
+    def __init__(self, traffic: Traffic, figure: str):
+        self._traffic, self._figure = traffic, figure
+
+    def __enter__(self) -> None:
+        if self._traffic.on_cuda:
+            self._first = torch.cuda.Event(enable_timing=True)
+            self._first.record()
+        else:
+            self._began = time.perf_counter()
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is not None:
+            return
+        if self._traffic.on_cuda:
+            last = torch.cuda.Event(enable_timing=True)
+            last.record()
+            self._traffic.count_between(self._figure, self._first, last)
+        else:
+            self._traffic.count(self._figure, time.perf_counter() - self._began)

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from ..plan import Range, SequencePlan, ranges, shares
 from .common_memory import CommonMemoryExchange
-from .exchange import CollectiveExchange, Coming, Exchange, Joined, Pieces
+from .exchange import CollectiveExchange, Exchange, Joined, Pieces
 from .traffic import Traffic
 
 T = TypeVar("T")
@@ -100,22 +100,20 @@ class UlyssesAttention:
         returning: list[Pieces] = []
         for i, heads in enumerate(self.chunks):
             assert coming is not None
-            received = self._receive(coming)
+            with self.traffic.waiting():
+                coming.wait()
+            with self.traffic.copying():
+                received = coming.read()
             coming = self._scatter(exchange, q, k, v, self.chunks[i + 1]) if i + 1 < len(self.chunks) else None
             returning.append(self._gather(exchange, self._attend(received, heads, batch, dim), heads))
         out = q.new_empty(tokens, batch, self.heads, dim)
         for heads, pieces in zip(self.chunks, returning, strict=True):
-            arrived = self._receive(pieces)
+            with self.traffic.waiting():
+                pieces.wait()
             with self.traffic.copying():
-                for piece, (first, last) in zip(arrived, heads, strict=True):
+                for piece, (first, last) in zip(pieces.read(), heads, strict=True):
                     out[:, :, first:last] = piece.view(tokens, batch, last - first, dim)
         return out.transpose(0, 1)
-
-    def _receive(self, coming: Coming[T]) -> T:
-        with self.traffic.waiting():
-            coming.wait()
-        with self.traffic.copying():
-            return coming.read()
 
     def _exchange(self, nbytes: int) -> Exchange:
         """The same choice on every rank; `nbytes` of one head of one token."""

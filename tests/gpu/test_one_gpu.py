@@ -11,6 +11,7 @@ import torch.nn.functional as F
 
 from parallel.attention.kernels import select
 from parallel.attention.merge import merge
+from parallel.attention.traffic import Traffic
 from parallel.config import SequenceParallelConfig
 from parallel.demo.checkpoint import write_tiny_hunyuan_video
 from parallel.host import running
@@ -56,6 +57,31 @@ def test_a_cuda_worker_agrees_with_a_cpu_worker(tmp_path: Path, scaled: str):
         results.append(model.step(x, torch.tensor([500.0]), conditioning))
     running.stop_all()
     assert ((results[1] - results[0]).abs().max() / results[0].abs().max()) <= 1e-3  # TF32 is off by default
+
+
+@pytest.mark.parametrize(("computing", "expected"), [(0, 1.0), (2, 0.0)])
+def test_only_what_the_stream_waits_for_is_exposed(computing: int, expected: float):
+    """A second stream works for a while, as an exchange does; the first one computes so many times as long, then waits.
+
+    Not yet run on a GPU.
+    """
+    cycles = 100_000_000
+    for _ in range(2):  # the first time warms up
+        traffic, measured = Traffic(on_cuda=True), [torch.cuda.Event(enable_timing=True) for _ in range(2)]
+        torch.cuda.synchronize()
+        other = torch.cuda.Stream()
+        with torch.cuda.stream(other):
+            measured[0].record()
+            torch.cuda._sleep(cycles)
+            measured[1].record()
+        torch.cuda._sleep(computing * cycles)
+        with traffic.waiting():
+            torch.cuda.current_stream().wait_event(measured[1])
+        assert traffic.exposed_s == 0, "read before the device was awaited"
+        torch.cuda.synchronize()
+        traffic.read_events()
+        while_s = measured[0].elapsed_time(measured[1]) / 1000
+    assert traffic.exposed_s == pytest.approx(expected * while_s, abs=0.1 * while_s)
 
 
 def sampled_on(device: str, path: Path) -> torch.Tensor:
