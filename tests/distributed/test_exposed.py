@@ -14,7 +14,7 @@ from tests.distributed.start_ranks import run_ranks
 from tests.distributed.tiny_models import Inputs, StartGroup, TinyModels, loaded
 
 LONG = Inputs(frames=4, height=32, width=32)
-TIMES = 4
+TIMES = 6
 """How many times slower rank 1 is made."""
 
 
@@ -49,25 +49,25 @@ def model(start_group: StartGroup, tiny_models: TinyModels) -> Iterator[RemoteMo
         group.call("slow", {"times": [1, 1]})
 
 
-def quickest(model: RemoteModel) -> list[dict[str, Any]]:
-    """The step of three that other processes have disturbed least."""
-    steps = []
-    for _ in range(3):
+def steps(model: RemoteModel) -> list[list[dict[str, Any]]]:
+    """What both ranks say of five steps, the one first that other processes have disturbed least."""
+    made = []
+    for _ in range(5):
         model.step(*LONG.make())
-        steps.append(model.last_step)
-    return min(steps, key=lambda ranks: max(rank["seconds"] for rank in ranks))
+        made.append(model.last_step)
+    return sorted(made, key=lambda ranks: max(rank["seconds"] for rank in ranks))
 
 
 def test_a_slow_rank_makes_the_other_one_wait(model: RemoteModel):
-    even = quickest(model)
+    before = min(ranks[0]["exposed_s"] for ranks in steps(model))
     assert model.group is not None
     model.group.call("slow", {"times": [1, TIMES]})
-    uneven = quickest(model)
-    computed = even[0]["seconds"] - even[0]["exposed_s"]
-    expected = uneven[0]["seconds"] - computed  # both end together
-    assert expected > computed, "rank 1 was not slow"
-    assert uneven[0]["exposed_s"] == pytest.approx(expected, rel=0.35)
-    assert uneven[1]["exposed_s"] < 0.25 * uneven[0]["exposed_s"]
+    quick, slow = steps(model)[0]
+    computed = slow["seconds"] - slow["exposed_s"]
+    expected = computed * (1 - 1 / TIMES)  # both end together, and the quick one has computed as much in less time
+    assert 0.4 * expected <= quick["exposed_s"] <= 1.5 * expected, "processes that sleep are timed more closely, above"
+    assert quick["exposed_s"] > 2 * before
+    assert slow["exposed_s"] < 0.25 * quick["exposed_s"]
     shown = model.group.status()
     assert shown["step"]["exposed_s"] == max(rank["exposed_s"] for rank in shown["ranks"]) > 0
 
