@@ -33,8 +33,9 @@ class StepCounter:
 
     def count(self, done: int) -> None:
         """So many steps have been done."""
+        first = self._sampling.step == 0
         self._sampling.advance(done)
-        if done == 1:
+        if first:
             show(executing_node(), describe(self._remote, self._sampling))
 
 

@@ -57,7 +57,7 @@ def test_the_latent_is_ksamplers(installation: Installation, tmp_path: Path, sam
     assert previews["none, 0 s"] == [0, 0, 6], "latents came back though nobody looks"
     assert previews["latent2rgb, 1000 s"] == [2, 2, 6], "the first step and the last"
     sent, shown, done = previews["latent2rgb, 0 s"]
-    assert sent == shown >= 2 and done == 6
+    assert sent >= shown >= 2 and done == 6  # the last one may come before the one before has been looked at
     assert previews["another node's callback"] == [True, 0.0]
     assert {"euler", "euler_ancestral", "heun", "dpmpp_2m", "dpmpp_2m_sde", "uni_pc", "lcm"} <= set(results)
     for case, result in results.items():

@@ -234,7 +234,7 @@ def test_the_same_result_after_one_message(
             result, report = remote.sample(Sampling(setting).record(), on_step=on_step)
             assert group.messages - sent == report.messages == 1
             assert relative_difference(result, right) <= TOLERANCE
-            assert report.previews == len(shown)
+            assert report.previews >= len(shown) > 0
             for rank in remote.last_step:
                 assert 0 <= rank["exposed_s"] < rank["seconds"]
                 assert (rank["exposed_s"] > 0) == (group.layout.world_size > 1), "ranks wait between two passes"
@@ -264,7 +264,7 @@ def test_latents_travel_only_for_previews_that_are_due(
             interval_s=interval_s or 0.0,
             on_progress=lambda now, total: done.append(now),
         )
-    assert report.previews == len(shown) <= most
+    assert len(shown) <= report.previews <= most, "the last one may come before another one has been looked at"
     if interval_s is not None:
         assert shown[-1] == setting.steps - 1
     if interval_s:
