@@ -75,7 +75,15 @@ def test_a_user_watches_cancels_meets_a_crash_and_restarts(front_end: FrontEnd, 
     first = panel.step()
     assert wait_until(lambda: panel.step() > first, timeout=60), "the panel does not count"
     text = panel.root.inner_text()
-    for part in ("Sampling", "ulysses 2 × ring 1 × cfg 1 × dp 1", "auto: Ulysses", "exchanges", "Rank 1 · cpu", "MiB"):
+    for part in (
+        "Sampling",
+        "ulysses 2 × ring 1 × cfg 1 × dp 1",
+        "auto: Ulysses",
+        "exchanges",
+        "Exposed",
+        "Rank 1 · cpu",
+        "MiB",
+    ):
         assert part in text, text
     assert panel.root.get_by_role("img", name=re.compile("weights, .* activations, .* free of")).count() == 2
     panel.page.screenshot(path=tmp_path / "sampling.png")
