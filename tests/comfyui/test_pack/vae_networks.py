@@ -21,24 +21,29 @@ _WAN = {
     "temperal_downsample": [False, True, True], "dropout": 0.0,
 }  # fmt: skip
 
+_HUNYUAN_15 = {
+    "block_out_channels": [128, 256, 512, 1024, 1024], "in_channels": 3, "out_channels": 3, "num_res_blocks": 2,
+    "ffactor_spatial": 16, "ffactor_temporal": 4, "downsample_match_channel": True, "upsample_match_channel": True,
+    "z_channels": 32,
+}  # fmt: skip
 
-def _engine(parameters: dict[str, Any]) -> nn.Module:
+
+def _engine(module: str, parameters: dict[str, Any], regularizer: str) -> nn.Module:
     parts = {
-        f"{part.lower()}_config": {
-            "target": f"comfy.ldm.modules.diffusionmodules.model.{part}", "params": parameters
-        }
+        f"{part.lower()}_config": {"target": f"{module}.{part}", "params": parameters}
         for part in ("Encoder", "Decoder")
-    }  # fmt: skip
-    regularizer = {"target": "comfy.ldm.models.autoencoder.DiagonalGaussianRegularizer"}
-    return comfy.ldm.models.autoencoder.AutoencodingEngine(regularizer_config=regularizer, **parts)
+    }
+    target = {"target": f"comfy.ldm.models.autoencoder.{regularizer}"}
+    return comfy.ldm.models.autoencoder.AutoencodingEngine(regularizer_config=target, **parts)
 
 
 NETWORKS: dict[str, Callable[[], nn.Module]] = {
-    "flux": lambda: _engine(_PICTURE),
+    "flux": lambda: _engine("comfy.ldm.modules.diffusionmodules.model", _PICTURE, "DiagonalGaussianRegularizer"),
     "hunyuan_video": lambda: comfy.ldm.models.autoencoder.AutoencoderKL(
         ddconfig={**_PICTURE, "conv3d": True, "time_compress": 4}, embed_dim=16
     ),
     "wan_2_1": lambda: comfy.ldm.wan.vae.WanVAE(dim=16, image_channels=3, conv_out_channels=3, **_WAN),
+    "hunyuan_video_15": lambda: _engine("comfy.ldm.hunyuan_video.vae_refiner", _HUNYUAN_15, "EmptyRegularizer"),
     "cogvideox": lambda: comfy.ldm.cogvideo.vae.AutoencoderKLCogVideoX(latent_channels=16),
 }
 
