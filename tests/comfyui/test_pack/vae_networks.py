@@ -49,10 +49,13 @@ NETWORKS: dict[str, Callable[[], nn.Module]] = {
 
 
 def make_vae(kind: str, seed: int = 0) -> comfy.sd.VAE:
-    """As Load VAE makes it from a file, in float32."""
+    """As Load VAE makes it from a file; in float32, but for the largest."""
     generator = torch.Generator().manual_seed(seed)
-    state = {name: _random(name, tensor, generator) for name, tensor in NETWORKS[kind]().state_dict().items()}
-    return comfy.sd.VAE(sd=state, dtype=torch.float32)
+    dtype = torch.bfloat16 if kind == "hunyuan_video_15" else torch.float32
+    with torch.device("meta"):
+        shapes = NETWORKS[kind]().state_dict()
+    state = {name: _random(name, tensor, generator).to(dtype) for name, tensor in shapes.items()}
+    return comfy.sd.VAE(sd=state, dtype=dtype)
 
 
 def _random(name: str, tensor: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
