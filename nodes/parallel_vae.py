@@ -77,7 +77,7 @@ class VAEInWorkers(comfy.sd.VAE):
     """ComfyUI's VAE, whose tiles are computed by the workers; for any node that takes a VAE."""
 
     def __init__(self, vae: comfy.sd.VAE, config: SequenceParallelConfig | None, tiling: dict[str, int]):
-        vars(self).update(vars(vae))
+        self.__dict__.update(vars(vae))
         self._config = config
         self._tiling = tiling
 

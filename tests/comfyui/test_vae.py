@@ -117,6 +117,22 @@ def test_the_result_of_large_networks_is_the_native_one_bit_for_bit(installation
 
 @pytest.mark.extended
 @pytest.mark.timeout(1500)
+@pytest.mark.parametrize(
+    "cases",
+    [
+        [case("wan_2_2", DECODE, [1, 48, 2, 5, 4], [TWO]), case("wan_2_2", ENCODE, [5, 80, 64, 3], [TWO])],
+        [case("mochi", DECODE, [1, 12, 2, 9, 8], [TWO]), case("mochi", ENCODE, [7, 72, 64, 3], [TWO])],
+        [case("ltxv", DECODE, [1, 128, 2, 3, 2], [TWO]), case("ltxv", ENCODE, [9, 96, 64, 3], [TWO])],
+        [case("flux2", DECODE, [1, 128, 5, 4], [TWO]), case("flux2", ENCODE, [1, 80, 64, 3], [TWO])],
+    ],
+    ids=["wan_2_2", "mochi", "ltxv", "flux2"],
+)
+def test_the_other_families_networks(installation: Installation, cases: list[dict]) -> None:
+    check(cases, run(installation, cases))
+
+
+@pytest.mark.extended
+@pytest.mark.timeout(900)
 def test_a_start_image_for_hunyuan_video_1_5(installation: Installation) -> None:
     """1.2 billion parameters; ComfyUI has no smaller one."""
     cases = [

@@ -6,8 +6,11 @@ from collections.abc import Callable
 from typing import Any
 
 import comfy.ldm.cogvideo.vae
+import comfy.ldm.genmo.vae.model
+import comfy.ldm.lightricks.vae.causal_video_autoencoder
 import comfy.ldm.models.autoencoder
 import comfy.ldm.wan.vae
+import comfy.ldm.wan.vae2_2
 import comfy.sd
 import torch
 from torch import nn
@@ -44,6 +47,12 @@ NETWORKS: dict[str, Callable[[], nn.Module]] = {
     ),
     "wan_2_1": lambda: comfy.ldm.wan.vae.WanVAE(dim=16, image_channels=3, conv_out_channels=3, **_WAN),
     "hunyuan_video_15": lambda: _engine("comfy.ldm.hunyuan_video.vae_refiner", _HUNYUAN_15, "EmptyRegularizer"),
+    "wan_2_2": lambda: comfy.ldm.wan.vae2_2.WanVAE(**_WAN | {"dim": 160, "z_dim": 48}),
+    "mochi": comfy.ldm.genmo.vae.model.VideoVAE,
+    "ltxv": comfy.ldm.lightricks.vae.causal_video_autoencoder.VideoVAE,
+    "flux2": lambda: comfy.ldm.models.autoencoder.AutoencoderKL(
+        ddconfig={**_PICTURE, "z_channels": 32, "batch_norm_latent": True}, embed_dim=32
+    ),
     "cogvideox": lambda: comfy.ldm.cogvideo.vae.AutoencoderKLCogVideoX(latent_channels=16),
 }
 
@@ -59,6 +68,8 @@ def make_vae(kind: str, seed: int = 0) -> comfy.sd.VAE:
 
 
 def _random(name: str, tensor: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    if name.endswith(("running_var", "std-of-means")):
+        return 1 + torch.rand(tensor.shape, generator=generator)
     if tensor.ndim < 2:
         value = torch.randn(tensor.shape, generator=generator) * 0.1
         return value + 1 if name.endswith(("weight", "gamma")) else value
