@@ -132,11 +132,13 @@ class VAEInWorkers(comfy.sd.VAE):
                 raise UnsupportedError("this VAE adds random noise to what it decodes; workers would draw other noise")
             result, tiles = _shared_out(function, self, patcher, direction)
         except UnsupportedError as error:
-            _tell_native(str(error))
-            return function(self)
-        devices = resolve(patcher.config).describe()
-        tell(executing_node(), f"{tiles} tiles on {devices} in {time.perf_counter() - began:.1f} s")
-        return result
+            reason = str(error)
+        else:
+            devices = resolve(patcher.config).describe()
+            tell(executing_node(), f"{tiles} tiles on {devices} in {time.perf_counter() - began:.1f} s")
+            return result
+        _tell_native(reason)  # out here, where the error no longer holds on to anything
+        return function(self)
 
 
 def _tell_native(reason: str) -> None:
