@@ -13,7 +13,7 @@ import subprocess
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 from ..config import Layout
 from ..wire.channel import ChannelClosed, Message
@@ -71,7 +71,7 @@ class Supervisor:
     def start(self) -> None:
         self._thread.start()
 
-    def send(self, rank: int, message: Message, fds: Sequence[int] = ()) -> None:
+    def send(self, rank: int, message: Message, fds: tuple[int, ...] = ()) -> None:
         """Where the worker has ended, its socket says so, and `on_end` is called."""
         with contextlib.suppress(ChannelClosed):
             self.workers[rank].channel.send(message, fds)
