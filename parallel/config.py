@@ -139,7 +139,7 @@ def resolve(config: SequenceParallelConfig) -> Layout:
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if devices is None:
         devices = tuple(WorkerDevice(name=f"cuda:{i}") for i in range(gpus)) or (WorkerDevice(name="cpu"),)
-        reason = f"auto: {gpus} visible GPUs" if gpus else "auto: no GPU is visible, so one CPU worker"
+        reason = f"auto: {gpus} visible GPU{'s' * (gpus > 1)}" if gpus else "auto: no GPU is visible, so one CPU worker"
     for device in devices:
         if device.type == "cuda" and int(device.name.partition(":")[2]) >= gpus:
             exist = ", ".join(f"cuda:{i}" for i in range(gpus)) or "no GPU (only cpu)"

@@ -127,8 +127,12 @@ class WorkerGroup:
                 if poll is not None:
                     poll()
                 if time.monotonic() - began > _START_TIMEOUT_S:
-                    late = [w.describe() for w in self._workers if not w.ready]
-                    failure = WorkerDiedError(f"{', '.join(late)} did not start within {_START_TIMEOUT_S:g} s", rank=0)
+                    late = [w for w in self._workers if not w.ready]
+                    names = ", ".join(w.describe() for w in late)
+                    failure = WorkerDiedError(
+                        f"{names} did not start within {_START_TIMEOUT_S:g} s{self._advice}{late[0].output_so_far()}",
+                        rank=late[0].rank,
+                    )
                     self._tell_failure(failure)
                     raise failure
         except BaseException:
@@ -454,7 +458,7 @@ class WorkerGroup:
         # Peers of the one that hangs wait for it, some as early as it hangs itself.
         behind = [w for w in silent if beats[w.rank] == min(beats[v.rank] for v in silent)]
         self._failure = WorkerDiedError(
-            f"{' or '.join(w.describe() for w in behind)} stopped answering in '{call.operation}'."
+            f"{' or '.join(w.describe() for w in behind)} stopped answering in '{call.operation}'{self._advice}."
             " The workers were stopped; the next prompt starts fresh ones",
             rank=behind[0].rank,
         )
@@ -462,6 +466,16 @@ class WorkerGroup:
         self._tell_failure(failure)
         self.stop()
         raise failure
+
+    @property
+    def _advice(self) -> str:
+        """What silent GPUs most often mean."""
+        if self.layout.device_type != "cuda" or self.layout.world_size == 1:
+            return ""
+        return (
+            "; often such GPUs cannot reach each other directly: start ComfyUI with the environment variable"
+            " NCCL_P2P_DISABLE=1 (NCCL_DEBUG=INFO tells more)"
+        )
 
     def _tell_failure(self, failure: WorkerError) -> None:
         """The group is lost: told once, also where a second rank reports what the first one caused."""

@@ -25,6 +25,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from .. import numerics
 from ..attention import kernels
 from ..attention.common_memory import CommonMemory
 from ..attention.traffic import Traffic
@@ -491,6 +492,7 @@ def main(settings: dict[str, Any]) -> None:
         sys.exit("the host is gone")
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C in a terminal reaches us too; the host decides
     torch.set_num_threads(settings["threads"])
+    numerics.apply(settings["switches"])
     device = torch.device(settings["device"])
     if device.type == "cuda":
         torch.cuda.set_device(device)
