@@ -97,6 +97,7 @@ class SequenceParallelPatcher(WorkersPatcher):
         super().cleanup()
         self.model.diffusion_model.load_weights = None
         self.unpatch_model(unpatch_weights=False)
+        self.remote.rest()
 
     # --- refused by name --------------------------------------------------------------------------------------------
 

@@ -128,10 +128,10 @@ class WorkerGroup:
                     poll()
                 if time.monotonic() - began > _START_TIMEOUT_S:
                     late = [w for w in self._workers if not w.ready]
-                    names = ", ".join(w.describe() for w in late)
+                    names = ", ".join(w.describe() for w in late) or "the workers"
+                    said = "".join(w.output_so_far() for w in late[:1])
                     failure = WorkerDiedError(
-                        f"{names} did not start within {_START_TIMEOUT_S:g} s{self._advice}{late[0].output_so_far()}",
-                        rank=late[0].rank,
+                        f"{names} did not start within {_START_TIMEOUT_S:g} s{self._advice}{said}", rank=0
                     )
                     self._tell_failure(failure)
                     raise failure
@@ -150,6 +150,10 @@ class WorkerGroup:
     @property
     def pids(self) -> list[int]:
         return [worker.process.pid for worker in self._workers]
+
+    def cached_on(self, device: str) -> int:
+        """Bytes of a GPU that its worker has taken and does not use, as it last said."""
+        return sum(worker.cached for worker in self._workers if worker.device.name == device)
 
     @property
     def busy(self) -> bool:
@@ -247,7 +251,9 @@ class WorkerGroup:
             Each rank's result.
 
         Raises:
-            WorkerError: a rank failed. Unless all ranks failed alike, the group has been ended.
+            WorkerError: a rank failed. Unless all ranks failed alike, with the same words, the group has been ended:
+                where one has stopped, others may be in the middle of an exchange. CUDA's words for too little memory
+                differ from device to device, so it ends the group.
         """
         with self._call_lock:
             self.settle(poll)
@@ -499,7 +505,7 @@ class WorkerGroup:
             if self._call is not None:
                 self._call.progress[worker.rank] = (message["done"], message["total"])
             return
-        worker.memory, worker.free = message["memory"], message["free"]
+        worker.memory, worker.free, worker.cached = message["memory"], message["free"], message["cached"]
         if (task := self._tasks.pop(message["id"], None)) is not None:
             task.reply = message
         if self._call is not None and message["id"] == self._call.number:

@@ -38,6 +38,7 @@ class WorkerProcess:
         gone: it has ended.
         memory: bytes in use when it last answered.
         free: bytes that its GPU had left then, whoever uses the others; None on a CPU.
+        cached: bytes of its GPU that it had taken then and did not use.
         total: bytes of its GPU, or of the system.
         title: its device's name, for people.
         last_lines: what it last wrote to its output.
@@ -50,6 +51,7 @@ class WorkerProcess:
         self.gone = False
         self.memory = 0
         self.free: int | None = None
+        self.cached = 0
         self.total = 0
         self.title = ""
         self.last_lines: deque[str] = deque(maxlen=30)
@@ -131,7 +133,7 @@ class WorkerProcess:
             text += f"; it had {self.memory / 2**20:.0f} MiB in use"
         if code == -signal.SIGKILL:
             text += "; if nobody ended it, the system ran out of memory (see dmesg)"
-        elif not self.ready:
+        elif code > 0 or not self.ready:
             text += self.output_so_far()
         return text
 
