@@ -10,6 +10,7 @@ import folder_paths
 from comfy_api.latest import io
 
 from ..parallel.config import SequenceParallelConfig
+from ..parallel.errors import ConfigError
 from .native_model import WEIGHT_DTYPES, load_native_model
 from .settings import default_config, read
 from .sp_config import SPConfig
@@ -32,7 +33,7 @@ class SPLoadDiffusionModel(io.ComfyNode):
             inputs=[
                 io.Combo.Input(
                     "unet_name",
-                    options=[*folder_paths.get_filename_list(_FOLDER), *_diffusers_folders()],
+                    options=_choices(),
                     tooltip="A checkpoint in models/diffusion_models, or a diffusers transformer folder there.",
                 ),
                 io.Combo.Input(
@@ -59,27 +60,57 @@ class SPLoadDiffusionModel(io.ComfyNode):
         return io.NodeOutput(model)
 
     @classmethod
-    def fingerprint_inputs(cls, **_: Any) -> str:
+    def fingerprint_inputs(cls, **inputs: Any) -> str:
         """Another setting of the default devices is another MODEL, though no input has changed."""
-        return read().devices
+        if "sp_config" in inputs:  # connected, so the setting does not count; ComfyUI gives None for it here
+            return ""
+        try:
+            return read().devices
+        except ConfigError as error:  # `execute` raises it; raised here, ComfyUI would only log it
+            return str(error)
 
 
-def _diffusers_folders() -> list[str]:
-    """Sub-folders of models/diffusion_models that hold a diffusers transformer."""
-    found = set()
-    for root in folder_paths.get_folder_paths(_FOLDER):
-        for config in Path(root).glob("**/config.json"):
-            try:
-                if "_class_name" in json.loads(config.read_text()):
-                    found.add(config.parent.relative_to(root).as_posix())
-            except (OSError, ValueError):
-                continue
-    return sorted(found)
+def _choices() -> list[str]:
+    """Single files and diffusers folders, but not the files in these folders: they are parts of a whole."""
+    folders = sorted({name for root in folder_paths.get_folder_paths(_FOLDER) for name in _diffusers_folders(root)})
+    files = [name for name in folder_paths.get_filename_list(_FOLDER) if Path(name).parent.as_posix() not in folders]
+    return files + folders
+
+
+_found: dict[str, tuple[dict[str, float], list[str]]] = {}
+"""Folder of models → its sub-folders' times of change, and the diffusers transformers in it."""
+
+
+def _diffusers_folders(root: str) -> list[str]:
+    """Sub-folders that hold a diffusers transformer, links followed.
+
+    They are searched again only when a folder has changed: ComfyUI asks whenever it describes or validates the node.
+    """
+    try:
+        if root in _found and all(Path(name).stat().st_mtime == time for name, time in _found[root][0].items()):
+            return _found[root][1]
+    except OSError:
+        pass  # a folder has gone
+    files, changed = folder_paths.recursive_search(root, excluded_dir_names=[".git"])
+    folders = [Path(name).parent.as_posix() for name in files if Path(name).name == "config.json"]
+    _found[root] = changed, [name for name in folders if _is_transformer(Path(root) / name)]
+    return _found[root][1]
+
+
+def _is_transformer(folder: Path) -> bool:
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(config, dict) and "Transformer" in str(config.get("_class_name"))
 
 
 def _full_path(unet_name: str) -> str:
     for root in folder_paths.get_folder_paths(_FOLDER):
-        folder = Path(root) / unet_name
-        if (folder / "config.json").is_file():
-            return str(folder)
+        path = Path(root) / unet_name
+        if (path / "config.json").is_file():
+            return str(path)
+        if path.is_file() and _is_transformer(path.parent):
+            folder = Path(unet_name).parent.as_posix()
+            raise ConfigError(f"unet_name is {unet_name!r}, a part of a diffusers folder; choose {folder!r}")
     return folder_paths.get_full_path_or_raise(_FOLDER, unet_name)

@@ -7,14 +7,18 @@ from typing import Any, Protocol
 import comfy.model_management
 import comfy.model_patcher
 import comfy.utils
+import torch
 
 from ..parallel.errors import WorkerOutOfMemoryError
-from ..parallel.host.group import Progress
+from ..parallel.host.group import Progress, WorkerGroup
 from .watching import LoadText
 
 
 class Remote(Protocol):
     """Weights in the workers."""
+
+    @property
+    def group(self) -> WorkerGroup | None: ...
 
     def unload(self) -> None: ...
 
@@ -35,6 +39,15 @@ class WorkersPatcher(comfy.model_patcher.ModelPatcher):
     def _load(self) -> None:
         """Brings the weights in the workers to what this clone says."""
         raise NotImplementedError
+
+    def get_free_memory(self, device: Any) -> Any:
+        """Also what the worker on this device has taken and does not use: its next step can have it.
+
+        Without it ComfyUI would find less room from the second step on, and might part a batch that was one before.
+        """
+        group, device = self.remote.group, torch.device(device)
+        cached = 0 if group is None else group.cached_on(f"{device.type}:{device.index or 0}")
+        return super().get_free_memory(device) + cached
 
     def partially_load(self, device_to: Any, extra_memory: int = 0, force_patch_weights: bool = False) -> int:
         """Runs before every use."""

@@ -98,9 +98,9 @@ def read() -> Settings:
 
 
 def _parse(stored: Mapping[str, Any]) -> Settings:
-    """A value that was cleared in the dialog (null) is the default."""
+    """A value that was cleared in the dialog (null, or an empty text) is the default."""
     values = {name: stored.get(key) for name, key in _IDS.items()}
-    return Settings(**{name: value for name, value in values.items() if value is not None})
+    return Settings(**{name: value for name, value in values.items() if value is not None and value != ""})
 
 
 def default_config() -> SequenceParallelConfig:

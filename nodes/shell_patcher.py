@@ -28,6 +28,7 @@ class SequenceParallelPatcher(WorkersPatcher):
             # ComfyUI does not call `detach` on models that it drops from its cache.
             model.sequence_parallel_finalizer = weakref.finalize(model, _forget, model.diffusion_model.remote)
             model.sequence_parallel_finalizer.atexit = False
+            model.sequence_parallel_device = load_device
 
     @property
     def remote(self) -> RemoteModel:
@@ -96,10 +97,13 @@ class SequenceParallelPatcher(WorkersPatcher):
         super().cleanup()
         self.model.diffusion_model.load_weights = None
         self.unpatch_model(unpatch_weights=False)
+        self.remote.rest()
 
     # --- refused by name --------------------------------------------------------------------------------------------
 
     def _refuse_patches(self) -> None:
+        if self.load_device != self.model.sequence_parallel_device:
+            raise refuse("Select Model Device", "choose the devices in SP Config")
         for name in self.object_patches:
             if name == "manual_cast_dtype":
                 raise refuse("ModelComputeDtype", "choose the dtype with ComfyUI's command line, or remove the node")
@@ -141,7 +145,7 @@ class SequenceParallelPatcher(WorkersPatcher):
         raise refuse("saving the model")
 
     def deepclone_multigpu(self, *args: Any, **kwargs: Any) -> NoReturn:
-        raise refuse("MultiGPU CFG Split", "remove it: the workers use all devices already")
+        raise refuse("MultiGPU CFG Split or Select Model Device", "remove it: SP Config chooses the devices")
 
     def patch_weight_to_device(self, *args: Any, **kwargs: Any) -> NoReturn:
         raise refuse("patching a weight")

@@ -65,10 +65,11 @@ def describe(remote: RemoteModel, sampling: Sampling) -> str:
     if group is None or group.figures.plan is None:
         return ""
     degrees, reason = group.figures.plan
+    chosen = group.layout.reason  # one GPU, though `auto` was to take all of them: the user should see it
     seconds = sampling.seconds_per_step
     above_1 = [f"{axis} {size}" for axis, size in dataclasses.asdict(degrees).items() if size > 1]
     timing = "" if seconds is None else f", {seconds:.2f} s per step"
-    return f"{' × '.join(reversed(above_1))}{timing} ({reason})" if above_1 else f"one device{timing}"
+    return f"{' × '.join(reversed(above_1))}{timing} ({reason})" if above_1 else f"one device{timing} ({chosen})"
 
 
 class LoadText:

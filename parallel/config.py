@@ -14,6 +14,8 @@ from .degrees import RequestedDegrees
 from .errors import ConfigError
 
 ATTENTION_KERNELS = ("auto", "sdpa", "cudnn", "flash", "sage")
+KERNEL_CAPABILITY = (8, 0)
+"""The least compute capability of a GPU for FlashAttention, cuDNN's attention and SageAttention."""
 
 _DEVICE = re.compile(r"(?P<type>[a-z]+)(:(?P<index>\d+))?(\*(?P<weight>\d+(\.\d+)?))?")
 
@@ -139,7 +141,7 @@ def resolve(config: SequenceParallelConfig) -> Layout:
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if devices is None:
         devices = tuple(WorkerDevice(name=f"cuda:{i}") for i in range(gpus)) or (WorkerDevice(name="cpu"),)
-        reason = f"auto: {gpus} visible GPUs" if gpus else "auto: no GPU is visible, so one CPU worker"
+        reason = f"auto: {gpus} visible GPU{'s' * (gpus > 1)}" if gpus else "auto: no GPU is visible, so one CPU worker"
     for device in devices:
         if device.type == "cuda" and int(device.name.partition(":")[2]) >= gpus:
             exist = ", ".join(f"cuda:{i}" for i in range(gpus)) or "no GPU (only cpu)"
@@ -147,6 +149,8 @@ def resolve(config: SequenceParallelConfig) -> Layout:
 
     if config.attention not in ("auto", "sdpa") and devices[0].type != "cuda":
         raise ConfigError(f"attention is {config.attention!r}, which needs CUDA devices; on the CPU use auto or sdpa")
+    if config.attention in ("cudnn", "flash", "sage"):
+        _require_capability(config.attention, devices)
     if config.attention == "sage" and importlib.util.find_spec("sageattention") is None:
         raise ConfigError(
             "attention is 'sage', but the package sageattention is not installed in this Python;"
@@ -161,6 +165,20 @@ def resolve(config: SequenceParallelConfig) -> Layout:
     )
     placement.check(config.weights, degrees)
     return Layout(devices=devices, degrees=degrees, attention=config.attention, reason=reason)
+
+
+def _require_capability(attention: str, devices: tuple[WorkerDevice, ...]) -> None:
+    for device in devices:
+        capability = torch.cuda.get_device_capability(device.name)
+        if capability < KERNEL_CAPABILITY:
+            raise ConfigError(
+                f"attention is {attention!r}, which needs GPUs of compute capability {_dotted(KERNEL_CAPABILITY)} or"
+                f" later; {device.name} has {_dotted(capability)}: use auto or sdpa"
+            )
+
+
+def _dotted(capability: tuple[int, int]) -> str:
+    return ".".join(map(str, capability))
 
 
 def _require_choice(knob: str, value: object, allowed: tuple[str, ...]) -> None:

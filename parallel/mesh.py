@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import datetime
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch.distributed as dist
 
 from .degrees import Degrees
+
+COLLECTIVE_TIMEOUT = datetime.timedelta(hours=1)
+"""Of every group; NCCL's own ten minutes are less than compiling may take. This is the last resort: peers of a failed
+rank are released by the host, which ends the group."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,4 +82,4 @@ def _group(parts: Sequence[range]) -> dist.ProcessGroup | None:
         return None
     if len(parts) == 1:
         return dist.group.WORLD
-    return dist.new_subgroups_by_enumeration([list(part) for part in parts])[0]
+    return dist.new_subgroups_by_enumeration([list(part) for part in parts], timeout=COLLECTIVE_TIMEOUT)[0]

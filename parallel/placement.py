@@ -71,6 +71,24 @@ def check(mode: str, degrees: RequestedDegrees) -> None:
         )
 
 
+def check_host_memory(nbytes: int, host: Memory, reason: str) -> None:
+    """Refuses an offload that would end in the system's killing of processes.
+
+    Args:
+        nbytes: of the one copy.
+        host: the machine's memory.
+        reason: for the offload.
+
+    Raises:
+        ConfigError: the copy does not fit.
+    """
+    if nbytes > host.free:
+        raise ConfigError(
+            f"weights 'offload' ({reason}) needs {_gib(nbytes)} of host memory for its copy, and {_gib(host.free)} are"
+            " free; use an fp8 file or weight_dtype, more or larger GPUs, or close other programs"
+        )
+
+
 def has_fsdp2() -> bool:
     """Whether PyTorch has `torch.distributed.fsdp.fully_shard`; told by its version, for the import takes seconds."""
     major, minor = torch.__version__.split(".")[:2]

@@ -37,4 +37,5 @@ def adapter_for(source: Source) -> Adapter:
         elif adapter.detect(source.tensors):
             return adapter()
     what = source.config.get("_class_name") if source.config is not None else "its tensor names are of no known family"
-    raise UnsupportedError(f"{source.path} is not supported yet ({what}); supported families: {', '.join(FAMILIES)}")
+    titles = "; ".join(adapter.title for adapter in FAMILIES.values())
+    raise UnsupportedError(f"{source.path} is not supported yet ({what}); supported families: {titles}")

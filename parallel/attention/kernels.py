@@ -18,11 +18,14 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from ..config import KERNEL_CAPABILITY
 from ..errors import UnsupportedError
 
 log = logging.getLogger("sequence_parallel")
 
 _HALF = (torch.float16, torch.bfloat16)
+_IN_ORDER = {"set_priority": True} if "set_priority" in inspect.signature(sdpa_kernel).parameters else {}
+"""Before PyTorch 2.6 a list of backends had no order."""
 
 
 class Kernel(ABC):
@@ -60,14 +63,14 @@ class Sdpa(Kernel):
         self._backends = list(backends) if backends else None
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        allowed = sdpa_kernel(self._backends, set_priority=True) if self._backends else contextlib.nullcontext()
+        allowed = sdpa_kernel(self._backends, **_IN_ORDER) if self._backends else contextlib.nullcontext()
         with allowed:
             return F.scaled_dot_product_attention(q, k, v)
 
     def with_lse(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         if q.device.type == "cpu":
             return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v)
-        if q.dtype in _HALF:
+        if q.dtype in _HALF and torch.cuda.get_device_capability(q.device) >= KERNEL_CAPABILITY:
             return torch.ops.aten._scaled_dot_product_flash_attention(q, k, v)[:2]
         out, lse, *_ = torch.ops.aten._scaled_dot_product_efficient_attention(q, k, v, None, True)
         return out, lse[..., : q.shape[2]]  # padded to a multiple of 32
@@ -80,13 +83,62 @@ class Sdpa(Kernel):
         return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(grad, q, k, v, out, lse, 0.0, False)
 
 
-class Cudnn(Sdpa):
-    name = "cudnn"
+class Auto(Sdpa):
+    """As `Sdpa`; without cuDNN from the first time that it promised a kernel and had none. Not yet run on a GPU.
+
+    A rank decides this by itself: it changes rounding, and no exchange.
+    """
+
+    name = "auto"
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        try:
+            return super().__call__(q, k, v)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            if self._backends is None or SDPBackend.CUDNN_ATTENTION not in self._backends:
+                raise
+            log.warning("attention auto: cuDNN has no kernel for this model (%s); going on without it", error)
+            self._backends.remove(SDPBackend.CUDNN_ATTENTION)
+            return super().__call__(q, k, v)
+
+
+class _HalfPrecision(Sdpa):
+    """One backend alone, which computes in half precision only."""
+
+    backend: ClassVar[SDPBackend]
 
     def __init__(self) -> None:
-        super().__init__([SDPBackend.CUDNN_ATTENTION])
+        super().__init__([self.backend])
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        self._check(q)
+        return super().__call__(q, k, v)
 
     def with_lse(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        self._check(q)
+        return super().with_lse(q, k, v)
+
+    def _check(self, q: Tensor) -> None:
+        if q.dtype not in _HALF:
+            raise UnsupportedError(
+                f"attention {self.name!r} computes in float16 and bfloat16, and this model runs in"
+                f" {str(q.dtype).removeprefix('torch.')}: use auto or sdpa"
+            )
+
+
+class Flash(_HalfPrecision):
+    name = "flash"
+    backend = SDPBackend.FLASH_ATTENTION
+
+
+class Cudnn(_HalfPrecision):
+    name = "cudnn"
+    backend = SDPBackend.CUDNN_ATTENTION
+
+    def with_lse(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        self._check(q)
         out, lse, *_ = torch.ops.aten._scaled_dot_product_cudnn_attention(q, k, v, None, True)
         return out, lse.reshape(q.shape[:3])
 
@@ -142,18 +194,18 @@ def select(name: str, device: torch.device) -> Kernel:
     `auto` lets PyTorch choose, with cuDNN first from compute capability 9.0 on, where it is the fastest of its exact
     kernels; `sdpa` is PyTorch's default order.
 
-    That it exists on this device has been checked by `config.resolve`.
+    `config.resolve` has checked that the device can run it; what depends on the model's dtype, the kernel checks.
     """
     if name == "sage":
         return Sage()
     if name == "cudnn":
         return Cudnn()
     if name == "flash":
-        return Sdpa([SDPBackend.FLASH_ATTENTION])
+        return Flash()
     if name == "auto" and device.type == "cuda":
         order = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
         if torch.cuda.get_device_capability(device) >= (9, 0):
             order.insert(0, SDPBackend.CUDNN_ATTENTION)
         log.info("attention auto: PyTorch SDPA, in the order %s", ", ".join(backend.name for backend in order))
-        return Sdpa(order)
+        return Auto(order)
     return Sdpa()

@@ -1,7 +1,7 @@
 """A group of worker processes, one per device: started once, called many times, ended together.
 
-Threads: one supervisor per group starts the processes and reads everything they say; it blocks in `select`, so an idle
-group costs no CPU. Calls run in the caller's thread, which waits in short slices so that it can be cancelled.
+Threads: each group has a supervisor, which starts the processes and reads what they say. Calls run in the caller's
+thread, which waits in short slices so that it can be cancelled.
 """
 
 from __future__ import annotations
@@ -11,22 +11,20 @@ import contextlib
 import itertools
 import logging
 import os
-import selectors
-import subprocess
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 from ..config import Layout
 from ..errors import EngineError, WorkerDiedError, WorkerError, WorkerOutOfMemoryError
-from ..wire.channel import ChannelClosed, Message
+from ..wire.channel import Message
 from ..wire.control import ControlPage
 from . import status
 from .memory import GroupMemory
 from .process import WorkerProcess
+from .supervisor import LEAVE_S, Supervisor
 
 log = logging.getLogger("sequence_parallel")
 
@@ -41,8 +39,6 @@ _STUCK_AFTER_S = 600.0
 """No rank has given a sign of life for so long: one of them hangs. A rank that compiles gives signs."""
 _DRAIN_TIMEOUT_S = 60.0
 """The same, for a call that has been cancelled."""
-_LEAVE_S = 2.0
-"""How long idle workers may take to end by themselves."""
 _GRACE_S = 1.0
 """How long peers of a failed rank may take to report, before the group is ended."""
 
@@ -85,10 +81,8 @@ class WorkerGroup:
 
     def __init__(self, layout: Layout, threads: int | None = None):
         self.layout = layout
-        self._threads = threads or _threads_per_worker(layout)
         self.generation = next(self._generations)
         self.messages = 0
-        self._workers: list[WorkerProcess] = []
         self._control = ControlPage.create()
         self.memory = GroupMemory()
         self.figures = status.GroupFigures()
@@ -99,15 +93,23 @@ class WorkerGroup:
         self._tasks: dict[int, Task] = {}
         """Those without an answer, by number."""
         self._numbers = itertools.count(1)
-        self._posted: deque[Message] = deque()
         self._failure: WorkerError | None = None
         self._told_failure = False
         self._closing = False
         self._stopped = "the workers were stopped"
-        self._store = os.memfd_create("sequence-parallel:store")
-        self._common = os.memfd_create("sequence-parallel:common")
-        self._wake_read, self._wake_write = os.pipe()
-        self._supervisor = threading.Thread(target=self._supervise, name="sequence-parallel", daemon=True)
+        self._supervisor = Supervisor(
+            layout,
+            threads or _threads_per_worker(layout),
+            self._control.fileno(),
+            self._changed,
+            on_message=self._on_message,
+            on_end=self._on_end,
+            on_failure=self._on_supervisor_failure,
+        )
+
+    @property
+    def _workers(self) -> list[WorkerProcess]:
+        return self._supervisor.workers
 
     # --- life ---------------------------------------------------------------------------------------------------
 
@@ -125,8 +127,12 @@ class WorkerGroup:
                 if poll is not None:
                     poll()
                 if time.monotonic() - began > _START_TIMEOUT_S:
-                    late = [w.describe() for w in self._workers if not w.ready]
-                    failure = WorkerDiedError(f"{', '.join(late)} did not start within {_START_TIMEOUT_S:g} s", rank=0)
+                    late = [w for w in self._workers if not w.ready]
+                    names = ", ".join(w.describe() for w in late) or "the workers"
+                    said = "".join(w.output_so_far() for w in late[:1])
+                    failure = WorkerDiedError(
+                        f"{names} did not start within {_START_TIMEOUT_S:g} s{self._advice}{said}", rank=0
+                    )
                     self._tell_failure(failure)
                     raise failure
         except BaseException:
@@ -138,12 +144,16 @@ class WorkerGroup:
     @property
     def alive(self) -> bool:
         """Whether all workers have met and none has failed."""
-        running = sum(worker.ready and not worker.gone for worker in self._workers)
-        return self._failure is None and not self._closing and running == self.layout.world_size
+        everyone = self._supervisor.running == self.layout.world_size
+        return self._failure is None and not self._closing and everyone
 
     @property
     def pids(self) -> list[int]:
         return [worker.process.pid for worker in self._workers]
+
+    def cached_on(self, device: str) -> int:
+        """Bytes of a GPU that its worker has taken and does not use, as it last said."""
+        return sum(worker.cached for worker in self._workers if worker.device.name == device)
 
     @property
     def busy(self) -> bool:
@@ -216,22 +226,13 @@ class WorkerGroup:
             self._stopped = reason
             self._closing = True
         atexit.unregister(self.stop)
-        for worker in self._workers:
-            with contextlib.suppress(ChannelClosed):
-                worker.channel.send({"op": "stop"})
-        self._end_processes()
-        self._wake()
-        if self._supervisor.ident is not None and threading.current_thread() is not self._supervisor:
-            self._supervisor.join(timeout=10)
+        self._supervisor.end(0.0 if self._failure is not None or self._call is not None or self._tasks else LEAVE_S)
         # A thread in the middle of a call leaves it first: it would touch what is closed here.
-        alone = self._call_lock.acquire(timeout=_LEAVE_S)
+        alone = self._call_lock.acquire(timeout=LEAVE_S)
         try:
-            os.close(self._store)
-            os.close(self._common)
+            self._supervisor.close()
             self.memory.close()
             self._control.close()
-            os.close(self._wake_read)
-            os.close(self._wake_write)
         finally:
             if alone:
                 self._call_lock.release()
@@ -250,7 +251,9 @@ class WorkerGroup:
             Each rank's result.
 
         Raises:
-            WorkerError: a rank failed. Unless all ranks failed alike, the group has been ended.
+            WorkerError: a rank failed. Unless all ranks failed alike, with the same words, the group has been ended:
+                where one has stopped, others may be in the middle of an exchange. CUDA's words for too little memory
+                differ from device to device, so it ends the group.
         """
         with self._call_lock:
             self.settle(poll)
@@ -309,8 +312,7 @@ class WorkerGroup:
         self._raise_failure()
         number, task = next(self._numbers), Task(rank, operation)
         self._tasks[number] = task
-        with contextlib.suppress(ChannelClosed):  # the supervisor sees it too, and says why
-            self._workers[rank].channel.send({"op": operation, "id": number, "segments": [], **message})
+        self._supervisor.send(rank, {"op": operation, "id": number, "segments": [], **message})
         return task
 
     def wait_for_tasks(self, condition: Callable[[], bool], poll: Poll | None = None) -> None:
@@ -342,8 +344,7 @@ class WorkerGroup:
 
         Takes no lock, so that a finalizer may call it in the middle of anything.
         """
-        self._posted.append({"op": operation, "id": 0, "segments": [], **message})
-        self._wake()
+        self._supervisor.post({"op": operation, "id": 0, "segments": [], **message})
 
     def _slowest(self, call: _Call) -> tuple[int, int]:
         return min(call.progress.values()) if len(call.progress) == len(self._workers) else (0, 0)
@@ -355,9 +356,8 @@ class WorkerGroup:
         self.messages += 1
         segments, fds = self.memory.announce()
         frame = {"op": operation, "id": call.number, "segments": segments, **message}
-        for worker in self._workers:
-            with contextlib.suppress(ChannelClosed):  # the supervisor sees it too, and says why
-                worker.channel.send(frame, fds)
+        for rank in range(len(self._workers)):
+            self._supervisor.send(rank, frame, fds)
         return call
 
     def settle(self, poll: Poll | None = None) -> None:
@@ -464,7 +464,7 @@ class WorkerGroup:
         # Peers of the one that hangs wait for it, some as early as it hangs itself.
         behind = [w for w in silent if beats[w.rank] == min(beats[v.rank] for v in silent)]
         self._failure = WorkerDiedError(
-            f"{' or '.join(w.describe() for w in behind)} stopped answering in '{call.operation}'."
+            f"{' or '.join(w.describe() for w in behind)} stopped answering in '{call.operation}'{self._advice}."
             " The workers were stopped; the next prompt starts fresh ones",
             rank=behind[0].rank,
         )
@@ -472,6 +472,16 @@ class WorkerGroup:
         self._tell_failure(failure)
         self.stop()
         raise failure
+
+    @property
+    def _advice(self) -> str:
+        """What silent GPUs most often mean."""
+        if self.layout.device_type != "cuda" or self.layout.world_size == 1:
+            return ""
+        return (
+            "; often such GPUs cannot reach each other directly: start ComfyUI with the environment variable"
+            " NCCL_P2P_DISABLE=1 (NCCL_DEBUG=INFO tells more)"
+        )
 
     def _tell_failure(self, failure: WorkerError) -> None:
         """The group is lost: told once, also where a second rank reports what the first one caused."""
@@ -488,96 +498,27 @@ class WorkerGroup:
         if self._closing:
             raise EngineError(self._stopped)
 
-    # --- supervisor thread --------------------------------------------------------------------------------------
+    # --- what the supervisor tells ------------------------------------------------------------------------------
 
-    def _supervise(self) -> None:
-        """Starts the workers, then reads what they say until the group ends.
-
-        The processes are started by this thread because they die with the thread that started them.
-        """
-        try:
-            with selectors.DefaultSelector() as selector:
-                selector.register(self._wake_read, selectors.EVENT_READ, None)
-                for rank in range(self.layout.world_size):
-                    if self._closing:
-                        break
-                    worker = WorkerProcess(
-                        rank,
-                        self.layout,
-                        threads=self._threads,
-                        store=self._store,
-                        common=self._common,
-                        control=self._control.fileno(),
-                    )
-                    self._workers.append(worker)
-                    selector.register(worker.channel, selectors.EVENT_READ, (worker, self._on_message))
-                    selector.register(worker.output, selectors.EVENT_READ, (worker, self._on_output))
-                self._listen(selector)
-        except Exception as error:
-            log.exception("the supervisor of the workers failed")
-            self._fail(WorkerDiedError(f"the workers could not be supervised: {error}", rank=len(self._workers)))
-        for worker in self._workers:
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                worker.process.wait(timeout=2 * _LEAVE_S)  # they die with this thread, so it stays until they have left
-            worker.close()
-
-    def _listen(self, selector: selectors.BaseSelector) -> None:
-        while not self._closing:
-            for key, _ in selector.select():
-                if key.data is None:
-                    os.read(self._wake_read, 64)
-                    self._send_posted()
-                    continue
-                worker, handler = key.data
-                if not handler(worker):
-                    selector.unregister(key.fileobj)
-
-    def _send_posted(self) -> None:
-        while self._posted:
-            message = self._posted.popleft()
-            for worker in self._workers:
-                with contextlib.suppress(ChannelClosed):
-                    worker.channel.send(message)
-
-    def _on_message(self, worker: WorkerProcess) -> bool:
-        try:
-            message, fds = worker.channel.receive()
-        except ChannelClosed:
-            self._on_end(worker)
-            return False
-        for fd in fds:
-            os.close(fd)
-        with self._changed:
-            if message.get("event") == "ready":
-                worker.ready, worker.title, worker.total = True, message["title"], message["total"]
-            elif message.get("event") == "log":
-                log.log(message["level"], "[rank %d] %s", worker.rank, message["text"])
-            elif message.get("event") == "progress":
-                if self._call is not None:
-                    self._call.progress[worker.rank] = (message["done"], message["total"])
-            else:
-                worker.memory, worker.free = message["memory"], message["free"]
-                if (task := self._tasks.pop(message["id"], None)) is not None:
-                    task.reply = message
-                if self._call is not None and message["id"] == self._call.number:
-                    self._call.replies[worker.rank] = message
-                    self._call.order.append(worker.rank)
-            self._changed.notify_all()
-        return True
-
-    def _on_output(self, worker: WorkerProcess) -> bool:
-        lines = worker.read_output()
-        for line in lines or ():
-            log.debug("[rank %d] %s", worker.rank, line)
-        return lines is not None
+    def _on_message(self, worker: WorkerProcess, message: Message) -> None:
+        if message.get("event") == "progress":
+            if self._call is not None:
+                self._call.progress[worker.rank] = (message["done"], message["total"])
+            return
+        worker.memory, worker.free, worker.cached = message["memory"], message["free"], message["cached"]
+        if (task := self._tasks.pop(message["id"], None)) is not None:
+            task.reply = message
+        if self._call is not None and message["id"] == self._call.number:
+            self._call.replies[worker.rank] = message
+            self._call.order.append(worker.rank)
 
     def _on_end(self, worker: WorkerProcess) -> None:
-        """A worker's socket closed: unless the group is ending, the worker died."""
-        worker.gone = True
-        if self._closing:
-            return
-        text = worker.describe_end(self._busy_with(worker.rank))
-        self._fail(WorkerDiedError(text + ". The next prompt starts fresh workers", rank=worker.rank))
+        if not self._closing:
+            text = worker.describe_end(self._busy_with(worker.rank))
+            self._fail(WorkerDiedError(text + ". The next prompt starts fresh workers", rank=worker.rank))
+
+    def _on_supervisor_failure(self, error: Exception) -> None:
+        self._fail(WorkerDiedError(f"the workers could not be supervised: {error}", rank=len(self._workers)))
 
     def _busy_with(self, rank: int) -> str | None:
         if self._call is not None:
@@ -589,27 +530,9 @@ class WorkerGroup:
             if self._failure is None:
                 self._failure = failure
             self._changed.notify_all()
-        for worker in self._workers:  # peers would wait for the dead rank in a collective
-            with contextlib.suppress(OSError):
-                worker.process.kill()
+        self._supervisor.kill()  # peers would wait for the dead rank in a collective
         log.error("%s", failure)
         self._tell_failure(failure)
-
-    def _end_processes(self) -> None:
-        """Lets idle workers leave by themselves, ends the others."""
-        patience = 0.0 if self._failure is not None or self._call is not None or self._tasks else _LEAVE_S
-        deadline = time.monotonic() + patience
-        for worker in self._workers:
-            try:
-                worker.process.wait(timeout=max(0.0, deadline - time.monotonic()))
-            except subprocess.TimeoutExpired:
-                worker.process.kill()
-        for worker in self._workers:
-            worker.process.wait()
-
-    def _wake(self) -> None:
-        with contextlib.suppress(OSError):
-            os.write(self._wake_write, b"x")
 
 
 def _threads_per_worker(layout: Layout) -> int:

@@ -13,7 +13,9 @@ from collections import deque
 from pathlib import Path
 from typing import Any
 
+from .. import numerics
 from ..config import Layout, WorkerDevice
+from ..wire import source_files
 from ..wire.channel import Channel, ChannelClosed
 from ..wire.control import SIZE as CONTROL_SIZE
 
@@ -36,6 +38,7 @@ class WorkerProcess:
         gone: it has ended.
         memory: bytes in use when it last answered.
         free: bytes that its GPU had left then, whoever uses the others; None on a CPU.
+        cached: bytes of its GPU that it had taken then and did not use.
         total: bytes of its GPU, or of the system.
         title: its device's name, for people.
         last_lines: what it last wrote to its output.
@@ -48,6 +51,7 @@ class WorkerProcess:
         self.gone = False
         self.memory = 0
         self.free: int | None = None
+        self.cached = 0
         self.total = 0
         self.title = ""
         self.last_lines: deque[str] = deque(maxlen=30)
@@ -63,6 +67,8 @@ class WorkerProcess:
             "store": store,
             "common": common,
             "threads": threads,
+            "switches": numerics.read(),
+            "source": source_files.AT_IMPORT,
         }
         flags = ["-s"] if sys.flags.no_user_site else []
         try:
@@ -127,9 +133,14 @@ class WorkerProcess:
             text += f"; it had {self.memory / 2**20:.0f} MiB in use"
         if code == -signal.SIGKILL:
             text += "; if nobody ended it, the system ran out of memory (see dmesg)"
-        elif not self.ready and (self.last_lines or self._unfinished):
-            text += "; its last lines:\n" + "\n".join([*self.last_lines, self._unfinished]).rstrip()
+        elif code > 0 or not self.ready:
+            text += self.output_so_far()
         return text
+
+    def output_so_far(self) -> str:
+        """Its last lines, for the end of a message; nothing when there are none."""
+        lines = "\n".join([*self.last_lines, self._unfinished]).rstrip()
+        return f"; its last lines:\n{lines}" if lines else ""
 
     def close(self) -> None:
         """Closes our ends of its socket and its output."""

@@ -48,6 +48,11 @@ class RemoteModel(RemoteWeights):
         if self._group is not None and self.loaded:
             self._group.post("forget_cache", {"model": self.name, "sampling": cache.number})
 
+    def rest(self) -> None:
+        """After a sampling, without waiting: GPUs get back what its activations took."""
+        if self._group is not None and self.loaded and self._layout.device_type == "cuda":
+            self._group.post("rest", {})
+
     def check(self, requests: Sequence[StepRequest], conditions: int = 1) -> None:
         """Everything that can be told of `steps` with these arguments before any work, and before there are weights.
 

@@ -14,7 +14,7 @@ from ..adapters.native import NativeTensors
 from ..checkpoints.source import Stored
 from ..config import resolve
 from ..errors import WorkerError
-from ..placement import Memory, Placement, bytes_on_device, choose, has_fsdp2
+from ..placement import Memory, Placement, bytes_on_device, check_host_memory, choose, has_fsdp2
 from ..quantise.selection import Selection, select
 from ..quantise.settings import (
     FP8Choice,
@@ -174,16 +174,22 @@ class RemoteWeights:
     def _place(self, group: WorkerGroup, poll: Poll | None, fp8: FP8Settings | None) -> Placement:
         """Settles where the weights go; asks the workers for their free memory only if that matters."""
         asked = self.recipe.config.weights
-        if asked != "auto":
+        if asked in ("replicate", "shard"):
             return Placement(mode=asked, reason="as asked")
         told = group.call("free memory", {}, poll=poll)
-        return choose(
-            self._whole_bytes(fp8),
-            [Memory(**rank["device"]) for rank in told],
-            Memory(**told[0]["host"]),
-            sharing=self._layout.degrees.sharing if has_fsdp2() else 1,
-            device_type=self._layout.device_type,
-        )
+        host, nbytes = Memory(**told[0]["host"]), self._whole_bytes(fp8)
+        placement = Placement(mode=asked, reason="as asked")
+        if asked == "auto":
+            placement = choose(
+                nbytes,
+                [Memory(**rank["device"]) for rank in told],
+                host,
+                sharing=self._layout.degrees.sharing if has_fsdp2() else 1,
+                device_type=self._layout.device_type,
+            )
+        if placement.mode == "offload":
+            check_host_memory(nbytes, host, placement.reason)
+        return placement
 
     def expected_bytes(self, fp8: FP8Settings | None = None) -> int:
         """Of weights on one worker's device when they are loaded; under `auto` as much as it may be."""

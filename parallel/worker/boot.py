@@ -29,4 +29,7 @@ if __name__ == "__main__":
     import_engine()
     from importlib import import_module
 
-    import_module(f"{ENGINE}.worker.loop").main(json.loads(sys.argv[1]))
+    settings = json.loads(sys.argv[1])
+    if settings["source"] != import_module(f"{ENGINE}.wire.source_files").AT_IMPORT:
+        sys.exit("the files of this pack have changed since ComfyUI was started, by an update perhaps: restart ComfyUI")
+    import_module(f"{ENGINE}.worker.loop").main(settings)

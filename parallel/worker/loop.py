@@ -25,6 +25,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from .. import numerics
 from ..attention import kernels
 from ..attention.common_memory import CommonMemory
 from ..attention.traffic import Traffic
@@ -55,8 +56,14 @@ _PR_SET_PDEATHSIG = 1
 _PROGRESS_INTERVAL_S = 0.1
 _BLOCKS_OF_A_PASS = 2**20
 """More than any step of a sampling enters."""
-_OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "cannot allocate memory")
-"""What errors of CUDA's, PyTorch's and the system's allocators say, whatever their class."""
+_OUT_OF_MEMORY = (
+    ("out of memory",),
+    ("can't allocate memory",),
+    ("cannot allocate memory",),
+    ("cublas_status_alloc_failed",),
+    ("cublas_status_not_initialized", "cublascreate"),
+)
+"""Words of errors of CUDA's, cuBLAS's, PyTorch's and the system's allocators, whatever their class."""
 
 
 class Worker:
@@ -102,6 +109,7 @@ class Worker:
             "unload": self._unload,
             "weights": self._weights,
             "forget_cache": self._forget_cache,
+            "rest": self._rest,
             "step": self._step,
             "sample": self._sample,
             "echo": self._echo,
@@ -132,7 +140,10 @@ class Worker:
                 reply = {"ok": True, "result": None, "cancelled": True}
             except BaseException as error:
                 reply = {"ok": False, "error": self._describe(error)}
-            self._channel.send({"id": message["id"], "memory": self._memory(), "free": self._free(), **reply})
+            figures: dict[str, int | None] = {"memory": 0, "free": None, "cached": 0}
+            with contextlib.suppress(RuntimeError):  # a device that has failed answers no more; the reply says why
+                figures = {"memory": self._memory(), "free": self._free(), "cached": self._cached()}
+            self._channel.send({"id": message["id"], **figures, **reply})
 
     # --- operations ---------------------------------------------------------------------------------------------
 
@@ -215,11 +226,21 @@ class Worker:
             model.forget_cache(message["sampling"])
         return {}
 
+    def _rest(self, message: Message) -> dict[str, Any]:
+        """After a sampling: other processes can have what its activations took. On a CPU keeping it is quicker, and the
+        system can reclaim it.
+
+        Not yet run on a GPU.
+        """
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()
+        return {}
+
     def _step(self, message: Message) -> dict[str, Any]:
         """Runs this rank's part of one or more requests; which samples are its group's follows from the degrees."""
         model = self._conditioned(message)
         assert self._control is not None
-        mesh = self._ranks.mesh(Degrees(**message["degrees"]))
+        mesh = self._mesh(message["degrees"], cached=message["cache"] is not None)
         with torch.no_grad():
             self._check(model, mesh)
             blocks = self._compiled(model, message["compile"], mesh)
@@ -241,7 +262,8 @@ class Worker:
         model = self._conditioned(message)
         assert self._control is not None
         control = self._control
-        meshes = [self._ranks.mesh(Degrees(**degrees)) for degrees in message["degrees"]]
+        cached = message["cache"] is not None
+        meshes = [self._mesh(degrees, cached=cached) for degrees in message["degrees"]]
         contexts: list[ParallelContext] = []
         traffic = Traffic()
         seconds, tallies = [0.0 for _ in meshes], [Tally() for _ in meshes]
@@ -266,17 +288,25 @@ class Worker:
         def told(done: int, total: int) -> None:
             self._channel.send({"event": "progress", "done": done, "total": total})
 
+        agreement = Agreement(self._device, traffic)
+        compilers: list[CompiledBlocks | None] = []
         with torch.no_grad():
-            for mesh in meshes:
-                self._check(model, mesh)
-            compilers = [self._compiled(model, message["compile"], mesh) for mesh in meshes]
+            stopped = False
+            try:
+                for mesh in meshes:
+                    self._check(model, mesh)
+                compilers += [self._compiled(model, message["compile"], mesh) for mesh in meshes]
+            except StepCancelled:  # in this rank's batch group; another one may just have finished
+                stopped = True
+            if agreement.any(stopped)[0]:
+                raise StepCancelled("stopped before the first pass")
             began = time.perf_counter()
             sampling = Sampling(
                 message,
                 rank=self._rank,
                 world_size=self._ranks.world_size,
                 tensor_at=self._tensor,
-                agreement=Agreement(self._device, traffic),
+                agreement=agreement,
                 cancel_requested=lambda: control.cancel_requested,
             )
             sampling.run(passes, told)
@@ -292,6 +322,14 @@ class Worker:
                 {"seconds": took, "cache": asdict(tally)} for took, tally in zip(seconds, tallies, strict=True)
             ],
         }
+
+    def _mesh(self, degrees: dict[str, int], *, cached: bool) -> Mesh:
+        """The mesh, and all groups that it needs: they are made by all ranks of the world together, and later a batch
+        group may stop before another one."""
+        mesh = self._ranks.mesh(Degrees(**degrees))
+        if cached:
+            self._ranks.total(mesh, Traffic())
+        return mesh
 
     def _conditioned(self, message: Message) -> ResidentModel:
         """The model of a message, with the conditioning that comes along."""
@@ -449,7 +487,8 @@ class Worker:
             self._segments[segment.name] = segment
 
     def _memory(self) -> int:
-        """Bytes in use: of the GPU by this process, or resident memory on a CPU."""
+        """Bytes that this process has taken: of the GPU by PyTorch's allocator, in use or cached; on a CPU what is
+        resident."""
         if self._device.type == "cuda":
             return torch.cuda.memory_reserved(self._device)
         return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
@@ -461,9 +500,19 @@ class Worker:
         """
         return int(torch.cuda.mem_get_info(self._device)[0]) if self._device.type == "cuda" else None
 
+    def _cached(self) -> int:
+        """Bytes of the GPU that this process has taken and does not use: free for its next step, and only for it.
+
+        Not yet run on a GPU.
+        """
+        if self._device.type != "cuda":
+            return 0
+        return torch.cuda.memory_reserved(self._device) - torch.cuda.memory_allocated(self._device)
+
     def _describe(self, error: BaseException) -> dict[str, Any]:
+        text = str(error).lower()
         out_of_memory = isinstance(error, torch.OutOfMemoryError | MemoryError)
-        out_of_memory = out_of_memory or any(words in str(error).lower() for words in _OUT_OF_MEMORY)
+        out_of_memory = out_of_memory or any(all(word in text for word in words) for words in _OUT_OF_MEMORY)
         return {
             "type": type(error).__name__,
             "message": str(error),
@@ -494,6 +543,7 @@ def main(settings: dict[str, Any]) -> None:
         sys.exit("the host is gone")
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C in a terminal reaches us too; the host decides
     torch.set_num_threads(settings["threads"])
+    numerics.apply(settings["switches"])
     device = torch.device(settings["device"])
     if device.type == "cuda":
         torch.cuda.set_device(device)

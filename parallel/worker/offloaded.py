@@ -7,6 +7,7 @@ belongs to no block on its device, and the blocks pass through (`passing`); for 
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 from collections.abc import Iterator
@@ -90,6 +91,9 @@ class Offloaded(Home):
         start = self._bytes(0, self._size).data_ptr()
         error = int(cuda.cudart().cudaHostRegister(start, self._size, 0))
         if error:
+            with contextlib.suppress(RuntimeError):  # CUDA keeps the error; PyTorch would raise it at its next kernel
+                torch.zeros(1, device=self._device).add_(1)
+                cuda.synchronize(self._device)
             log.warning(
                 "the copy of the weights in host memory cannot be page-locked (CUDA error %d): they will reach the"
                 " device more slowly; is the memory full?",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import collections
-import datetime
 
 import torch
 import torch.distributed as dist
@@ -16,12 +15,9 @@ from ..attention.traffic import Traffic
 from ..cache.blocks import Total
 from ..degrees import Degrees
 from ..errors import StepCancelled
-from ..mesh import Mesh
+from ..mesh import COLLECTIVE_TIMEOUT, Mesh
 from ..plan import SequencePlan
 from ..wire.control import ControlPage
-
-# Peers of a failed rank are released by the host, which ends the group; this is the last resort.
-_COLLECTIVE_TIMEOUT = datetime.timedelta(hours=1)
 
 _RUN_AHEAD = 2
 """Blocks that the host code may be ahead of a CUDA device, so that Cancel is quick and launches still overlap."""
@@ -40,7 +36,7 @@ def join(rank: int, world_size: int, device: torch.device, store: int) -> None:
         store=dist.FileStore(f"/proc/self/fd/{store}", world_size),
         rank=rank,
         world_size=world_size,
-        timeout=_COLLECTIVE_TIMEOUT,
+        timeout=COLLECTIVE_TIMEOUT,
         device_id=device if device.type == "cuda" else None,
     )
     dist.barrier()
@@ -102,7 +98,7 @@ class Ranks:
             parts = [range(start, start + sharing) for start in range(0, self.world_size, sharing)]
             group = self.mesh(Degrees(dp=len(parts), ulysses=sharing)).ulysses
             if self.device.type == "cuda":
-                group = dist.new_subgroups_by_enumeration([list(part) for part in parts])[0]
+                group = dist.new_subgroups_by_enumeration([list(part) for part in parts], timeout=COLLECTIVE_TIMEOUT)[0]
             assert group is not None, "more than one rank"
             self._weights_groups[sharing] = group
         return self._weights_groups[sharing]
@@ -146,7 +142,7 @@ class ParallelContext(StepContext):
             run_ahead = _RUN_AHEAD
             if len(self._events) == _RUN_AHEAD:
                 self._events.popleft().synchronize()
-            event = torch.cuda.Event()
+            event = torch.cuda.Event(blocking=True)  # a worker that waits for its GPU leaves its core to others
             event.record()
             self._events.append(event)
         self._control.beat(self._mesh.rank)

@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
@@ -21,7 +22,8 @@ from typing import Any
 import pytest
 import torch
 
-from parallel.config import SequenceParallelConfig, resolve
+from parallel import numerics
+from parallel.config import SequenceParallelConfig, WorkerDevice, resolve
 from parallel.errors import EngineError, WorkerDiedError, WorkerError, WorkerOutOfMemoryError
 from parallel.host import group as group_module
 from parallel.host import process as process_module
@@ -30,6 +32,7 @@ from parallel.host.group import WorkerGroup
 from parallel.host.recipe import Recipe
 from parallel.host.remote_model import RemoteModel
 from parallel.measure import QuietRounds
+from parallel.wire import source_files
 from parallel.wire.shared import lay_out
 from tests.distributed.process_facts import (
     address_space,
@@ -488,6 +491,29 @@ def test_a_worker_that_cannot_start_says_why(bare_group: WorkerGroup, monkeypatc
 
 
 @pytest.mark.slow
+def test_workers_start_with_the_hosts_switches_of_torch(bare_group: WorkerGroup, monkeypatch: pytest.MonkeyPatch):
+    """Here with one that torch does not know, so that it shows."""
+    switches = numerics.read() | {"float32_matmul_precision": "unheard-of"}
+    monkeypatch.setattr(numerics, "read", lambda: switches)
+    with pytest.raises(WorkerDiedError, match="unheard-of"):
+        bare_group.start()
+
+
+def test_workers_of_changed_files_say_so(bare_group: WorkerGroup, monkeypatch: pytest.MonkeyPatch):
+    """As after an update of the pack while ComfyUI runs."""
+    monkeypatch.setattr(source_files, "AT_IMPORT", "another")
+    with pytest.raises(WorkerDiedError, match=r"files of this pack have changed.*restart ComfyUI"):
+        bare_group.start()
+
+
+def test_silent_gpus_come_with_advice(bare_group: WorkerGroup, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("parallel.host.group._START_TIMEOUT_S", 0)
+    layout = replace(bare_group.layout, devices=tuple(WorkerDevice(name=f"cuda:{i}") for i in range(2)))
+    monkeypatch.setattr(bare_group, "layout", layout)
+    with pytest.raises(WorkerDiedError, match=r"did not start within 0 s.*NCCL_P2P_DISABLE=1"):
+        bare_group.start()
+
+
 def test_a_killed_host_leaves_no_worker_and_no_file(recipe: Recipe, tmp_path: Path):
     shm = set(Path("/dev/shm").iterdir())
     host = subprocess.Popen(

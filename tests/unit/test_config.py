@@ -14,9 +14,10 @@ from parallel.errors import ConfigError
 def gpus(monkeypatch: pytest.MonkeyPatch):
     """Pretends that this machine has so many GPUs."""
 
-    def pretend(count: int) -> None:
+    def pretend(count: int, capability: tuple[int, int] = (9, 0)) -> None:
         monkeypatch.setattr(torch.cuda, "is_available", lambda: count > 0)
         monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
 
     return pretend
 
@@ -163,6 +164,14 @@ def test_other_degrees_need_no_other_processes():
 def test_a_gpu_kernel_on_the_cpu_is_refused(attention: str):
     with pytest.raises(ConfigError, match=f"attention is '{attention}', which needs CUDA devices"):
         resolve(SequenceParallelConfig(devices="cpu", attention=attention))
+
+
+@pytest.mark.parametrize("attention", ["cudnn", "flash", "sage"])
+def test_a_kernel_that_a_gpu_is_too_old_for_is_refused(gpus, attention: str):
+    gpus(2, capability=(7, 5))
+    complaint = f"attention is '{attention}', which needs GPUs of compute capability 8.0 or later; cuda:0 has 7.5"
+    with pytest.raises(ConfigError, match=complaint):
+        resolve(SequenceParallelConfig(attention=attention))
 
 
 def test_a_kernel_whose_package_is_missing_is_refused(gpus, monkeypatch: pytest.MonkeyPatch):

@@ -10,8 +10,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend
 
-from parallel.attention.kernels import Sage, Sdpa, select
+from parallel.attention.kernels import Auto, Sage, Sdpa, select
 from parallel.attention.merge import merge
 from parallel.attention.ring import RingAttention
 from parallel.errors import UnsupportedError
@@ -118,4 +119,39 @@ def test_auto_never_takes_an_8_bit_kernel(monkeypatch: pytest.MonkeyPatch):
     sage(monkeypatch, sageattn_2)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     for device in (CPU, torch.device("cuda:0")):
-        assert type(select("auto", device)) is Sdpa
+        assert isinstance(select("auto", device), Sdpa)
+
+
+def test_auto_goes_on_without_cudnn_where_it_promises_a_kernel_and_has_none(monkeypatch: pytest.MonkeyPatch):
+    """PyTorch asks cuDNN beforehand, which may still find no plan."""
+    q, k, v = torch.randn(3, 1, 2, 5, 8)
+    expected = F.scaled_dot_product_attention(q, k, v)
+    tried = []
+
+    def attention(*tensors: torch.Tensor) -> torch.Tensor:
+        tried.append(tensors)
+        if len(tried) == 1:
+            raise RuntimeError("cuDNN Frontend error: No execution plans support the graph.")
+        return original(*tensors)
+
+    original = F.scaled_dot_product_attention
+    kernel = Auto([SDPBackend.CUDNN_ATTENTION, SDPBackend.MATH])
+    monkeypatch.setattr(F, "scaled_dot_product_attention", attention)
+    for _ in range(2):
+        assert torch.allclose(kernel(q, k, v), expected)
+    assert len(tried) == 3, "cuDNN was asked again"
+    with pytest.raises(RuntimeError, match="of another kind"):
+        monkeypatch.setattr(F, "scaled_dot_product_attention", _fails)
+        kernel(q, k, v)
+
+
+def _fails(*_: torch.Tensor) -> torch.Tensor:
+    raise RuntimeError("of another kind")
+
+
+@pytest.mark.parametrize("name", ["flash", "cudnn"])
+def test_kernels_of_half_precision_refuse_others_by_name(name: str):
+    q, k, v = torch.randn(3, 1, 2, 5, 8)
+    for call in (select(name, CPU), select(name, CPU).with_lse):
+        with pytest.raises(UnsupportedError, match=f"attention '{name}' computes in float16 and bfloat16.*float32"):
+            call(q, k, v)

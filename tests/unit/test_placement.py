@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from parallel.placement import Memory, bytes_on_device, choose
+from parallel.errors import ConfigError
+from parallel.placement import Memory, bytes_on_device, check_host_memory, choose
 from parallel.worker.free_memory import host_memory
 from parallel.worker.homes import share_of_rows
 
@@ -16,6 +17,13 @@ LARGE_HOST = Memory(free=200 * GIB, total=256 * GIB)
 
 def gpus(*free: float, total: float = 24) -> list[Memory]:
     return [Memory(free=int(gib * GIB), total=int(total * GIB)) for gib in free]
+
+
+def test_an_offload_that_the_host_has_no_room_for_is_refused():
+    host = Memory(free=30 * GIB, total=32 * GIB)
+    check_host_memory(26 * GIB, host, "as asked")
+    with pytest.raises(ConfigError, match=r"weights 'offload' \(as asked\) needs 40 GiB.*30 GiB are free"):
+        check_host_memory(40 * GIB, host, "as asked")
 
 
 # A 24 GB card has 24 − 1 − 2.4 for weights when it is empty.

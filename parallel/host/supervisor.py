@@ -1,0 +1,187 @@
+"""The thread that starts a group's processes and reads everything they say.
+
+It blocks in `select`, so an idle group costs no CPU.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import selectors
+import subprocess
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+
+from ..config import Layout
+from ..wire.channel import ChannelClosed, Message
+from .process import WorkerProcess
+
+log = logging.getLogger("sequence_parallel")
+
+LEAVE_S = 2.0
+"""How long idle workers may take to end by themselves."""
+
+
+class Supervisor:
+    """The processes of one layout, and what they say.
+
+    Args:
+        layout: devices and degrees.
+        threads: CPU threads of each worker.
+        control: descriptor of the control page.
+        changed: held for `on_message`, and notified after everything that a worker says.
+        on_message: called with a worker's answer or progress.
+        on_end: called with a worker that has ended although nobody has asked it to.
+        on_failure: called with what keeps this thread from going on.
+
+    Attributes:
+        workers: those that have been started.
+    """
+
+    def __init__(
+        self,
+        layout: Layout,
+        threads: int,
+        control: int,
+        changed: threading.Condition,
+        *,
+        on_message: Callable[[WorkerProcess, Message], None],
+        on_end: Callable[[WorkerProcess], None],
+        on_failure: Callable[[Exception], None],
+    ):
+        self.workers: list[WorkerProcess] = []
+        self._layout, self._threads, self._control = layout, threads, control
+        self._changed = changed
+        self._tell_message, self._tell_end, self._tell_failure = on_message, on_end, on_failure
+        self._ending = False
+        self._posted: deque[Message] = deque()
+        self._store = os.memfd_create("sequence-parallel:store")
+        self._common = os.memfd_create("sequence-parallel:common")
+        self._wake_read, self._wake_write = os.pipe()
+        self._thread = threading.Thread(target=self._run, name="sequence-parallel", daemon=True)
+
+    @property
+    def running(self) -> int:
+        """How many workers have met the others and have not ended."""
+        return sum(worker.ready and not worker.gone for worker in self.workers)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def send(self, rank: int, message: Message, fds: tuple[int, ...] = ()) -> None:
+        """Where the worker has ended, its socket says so, and `on_end` is called."""
+        with contextlib.suppress(ChannelClosed):
+            self.workers[rank].channel.send(message, fds)
+
+    def post(self, message: Message) -> None:
+        """Sends it to all workers from this thread: takes no lock and does not wait."""
+        self._posted.append(message)
+        self._wake()
+
+    def kill(self) -> None:
+        for worker in self.workers:
+            with contextlib.suppress(OSError):
+                worker.process.kill()
+
+    def end(self, patience: float) -> None:
+        """Asks the workers to leave, ends those that have not in `patience` seconds, and then the thread."""
+        self._ending = True
+        for rank in range(len(self.workers)):
+            self.send(rank, {"op": "stop"})
+        deadline = time.monotonic() + patience
+        for worker in self.workers:
+            try:
+                worker.process.wait(timeout=max(0.0, deadline - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                worker.process.kill()
+        for worker in self.workers:
+            worker.process.wait()
+        self._wake()
+        if self._thread.ident is not None and threading.current_thread() is not self._thread:
+            self._thread.join(timeout=10)
+
+    def close(self) -> None:
+        """Closes what it holds open; to be called after `end`."""
+        for descriptor in (self._store, self._common, self._wake_read, self._wake_write):
+            os.close(descriptor)
+        self._wake_write = -1  # a late `post` must not write to a file that has got the number since
+
+    # --- in the thread ------------------------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        """The processes are started by this thread because they die with the thread that started them."""
+        try:
+            with selectors.DefaultSelector() as selector:
+                selector.register(self._wake_read, selectors.EVENT_READ, None)
+                for rank in range(self._layout.world_size):
+                    if self._ending:
+                        break
+                    worker = WorkerProcess(
+                        rank,
+                        self._layout,
+                        threads=self._threads,
+                        store=self._store,
+                        common=self._common,
+                        control=self._control,
+                    )
+                    self.workers.append(worker)
+                    selector.register(worker.channel, selectors.EVENT_READ, (worker, self._on_message))
+                    selector.register(worker.output, selectors.EVENT_READ, (worker, self._on_output))
+                self._listen(selector)
+        except Exception as error:
+            log.exception("the supervisor of the workers failed")
+            self._tell_failure(error)
+        for worker in self.workers:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                worker.process.wait(timeout=2 * LEAVE_S)  # they die with this thread, so it stays until they have left
+            worker.close()
+
+    def _listen(self, selector: selectors.BaseSelector) -> None:
+        while not self._ending:
+            for key, _ in selector.select():
+                if key.data is None:
+                    os.read(self._wake_read, 64)
+                    self._send_posted()
+                    continue
+                worker, handler = key.data
+                if not handler(worker):
+                    selector.unregister(key.fileobj)
+
+    def _send_posted(self) -> None:
+        while self._posted:
+            message = self._posted.popleft()
+            for rank in range(len(self.workers)):
+                self.send(rank, message)
+
+    def _on_message(self, worker: WorkerProcess) -> bool:
+        try:
+            message, fds = worker.channel.receive()
+        except ChannelClosed:
+            worker.gone = True
+            if not self._ending:
+                self._tell_end(worker)
+            return False
+        for fd in fds:
+            os.close(fd)
+        with self._changed:
+            if message.get("event") == "ready":
+                worker.ready, worker.title, worker.total = True, message["title"], message["total"]
+            elif message.get("event") == "log":
+                log.log(message["level"], "[rank %d] %s", worker.rank, message["text"])
+            else:
+                self._tell_message(worker, message)
+            self._changed.notify_all()
+        return True
+
+    def _on_output(self, worker: WorkerProcess) -> bool:
+        lines = worker.read_output()
+        for line in lines or ():
+            log.debug("[rank %d] %s", worker.rank, line)
+        return lines is not None
+
+    def _wake(self) -> None:
+        with contextlib.suppress(OSError):
+            os.write(self._wake_write, b"x")
