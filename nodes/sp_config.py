@@ -25,8 +25,8 @@ class SPConfigNode(io.ComfyNode):
             display_name="SP Config",
             category="sequence parallel",
             description=(
-                "Devices and degrees for the (SP) loaders. The defaults use every GPU. The product of the degrees"
-                " must be the number of devices."
+                "Devices and degrees for Load Diffusion Model (SP) and the VAE nodes. The defaults use every GPU. The"
+                " product of the degrees must be the number of devices."
             ),
             inputs=[
                 io.String.Input(
@@ -40,7 +40,11 @@ class SPConfigNode(io.ComfyNode):
                     "ring_degree",
                     "Number of devices that pass keys and values around a ring; for more devices than heads.",
                 ),
-                degree("cfg_degree", "Number of groups. 2: cond and uncond side by side, each on half of the devices."),
+                degree(
+                    "cfg_degree",
+                    "Number of groups. 2: the positive and the negative prompt side by side, each on half of the"
+                    " devices (CFG above 1).",
+                ),
                 degree("dp_degree", "Number of groups of devices that share the samples of a batch."),
                 io.Combo.Input(
                     "weights",
