@@ -83,7 +83,7 @@ class RequestedDegrees:
         cfg = self.cfg
         if not cfg and conditions > 1 and (degrees := self._fill(cfg=2, heads=heads)):
             if not sharded:
-                return degrees, "auto: cond and uncond side by side"
+                return degrees, "auto: positive and negative prompt side by side"
             reasons.append("auto: cond and uncond one after the other, since their ranks share the weights")
         degrees = self._fill(cfg=cfg or 1, heads=heads)
         if degrees is None:  # only with cfg 2 do the others fit

@@ -68,7 +68,7 @@ def test_the_reason_names_what_was_chosen():
     def reason(conditions: int, heads: int, **asked: int) -> str:
         return RequestedDegrees(world_size=2, **asked).choose(conditions=conditions, heads=heads)[1]
 
-    assert "cond and uncond side by side" in reason(2, 24)
+    assert "positive and negative prompt side by side" in reason(2, 24)
     assert "Ulysses" in reason(1, 24)
     assert "fewer heads than ranks" in reason(1, 1)
     assert reason(1, 24, ulysses=2, ring=1, cfg=1, dp=1) == "as asked"
