@@ -7,6 +7,9 @@ import { loadTranslations, t } from "./panel/text.js";
 import { TAB_ID, setBadge, topbarBadges, watchTrouble } from "./panel/trouble.js";
 import { settings } from "./settings.js";
 
+let show;
+watchTrouble(new Promise((resolve) => (show = resolve)));
+
 app.registerExtension({
   name: "SequenceParallel",
   settings,
@@ -14,7 +17,6 @@ app.registerExtension({
     return topbarBadges();
   },
   async setup() {
-    watchTrouble();
     await loadTranslations();
     addStyles();
     let panel = null;
@@ -35,6 +37,7 @@ app.registerExtension({
         container.style.height = "100%";
       },
     });
+    show();
   },
 });
 

@@ -26,10 +26,14 @@ def tell(node_id: str | None, text: str) -> None:
     show(node_id, text)
 
 
-def tell_fallback(node_id: str | None, text: str) -> None:
-    """The same, and a notice in the browser: something runs other than the user may think."""
+def tell_fallback(node_id: str | None, text: str, notice: str | None = None) -> None:
+    """The same, and a notice in the browser: something runs other than the user may think.
+
+    Args:
+        notice: the text without what differs each time, such as a duration: the browser shows equal ones once.
+    """
     tell(node_id, text)
-    status.tell(status.FALLBACK, text)
+    status.tell(status.FALLBACK, notice or text)
 
 
 def executing_node() -> str | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -12,6 +12,10 @@ from tests.browser.frontend import FrontEnd
 from tests.comfyui.graphs import GraphBuilder, Setting, Swapped, add_sampling, fresh, sampling_graph
 from tests.comfyui.installation import PACK_NAME
 from tests.comfyui.processes import wait_until
+from tests.distributed.process_facts import limit_memory
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Locator
 
 pytestmark = [pytest.mark.comfyui, pytest.mark.browser]
 
@@ -45,8 +49,15 @@ class Panel:
         self.root.get_by_text(re.compile(text)).first.wait_for(timeout=TIMEOUT_MS)
         return self.root.inner_text()
 
+    def toasts(self, text: str) -> Locator:
+        """The toasts that match."""
+        # Up to 1.49 they are PrimeVue's, later items of a list.
+        return self.page.locator(".p-toast-message, li[role='alert'], li[role='status']").filter(
+            has_text=re.compile(text)
+        )
+
     def wait_for_toast(self, text: str) -> None:
-        self.page.locator(".p-toast").get_by_text(re.compile(text)).first.wait_for(timeout=TIMEOUT_MS)
+        self.toasts(text).first.wait_for(timeout=TIMEOUT_MS)
 
     def step(self) -> int:
         """How many steps are shown as done."""
@@ -111,6 +122,55 @@ def test_a_user_watches_cancels_meets_a_crash_and_restarts(front_end: FrontEnd, 
     assert front_end.run(timeout=120)["status"]["status_str"] == "success"
     panel.wait_for("Step 3 of 3")
     assert [worker.pid for worker in server.workers()] == workers, "the prompt started others"
+    assert not console_messages(front_end)
+
+
+@pytest.mark.slow
+def test_out_of_memory_is_told_with_what_to_do(front_end: FrontEnd, tmp_path: Path) -> None:
+    """The system refuses one worker the memory for a large video."""
+    panel, server = Panel(front_end), front_end.server
+    front_end.load_graph(sampling_graph(fresh(Setting()), Swapped()))
+    assert front_end.run(timeout=120)["status"]["status_str"] == "success"
+    workers = server.workers()
+    limit_memory(workers[-1].pid, spare=32 << 20)
+    front_end.load_graph(sampling_graph(fresh(Setting(width=512, height=512, length=33)), Swapped()))
+    assert front_end.run(timeout=120)["status"]["status_str"] == "error"
+
+    reason = r"worker rank \d \(cpu, pid \d+\) failed in '\w+'.*Use a smaller size or fewer frames"
+    panel.wait_for_toast("Out of memory in a worker")
+    panel.wait_for_toast(reason)
+    assert front_end.page.locator(".workflow-tabs-container").get_by_text("Workers failed").count() == 1
+    shown = panel.wait_for(reason)
+    assert re.search(r"Rank \d · cpu\s+Failed", shown), shown
+    panel.page.screenshot(path=tmp_path / "out-of-memory.png")
+    details = front_end.error_details()
+    front_end.page.screenshot(path=tmp_path / "dialog.png")
+    assert re.search(reason, details), details
+    assert "ran out of memory" in details, "ComfyUI does not take it for what it is"
+
+    front_end.load_graph(sampling_graph(fresh(Setting()), Swapped()))
+    assert front_end.run(timeout=120)["status"]["status_str"] == "success"
+    assert not {worker.pid for worker in workers} & {worker.pid for worker in server.workers()}
+    assert front_end.page.locator(".workflow-tabs-container").get_by_text("Workers failed").count() == 0
+    assert not console_messages(front_end)
+
+
+def test_what_does_not_run_in_parallel_is_told_once(front_end: FrontEnd, tmp_path: Path) -> None:
+    """Sampler (SP) with a sampler that decides by its results how to go on; and the same once more."""
+    setting = Setting(chain="sp_sampler", sampler="dpm_adaptive")
+    panel = Panel(front_end)
+    reason = r"Sampler \(SP\): sampled step by step, as by KSampler: "
+    front_end.load_graph(sampling_graph(fresh(setting), Swapped()))
+    assert front_end.run(timeout=120)["status"]["status_str"] == "success"
+    panel.wait_for_toast("Not run in parallel")
+    panel.wait_for_toast(reason)
+    assert re.search(r"Sampler \(SP\): sampled step by step, as by KSampler, in \d+\.\d s: ", front_end.text())
+    panel.page.screenshot(path=tmp_path / "fallback.png")
+    front_end.load_graph(sampling_graph(fresh(setting), Swapped()))
+    assert front_end.run(timeout=120)["status"]["status_str"] == "success"
+    front_end.page.wait_for_timeout(500)
+    assert panel.toasts(reason).count() == 1
+    assert front_end.page.locator(".workflow-tabs-container").get_by_text("Workers failed").count() == 0
     assert not console_messages(front_end)
 
 

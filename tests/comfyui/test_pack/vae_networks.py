@@ -9,6 +9,8 @@ import comfy.ldm.cogvideo.vae
 import comfy.ldm.models.autoencoder
 import comfy.ldm.wan.vae
 import comfy.sd
+import comfy.taesd.taehv
+import comfy.taesd.taesd
 import torch
 from torch import nn
 
@@ -40,14 +42,21 @@ NETWORKS: dict[str, Callable[[], nn.Module]] = {
     ),
     "wan_2_1": lambda: comfy.ldm.wan.vae.WanVAE(dim=16, image_channels=3, conv_out_channels=3, **_WAN),
     "cogvideox": lambda: comfy.ldm.cogvideo.vae.AutoencoderKLCogVideoX(latent_channels=16),
+    # The small ones for previews. Latents of the same channels and sizes as those of:
+    "tiny_flux": lambda: comfy.taesd.taesd.TAESD(latent_channels=16),
+    "tiny_flux2": lambda: comfy.taesd.taesd.TAESD(latent_channels=128),
+    "tiny_mochi": lambda: comfy.taesd.taehv.TAEHV(latent_channels=12),
+    "tiny_hunyuan_video_15": lambda: comfy.taesd.taehv.TAEHV(latent_channels=32),
+    "tiny_ltxv": lambda: comfy.taesd.taehv.TAEHV(latent_channels=128),
 }
+_METADATA = {"tiny_flux2": {"tae_latent_channels": 128}}
 
 
 def make_vae(kind: str, seed: int = 0) -> comfy.sd.VAE:
     """As Load VAE makes it from a file, in float32."""
     generator = torch.Generator().manual_seed(seed)
     state = {name: _random(name, tensor, generator) for name, tensor in NETWORKS[kind]().state_dict().items()}
-    return comfy.sd.VAE(sd=state, dtype=torch.float32)
+    return comfy.sd.VAE(sd=state, dtype=torch.float32, metadata=_METADATA.get(kind))
 
 
 def _random(name: str, tensor: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
