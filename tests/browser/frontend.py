@@ -9,6 +9,7 @@ import urllib.request
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tests.comfyui.installation import PACK_NAME
 from tests.comfyui.processes import wait_until
 from tests.comfyui.server import ComfyServer, Graph
 
@@ -91,8 +92,11 @@ class FrontEnd:
     def __init__(self, browser: Browser, server: ComfyServer) -> None:
         self.server = server
         self.errors: list[str] = []
+        self.requests: list[str] = []
+        """Addresses, from the first one on."""
         self.page = browser.new_page(viewport={"width": 1600, "height": 1000})
         self.page.route("**/*", self._stay_on_this_machine)
+        self.page.on("request", lambda request: self.requests.append(request.url))
         self.page.on("pageerror", lambda error: self.errors.append(f"{error}\n{error.stack or ''}"))
         self.page.on("console", self._note_console_error)
         _skip_the_tutorial(server)
@@ -205,6 +209,10 @@ class FrontEnd:
         self.page.wait_for_timeout(500)
         self.page.screenshot(path=path)
         return path
+
+    def own_errors(self) -> list[str]:
+        """Errors and warnings in the console that name this pack."""
+        return [error for error in self.errors if PACK_NAME in error or "sequence_parallel" in error]
 
     def _let_messages_appear(self) -> None:
         self.page.wait_for_timeout(1000)

@@ -10,7 +10,6 @@ import pytest
 
 from tests.browser.frontend import FrontEnd
 from tests.comfyui.graphs import GraphBuilder, Setting, Swapped, add_sampling, fresh, sampling_graph
-from tests.comfyui.installation import PACK_NAME
 from tests.comfyui.processes import wait_until
 from tests.distributed.process_facts import limit_memory
 
@@ -65,11 +64,6 @@ class Panel:
         return int(found[1]) if found else 0
 
 
-def console_messages(front_end: FrontEnd) -> list[str]:
-    """Errors and warnings that name this pack."""
-    return [error for error in front_end.errors if PACK_NAME in error or "sequence_parallel" in error]
-
-
 def gone(front_end: FrontEnd) -> bool:
     """Whether nothing runs any more."""
     front_end.page.wait_for_timeout(100)
@@ -122,7 +116,7 @@ def test_a_user_watches_cancels_meets_a_crash_and_restarts(front_end: FrontEnd, 
     assert front_end.run(timeout=120)["status"]["status_str"] == "success"
     panel.wait_for("Step 3 of 3")
     assert [worker.pid for worker in server.workers()] == workers, "the prompt started others"
-    assert not console_messages(front_end)
+    assert front_end.own_errors() == []
 
 
 @pytest.mark.slow
@@ -142,6 +136,8 @@ def test_out_of_memory_is_told_with_what_to_do(front_end: FrontEnd, tmp_path: Pa
     assert front_end.page.locator(".workflow-tabs-container").get_by_text("Workers failed").count() == 1
     shown = panel.wait_for(reason)
     assert re.search(r"Rank \d · cpu\s+Failed", shown), shown
+    heights = panel.root.locator(".sp-failure").evaluate("(e) => [e.scrollHeight, e.clientHeight]")
+    assert heights[0] <= heights[1], "the advice, at the end, is cut off"
     panel.page.screenshot(path=tmp_path / "out-of-memory.png")
     details = front_end.error_details()
     front_end.page.screenshot(path=tmp_path / "dialog.png")
@@ -152,7 +148,7 @@ def test_out_of_memory_is_told_with_what_to_do(front_end: FrontEnd, tmp_path: Pa
     assert front_end.run(timeout=120)["status"]["status_str"] == "success"
     assert not {worker.pid for worker in workers} & {worker.pid for worker in server.workers()}
     assert front_end.page.locator(".workflow-tabs-container").get_by_text("Workers failed").count() == 0
-    assert not console_messages(front_end)
+    assert front_end.own_errors() == []
 
 
 def test_what_does_not_run_in_parallel_is_told_once(front_end: FrontEnd, tmp_path: Path) -> None:
@@ -171,7 +167,7 @@ def test_what_does_not_run_in_parallel_is_told_once(front_end: FrontEnd, tmp_pat
     front_end.page.wait_for_timeout(500)
     assert panel.toasts(reason).count() == 1
     assert front_end.page.locator(".workflow-tabs-container").get_by_text("Workers failed").count() == 0
-    assert not console_messages(front_end)
+    assert front_end.own_errors() == []
 
 
 @pytest.mark.slow
@@ -197,14 +193,12 @@ def test_a_changed_setting_takes_effect(front_end: FrontEnd, tmp_path: Path) -> 
         panel.wait_for("^Rank 2 · cpu$")
     finally:
         page.evaluate("window.app.extensionManager.setting.set('SequenceParallel.Workers.Devices', 'auto')")
-    assert not console_messages(front_end)
+    assert front_end.own_errors() == []
 
 
 @pytest.mark.slow
 def test_eight_workers_fit_and_a_hidden_panel_asks_for_nothing(front_end: FrontEnd, tmp_path: Path) -> None:
-    requests: list[str] = []
-    page = front_end.page
-    page.on("request", lambda request: requests.append(request.url))
+    requests, page = front_end.requests, front_end.page
     page.wait_for_timeout(1000)
     assert not [url for url in requests if "sequence_parallel" in url], "asked before the panel was opened"
 
@@ -229,7 +223,7 @@ def test_eight_workers_fit_and_a_hidden_panel_asks_for_nothing(front_end: FrontE
     hidden_again(panel, requests, lambda: panel.close())
     panel.open()
     hidden_again(panel, requests, lambda: page.get_by_role("button", name=re.compile("^Workflows")).first.click())
-    assert not console_messages(front_end)
+    assert front_end.own_errors() == []
 
 
 def hidden_again(panel: Panel, requests: list[str], hide: Any) -> None:

@@ -196,7 +196,7 @@ def test_a_template_runs(front_end: FrontEnd, name: str, tmp_path: Path) -> None
     assert entry["status"]["status_str"] == "success", entry["status"]["messages"][-1]
     check_results(front_end.server, entry, tiny)
     check_texts(front_end, read_workflow(name))
-    assert not ours(front_end), ours(front_end)
+    assert front_end.own_errors() == []
 
 
 @pytest.mark.slow
@@ -215,7 +215,7 @@ def test_the_comparison_shows_equal_pictures_and_both_times(front_end: FrontEnd,
     shown = front_end.text()
     for text in (r"20 steps in the workers .*: \d+\.\d s", r"sampled step by step, as by KSampler, in \d+\.\d s"):
         assert len(re.findall(text, shown)) == 1, shown
-    assert not ours(front_end), ours(front_end)
+    assert front_end.own_errors() == []
 
 
 def check_results(server: ComfyServer, entry: dict[str, Any], tiny: Tiny) -> None:
@@ -242,11 +242,6 @@ def check_texts(front_end: FrontEnd, workflow: dict[str, Any]) -> None:
     }
     shown = front_end.text()
     assert {text: len(re.findall(text, shown)) for text in expected} == expected, shown
-
-
-def ours(front_end: FrontEnd) -> list[str]:
-    """Errors and warnings in the console that name this pack."""
-    return [error for error in front_end.errors if PACK_NAME in error or "sequence_parallel" in error]
 
 
 def test_a_wrong_setting_is_shown_at_once(front_end: FrontEnd, tmp_path: Path) -> None:
