@@ -34,7 +34,7 @@ def find_chromium() -> str | None:
 
 # Text encoders, VAEs and pictures to load are replaced: the tests have tiny checkpoints of the transformers only.
 _REPLACE_LARGE_MODELS = """
-([vae, text, latent]) => {
+([vae, text, vision, size]) => {
     const graph = window.app.graph
     const add = (type, values, pos) => {
         const node = window.LiteGraph.createNode(type)
@@ -59,7 +59,7 @@ _REPLACE_LARGE_MODELS = """
     const vaes = old.filter((node) => loads(node, 'VAE'))
     vaes.forEach((node) => replace(node, 'VAE', add('SPTestRandomVAE', { kind: vae }, node.pos)))
     const visions = old.filter((node) => node.type === 'CLIPVisionEncode')
-    visions.forEach((node) => replace(node, 'CLIP_VISION_OUTPUT', add('SPTestCLIPVisionOutput', {}, node.pos)))
+    visions.forEach((node) => replace(node, 'CLIP_VISION_OUTPUT', add('SPTestCLIPVisionOutput', vision, node.pos)))
     const pictures = old.filter((node) => node.type === 'LoadImage')
     pictures.forEach((node) => replace(node, 'IMAGE', add('EmptyImage', { width: 64, height: 64 }, node.pos)))
     for (const node of old)
@@ -67,7 +67,8 @@ _REPLACE_LARGE_MODELS = """
     for (const node of [...encoders, ...vaes, ...visions, ...pictures]) if (node.graph) graph.remove(node)
     for (const node of graph.nodes)
         for (const widget of node.widgets ?? [])
-            if (widget.name in latent && /Latent|ToVideo|Scheduler/.test(node.type)) widget.value = latent[widget.name]
+            if (widget.name in size && /Latent|ToVideo|Scheduler|ImageScale/.test(node.type))
+                widget.value = size[widget.name]
 }
 """
 _SAVE_LATENTS = """
@@ -157,15 +158,18 @@ class FrontEnd:
         )
         assert changed and len(values) in (1, changed), f"there are {changed} {node_type} in the graph"
 
-    def replace_large_models(self, *, vae: str, text: dict[str, Any], latent: dict[str, int]) -> None:
+    def replace_large_models(
+        self, *, vae: str, text: dict[str, Any], vision: dict[str, Any], size: dict[str, int]
+    ) -> None:
         """Random conditioning, VAEs and pictures take the places of those that models or files give.
 
         Args:
             vae: one of the test pack's `NETWORKS`.
             text: widgets of SPTestConditioning.
-            latent: width, height and length of what is made, in pixels and frames.
+            vision: widgets of SPTestCLIPVisionOutput.
+            size: width, height and length of what is made, in pixels and frames.
         """
-        self.page.evaluate(_REPLACE_LARGE_MODELS, [vae, text, latent])
+        self.page.evaluate(_REPLACE_LARGE_MODELS, [vae, text, vision, size])
 
     def save_latents(self, node_type: str) -> list[str]:
         """Put a SaveLatent behind each node of a type; their ids, in the nodes' order."""
