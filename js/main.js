@@ -2,6 +2,7 @@
 
 import { app } from "./comfy.js";
 import { Connection } from "./panel/connection.js";
+import { keepNodeTexts } from "./panel/node_texts.js";
 import { Panel } from "./panel/panel.js";
 import { loadTranslations, t } from "./panel/text.js";
 import { TAB_ID, setBadge, topbarBadges, watchTrouble } from "./panel/trouble.js";
@@ -9,6 +10,7 @@ import { settings } from "./settings.js";
 
 let show;
 watchTrouble(new Promise((resolve) => (show = resolve)));
+keepNodeTexts();
 
 app.registerExtension({
   name: "SequenceParallel",

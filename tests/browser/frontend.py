@@ -142,6 +142,11 @@ class FrontEnd:
         """All text on the page."""
         return self.page.evaluate("document.body.innerText")
 
+    def node_texts(self) -> str:
+        """What nodes show about their last run, one per line. Far zoomed out, newer front ends do not draw it."""
+        texts = "(node) => (node.widgets ?? []).filter((widget) => widget.name === '$$node-text-preview')"
+        return "\n".join(self.page.evaluate(f"window.app.graph.nodes.flatMap({texts}).map((widget) => widget.value)"))
+
     def set_widget(self, node_type: str, name: str, *values: Any) -> None:
         """Set a widget of all nodes of a type: to one value, or each node's to its own."""
         changed = self.page.evaluate(

@@ -160,7 +160,7 @@ def test_what_does_not_run_in_parallel_is_told_once(front_end: FrontEnd, tmp_pat
     assert front_end.run(timeout=120)["status"]["status_str"] == "success"
     panel.wait_for_toast("Not run in parallel")
     panel.wait_for_toast(reason)
-    assert re.search(r"Sampler \(SP\): sampled step by step, as by KSampler, in \d+\.\d s: ", front_end.text())
+    assert re.search(r"Sampler \(SP\): sampled step by step, as by KSampler, in \d+\.\d s: ", front_end.node_texts())
     panel.page.screenshot(path=tmp_path / "fallback.png")
     panel.page.evaluate("window.app.extensionManager.toast.removeAll()")
     panel.toasts(reason).first.wait_for(state="hidden", timeout=15_000)

@@ -232,7 +232,7 @@ def test_the_comparison_shows_equal_pictures_and_both_times(front_end: FrontEnd,
     folder = front_end.server.base / "output"
     in_workers, alone = (load_file(folder / file["subfolder"] / file["filename"])["latent_tensor"] for file in files)
     assert relative_difference(in_workers, alone) <= 1e-4
-    shown = front_end.text()
+    shown = front_end.node_texts()
     for text in (r"20 steps in the workers .*: \d+\.\d s", r"sampled step by step, as by KSampler, in \d+\.\d s"):
         assert len(re.findall(text, shown)) == 1, shown
     assert front_end.own_errors() == []
@@ -260,7 +260,7 @@ def check_texts(front_end: FrontEnd, workflow: dict[str, Any]) -> None:
         r"20 steps in the workers .*: \d+\.\d s": types.count("SPSampler"),
         r"\d+ tiles on cpu,cpu in \d+\.\d s": types.count("SPVAEDecode"),
     }
-    shown = front_end.text()
+    shown = front_end.node_texts()
     assert {text: len(re.findall(text, shown)) for text in expected} == expected, shown
 
 
