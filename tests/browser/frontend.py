@@ -109,10 +109,15 @@ class FrontEnd:
     def close(self) -> None:
         self.page.close()
 
-    def load_workflow(self, workflow: dict[str, Any]) -> None:
-        """Open a workflow as saved by the front end."""
+    def load_workflow(self, workflow: dict[str, Any], *, wait: bool = True) -> None:
+        """Open a workflow as saved by the front end.
+
+        Args:
+            wait: for messages about it.
+        """
         self.page.evaluate("(workflow) => window.app.loadGraphData(workflow)", workflow)
-        self._let_messages_appear()
+        if wait:
+            self._let_messages_appear()
 
     def load_graph(self, graph: Graph) -> None:
         """Open a graph in API format."""

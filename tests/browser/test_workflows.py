@@ -80,14 +80,14 @@ def test_saving_a_template_writes_its_file_again(front_end: FrontEnd) -> None:
     found = []
     for path in WORKFLOWS:
         workflow = read_workflow(path.stem)
-        front_end.load_workflow(workflow)
+        front_end.load_workflow(workflow, wait=False)
         saved = front_end.serialize()
         changed = differences(without_translations(workflow), without_translations(saved))
         found += [f"{path.name}{change}" for change in changed]
 
         for slot in slots(workflow):
             slot["localized_name"] = "in another language"
-        front_end.load_workflow(workflow)
+        front_end.load_workflow(workflow, wait=False)
         assert list(differences(saved, front_end.serialize())) == [], "names in the file matter: compare them, too"
     assert not found, "\n".join([*found, "run tests/browser/saved_workflows.py"])
 
@@ -119,7 +119,7 @@ def differences(expected: Any, found: Any, place: str = "") -> Iterator[str]:
 def test_widgets_keep_their_values(front_end: FrontEnd) -> None:
     """Inputs that move or change break saved workflows: each value must still be one that the node allows."""
     for path in WORKFLOWS:
-        front_end.load_workflow(read_workflow(path.stem))
+        front_end.load_workflow(read_workflow(path.stem), wait=False)
         for node in front_end.api_graph().values():
             if node["class_type"].startswith("SP"):
                 _check_inputs(front_end.server, path.stem, node["class_type"], node["inputs"])
