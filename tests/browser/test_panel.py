@@ -162,8 +162,7 @@ def test_what_does_not_run_in_parallel_is_told_once(front_end: FrontEnd, tmp_pat
     panel.wait_for_toast(reason)
     assert re.search(r"Sampler \(SP\): sampled step by step, as by KSampler, in \d+\.\d s: ", front_end.node_texts())
     panel.page.screenshot(path=tmp_path / "fallback.png")
-    panel.page.evaluate("window.app.extensionManager.toast.removeAll()")
-    panel.toasts(reason).first.wait_for(state="hidden", timeout=15_000)
+    panel.toasts(reason).first.wait_for(state="hidden", timeout=30_000)
     front_end.load_graph(sampling_graph(fresh(setting), Swapped()))
     assert front_end.run(timeout=120)["status"]["status_str"] == "success"
     front_end.page.wait_for_timeout(500)
