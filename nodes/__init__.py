@@ -10,6 +10,7 @@ from .sampler import SPSampler
 from .sp_config import SPConfigNode
 from .tea_cache import SPTeaCache
 from .torch_compile import SPTorchCompile
+from .vae import SPVAE
 from .vae_decode import SPVAEDecode
 from .vae_encode import SPVAEEncode
 
@@ -30,6 +31,7 @@ class SequenceParallelExtension(ComfyExtension):
             SPQuantizeFP8,
             SPTorchCompile,
             SPSampler,
+            SPVAE,
             SPVAEDecode,
             SPVAEEncode,
         ]

@@ -31,21 +31,18 @@ from ..parallel.host.remote_vae import RemoteVAE
 from ..parallel.vae.arguments import as_plain
 from ..parallel.vae.fingerprint import fingerprint
 from ..parallel.vae.tiles import Tile
-from .node_text import tell, tell_fallback
+from .node_text import executing_node, tell, tell_fallback
 from .residency import WorkersPatcher, progress_bar
 from .settings import default_config
 
 
-def run_tiled(
-    node: str, vae: Any, config: SequenceParallelConfig | None, node_id: str | None, **inputs: Any
-) -> tuple[Any, ...]:
+def run_tiled(node: str, vae: Any, config: SequenceParallelConfig | None, **inputs: Any) -> tuple[Any, ...]:
     """What ComfyUI's node gives, computed by the workers where that gives the same.
 
     Args:
         node: `VAEDecodeTiled` or `VAEEncodeTiled`.
         vae: ComfyUI's VAE.
         config: whose devices compute; by default those of the workers that run already, or every GPU.
-        node_id: where to show how it was done.
         inputs: the node's other inputs.
 
     Raises:
@@ -54,22 +51,101 @@ def run_tiled(
     """
     native = importlib.import_module("nodes").NODE_CLASS_MAPPINGS[node]()  # ComfyUI's, not this pack's
     function: Callable[..., tuple[Any, ...]] = getattr(native, native.FUNCTION)
-    began = time.perf_counter()
-    direction = "decode" if "Decode" in node else "encode"
-    try:
-        patcher = _patcher(vae, _config(config))
-        if direction == "decode" and _adds_noise(vae.first_stage_model):
-            raise UnsupportedError("this VAE adds random noise to what it decodes, and workers would draw other noise")
-        result, tiles = _in_workers(function, vae, patcher, direction, inputs)
-    except UnsupportedError as error:
-        tell_fallback(node_id, f"Computed natively, on one device: {error}")
-        return function(vae=vae, **inputs)
-    devices = resolve(patcher.config).describe()
-    tell(node_id, f"{tiles} tiles on {devices} in {time.perf_counter() - began:.1f} s")
-    return result
+    return function(vae=in_workers(vae, config), **inputs)
 
 
-def _config(config: SequenceParallelConfig | None) -> SequenceParallelConfig:
+def in_workers(vae: Any, config: SequenceParallelConfig | None, **tiling: int) -> Any:
+    """The VAE, sharing its weights, whose tiles are computed by the workers.
+
+    Args:
+        vae: ComfyUI's VAE. One of another class, or of sound, is returned as it is.
+        config: as `run_tiled`.
+        tiling: the tiled nodes' widgets, for `encode` and `decode`; without them these are the native ones.
+    """
+    reason = None
+    if type(vae) not in (comfy.sd.VAE, VAEInWorkers):
+        reason = f"this VAE is a {type(vae).__name__}, not ComfyUI's own"
+    elif vae.latent_dim not in (2, 3) or vae.extra_1d_channel is not None:
+        reason = "it is an audio VAE"
+    if reason is not None:
+        _tell_native(reason)
+        return vae
+    return VAEInWorkers(vae, config, tiling)
+
+
+class VAEInWorkers(comfy.sd.VAE):
+    """ComfyUI's VAE, whose tiles are computed by the workers; for any node that takes a VAE."""
+
+    def __init__(self, vae: comfy.sd.VAE, config: SequenceParallelConfig | None, tiling: dict[str, int]):
+        self.__dict__.update(vars(vae))
+        self._config = config
+        self._tiling = tiling
+
+    def decode_tiled(self, samples: Tensor, *args: Any, **settings: Any) -> Tensor:
+        return self._run("decode", lambda vae: comfy.sd.VAE.decode_tiled(vae, samples, *args, **settings))
+
+    def encode_tiled(self, pixel_samples: Tensor, *args: Any, **settings: Any) -> Tensor:
+        return self._run("encode", lambda vae: comfy.sd.VAE.encode_tiled(vae, pixel_samples, *args, **settings))
+
+    def decode(self, samples_in: Tensor, *args: Any, **options: Any) -> Tensor:
+        """As VAE Decode (Tiled) with `tiling`; what is one tile, or comes with options for the network, as VAE Decode.
+
+        Args:
+            samples_in: (batch, channels, [frames,] height, width).
+        """
+        latent = samples_in[:, :, 0] if self.latent_dim == 2 and samples_in.ndim == 5 else samples_in
+        if not self._tiling or args or options or self._is_one_tile(latent.shape[2:], self.upscale_ratio):
+            decoded: Tensor = super().decode(samples_in, *args, **options)
+            return decoded
+        node = importlib.import_module("nodes").VAEDecodeTiled()
+        (images,) = node.decode(vae=self, samples={"samples": latent}, **self._tiling)
+        # The node strings the videos of a batch together.
+        return images.unflatten(0, (len(latent), -1)) if self.latent_dim == 3 else images
+
+    def encode(self, pixel_samples: Tensor) -> Tensor:
+        """As VAE Encode (Tiled) with `tiling`; what is one tile, as VAE Encode.
+
+        Args:
+            pixel_samples: ([batch,] frames or batch, height, width, channels).
+        """
+        size = pixel_samples.shape[-4:-1] if self.latent_dim == 3 and not self.not_video else pixel_samples.shape[-3:-1]
+        if not self._tiling or self._is_one_tile(size, 1):
+            encoded: Tensor = super().encode(pixel_samples)
+            return encoded
+        node = importlib.import_module("nodes").VAEEncodeTiled()
+        latent: Tensor = node.encode(vae=self, pixels=pixel_samples, **self._tiling)[0]["samples"]
+        return latent
+
+    def _is_one_tile(self, size: Sequence[int], ratios: Any) -> bool:
+        """Whether there is nothing to share out. `size` is ([frames,] height, width), `ratios` of it to pixels."""
+        ratios = ratios if isinstance(ratios, tuple | list) else [ratios] * len(size)
+        pixels = [ratio(n) if callable(ratio) else n * ratio for n, ratio in zip(size, ratios, strict=True)]
+        tile = [self._tiling["temporal_size"], self._tiling["tile_size"], self._tiling["tile_size"]]
+        return all(n <= limit for n, limit in zip(pixels, tile[-len(pixels) :], strict=True))
+
+    def _run(self, direction: str, function: Callable[[comfy.sd.VAE], Tensor]) -> Tensor:
+        """`function` of a VAE, computed by the workers where that gives the same, and what was done told."""
+        began = time.perf_counter()
+        try:
+            patcher = _patcher(self, _used_config(self._config))
+            if direction == "decode" and _adds_noise(self.first_stage_model):
+                raise UnsupportedError("this VAE adds random noise to what it decodes; workers would draw other noise")
+            result, tiles = _shared_out(function, self, patcher, direction)
+        except UnsupportedError as error:
+            reason = str(error)
+        else:
+            devices = resolve(patcher.config).describe()
+            tell(executing_node(), f"{tiles} tiles on {devices} in {time.perf_counter() - began:.1f} s")
+            return result
+        _tell_native(reason)  # out here, where the error no longer holds on to anything
+        return function(self)
+
+
+def _tell_native(reason: str) -> None:
+    tell_fallback(executing_node(), f"Computed natively, on one device: {reason}")
+
+
+def _used_config(config: SequenceParallelConfig | None) -> SequenceParallelConfig:
     """The devices to use.
 
     Raises:
@@ -132,12 +208,8 @@ def _patcher(vae: Any, config: SequenceParallelConfig) -> VAEPatcher:
         UnsupportedError: workers cannot give this VAE's result.
     """
     device_type = resolve(config).device_type
-    if type(vae) is not comfy.sd.VAE:
-        raise UnsupportedError(f"this VAE is a {type(vae).__name__}, not ComfyUI's own")
     if vae.first_stage_model is None:
         raise UnsupportedError("the VAE is empty")
-    if vae.latent_dim not in (2, 3) or vae.extra_1d_channel is not None:
-        raise UnsupportedError("it is an audio VAE")
     if vae.handles_tiling:
         raise UnsupportedError(f"{type(vae.first_stage_model).__name__} tiles by itself")
     if vae.patcher.patches or vae.patcher.object_patches:
@@ -178,36 +250,31 @@ def _adds_noise(network: nn.Module) -> bool:
 # --- two runs ---------------------------------------------------------------------------------------------------------
 
 
-def _in_workers(
-    function: Callable[..., tuple[Any, ...]], vae: Any, patcher: VAEPatcher, direction: str, inputs: dict[str, Any]
-) -> tuple[tuple[Any, ...], int]:
+def _shared_out(function: Callable[[Any], Tensor], vae: Any, patcher: VAEPatcher, direction: str) -> tuple[Tensor, int]:
     """The result, and how many tiles there were."""
     poll = comfy.model_management.throw_exception_if_processing_interrupted
-    parts = _parts(function, vae, patcher, direction, inputs)
-    tiles = [_tile(vae, direction, part) for part in parts]
+    tiles = [_tile(vae, direction, part) for part in _parts(function, vae, patcher, direction)]
     run = patcher.remote.start(direction, tiles, vae.vae_dtype, poll=poll, on_progress=progress_bar())
     group = patcher.remote.group
     assert group is not None
     try:
         with group.tasks(poll):
-            return function(vae=_stand_in(vae, patcher, _Collector(run.take)), **inputs), len(tiles)
+            return function(_stand_in(vae, patcher, _Collector(run.take))), len(tiles)
     except WorkerOutOfMemoryError as error:
         raise comfy.model_management.OOM_EXCEPTION(str(error)) from error
     finally:
         run.close()
 
 
-def _parts(
-    function: Callable[..., tuple[Any, ...]], vae: Any, patcher: VAEPatcher, direction: str, inputs: dict[str, Any]
-) -> list[Tensor]:
-    """What each call of the network is given, before ComfyUI has scaled or cast it: views of the node's input."""
+def _parts(function: Callable[[Any], Tensor], vae: Any, patcher: VAEPatcher, direction: str) -> list[Tensor]:
+    """What each call of the network is given, before ComfyUI has scaled or cast it: views of the function's input."""
     recorder = _Recorder(lambda shape: _out_shape(vae, direction, shape))
     shadow = _stand_in(vae, patcher, recorder)
     shadow.output_device = torch.device("meta")
     shadow.device = torch.device("cpu")
     shadow.process_input = recorder.before_scaling
     with _no_progress():
-        function(vae=shadow, **inputs)
+        function(shadow)
     return recorder.parts
 
 

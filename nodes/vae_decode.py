@@ -8,7 +8,7 @@ from comfy_api.latest import io
 
 from ..parallel.config import SequenceParallelConfig
 from .parallel_vae import run_tiled
-from .sp_config import SPConfig
+from .tile_inputs import tile_inputs
 
 
 class SPVAEDecode(io.ComfyNode):
@@ -25,44 +25,11 @@ class SPVAEDecode(io.ComfyNode):
             inputs=[
                 io.Latent.Input("samples", tooltip="The latent to decode."),
                 io.Vae.Input("vae", tooltip="From Load VAE; the workers are sent its weights once."),
-                io.Int.Input(
-                    "tile_size", default=512, min=64, max=4096, step=32, tooltip="Height and width, in pixels."
-                ),
-                io.Int.Input(
-                    "overlap",
-                    default=64,
-                    min=0,
-                    max=4096,
-                    step=32,
-                    tooltip="Pixels that neighbouring tiles share and blend.",
-                ),
-                io.Int.Input(
-                    "temporal_size",
-                    default=64,
-                    min=8,
-                    max=4096,
-                    step=4,
-                    tooltip="Video only: frames to decode at a time.",
-                ),
-                io.Int.Input(
-                    "temporal_overlap",
-                    default=8,
-                    min=4,
-                    max=4096,
-                    step=4,
-                    tooltip="Video only: frames that neighbouring tiles share and blend.",
-                ),
-                SPConfig.Input(
-                    "sp_config",
-                    optional=True,
-                    tooltip="Devices. Without it: those of the workers that run already, or of the setting Default"
-                    " devices.",
-                ),
+                *tile_inputs("decode", step=32),
             ],
             outputs=[io.Image.Output()],
-            hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
     def execute(cls, vae: Any, sp_config: SequenceParallelConfig | None = None, **inputs: Any) -> io.NodeOutput:
-        return io.NodeOutput(*run_tiled("VAEDecodeTiled", vae, sp_config, cls.hidden.unique_id, **inputs))
+        return io.NodeOutput(*run_tiled("VAEDecodeTiled", vae, sp_config, **inputs))

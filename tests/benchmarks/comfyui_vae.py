@@ -53,7 +53,7 @@ def main() -> None:
         return _measured(lambda: native.decode(vae=vae, **inputs)[0])
 
     def run_parallel() -> Any:
-        return _measured(lambda: parallel_vae.run_tiled("VAEDecodeTiled", vae, config, None, **inputs)[0])
+        return _measured(lambda: parallel_vae.run_tiled("VAEDecodeTiled", vae, config, **inputs)[0])
 
     with torch.inference_mode():
         expected, equal = run_native()[0], torch.equal(run_parallel()[0], run_native()[0])

@@ -6,15 +6,17 @@ import json
 import re
 import subprocess
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from tests.comfyui.fixtures import ServerFactory, require_pack
-from tests.comfyui.graphs import OUTPUT, Graph, GraphBuilder, Setting, Swapped, fresh
+from tests.comfyui.graphs import OUTPUT, Arrange, Graph, GraphBuilder, Link, Setting, Swapped, fresh
 from tests.comfyui.installation import REPOSITORY, Installation
-from tests.comfyui.latents import read_latent, sample
+from tests.comfyui.latents import read_latent, relative_difference, sample
+from tests.comfyui.model_files import COGVIDEOX_I2V
 from tests.comfyui.processes import Process, total_resident_bytes, wait_until
 from tests.comfyui.server import ComfyServer, PromptResult
 
@@ -25,11 +27,24 @@ SMALL = {"tile_size": 64, "overlap": 16, "temporal_size": 8, "temporal_overlap":
 """Several tiles along each axis of small videos."""
 WIDE = SMALL | {"overlap": 32}
 APART = SMALL | {"overlap": 0}
+PADDED = SMALL | {"tile_size": 128, "overlap": 32}
+"""For LTX-Video, which pads by reflection: no tile may be one latent wide."""
 TWO, THREE, UNEQUAL = "cpu,cpu", "cpu,cpu,cpu", "cpu*3,cpu"
 
 
-def case(kind: str, node: str, shape: list[int], devices: list[str], inputs: dict[str, int] = SMALL) -> dict:
-    return {"kind": kind, "node": node, "shape": shape, "devices": devices, "inputs": inputs}
+ANY_NODE, ONE_TILE = "any node", "any node, one tile"
+
+
+def case(
+    kind: str,
+    node: str,
+    shape: list[int],
+    devices: list[str],
+    inputs: dict[str, int] = SMALL,
+    through: str = "parallel node",
+) -> dict:
+    """`through` any node: VAE Decode or VAE Encode with the VAE of VAE (Parallel)."""
+    return {"kind": kind, "node": node, "shape": shape, "devices": devices, "inputs": inputs, "through": through}
 
 
 TABLE = [
@@ -38,7 +53,13 @@ TABLE = [
     case("wan_2_1", DECODE, [1, 16, 2, 8, 8], [TWO]),  # one tile
     case("wan_2_1", DECODE, [1, 16, 2, 16, 24], [TWO, THREE], APART),
     case("wan_2_1", ENCODE, [17, 104, 152, 3], [TWO, THREE], WIDE),
+    case("wan_2_1", ENCODE, [9, 72, 56, 3], [TWO], SMALL, ANY_NODE),
+    case("wan_2_1", DECODE, [2, 16, 3, 11, 18], [TWO], SMALL, ANY_NODE),
+    case("wan_2_1", ENCODE, [5, 64, 48, 3], [TWO], SMALL, ONE_TILE),
+    case("wan_2_1", DECODE, [2, 16, 2, 8, 7], [TWO], SMALL, ONE_TILE),
     case("flux", DECODE, [2, 16, 9, 13], [TWO]),
+    case("flux", DECODE, [1, 16, 9, 13], [TWO], SMALL, ANY_NODE),
+    case("flux", ENCODE, [2, 64, 56, 3], [TWO], SMALL, ONE_TILE),
     case("hunyuan_video", DECODE, [1, 16, 3, 8, 9], [TWO]),  # it has one size only, and takes seconds a tile
 ]
 LARGE = [
@@ -47,6 +68,7 @@ LARGE = [
     case("hunyuan_video", ENCODE, [9, 72, 64, 3], [TWO]),
     case("cogvideox", DECODE, [1, 16, 3, 8, 9], [TWO]),
     case("cogvideox", ENCODE, [9, 72, 64, 3], [TWO]),
+    case("cogvideox", ENCODE, [1, 72, 64, 3], [TWO], SMALL, ANY_NODE),
 ]
 # As a node that changes the network in place leaves it.
 CHANGED = case("wan_2_1", DECODE, [1, 16, 2, 9, 9], [TWO, TWO]) | {"changed": {"scale_of_another_node": 2}}
@@ -97,6 +119,33 @@ def test_the_result_of_large_networks_is_the_native_one_bit_for_bit(installation
 
 @pytest.mark.extended
 @pytest.mark.timeout(1500)
+@pytest.mark.parametrize(
+    "cases",
+    [
+        [case("wan_2_2", DECODE, [1, 48, 2, 5, 4], [TWO]), case("wan_2_2", ENCODE, [5, 80, 64, 3], [TWO])],
+        [case("mochi", DECODE, [1, 12, 2, 9, 8], [TWO]), case("mochi", ENCODE, [7, 72, 64, 3], [TWO])],
+        [case("ltxv", DECODE, [1, 128, 2, 7, 4], [TWO], PADDED), case("ltxv", ENCODE, [9, 224, 128, 3], [TWO], PADDED)],
+        [case("flux2", DECODE, [1, 128, 5, 4], [TWO]), case("flux2", ENCODE, [1, 80, 64, 3], [TWO])],
+    ],
+    ids=["wan_2_2", "mochi", "ltxv", "flux2"],
+)
+def test_the_other_families_networks(installation: Installation, cases: list[dict]) -> None:
+    check(cases, run(installation, cases))
+
+
+@pytest.mark.extended
+@pytest.mark.timeout(900)
+def test_a_start_image_for_hunyuan_video_1_5(installation: Installation) -> None:
+    """1.2 billion parameters; ComfyUI has no smaller one."""
+    cases = [
+        case("hunyuan_video_15", ENCODE, [1, 96, 64, 3], [TWO], SMALL, ANY_NODE),
+        case("hunyuan_video_15", DECODE, [1, 32, 2, 5, 4], [TWO], SMALL, ANY_NODE),
+    ]
+    check(cases, run(installation, cases))
+
+
+@pytest.mark.extended
+@pytest.mark.timeout(1500)
 @pytest.mark.parametrize("kind", ["hunyuan_video", "cogvideox"])
 def test_large_networks_on_more_workers_and_in_batches(installation: Installation, kind: str) -> None:
     """Minutes each: these networks have one size only."""
@@ -126,6 +175,8 @@ def check(cases: list[dict], results: list[dict]) -> None:
             if given["inputs"] == APART:
                 assert found["bytes_back"] == result["nbytes"], "each pixel is to come back once"
             expected = "there is only cpu to compute on" if devices == "cpu" else rf"\d+ tiles on {re.escape(devices)} "
+            if given["through"] == ONE_TILE:
+                expected = "^$"  # as without the pack
             assert re.search(expected, found["told"]), found["told"]
 
 
@@ -247,3 +298,33 @@ def test_overlap_as_large_as_the_tile_is_refused(server: ComfyServer) -> None:
     result = server.run(builder.graph)
     assert result.status == "error"
     assert "overlap is 32; allowed with tile_size 64 are less than 32" in result.message
+
+
+# --- for any node -----------------------------------------------------------------------------------------------------
+
+
+def test_image_to_video_encodes_on_all_devices(server: ComfyServer) -> None:
+    """Wan Image To Video encodes by itself, through the VAE that it is given."""
+
+    def with_start_image(vae_node: str, color: int) -> Arrange:
+        def arrange(builder: GraphBuilder, setting: Setting, positive: Link, _: Link) -> tuple[Link, Link]:
+            config = {"sp_config": builder.add("SPConfig", **vars(Swapped()))} if vae_node == "SPVAE" else {}
+            vae = builder.add("SPTestRandomVAE", kind="wan_2_1", seed=0)
+            vae = builder.add(vae_node, vae=vae, **SMALL, **config)
+            size = {"width": setting.width, "height": setting.height, "length": setting.length, "batch_size": 1}
+            image = builder.add("EmptyImage", width=72, height=72, batch_size=1, color=color)
+            texts = {"positive": positive, "negative": positive}
+            node, _ = builder.add("WanImageToVideo", vae=vae, start_image=image, **texts, **size)
+            return [node, 0], [node, 2]
+
+        return arrange
+
+    setting = Setting(checkpoint=COGVIDEOX_I2V, width=80, height=72, length=5)
+    native = replace(setting, arrange=with_start_image("SPTestTiledVAE", 0xC08040))
+    expected = sample(server, native)
+    start = len(server.log())
+    actual = sample(server, replace(setting, arrange=with_start_image("SPVAE", 0xC08040)), Swapped())
+    assert re.search(r"\d+ tiles on cpu,cpu in", server.log()[start:])
+    assert relative_difference(actual, expected) <= 1e-4
+    other = sample(server, replace(setting, arrange=with_start_image("SPVAE", 0x204080)), Swapped())
+    assert relative_difference(other, expected) > 1e-2, "the start image makes no difference"

@@ -36,7 +36,6 @@ def main(comfyui: str, repository: str, cases: list[dict[str, Any]]) -> None:
     _import("pack", repository, package=True)
     parallel_vae = importlib.import_module("pack.nodes.parallel_vae")
     config = importlib.import_module("pack.parallel.config").SequenceParallelConfig
-    comfy_nodes = importlib.import_module("nodes")
     torch.set_num_threads(1)
     told: list[str] = []
     parallel_vae.tell = parallel_vae.tell_fallback = lambda node_id, text: told.append(text)
@@ -60,21 +59,25 @@ def main(comfyui: str, repository: str, cases: list[dict[str, Any]]) -> None:
         for name, value in case.get("changed", {}).items():
             setattr(vae.first_stage_model, name, value)
         given = torch.randn(case["shape"], generator=torch.Generator().manual_seed(1))
-        if case["node"] == "VAEDecodeTiled":
-            inputs = {"samples": {"samples": given}, **case["inputs"]}
-        else:
-            inputs = {"pixels": given.sigmoid(), **case["inputs"]}
+        given = {"samples": {"samples": given}} if "Decode" in case["node"] else {"pixels": given.sigmoid()}
+        through, plain, inputs = case["through"], case["node"].removesuffix("Tiled"), case["inputs"]
         with torch.inference_mode():
             if i not in native:
-                node = comfy_nodes.NODE_CLASS_MAPPINGS[case["node"]]()
-                native[i] = _tensor(getattr(node, node.FUNCTION)(vae=vae, **inputs))
+                one_tile = through == "any node, one tile"
+                native[i] = _run(plain, vae, given) if one_tile else _run(case["node"], vae, given | inputs)
+            told.clear()
             for _ in range(repetitions):
-                actual = _tensor(parallel_vae.run_tiled(case["node"], vae, config(devices=devices), None, **inputs))
+                if through == "parallel node":
+                    actual = _tensor(
+                        parallel_vae.run_tiled(case["node"], vae, config(devices=devices), **given, **inputs)
+                    )
+                else:
+                    actual = _run(plain, parallel_vae.in_workers(vae, config(devices=devices), **inputs), given)
         patcher = parallel_vae._patchers.get(vae.first_stage_model)
         run = patcher.remote.last_run if patcher is not None else None
         results[i][devices] = {
             "equal": torch.equal(actual, native[i]),
-            "told": " and ".join(told[-repetitions:]),
+            "told": " and ".join(told),
             "bytes_back": run.bytes_back if run is not None else 0,
         }
     for expected, found in zip((native[i] for i in range(len(cases))), results, strict=True):
@@ -91,6 +94,12 @@ def _forget(vaes: dict[str, Any], parallel_vae: Any) -> None:
     importlib.import_module("comfy.model_management").unload_all_models()
     gc.collect()
     assert not parallel_vae._patchers, "a VAE that nobody has is still alive"
+
+
+def _run(node: str, vae: Any, inputs: dict[str, Any]) -> Any:
+    """What a node of ComfyUI's own gives."""
+    native = importlib.import_module("nodes").NODE_CLASS_MAPPINGS[node]()
+    return _tensor(getattr(native, native.FUNCTION)(vae=vae, **inputs))
 
 
 def _tensor(result: tuple[Any, ...]) -> Any:

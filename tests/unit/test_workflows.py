@@ -29,6 +29,7 @@ PUBLISHED = {
     "SPQuantizeFP8": ["scheme", "skip"],
     "SPTorchCompile": ["mode", "dynamic"],
     "SPSampler": ["seed", CONTROL, "steps", "cfg", "sampler_name", "scheduler", "denoise"],
+    "SPVAE": TILES,
     "SPVAEDecode": TILES,
     "SPVAEEncode": TILES,
 }  # fmt: skip
@@ -52,16 +53,27 @@ class Widget:
 
 def read_schemas() -> dict[str, list[Widget]]:
     """Widgets of every node in nodes/, in order."""
+    trees = [ast.parse(path.read_text()) for path in sorted((ROOT / "nodes").glob("*.py"))]
+    shared = {part.name: part for tree in trees for part in tree.body if isinstance(part, ast.FunctionDef)}
     schemas = {}
-    for path in sorted((ROOT / "nodes").glob("*.py")):
-        for function in ast.walk(ast.parse(path.read_text())):
-            if isinstance(function, ast.FunctionDef) and function.name == "define_schema":
-                schema = next(node for node in ast.walk(function) if _called(node) == "io.Schema")
-                arguments = {keyword.arg: keyword.value for keyword in schema.keywords}
-                shorthands = {part.name: part for part in function.body if isinstance(part, ast.FunctionDef)}
-                widgets = [widget for item in arguments["inputs"].elts for widget in _widgets(item, shorthands)]
-                schemas[ast.literal_eval(arguments["node_id"])] = widgets
+    for function in (node for tree in trees for node in ast.walk(tree)):
+        if isinstance(function, ast.FunctionDef) and function.name == "define_schema":
+            schema = next(node for node in ast.walk(function) if _called(node) == "io.Schema")
+            arguments = {keyword.arg: keyword.value for keyword in schema.keywords}
+            shorthands = {part.name: part for part in function.body if isinstance(part, ast.FunctionDef)}
+            inputs = [part for item in arguments["inputs"].elts for part in _expanded(item, shared)]
+            widgets = [widget for item in inputs for widget in _widgets(item, shorthands)]
+            schemas[ast.literal_eval(arguments["node_id"])] = widgets
     return schemas
+
+
+def _expanded(item: ast.expr, shared: dict[str, ast.FunctionDef]) -> list[ast.expr]:
+    """The inputs that `*tile_inputs(…)` stands for: what a function of nodes/ returns as a list."""
+    if not isinstance(item, ast.Starred):
+        return [item]
+    returned = next(part.value for part in shared[_called(item.value)].body if isinstance(part, ast.Return))
+    assert isinstance(returned, ast.List), f"this test cannot read {ast.unparse(item)}"
+    return returned.elts
 
 
 def _called(node: ast.AST) -> str:

@@ -1,15 +1,20 @@
 """Test-only nodes: what text encoders, VAEs and CLIP vision models give, without any of these models."""
 
+import copy
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 from comfy.controlnet import ControlBase
 
+from nodes import VAEEncodeTiled  # ComfyUI's
+
 from . import tiny_detection
 from .vae_networks import NETWORKS, make_vae
 
 tiny_detection.apply()
+
+TILES = ("tile_size", "overlap", "temporal_size", "temporal_overlap")
 
 
 class SPTestConditioning:
@@ -172,6 +177,23 @@ class SPTestRandomVAE:
         return (make_vae(kind, seed),)
 
 
+class SPTestTiledVAE:
+    """A VAE that encodes as VAE Encode (Tiled) does, on one device."""
+
+    CATEGORY = "testing"
+    RETURN_TYPES = ("VAE",)
+    FUNCTION = "make"
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict:
+        return {"required": {"vae": ("VAE",)} | {name: ("INT", {"default": 64}) for name in TILES}}
+
+    def make(self, vae: Any, **tiles: int) -> tuple:
+        tiled = copy.copy(vae)
+        tiled.encode = lambda pixels: VAEEncodeTiled().encode(vae, pixels, **tiles)[0]["samples"]
+        return (tiled,)
+
+
 class SPTestVideoLatent:
     """A random video's latent, always the same for the same inputs; sizes as they are in the latent. 0 frames make a
     picture's."""
@@ -226,6 +248,6 @@ NODE_CLASS_MAPPINGS = {
     node.__name__: node
     for node in (
         SPTestConditioning, SPTestLatent, SPTestVAE, SPTestCLIPVisionOutput, SPTestNoClip, SPTestControlNet,
-        SPTestRandomVAE, SPTestVideoLatent, SPTestImageAsLatent, SPTestModelSize,
+        SPTestRandomVAE, SPTestTiledVAE, SPTestVideoLatent, SPTestImageAsLatent, SPTestModelSize,
     )
 }  # fmt: skip

@@ -1,0 +1,63 @@
+"""The inputs of the nodes that cut pictures and videos into tiles."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from comfy_api.latest import io
+
+from ..parallel.errors import ConfigError
+from .sp_config import SPConfig
+
+
+def tile_inputs(does: str, *, step: int) -> list[Any]:
+    """Sizes of a tile as ComfyUI's tiled nodes have them, and whose devices compute.
+
+    Args:
+        does: what is done to a tile, e.g. "decode".
+        step: of tile_size, in pixels.
+    """
+    return [
+        io.Int.Input("tile_size", default=512, min=64, max=4096, step=step, tooltip="Height and width, in pixels."),
+        io.Int.Input(
+            "overlap",
+            default=64,
+            min=0,
+            max=4096,
+            step=32,
+            tooltip="Pixels that neighbouring tiles share and blend.",
+        ),
+        io.Int.Input(
+            "temporal_size",
+            default=64,
+            min=8,
+            max=4096,
+            step=4,
+            tooltip=f"Video only: frames to {does} at a time.",
+        ),
+        io.Int.Input(
+            "temporal_overlap",
+            default=8,
+            min=4,
+            max=4096,
+            step=4,
+            tooltip="Video only: frames that neighbouring tiles share and blend.",
+        ),
+        SPConfig.Input(
+            "sp_config",
+            optional=True,
+            tooltip="Devices. Without it: those of the workers that run already, or of the setting Default devices.",
+        ),
+    ]
+
+
+def check_overlap(vae: Any, tile_size: int, overlap: int) -> None:
+    """ComfyUI's VAE Encode (Tiled) would never end.
+
+    Raises:
+        ConfigError: the overlap leaves nothing of a tile.
+    """
+    # Pictures are cut three times, also into tiles of half the height or width.
+    limit = tile_size // 2 if vae.latent_dim == 2 else tile_size
+    if overlap >= limit:
+        raise ConfigError(f"overlap is {overlap}; allowed with tile_size {tile_size} are less than {limit}")
