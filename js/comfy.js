@@ -39,6 +39,11 @@ export function toast(severity, summary, detail, seconds) {
   app.extensionManager.toast.add({ severity, summary, detail, life: seconds * 1000 });
 }
 
+/** Shows a text on a node, as the server does with `send_progress_text`. */
+export function showNodeText(nodeId, text) {
+  api.dispatchCustomEvent("progress_text", { nodeId, text });
+}
+
 export function setting(id) {
   return app.extensionManager.setting.get(id);
 }

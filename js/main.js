@@ -2,10 +2,15 @@
 
 import { app } from "./comfy.js";
 import { Connection } from "./panel/connection.js";
+import { keepNodeTexts } from "./panel/node_texts.js";
 import { Panel } from "./panel/panel.js";
 import { loadTranslations, t } from "./panel/text.js";
 import { TAB_ID, setBadge, topbarBadges, watchTrouble } from "./panel/trouble.js";
 import { settings } from "./settings.js";
+
+let show;
+watchTrouble(new Promise((resolve) => (show = resolve)));
+keepNodeTexts();
 
 app.registerExtension({
   name: "SequenceParallel",
@@ -14,7 +19,6 @@ app.registerExtension({
     return topbarBadges();
   },
   async setup() {
-    watchTrouble();
     await loadTranslations();
     addStyles();
     let panel = null;
@@ -35,6 +39,7 @@ app.registerExtension({
         container.style.height = "100%";
       },
     });
+    show();
   },
 });
 

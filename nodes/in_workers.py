@@ -60,13 +60,13 @@ class InWorkers:
     Attributes:
         told: what happened, for the user.
         report: what the workers have done; None where it was sampled step by step.
-        stepwise: it had to be.
+        stepwise: that it had to be, and why; empty where it had not.
     """
 
     def __init__(self) -> None:
         self.told = "nothing to do at denoise 0"
         self.report: SampleReport | None = None
-        self.stepwise = False
+        self.stepwise = ""
 
     def attach(self, model: SequenceParallelPatcher) -> SequenceParallelPatcher:
         """A clone of the MODEL that samples in the workers."""
@@ -93,7 +93,7 @@ class InWorkers:
         except NotRecordable as reason:
             began = time.monotonic()
             result = executor(guider, sigmas, extra_args, callback, noise, latent_image, denoise_mask, disable_pbar)
-            self.stepwise = True
+            self.stepwise = f"sampled step by step, as by KSampler: {reason}"
             self.told = step_by_step(time.monotonic() - began, str(reason))
             return result
         options = extra_args["model_options"].get("transformer_options", {})

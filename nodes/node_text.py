@@ -12,12 +12,13 @@ log = logging.getLogger("sequence_parallel")
 
 
 def show(node_id: str | None, text: str) -> None:
-    """Shows `text` on the node, where there is one and a server."""
+    """Shows `text` on the node, where there is one and a server; js/panel/node_texts.js keeps it there."""
     from server import PromptServer  # only a running ComfyUI has it
 
     server = getattr(PromptServer, "instance", None)
     if server is not None and node_id is not None:
         server.send_progress_text(text, node_id)
+        server.send_sync("sequence_parallel.text", {"node": node_id, "text": text}, server.client_id)
 
 
 def tell(node_id: str | None, text: str) -> None:
@@ -26,10 +27,14 @@ def tell(node_id: str | None, text: str) -> None:
     show(node_id, text)
 
 
-def tell_fallback(node_id: str | None, text: str) -> None:
-    """The same, and a notice in the browser: something runs other than the user may think."""
+def tell_fallback(node_id: str | None, text: str, notice: str | None = None) -> None:
+    """The same, and a notice in the browser: something runs other than the user may think.
+
+    Args:
+        notice: the text without what differs each time, such as a duration: the browser shows equal ones once.
+    """
     tell(node_id, text)
-    status.tell(status.FALLBACK, text)
+    status.tell(status.FALLBACK, notice or text)
 
 
 def executing_node() -> str | None:

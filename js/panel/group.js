@@ -38,6 +38,7 @@ export class GroupView {
     this._steps = element("div", "sp-muted");
     this._figures = element("dl", "sp-figures");
     this._ranks = element("ul", "sp-ranks");
+    this._legend = legend();
     this._rankViews = [];
     this._figureViews = new Map();
     this.element = element(
@@ -49,7 +50,7 @@ export class GroupView {
       this._steps,
       this._figures,
       this._ranks,
-      legend(),
+      this._legend,
     );
   }
 
@@ -72,6 +73,7 @@ export class GroupView {
     this._rankViews.length = group.ranks.length;
     this._rankViews.forEach((view, i) => view.update(group.ranks[i]));
     setChildren(this._ranks, this._rankViews.map((view) => view.element));
+    this._legend.hidden = this._rankViews.every((view) => !view.showsMemory);
   }
 
   _updateSteps(sampling) {

@@ -25,6 +25,7 @@ export class RankView {
     this._memory.setAttribute("aria-hidden", "true"); // the bar's label says the same in words
     const title = element("div", "sp-line", this._title, this._state);
     this.element = element("li", "sp-rank", title, this._bar, this._memory);
+    this.showsMemory = false;
   }
 
   /** @param {object} rank one of `ranks` of a group in the server's state */
@@ -44,8 +45,8 @@ export class RankView {
     this._parts.forEach((part, i) => {
       part.style.width = rank.total ? `${(100 * sizes[i]) / rank.total}%` : "0";
     });
-    const over = ENDED.includes(rank.state);
-    this._bar.hidden = this._memory.hidden = over || rank.memory === 0; // gone, or it has not said anything yet
+    this.showsMemory = rank.memory > 0 && !ENDED.includes(rank.state); // else it has not said anything yet, or is gone
+    this._bar.hidden = this._memory.hidden = !this.showsMemory;
     const values = { weights: bytes(rank.weights), activations: bytes(activations), free: bytes(Math.max(0, free)) };
     SIZES.forEach((part, i) => setText(this._sizes[i][1], values[part]));
     const text = t("{weights} weights, {activations} activations, {free} free of {total}", {

@@ -30,9 +30,14 @@ export function setBadge(shown) {
   if (registered) registered.iconBadge = shown ? "!" : "";
 }
 
-export function watchTrouble() {
+/**
+ * Listens from now on: ComfyUI's front end complains about events that nobody listens to.
+ * @param {Promise<void>} ready what happens before is shown then
+ */
+export function watchTrouble(ready) {
   const fallbacks = new Set();
-  onEvent("sequence_parallel.event", ({ kind, text }) => {
+  onEvent("sequence_parallel.event", async ({ kind, text }) => {
+    await ready;
     if (kind === "fallback") {
       if (fallbacks.has(text)) return; // once is enough; the node says it every time
       fallbacks.add(text);

@@ -1,11 +1,9 @@
-import os
-import shutil
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
-from tests.browser.frontend import CHROMIUM_FLAGS, FrontEnd
+from tests.browser.frontend import CHROMIUM_FLAGS, FrontEnd, find_chromium
 from tests.comfyui.fixtures import installation, model_files, native_server, server, start_server  # noqa: F401
 from tests.comfyui.server import ComfyServer
 
@@ -13,7 +11,7 @@ from tests.comfyui.server import ComfyServer
 @pytest.fixture(scope="session")
 def browser() -> Iterator[Any]:
     playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-    executable = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("chromium-browser")
+    executable = find_chromium()
     if executable is None:
         pytest.skip("no chromium found (install it or set CHROMIUM)")
     with playwright.sync_playwright() as driver:

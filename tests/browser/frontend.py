@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 import urllib.request
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tests.comfyui.installation import PACK_NAME
 from tests.comfyui.processes import wait_until
 from tests.comfyui.server import ComfyServer, Graph
 
@@ -24,37 +27,62 @@ CHROMIUM_FLAGS = (
     "--disable-sync",
 )
 
-# Text encoders, VAEs and what hangs on them are replaced: the tests have a tiny checkpoint of the transformer only.
+
+def find_chromium() -> str | None:
+    return os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("chromium-browser")
+
+
+# Text encoders, VAEs and pictures to load are replaced: the tests have tiny checkpoints of the transformers only.
 _REPLACE_LARGE_MODELS = """
-([latent, conditioning]) => {
+([vae, text, vision, size]) => {
     const graph = window.app.graph
-    const slots = (node) => [...(node.inputs ?? []), ...(node.outputs ?? [])].map((slot) => slot.type)
-    const add = (type, values) => {
+    const add = (type, values, pos) => {
         const node = window.LiteGraph.createNode(type)
         graph.add(node)
+        node.pos = [...pos]
         for (const [name, value] of Object.entries(values))
             node.widgets.find((widget) => widget.name === name).value = value
         return node
     }
-    for (const node of graph.nodes.filter((node) => node.type.startsWith('CLIPTextEncode'))) {
-        const random = add('SPTestConditioning', conditioning)
-        random.pos = [...node.pos]
-        for (const id of [...(node.outputs[0].links ?? [])]) {
+    const gives = (node, type) => (node.outputs ?? []).findIndex((output) => output.type === type)
+    const replace = (node, type, other) => {
+        for (const id of [...(node.outputs[gives(node, type)].links ?? [])]) {
             const link = graph.links.get(id)
-            random.connect(0, graph.getNodeById(link.target_id), link.target_slot)
+            other.connect(0, graph.getNodeById(link.target_id), link.target_slot)
         }
     }
-    const samplers = graph.nodes.filter((node) => /Sampler/.test(node.type) && node.outputs?.[0]?.type === 'LATENT')
-    for (const node of samplers) {
-        const save = add('SaveLatent', { filename_prefix: 'latents/browser' })
-        save.pos = [node.pos[0] + node.size[0] + 60, node.pos[1]]
+    const old = [...graph.nodes]
+    const loads = (node, type) => gives(node, type) >= 0 && /Load/.test(node.type)
+    const encoders = old.filter((node) => node.type.startsWith('CLIPTextEncode'))
+    encoders.forEach((node, seed) =>
+        replace(node, 'CONDITIONING', add('SPTestConditioning', { seed, ...text }, node.pos)))
+    const vaes = old.filter((node) => loads(node, 'VAE'))
+    vaes.forEach((node) => replace(node, 'VAE', add('SPTestRandomVAE', { kind: vae }, node.pos)))
+    const visions = old.filter((node) => node.type === 'CLIPVisionEncode')
+    visions.forEach((node) => replace(node, 'CLIP_VISION_OUTPUT', add('SPTestCLIPVisionOutput', vision, node.pos)))
+    const pictures = old.filter((node) => node.type === 'LoadImage')
+    pictures.forEach((node) => replace(node, 'IMAGE', add('EmptyImage', { width: 64, height: 64 }, node.pos)))
+    for (const node of old)
+        if (loads(node, 'CLIP') || loads(node, 'CLIP_VISION')) graph.remove(node)
+    for (const node of [...encoders, ...vaes, ...visions, ...pictures]) if (node.graph) graph.remove(node)
+    for (const node of graph.nodes)
+        for (const widget of node.widgets ?? [])
+            if (widget.name in size && /Latent|ToVideo|Scheduler|ImageScale/.test(node.type))
+                widget.value = size[widget.name]
+}
+"""
+_SAVE_LATENTS = """
+(type) => {
+    const graph = window.app.graph
+    const made = []
+    for (const node of graph.nodes.filter((node) => node.type === type)) {
+        const save = window.LiteGraph.createNode('SaveLatent')
+        graph.add(save)
+        save.pos = [node.pos[0], node.pos[1] - 150]
         node.connect(0, save, 0)
+        made.push(String(save.id))
     }
-    const large = ['CLIP', 'VAE', 'IMAGE', 'VIDEO', 'CLIP_VISION']
-    for (const node of graph.nodes.filter((node) => slots(node).some((type) => large.includes(type))))
-        graph.remove(node)
-    for (const node of graph.nodes.filter((node) => /^Empty.*Latent/.test(node.type)))
-        for (const widget of node.widgets) if (widget.name in latent) widget.value = latent[widget.name]
+    return made
 }
 """
 
@@ -65,8 +93,11 @@ class FrontEnd:
     def __init__(self, browser: Browser, server: ComfyServer) -> None:
         self.server = server
         self.errors: list[str] = []
+        self.requests: list[str] = []
+        """Addresses, from the first one on."""
         self.page = browser.new_page(viewport={"width": 1600, "height": 1000})
         self.page.route("**/*", self._stay_on_this_machine)
+        self.page.on("request", lambda request: self.requests.append(request.url))
         self.page.on("pageerror", lambda error: self.errors.append(f"{error}\n{error.stack or ''}"))
         self.page.on("console", self._note_console_error)
         _skip_the_tutorial(server)
@@ -78,10 +109,15 @@ class FrontEnd:
     def close(self) -> None:
         self.page.close()
 
-    def load_workflow(self, workflow: dict[str, Any]) -> None:
-        """Open a workflow as saved by the front end."""
+    def load_workflow(self, workflow: dict[str, Any], *, wait: bool = True) -> None:
+        """Open a workflow as saved by the front end.
+
+        Args:
+            wait: for messages about it.
+        """
         self.page.evaluate("(workflow) => window.app.loadGraphData(workflow)", workflow)
-        self._let_messages_appear()
+        if wait:
+            self._let_messages_appear()
 
     def load_graph(self, graph: Graph) -> None:
         """Open a graph in API format."""
@@ -111,29 +147,47 @@ class FrontEnd:
         """All text on the page."""
         return self.page.evaluate("document.body.innerText")
 
-    def set_widget(self, node_type: str, name: str, value: Any) -> None:
-        """Set a widget of all nodes of a type."""
+    def node_texts(self) -> str:
+        """What nodes show about their last run, one per line. Far zoomed out, newer front ends do not draw it."""
+        texts = "(node) => (node.widgets ?? []).filter((widget) => widget.name === '$$node-text-preview')"
+        return "\n".join(self.page.evaluate(f"window.app.graph.nodes.flatMap({texts}).map((widget) => widget.value)"))
+
+    def set_widget(self, node_type: str, name: str, *values: Any) -> None:
+        """Set a widget of all nodes of a type: to one value, or each node's to its own."""
         changed = self.page.evaluate(
-            """([type, name, value]) => {
+            """([type, name, values]) => {
                 const nodes = window.app.graph.nodes.filter((node) => node.type === type)
                 const widgets = nodes.map((node) => node.widgets.find((widget) => widget.name === name))
-                for (const widget of widgets) {
-                    widget.value = value
-                    widget.callback?.(value)
-                }
+                widgets.forEach((widget, i) => {
+                    widget.value = values[i % values.length]
+                    widget.callback?.(widget.value)
+                })
                 return widgets.length
             }""",
-            [node_type, name, value],
+            [node_type, name, list(values)],
         )
-        assert changed, f"there is no {node_type} in the graph"
+        assert changed and len(values) in (1, changed), f"there are {changed} {node_type} in the graph"
 
-    def replace_large_models(self, *, width: int, height: int, length: int, text_width: int = 64) -> None:
-        """Random conditioning and SaveLatent take the places of text encoders and of everything behind the VAE."""
-        latent = {"width": width, "height": height, "length": length, "batch_size": 1}
-        self.page.evaluate(_REPLACE_LARGE_MODELS, [latent, {"width": text_width, "guidance": 6}])
+    def replace_large_models(
+        self, *, vae: str, text: dict[str, Any], vision: dict[str, Any], size: dict[str, int]
+    ) -> None:
+        """Random conditioning, VAEs and pictures take the places of those that models or files give.
+
+        Args:
+            vae: one of the test pack's `NETWORKS`.
+            text: widgets of SPTestConditioning.
+            vision: widgets of SPTestCLIPVisionOutput.
+            size: width, height and length of what is made, in pixels and frames.
+        """
+        self.page.evaluate(_REPLACE_LARGE_MODELS, [vae, text, vision, size])
+
+    def save_latents(self, node_type: str) -> list[str]:
+        """Put a SaveLatent behind each node of a type; their ids, in the nodes' order."""
+        return self.page.evaluate(_SAVE_LATENTS, node_type)
 
     def serialize(self) -> dict[str, Any]:
-        return self.page.evaluate("window.app.graph.serialize()")
+        """The workflow as *Save* writes it."""
+        return json.loads(self.page.evaluate("JSON.stringify(window.app.graph.serialize())"))
 
     def api_graph(self) -> Graph:
         """What the front end would send to the server."""
@@ -169,6 +223,10 @@ class FrontEnd:
         self.page.wait_for_timeout(500)
         self.page.screenshot(path=path)
         return path
+
+    def own_errors(self) -> list[str]:
+        """Errors and warnings in the console that name this pack."""
+        return [error for error in self.errors if PACK_NAME in error or "sequence_parallel" in error]
 
     def _let_messages_appear(self) -> None:
         self.page.wait_for_timeout(1000)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -56,9 +57,21 @@ def start_server(
         for folder in model_files.iterdir():
             (base / "models").mkdir(exist_ok=True)
             (base / "models" / folder.name).symlink_to(folder, target_is_directory=True)
-        return ComfyServer(installation, base, PACKS, ("--preview-method", "latent2rgb", *arguments))
+        return ComfyServer(
+            installation, base, PACKS, ("--preview-method", "latent2rgb", *_front_end_arguments(), *arguments)
+        )
 
     return make
+
+
+def _front_end_arguments() -> tuple[str, ...]:
+    """Another version of the front end than ComfyUI's own, if the environment names its folder."""
+    folder = os.environ.get("COMFYUI_FRONT_END")
+    if not folder:
+        return ()
+    if not (Path(folder) / "index.html").is_file():
+        pytest.fail(f"COMFYUI_FRONT_END={folder}: this folder has no index.html", pytrace=False)
+    return ("--front-end-root", folder)
 
 
 @pytest.fixture

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 import os
+import resource
 import sys
 import threading
 import time
@@ -45,6 +46,12 @@ def cpu_seconds(pid: int) -> float:
 def address_space(pid: int) -> int:
     """Bytes of virtual memory."""
     return int(Path(f"/proc/{pid}/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def limit_memory(pid: int, spare: int) -> None:
+    """Lets the process allocate `spare` more bytes."""
+    limit = address_space(pid) + spare
+    resource.prlimit(pid, resource.RLIMIT_AS, (limit, limit))
 
 
 def memory(pid: int, kind: str) -> int:

@@ -6,7 +6,6 @@ import gc
 import json
 import os
 import re
-import resource
 import signal
 import subprocess
 import sys
@@ -35,10 +34,10 @@ from parallel.measure import QuietRounds
 from parallel.wire import source_files
 from parallel.wire.shared import lay_out
 from tests.distributed.process_facts import (
-    address_space,
     all_ended,
     cpu_seconds,
     is_running,
+    limit_memory,
     open_tcp_sockets,
     wait_until,
 )
@@ -365,12 +364,6 @@ def test_a_killed_rank_fails_the_step_and_is_named(model: RemoteModel, group: Wo
     with pytest.raises(WorkerDiedError, match="rank 1"):
         model.step(*SMALL.make())
     assert_recovers(model, models, pids)
-
-
-def limit_memory(pid: int, spare: int) -> None:
-    """Lets the process allocate `spare` more bytes."""
-    limit = address_space(pid) + spare
-    resource.prlimit(pid, resource.RLIMIT_AS, (limit, limit))
 
 
 def test_a_rank_out_of_memory_releases_its_peers(model: RemoteModel, group: WorkerGroup):

@@ -150,7 +150,7 @@ def test_links_agree_with_nodes(path: Path):
         assert number in out["links"] and into["link"] == number
         assert out["type"] == into["type"] == kind
         assert nodes[source]["order"] < nodes[target]["order"]
-    used = [number for node in nodes.values() for out in node["outputs"] for number in out["links"]]
+    used = [number for node in nodes.values() for out in node["outputs"] for number in out["links"] or ()]
     used_by_inputs = [socket["link"] for node in nodes.values() for socket in node["inputs"] if socket["link"]]
     assert sorted(used) == sorted(used_by_inputs) == sorted(links)
 

@@ -12,6 +12,8 @@ import comfy.ldm.models.autoencoder
 import comfy.ldm.wan.vae
 import comfy.ldm.wan.vae2_2
 import comfy.sd
+import comfy.taesd.taehv
+import comfy.taesd.taesd
 import torch
 from torch import nn
 
@@ -54,7 +56,14 @@ NETWORKS: dict[str, Callable[[], nn.Module]] = {
         ddconfig={**_PICTURE, "z_channels": 32, "batch_norm_latent": True}, embed_dim=32
     ),
     "cogvideox": lambda: comfy.ldm.cogvideo.vae.AutoencoderKLCogVideoX(latent_channels=16),
+    # The small ones for previews. Latents of the same channels and sizes as those of:
+    "tiny_flux": lambda: comfy.taesd.taesd.TAESD(latent_channels=16),
+    "tiny_flux2": lambda: comfy.taesd.taesd.TAESD(latent_channels=128),
+    "tiny_mochi": lambda: comfy.taesd.taehv.TAEHV(latent_channels=12),
+    "tiny_hunyuan_video_15": lambda: comfy.taesd.taehv.TAEHV(latent_channels=32),
+    "tiny_ltxv": lambda: comfy.taesd.taehv.TAEHV(latent_channels=128),
 }
+_METADATA = {"tiny_flux2": {"tae_latent_channels": 128}}
 
 
 def make_vae(kind: str, seed: int = 0) -> comfy.sd.VAE:
@@ -64,7 +73,7 @@ def make_vae(kind: str, seed: int = 0) -> comfy.sd.VAE:
     with torch.device("meta"):
         shapes = NETWORKS[kind]().state_dict()
     state = {name: _random(name, tensor, generator).to(dtype) for name, tensor in shapes.items()}
-    return comfy.sd.VAE(sd=state, dtype=dtype)
+    return comfy.sd.VAE(sd=state, dtype=dtype, metadata=_METADATA.get(kind))
 
 
 def _random(name: str, tensor: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
