@@ -135,7 +135,10 @@ class VAEInWorkers(comfy.sd.VAE):
             reason = str(error)
         else:
             devices = resolve(patcher.config).describe()
-            tell(executing_node(), f"{tiles} tiles on {devices} in {time.perf_counter() - began:.1f} s")
+            tell(
+                executing_node(),
+                f"{tiles} tile{'s' * (tiles != 1)} on {devices} in {time.perf_counter() - began:.1f} s",
+            )
             return result
         _tell_native(reason)  # out here, where the error no longer holds on to anything
         return function(self)

@@ -31,9 +31,9 @@ class SPTeaCache(io.ComfyNode):
                     max=10.0,
                     step=0.01,
                     tooltip="Estimated relative change of the output since the last computed step (a ratio: 0.15 is"
-                    " 15 %) below which the blocks are skipped. Larger is faster and less exact; 0 never skips. Published"
-                    " for HunyuanVideo 0.1 to 0.15, FLUX.1 0.25, Wan 14B 0.14 to 0.2, Wan 1.3B 0.05 to 0.1, CogVideoX"
-                    " 0.1 to 0.3, Mochi 0.06 to 0.09, LTX-Video 0.03 to 0.05.",
+                    " 15 %) below which the blocks are skipped. Larger is faster and less exact; 0 never skips."
+                    " Published for HunyuanVideo 0.1 to 0.15, FLUX.1 from 0.25, Wan 14B 0.14 to 0.2, Wan 1.3B 0.05 to"
+                    " 0.1, CogVideoX 1.5 0.1 to 0.3, Mochi 0.06 to 0.09, LTX-Video 0.03 to 0.05.",
                 ),
                 io.Float.Input(
                     "start_percent",

@@ -10,12 +10,13 @@ from ..parallel.errors import ConfigError
 from .sp_config import SPConfig
 
 
-def tile_inputs(does: str, *, step: int) -> list[Any]:
+def tile_inputs(does: str, *, step: int, temporal_size: int = 64) -> list[Any]:
     """Sizes of a tile as ComfyUI's tiled nodes have them, and whose devices compute.
 
     Args:
         does: what is done to a tile, e.g. "decode".
         step: of tile_size, in pixels.
+        temporal_size: its default, in frames.
     """
     return [
         io.Int.Input("tile_size", default=512, min=64, max=4096, step=step, tooltip="Height and width, in pixels."),
@@ -29,11 +30,12 @@ def tile_inputs(does: str, *, step: int) -> list[Any]:
         ),
         io.Int.Input(
             "temporal_size",
-            default=64,
+            default=temporal_size,
             min=8,
             max=4096,
             step=4,
-            tooltip=f"Video only: frames to {does} at a time.",
+            tooltip=f"Video only: frames to {does} at a time. For Wan at least the whole video: with less, colours can"
+            " jump where tiles meet.",
         ),
         io.Int.Input(
             "temporal_overlap",

@@ -25,7 +25,7 @@ class SPVAE(io.ComfyNode):
             ),
             inputs=[
                 io.Vae.Input("vae", tooltip="From Load VAE; the workers are sent its weights once."),
-                *tile_inputs("encode or decode", step=64),
+                *tile_inputs("encode or decode", step=64, temporal_size=4096),
             ],
             outputs=[io.Vae.Output()],
         )

@@ -88,7 +88,9 @@ async function free() {
 }
 
 async function restart(state) {
-  const running = state.groups.some((group) => group.sampling?.running);
+  // Between two steps a group is idle, and while it reads weights or computes tiles no sampling runs.
+  const idle = (group) => ["idle", "dead", "stopped"].includes(group.state) && !group.sampling?.running;
+  const running = !state.groups.every(idle);
   const question = t("A prompt is running; it will fail. Restart the workers?");
   if (running && !(await confirmed(t("Restart workers"), question))) return;
   const { groups } = await request("/sequence_parallel/restart", {});

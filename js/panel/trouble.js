@@ -16,7 +16,7 @@ const TOASTS = {
 /** What the topbar is to show, for `registerExtension`; follows `setBadge`. */
 export function topbarBadges() {
   if (!tab()?.iconBadge) return [];
-  const tooltip = t("Open Sequence Parallel in the sidebar.");
+  const tooltip = t("Open SP workers in the sidebar.");
   return [{ text: t("Workers failed"), label: "SP", variant: "error", tooltip }];
 }
 

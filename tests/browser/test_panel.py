@@ -280,7 +280,13 @@ def eight_workers() -> dict[str, Any]:
         "failure": None,
         "ranks": ranks,
         "models": ["hunyuan_video_t2v_720p_bf16.safetensors"],
-        "plan": {"ulysses": 4, "ring": 1, "cfg": 2, "dp": 1, "reason": "auto: positive and negative prompt side by side"},
+        "plan": {
+            "ulysses": 4,
+            "ring": 1,
+            "cfg": 2,
+            "dp": 1,
+            "reason": "auto: positive and negative prompt side by side",
+        },
         "step": {
             "seconds": 3.4,
             "collectives": 120,

@@ -258,7 +258,7 @@ def check_texts(front_end: FrontEnd, workflow: dict[str, Any]) -> None:
     expected = {
         r"(?:ulysses|cfg) 2, \d+\.\d\d s per step": sum(kind in SAMPLERS for kind in types),
         r"20 steps in the workers .*: \d+\.\d s": types.count("SPSampler"),
-        r"\d+ tiles on cpu,cpu in \d+\.\d s": types.count("SPVAEDecode"),
+        r"\d+ tiles? on cpu,cpu in \d+\.\d s": types.count("SPVAEDecode"),
     }
     shown = front_end.node_texts()
     assert {text: len(re.findall(text, shown)) for text in expected} == expected, shown
