@@ -143,7 +143,7 @@ def test_fp8_weights_stay_fp8(files: dict[str, Path]):
 )
 def test_relatives_of_the_family_are_not_mistaken_for_it(extra: str):
     names = [*ADAPTER.native_tensors(tiny_config(**TINY)), extra]
-    with pytest.raises(UnsupportedError, match=r"model.safetensors is not supported yet .* hunyuan_video"):
+    with pytest.raises(UnsupportedError, match=r"model.safetensors is not supported yet .* HunyuanVideo;"):
         adapter_for(source_of(names))
 
 
