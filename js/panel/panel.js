@@ -8,7 +8,6 @@ import { t } from "./text.js";
 export class Panel {
   constructor() {
     this._views = new Map();
-    this._state = { groups: [] };
     this._note = element("p", "sp-note");
     this._note.setAttribute("role", "status");
     this._groups = element("div", "sp-groups");
@@ -24,7 +23,7 @@ export class Panel {
         ...this._buttons(),
       ),
     );
-    this.update(this._state);
+    this.update({ groups: [] });
   }
 
   _buttons() {
@@ -33,14 +32,13 @@ export class Panel {
     const contents = t("Versions, devices, settings, state and the last errors, for a bug report.");
     return [
       button("pi pi-eraser", t("Free memory"), unload, free),
-      button("pi pi-refresh", t("Restart workers"), again, () => restart(this._state)),
+      button("pi pi-refresh", t("Restart workers"), again, restart),
       button("pi pi-copy", t("Copy report"), contents, copyReport),
     ];
   }
 
   /** @param {{groups: object[]}} state as the server sends it */
   update(state) {
-    this._state = state;
     const shown = new Set(state.groups.map((group) => group.id));
     for (const id of this._views.keys()) if (!shown.has(id)) this._views.delete(id);
     for (const group of state.groups) {
@@ -87,14 +85,15 @@ async function free() {
   toast("info", t("Free memory"), t("ComfyUI unloads all models when no prompt runs."), 4);
 }
 
-async function restart(state) {
+async function restart() {
+  const { groups } = await request("/sequence_parallel/status"); // what is shown may be a second old
   // Between two steps a group is idle, and while it reads weights or computes tiles no sampling runs.
   const idle = (group) => ["idle", "dead", "stopped"].includes(group.state) && !group.sampling?.running;
-  const running = !state.groups.every(idle);
+  const running = !groups.every(idle);
   const question = t("A prompt is running; it will fail. Restart the workers?");
   if (running && !(await confirmed(t("Restart workers"), question))) return;
-  const { groups } = await request("/sequence_parallel/restart", {});
-  if (!groups) toast("info", t("Restart workers"), t("There were none; the next prompt starts them."), 4);
+  const { groups: started } = await request("/sequence_parallel/restart", {});
+  if (!started) toast("info", t("Restart workers"), t("There were none; the next prompt starts them."), 4);
 }
 
 async function copyReport() {
