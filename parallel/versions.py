@@ -1,4 +1,4 @@
-"""How old the ComfyUI and the torch of a user may be, neither of which this pack installs. The rest: requirements.txt."""
+"""How old a user's ComfyUI and torch may be, neither of which this pack installs. For the rest see requirements.txt."""
 
 from __future__ import annotations
 
