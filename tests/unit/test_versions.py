@@ -17,21 +17,21 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.mark.parametrize(
     ("found", "oldest"),
-    [("2.6.0", "2.6"), ("2.6.0+cu124", "2.6"), ("2.13.0+cpu", "2.6"), ("3.0.0.dev20270101", "2.6"), ("0.8.2", "")],
+    [("2.9.0", "2.9"), ("2.9.1+cu128", "2.9"), ("2.13.0+cpu", "2.9"), ("3.0.0.dev20270101", "2.9"), ("0.8.2", "")],
 )
 def test_new_enough(found: str, oldest: str):
     require("it", found, oldest)
 
 
 @pytest.mark.parametrize(
-    ("found", "oldest"), [("2.5.1+cu124", "2.6"), ("0.8.0", "0.21.0"), ("0.20.1", "0.21.0"), ("0.3", "0.21.0")]
+    ("found", "oldest"), [("2.8.0+cu128", "2.9"), ("0.8.0", "0.21.0"), ("0.20.1", "0.21.0"), ("0.3", "0.21.0")]
 )
 def test_too_old(found: str, oldest: str):
     with pytest.raises(UnsupportedError, match=re.escape(f"it is {found}; Sequence Parallel needs {oldest} or newer")):
         require("it", found, oldest)
 
 
-@pytest.mark.parametrize(("name", "old"), [("torch", "2.5.1"), ("diffusers", "0.39.0"), ("transformers", "4.57.6")])
+@pytest.mark.parametrize(("name", "old"), [("torch", "2.8.0+cu128"), ("diffusers", "0.39.0"), ("transformers", "4.57.6")])
 def test_the_doctor_finds_what_is_too_old(monkeypatch: pytest.MonkeyPatch, name: str, old: str):
     version = importlib.metadata.version
     monkeypatch.setattr(importlib.metadata, "version", lambda other: old if other == name else version(other))
