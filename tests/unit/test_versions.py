@@ -31,7 +31,9 @@ def test_too_old(found: str, oldest: str):
         require("it", found, oldest)
 
 
-@pytest.mark.parametrize(("name", "old"), [("torch", "2.8.0+cu128"), ("diffusers", "0.39.0"), ("transformers", "4.57.6")])
+@pytest.mark.parametrize(
+    ("name", "old"), [("torch", "2.8.0+cu128"), ("diffusers", "0.39.0"), ("transformers", "4.57.6")]
+)
 def test_the_doctor_finds_what_is_too_old(monkeypatch: pytest.MonkeyPatch, name: str, old: str):
     version = importlib.metadata.version
     monkeypatch.setattr(importlib.metadata, "version", lambda other: old if other == name else version(other))
