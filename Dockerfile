@@ -3,7 +3,7 @@
 #   docker build -t comfyui-sp .
 #   docker run --gpus all --shm-size 1g -p 127.0.0.1:8188:8188 -v /path/to/models:/comfyui/models comfyui-sp
 #
-# torch comes with the base image; any of its CUDA images from 2.6 on will do (--build-arg TORCH=…). NCCL wants more shared
+# torch comes with the base image; any of its CUDA images from 2.9 on will do (--build-arg TORCH=…). NCCL wants more shared
 # memory than Docker's 64 MB: hence --shm-size. To reach ComfyUI from other machines, put a proxy with a login before it.
 ARG TORCH=pytorch/pytorch:2.9.1-cuda12.8-cudnn9-runtime
 FROM ${TORCH}

@@ -1,7 +1,10 @@
 """What a user sees: one file per node. The only half of the pack that imports ComfyUI."""
 
+import comfyui_version
+import torch
 from comfy_api.latest import ComfyExtension, io
 
+from ..parallel.versions import OLDEST_COMFYUI, OLDEST_TORCH, require
 from . import panel
 from .first_block_cache import SPFirstBlockCache
 from .load_diffusion_model import SPLoadDiffusionModel
@@ -38,4 +41,11 @@ class SequenceParallelExtension(ComfyExtension):
 
 
 async def comfy_entrypoint() -> SequenceParallelExtension:
+    """What ComfyUI asks for.
+
+    Raises:
+        UnsupportedError: ComfyUI or torch is too old; ComfyUI logs it, and goes on without the nodes.
+    """
+    require("ComfyUI", comfyui_version.__version__, OLDEST_COMFYUI)
+    require("torch", torch.__version__, OLDEST_TORCH)
     return SequenceParallelExtension()

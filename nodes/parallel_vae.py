@@ -213,7 +213,7 @@ def _patcher(vae: Any, config: SequenceParallelConfig) -> VAEPatcher:
     device_type = resolve(config).device_type
     if vae.first_stage_model is None:
         raise UnsupportedError("the VAE is empty")
-    if vae.handles_tiling:
+    if getattr(vae, "handles_tiling", False):  # ComfyUI 0.28 and later; none did before
         raise UnsupportedError(f"{type(vae.first_stage_model).__name__} tiles by itself")
     if vae.patcher.patches or vae.patcher.object_patches:
         raise UnsupportedError("the VAE has patches")

@@ -7,6 +7,7 @@ import importlib.metadata
 import os
 import platform
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,10 +15,12 @@ import torch
 from .config import Layout, SequenceParallelConfig, resolve
 from .errors import ConfigError, EngineError
 from .host.group import WorkerGroup
+from .versions import OLDEST_TORCH, require
 from .wire.shared import lay_out
 
 _HEADS = 24
 """HunyuanVideo's and FLUX's attention heads: the plan shown is theirs, without CFG."""
+_REQUIREMENTS = Path(__file__).parents[1] / "requirements.txt"
 
 
 def examine(devices: str) -> tuple[dict[str, Any], str]:
@@ -64,9 +67,12 @@ def examine(devices: str) -> tuple[dict[str, Any], str]:
 
 
 def _libraries() -> str:
-    names = ("torch", "diffusers", "safetensors", "einops")
-    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in names)
-    return f"Python {platform.python_version()}, {versions}"
+    lines = [line.strip() for line in _REQUIREMENTS.read_text().splitlines()]
+    oldest = {"torch": OLDEST_TORCH} | dict(line.partition(">=")[::2] for line in lines if line and line[0] != "#")
+    found = {name: importlib.metadata.version(name) for name in oldest}
+    for name, version in found.items():
+        require(name, version, oldest[name])
+    return f"Python {platform.python_version()}, {', '.join(f'{name} {version}' for name, version in found.items())}"
 
 
 def _system() -> str:

@@ -14,8 +14,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from math import ceil
 
-import torch
-
 from .degrees import RequestedDegrees
 from .errors import ConfigError
 
@@ -54,13 +52,8 @@ def check(mode: str, degrees: RequestedDegrees) -> None:
     """Refuses a mode that these degrees leave no way for.
 
     Raises:
-        ConfigError: shard with one rank per sequence, or without FSDP2.
+        ConfigError: shard with one rank per sequence.
     """
-    if mode == "shard" and not has_fsdp2():
-        raise ConfigError(
-            f"weights is 'shard', which needs PyTorch 2.6 or later; this is {torch.__version__}; choose auto, replicate"
-            " or offload"
-        )
     if mode == "shard" and degrees.sharing < 2:
         if degrees.world_size == 1:
             raise ConfigError("weights is 'shard', and devices names one; allowed are auto, replicate and offload")
@@ -87,12 +80,6 @@ def check_host_memory(nbytes: int, host: Memory, reason: str) -> None:
             f"weights 'offload' ({reason}) needs {_gib(nbytes)} of host memory for its copy, and {_gib(host.free)} are"
             " free; use an fp8 file or weight_dtype, more or larger GPUs, or close other programs"
         )
-
-
-def has_fsdp2() -> bool:
-    """Whether PyTorch has `torch.distributed.fsdp.fully_shard`; told by its version, for the import takes seconds."""
-    major, minor = torch.__version__.split(".")[:2]
-    return (int(major), int(minor)) >= (2, 6)
 
 
 def bytes_on_device(mode: str, nbytes: int, sharing: int, device_type: str) -> int:

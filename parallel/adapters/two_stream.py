@@ -265,9 +265,9 @@ def qkv(x: Tensor, layers: Sequence[Any], norms: Sequence[Any], eps: float | Non
 
     `eps` None is the epsilon of the dtype.
     """
-    parts = [layer(x).unflatten(2, (-1, norms[0].weight.shape[0])) for layer in layers]
-    normed = [F.rms_norm(part, norm.weight.shape, norm.weight, eps) for part, norm in zip(parts, norms, strict=False)]
-    return [*normed, parts[2]]
+    q, k, v = [layer(x).unflatten(2, (-1, norms[0].weight.shape[0])) for layer in layers]
+    normed = [F.rms_norm(part, norm.weight.shape, norm.weight, eps) for part, norm in zip((q, k), norms, strict=True)]
+    return [*normed, v]
 
 
 def _joint_qkv(attn: Any, image: Tensor, text: Tensor) -> tuple[Tensor, ...]:

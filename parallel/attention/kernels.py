@@ -24,8 +24,6 @@ from ..errors import UnsupportedError
 log = logging.getLogger("sequence_parallel")
 
 _HALF = (torch.float16, torch.bfloat16)
-_IN_ORDER = {"set_priority": True} if "set_priority" in inspect.signature(sdpa_kernel).parameters else {}
-"""Before PyTorch 2.6 a list of backends had no order."""
 
 
 class Kernel(ABC):
@@ -63,7 +61,7 @@ class Sdpa(Kernel):
         self._backends = list(backends) if backends else None
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        allowed = sdpa_kernel(self._backends, **_IN_ORDER) if self._backends else contextlib.nullcontext()
+        allowed = sdpa_kernel(self._backends, set_priority=True) if self._backends else contextlib.nullcontext()
         with allowed:
             return F.scaled_dot_product_attention(q, k, v)
 

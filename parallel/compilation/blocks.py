@@ -209,8 +209,7 @@ def _prepare(settings: CompileSettings) -> dict[str, Any]:
     import torch.fx.experimental._config
 
     limits: Any = torch._dynamo.config
-    limit = "recompile_limit" if hasattr(limits, "recompile_limit") else "cache_size_limit"  # before torch 2.6
-    setattr(limits, limit, max(getattr(limits, limit), _VARIANTS))
+    limits.recompile_limit = max(limits.recompile_limit, _VARIANTS)
     # Sizes that happen to be equal at first (of text and picture, say) are not taken to be always.
     torch.fx.experimental._config.use_duck_shape = False
     _signs.register()

@@ -14,7 +14,7 @@ from ..adapters.native import NativeTensors
 from ..checkpoints.source import Stored
 from ..config import resolve
 from ..errors import WorkerError
-from ..placement import Memory, Placement, bytes_on_device, check_host_memory, choose, has_fsdp2
+from ..placement import Memory, Placement, bytes_on_device, check_host_memory, choose
 from ..quantise.selection import Selection, select
 from ..quantise.settings import (
     FP8Choice,
@@ -184,7 +184,7 @@ class RemoteWeights:
                 nbytes,
                 [Memory(**rank["device"]) for rank in told],
                 host,
-                sharing=self._layout.degrees.sharing if has_fsdp2() else 1,
+                sharing=self._layout.degrees.sharing,
                 device_type=self._layout.device_type,
             )
         if placement.mode == "offload":

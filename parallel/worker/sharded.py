@@ -111,8 +111,7 @@ class _Bytes:
 
 def _shard(unit: nn.Module, mesh: DeviceMesh) -> FSDPModule:
     sharded = fully_shard(unit, mesh=mesh, reshard_after_forward=True)
-    if hasattr(sharded, "set_custom_all_gather"):  # PyTorch 2.9 and later
-        sharded.set_custom_all_gather(_Bytes())  # type: ignore[arg-type]  # its base class is private
+    sharded.set_custom_all_gather(_Bytes())  # type: ignore[arg-type]  # its base class is private
     return sharded
 
 

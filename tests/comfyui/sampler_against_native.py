@@ -33,6 +33,7 @@ import comfy.sd  # noqa: E402
 import comfy.utils  # noqa: E402
 import latent_preview  # noqa: E402
 import torch  # noqa: E402
+import utils  # noqa: E402, F401  # as main.py does: up to ComfyUI 0.25 `nodes` puts another `utils` in its way
 
 import nodes  # noqa: E402
 

@@ -197,17 +197,6 @@ def test_shard_needs_devices_that_share_a_sequence(devices: str, degrees: dict[s
         resolve(SequenceParallelConfig(devices=devices, weights=other, **degrees))
 
 
-@pytest.mark.parametrize(("version", "old"), [("2.5.1", True), ("2.6.0+cu124", False), ("3.0.0.dev20270101", False)])
-def test_shard_needs_a_pytorch_that_has_it(monkeypatch: pytest.MonkeyPatch, version: str, old: bool):
-    monkeypatch.setattr(torch, "__version__", version)
-    config = SequenceParallelConfig(devices="cpu,cpu", weights="shard")
-    if not old:
-        resolve(config)
-        return
-    with pytest.raises(ConfigError, match=r"weights is 'shard', which needs PyTorch 2\.6 or later; this is 2\.5\.1"):
-        resolve(config)
-
-
 @pytest.mark.parametrize("degrees", [{}, {"ring_degree": 2}, {"cfg_degree": 2}, {"dp_degree": 2}])
 def test_shard_over_the_devices_of_a_sequence(degrees: dict[str, int]):
     resolve(SequenceParallelConfig(devices="cpu,cpu,cpu,cpu", weights="shard", **degrees))

@@ -1,0 +1,28 @@
+"""How old a user's ComfyUI and torch may be, neither of which this pack installs. For the rest see requirements.txt."""
+
+from __future__ import annotations
+
+import re
+
+from .errors import UnsupportedError
+
+OLDEST_COMFYUI = "0.21.0"
+"""The first that has every family; pyproject.toml tells it to the registry."""
+OLDEST_TORCH = "2.9"
+"""The oldest tested, as 2.9.1. FSDP2 of 2.6 does not shard fp8 weights beside others; nothing between was tried."""
+
+
+def require(name: str, found: str, oldest: str) -> None:
+    """Refuses a version older than `oldest`, e.g. 2.8.0+cu128 than 2.9.
+
+    Raises:
+        UnsupportedError: naming both.
+    """
+    if _numbers(found) < _numbers(oldest):
+        raise UnsupportedError(f"{name} is {found}; Sequence Parallel needs {oldest} or newer")
+
+
+def _numbers(version: str) -> list[int]:
+    """`2.13.0+cpu` → [2, 13, 0]; what is no number ends it."""
+    leading = re.match(r"\d+(\.\d+)*", version)
+    return [int(number) for number in leading[0].split(".")] if leading else []
