@@ -175,9 +175,16 @@ def add_sampling(builder: GraphBuilder, setting: Setting, model: Link, output: s
 def add_start_image(builder: GraphBuilder, setting: Setting, positive: Link, negative: Link) -> tuple[Link, Link, Link]:
     """Positive, negative and latent, with a grey picture as the first frame.
 
-    `start_image` is one of WanImageToVideo, Wan22ImageToVideoLatent, HunyuanVideo15ImageToVideo, and LTXVImgToVideo
-    behind LTXVConditioning.
+    `start_image` is one of WanImageToVideo, Wan22ImageToVideoLatent, HunyuanVideo15ImageToVideo, LTXVImgToVideo behind
+    LTXVConditioning, and InstructPixToPixConditioning, which encodes the one picture and no frames behind it.
     """
+    if setting.start_image == "InstructPixToPixConditioning":
+        pixels = builder.add("EmptyImage", width=setting.width, height=setting.height, batch_size=1, color=0x808080)
+        vae = builder.add("SPTestVAE", channels=16, stride=8, seed=3)
+        texts = {"positive": positive, "negative": negative}
+        node, _ = builder.add(setting.start_image, vae=vae, pixels=pixels, **texts)
+        size = {"width": setting.width, "height": setting.height, "batch_size": setting.batch}
+        return [node, 0], [node, 1], builder.add(setting.empty, length=setting.length, **size)
     size = {"width": setting.width, "height": setting.height, "batch_size": setting.batch, "length": setting.length}
     size["start_image"] = builder.add("EmptyImage", width=64, height=64, batch_size=1, color=0x808080)
     if setting.start_image == "Wan22ImageToVideoLatent":

@@ -46,6 +46,7 @@ DEVICES = [
     "cpu,cpu",
     pytest.param("cpu,cpu,cpu", marks=pytest.mark.extended),
 ]
+ULYSSES, RING = Swapped(ulysses_degree=2), Swapped(ring_degree=2)
 HYBRID = Swapped(devices="cpu,cpu,cpu,cpu", ulysses_degree=2, ring_degree=2)
 SHORT = Text(seed=12, tokens=5)
 MASKED = Text(tokens=8, valid=5)
@@ -240,6 +241,17 @@ def test_same_latent_with_explicit_degrees(
 ) -> None:
     setting = (CASES | SINGLE)[name]
     assert relative_difference(sample(server, setting, swapped), reference(setting)) <= TOLERANCE
+
+
+@pytest.mark.extended
+@pytest.mark.parametrize("name", SINGLE)
+@pytest.mark.parametrize("swapped", [ULYSSES, RING, HYBRID], ids=["ulysses", "ring", "hybrid"])
+def test_same_latent_of_every_case_under_every_split(
+    server: ComfyServer, reference: Reference, swapped: Swapped, name: str
+) -> None:
+    difference = relative_difference(sample(server, SINGLE[name], swapped), reference(SINGLE[name]))
+    print(f"{name}: {difference:.1e}")
+    assert difference <= TOLERANCE
 
 
 @pytest.mark.parametrize("weights", ["shard", "offload"])

@@ -52,6 +52,7 @@ CASES = {
     "cogvideox_cfg_unequal_prompts": (replace(_COG, cfg=4.0), ULYSSES),
     "cogvideox_i2v_cfg": (replace(_COG_IMAGE, cfg=4.0, **_DPMPP), RING),
     "cogvideox_15_i2v_batch_2": (replace(_COG_15, batch=2), ULYSSES),
+    "cogvideox_15_i2v_one_frame_encoded": (replace(_COG_15, start_image="InstructPixToPixConditioning", cfg=4.0), RING),
     "cogvideox_learned_positions": (replace(_COG, checkpoint=COGVIDEOX_LEARNED), RING),
     "cogvideox_scaled_fp8": (replace(_COG, checkpoint=COGVIDEOX_SCALED), RING),
     "hunyuan_15_sampler_in_the_workers": (replace(_IMAGE, cfg=4.0, chain="sp_sampler"), ULYSSES),
@@ -73,6 +74,16 @@ def test_same_latent(server: ComfyServer, reference: Reference, name: str) -> No
     print(f"{name}: {difference:.1e}")
     # CogVideoX starts at a sigma of 4519, so the order of sums shows: the workers' sampler has its own.
     assert difference <= (5e-4 if name == "cogvideox_sampler_in_the_workers" else TOLERANCE)
+
+
+@pytest.mark.extended
+@pytest.mark.parametrize("name", [name for name, (setting, _) in CASES.items() if setting.chain == "ksampler"])
+@pytest.mark.parametrize("swapped", [ULYSSES, RING, HYBRID], ids=["ulysses", "ring", "hybrid"])
+def test_same_latent_under_every_split(server: ComfyServer, reference: Reference, swapped: Swapped, name: str) -> None:
+    setting, _ = CASES[name]
+    difference = relative_difference(sample(server, setting, swapped), reference(setting))
+    print(f"{name}: {difference:.1e}")
+    assert difference <= TOLERANCE
 
 
 def test_those_comparisons_notice_a_lost_input(reference: Reference) -> None:

@@ -47,6 +47,7 @@ def on_cpus(monkeypatch: pytest.MonkeyPatch) -> None:
         return FP8Choice(scheme=fp8.scheme, skip=fp8.patterns)
 
     monkeypatch.setattr(remote_weights, "_choose_scheme", as_asked)
+    monkeypatch.setattr(remote_weights, "refuse_devices", lambda *_: None)
 
 
 @contextmanager

@@ -17,12 +17,14 @@ from torch import Tensor
 from parallel.cache.settings import FirstBlockCacheSettings, TeaCacheSettings
 from parallel.checkpoints.source import Stored
 from parallel.demo.checkpoint import write_tiny_hunyuan_video
+from parallel.errors import ConfigError
 from parallel.host import remote_weights
 from parallel.host.cached_sampling import CachedSampling
 from parallel.host.group import WorkerGroup
 from parallel.host.remote_model import RemoteModel
 from parallel.host.step_request import StepRequest
 from parallel.placement import Placement
+from parallel.worker.free_memory import host_memory
 from tests.distributed.process_facts import MemoryPeaks, memory
 from tests.distributed.start_ranks import run_ranks
 from tests.distributed.tiny_models import (
@@ -311,8 +313,13 @@ def test_auto_decides_by_free_memory_and_says_why(
     with placed(start_group(TWO), path, "auto") as remote:
         expected = remote.step(*PADDED.make())
         assert remote.placement == Placement(mode="replicate", reason="auto: 2 × 0.0353 GiB fit in memory")
-    monkeypatch.setattr(remote_weights, "weight_bytes", lambda *_: 2**50)
+    size = int(0.7 * host_memory().free)
+    monkeypatch.setattr(remote_weights, "weight_bytes", lambda *_: size)
     with placed(start_group(TWO), path, "auto") as remote:
         assert remote.placement.mode == "offload"
-        assert "auto: 2 × 1.05e+06 GiB do not fit in" in remote.placement.reason
+        assert f"auto: 2 × {size / 2**30:.3g} GiB do not fit in" in remote.placement.reason
         assert torch.equal(remote.step(*PADDED.make()), expected)
+    monkeypatch.setattr(remote_weights, "weight_bytes", lambda *_: 2**50)
+    refused = pytest.raises(ConfigError, match=r"needs 1.05e\+06 GiB of host memory for its copy")
+    with refused, placed(start_group(TWO), path, "auto"):
+        pass
