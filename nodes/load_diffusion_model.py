@@ -15,7 +15,7 @@ from .native_model import WEIGHT_DTYPES, load_native_model
 from .settings import default_config, read
 from .sp_config import SPConfig
 
-_FOLDER = "diffusion_models"
+_FOLDER, _CONFIG = "diffusion_models", "config.json"
 
 
 class SPLoadDiffusionModel(io.ComfyNode):
@@ -71,10 +71,11 @@ class SPLoadDiffusionModel(io.ComfyNode):
 
 
 def _choices() -> list[str]:
-    """Single files and diffusers folders, but not the files in these folders: they are parts of a whole."""
+    """Single files and diffusers folders, but not the parts of these folders."""
     folders = sorted({name for root in folder_paths.get_folder_paths(_FOLDER) for name in _diffusers_folders(root)})
-    files = [name for name in folder_paths.get_filename_list(_FOLDER) if Path(name).parent.as_posix() not in folders]
-    return files + folders
+    files = folder_paths.get_filename_list(_FOLDER)
+    parts = {name for name in files if _is_part(name) and Path(name).parent.as_posix() in folders}
+    return [name for name in files if name not in parts] + folders
 
 
 _found: dict[str, tuple[dict[str, float], list[str]]] = {}
@@ -92,25 +93,30 @@ def _diffusers_folders(root: str) -> list[str]:
     except OSError:
         pass  # a folder has gone
     files, changed = folder_paths.recursive_search(root, excluded_dir_names=[".git"])
-    folders = [Path(name).parent.as_posix() for name in files if Path(name).name == "config.json"]
+    folders = [Path(name).parent.as_posix() for name in files if Path(name).parts[1:] and Path(name).name == _CONFIG]
     _found[root] = changed, [name for name in folders if _is_transformer(Path(root) / name)]
     return _found[root][1]
 
 
 def _is_transformer(folder: Path) -> bool:
     try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        config = json.loads((folder / _CONFIG).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return False
     return isinstance(config, dict) and "Transformer" in str(config.get("_class_name"))
 
 
+def _is_part(name: str) -> bool:
+    """Whether a file is called as diffusers calls the weights in its folders, whole or in shards."""
+    return Path(name).name.startswith("diffusion_pytorch_model")
+
+
 def _full_path(unet_name: str) -> str:
     for root in folder_paths.get_folder_paths(_FOLDER):
         path = Path(root) / unet_name
-        if (path / "config.json").is_file():
+        if (path / _CONFIG).is_file():
             return str(path)
-        if path.is_file() and _is_transformer(path.parent):
-            folder = Path(unet_name).parent.as_posix()
+        folder = Path(unet_name).parent.as_posix()
+        if path.is_file() and _is_part(unet_name) and folder in _diffusers_folders(root):
             raise ConfigError(f"unet_name is {unet_name!r}, a part of a diffusers folder; choose {folder!r}")
     return folder_paths.get_full_path_or_raise(_FOLDER, unet_name)

@@ -22,7 +22,7 @@ print(json.dumps(numerics.read()))
 """
 
 
-def test_another_process_takes_every_switch(monkeypatch: pytest.MonkeyPatch):
+def test_another_process_takes_every_switch():
     before = numerics.read()
     wanted = {name: not value for name, value in before.items() if isinstance(value, bool)}
     wanted |= {"deterministic": [True, True], "float32_matmul_precision": "high"}

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.metadata
 import re
+import runpy
+import sys
 from pathlib import Path
 
 import pytest
@@ -48,3 +50,10 @@ def test_readme_and_registry_say_the_same():
     assert f"ComfyUI {OLDEST_COMFYUI} or newer" in readme and f"PyTorch {OLDEST_TORCH} or newer" in readme
     (diffusers,) = re.findall(r"^diffusers>=(.*)$", (ROOT / "requirements.txt").read_text(), re.MULTILINE)
     assert f"diffusers {diffusers} or newer" in readme
+
+
+@pytest.mark.parametrize("platform", ["win32", "darwin"])
+def test_other_systems_are_told_so_at_once(monkeypatch: pytest.MonkeyPatch, platform: str):
+    monkeypatch.setattr(sys, "platform", platform)
+    with pytest.raises(ImportError, match=r"needs Linux.*WSL2"):
+        runpy.run_path(str(Path(__file__).parents[2] / "__init__.py"))
