@@ -10,7 +10,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
+from functools import cached_property
 from itertools import accumulate
+from typing import Protocol
 
 from .errors import ConfigError
 
@@ -65,6 +67,89 @@ def share_of(batches: Sequence[int], group: int, groups: int) -> list[slice]:
         slice(min(max(start, first), last) - first, min(max(stop, first), last) - first)
         for first, last in ranges(batches)
     ]
+
+
+class HeadPlan(Protocol):
+    """What an exchange of tokens for heads needs to know."""
+
+    @property
+    def heads(self) -> int: ...
+    @property
+    def ring_degree(self) -> int: ...
+    @property
+    def ulysses_degree(self) -> int: ...
+    @property
+    def tokens(self) -> tuple[int, ...]: ...
+    @property
+    def head_ranges(self) -> tuple[Range, ...]: ...
+    @property
+    def local_heads(self) -> tuple[int, ...]: ...
+    @property
+    def chunks(self) -> tuple[int, ...]: ...
+    def row(self, rank: int) -> slice: ...
+
+
+@dataclass(frozen=True)
+class AttentionPlan:
+    """Who has which tokens and heads in one attention of a split model.
+
+    Ranks form `ring_degree` rows of Ulysses groups, see `SequencePlan`. Grouped queries stay with their keys.
+
+    Args:
+        tokens: queries of each rank.
+        keys: of each rank.
+        heads: of the queries.
+        groups: heads of the keys; each serves heads / groups heads of queries.
+        weights: relative speed of each rank.
+        ring_degree: rows.
+    """
+
+    tokens: tuple[int, ...]
+    keys: tuple[int, ...]
+    heads: int
+    groups: int
+    weights: tuple[float, ...]
+    ring_degree: int = 1
+
+    @cached_property
+    def ulysses_degree(self) -> int:
+        return len(self.weights) // self.ring_degree
+
+    @cached_property
+    def local_groups(self) -> tuple[int, ...]:
+        columns = [sum(self.weights[c :: self.ulysses_degree]) for c in range(self.ulysses_degree)]
+        return shares(self.groups, columns) * self.ring_degree
+
+    @cached_property
+    def local_heads(self) -> tuple[int, ...]:
+        return tuple(count * (self.heads // self.groups) for count in self.local_groups)
+
+    @cached_property
+    def head_ranges(self) -> tuple[Range, ...]:
+        return ranges(self.local_heads[: self.ulysses_degree]) * self.ring_degree
+
+    @property
+    def joint(self) -> bool:
+        """Whether queries and keys are the same tokens, and heads are not grouped."""
+        return self.tokens == self.keys and self.heads == self.groups
+
+    @cached_property
+    def chunks(self) -> tuple[int, ...]:
+        """Queries of each row."""
+        return self._of_rows(self.tokens)
+
+    @cached_property
+    def key_chunks(self) -> tuple[int, ...]:
+        """Keys of each row."""
+        return self._of_rows(self.keys)
+
+    def row(self, rank: int) -> slice:
+        """The ranks of `rank`'s Ulysses group."""
+        start = rank // self.ulysses_degree * self.ulysses_degree
+        return slice(start, start + self.ulysses_degree)
+
+    def _of_rows(self, counts: tuple[int, ...]) -> tuple[int, ...]:
+        return tuple(sum(counts[self.row(rank)]) for rank in range(0, len(self.weights), self.ulysses_degree))
 
 
 @dataclass(frozen=True, slots=True)

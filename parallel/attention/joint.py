@@ -8,7 +8,7 @@ from typing import Protocol, TypeVar, runtime_checkable
 import torch.distributed as dist
 from torch import Tensor
 
-from ..plan import SequencePlan
+from ..plan import HeadPlan
 from .common_memory import CommonMemoryExchange
 from .kernels import Kernel
 from .ring import RingAttention
@@ -50,7 +50,7 @@ class Unexchanged:
 
 
 def joint_attention(
-    plan: SequencePlan,
+    plan: HeadPlan,
     rank: int,
     ulysses: dist.ProcessGroup | None,
     ring: dist.ProcessGroup | None,
@@ -58,13 +58,15 @@ def joint_attention(
     pipeline: int = 1,
     traffic: Traffic | None = None,
     common: CommonMemoryExchange | None = None,
+    compute: Local | None = None,
 ) -> JointAttention:
     """The attention of `plan` for `rank`; the groups are needed where their degree is above 1.
 
-    What is sent is added to `traffic`. `common` is the Ulysses group's, see `UlyssesAttention`.
+    What is sent is added to `traffic`. `common` is the Ulysses group's, see `UlyssesAttention`. `compute` takes the
+    kernel's place where there is no ring.
     """
     traffic = traffic or Traffic()
-    local: Local = kernel
+    local: Local = compute or kernel
     if plan.ring_degree > 1:
         assert ring is not None
         local = RingAttention(plan.chunks, rank // plan.ulysses_degree, ring, kernel, traffic)

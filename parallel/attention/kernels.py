@@ -38,8 +38,15 @@ class Kernel(ABC):
         """Attention; the result has q's shape."""
 
     @abstractmethod
-    def with_lse(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Attention, and the log-sum-exp [B, H, S_q] of the scaled scores in fp32."""
+    def with_lse(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Attention, and the log-sum-exp [B, H, S_q] of the scaled scores in fp32.
+
+        Args:
+            mask: to be added to the scores, finite (a row may be masked as a whole), [B or 1, H or 1, S_q or 1, S_k].
+
+        Raises:
+            UnsupportedError: a mask, which this kernel has no use for.
+        """
 
     def backward(
         self, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor
@@ -65,12 +72,16 @@ class Sdpa(Kernel):
         with allowed:
             return F.scaled_dot_product_attention(q, k, v)
 
-    def with_lse(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    def with_lse(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
         if q.device.type == "cpu":
-            return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v)
-        if q.dtype in _HALF and torch.cuda.get_device_capability(q.device) >= KERNEL_CAPABILITY:
+            mask = None if mask is None else mask.expand(*q.shape[:3], k.shape[2])
+            return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, attn_mask=mask)
+        if mask is None and q.dtype in _HALF and torch.cuda.get_device_capability(q.device) >= KERNEL_CAPABILITY:
             return torch.ops.aten._scaled_dot_product_flash_attention(q, k, v)[:2]
-        out, lse, *_ = torch.ops.aten._scaled_dot_product_efficient_attention(q, k, v, None, True)
+        if mask is not None:  # the kernel reads whole groups of 16 keys
+            keys = k.shape[2]
+            mask = F.pad(mask, (0, -keys % 16))[..., :keys].expand(*q.shape[:3], keys)
+        out, lse, *_ = torch.ops.aten._scaled_dot_product_efficient_attention(q, k, v, mask, True)
         return out, lse[..., : q.shape[2]]  # padded to a multiple of 32
 
     def backward(
@@ -114,8 +125,9 @@ class _HalfPrecision(Sdpa):
         self._check(q)
         return super().__call__(q, k, v)
 
-    def with_lse(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    def with_lse(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
         self._check(q)
+        _refuse_mask(self.name, mask)
         return super().with_lse(q, k, v)
 
     def _check(self, q: Tensor) -> None:
@@ -135,8 +147,9 @@ class Cudnn(_HalfPrecision):
     name = "cudnn"
     backend = SDPBackend.CUDNN_ATTENTION
 
-    def with_lse(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    def with_lse(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
         self._check(q)
+        _refuse_mask(self.name, mask)
         out, lse, *_ = torch.ops.aten._scaled_dot_product_cudnn_attention(q, k, v, None, True)
         return out, lse.reshape(q.shape[:3])
 
@@ -166,8 +179,9 @@ class Sage(Kernel):
     def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return self._run(q, k, v)
 
-    def with_lse(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    def with_lse(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
         assert not self.no_lse
+        _refuse_mask(self.name, mask)
         out, lse = self._run(q, k, v, return_lse=True)
         assert lse.shape == q.shape[:3] and lse.dtype == torch.float32
         return out, lse
@@ -184,6 +198,14 @@ class Sage(Kernel):
             raise UnsupportedError(
                 f"attention 'sage': sageattention refuses this model or GPU: {error}; use auto, sdpa, cudnn or flash"
             ) from error
+
+
+def _refuse_mask(name: str, mask: Tensor | None) -> None:
+    if mask is not None:
+        raise UnsupportedError(
+            f"attention {name!r} cannot be used in a ring (ring_degree above 1) by a model that masks its attention:"
+            " set ring_degree to 1, or use auto or sdpa"
+        )
 
 
 def select(name: str, device: torch.device) -> Kernel:

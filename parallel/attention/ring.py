@@ -50,9 +50,13 @@ class RingAttention:
         self.kernel = kernel
         self.traffic = traffic or Traffic()
 
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """q, k, v: [B, H, S_i, D] → [B, H, S_i, D]."""
-        return _Ring.apply(q, k, v, self)
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+        """q [B, H, Q, D], k and v [B, H, S_i, D] → [B, H, Q, D].
+
+        Args:
+            mask: to be added to the scores, finite: this rank's queries with the keys of all chunks, [.., Q or 1, S].
+        """
+        return _Ring.apply(q, k, v, self, mask)
 
     def exchange(self, send: Tensor, receive: Tensor) -> list[dist.Work]:
         """Starts passing `send` to the next rank and receiving from the one before."""
@@ -66,15 +70,20 @@ class RingAttention:
             ]
         )
 
+    def held_after(self, rounds: int) -> int:
+        """Which chunk this rank holds after so many rounds."""
+        return (self.index - rounds) % len(self.chunks)
+
     def size_after(self, rounds: int) -> int:
-        """Tokens of the chunk that this rank holds after so many rounds."""
-        return self.chunks[(self.index - rounds) % len(self.chunks)]
+        """Tokens of that chunk."""
+        return self.chunks[self.held_after(rounds)]
 
 
 class _Ring(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, ring: RingAttention) -> Tensor:
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, ring: RingAttention, mask: Tensor | None) -> Tensor:
         batch, heads, _, dim = q.shape
+        masks = [None] * len(ring.chunks) if mask is None else mask.split(ring.chunks, dim=-1)
         rounds = len(ring.chunks)
         with ring.traffic.copying():
             held = torch.stack((k, v))
@@ -85,36 +94,43 @@ class _Ring(torch.autograd.Function):
                 coming = held.new_empty(2, batch, heads, ring.size_after(done + 1), dim)
                 works = ring.exchange(held, coming)
                 ring.traffic.add(held.nbytes)
-            part, part_lse = ring.kernel.with_lse(q, held[0], held[1])
-            if out is None or lse is None:
-                out, lse = part.to(torch.float32, copy=True), part_lse
-            else:
-                out, lse = merge(out, lse, part, part_lse)
+            if q.shape[2] and held.shape[3]:  # a chunk of a short stream may be empty; it travels all the same
+                part, part_lse = ring.kernel.with_lse(q, held[0], held[1], masks[ring.held_after(done)])
+                if out is None or lse is None:
+                    out, lse = part.to(torch.float32, copy=True), part_lse
+                else:
+                    out, lse = merge(out, lse, part, part_lse)
             if works:
                 with ring.traffic.waiting():  # the kernel has hidden the rest
                     for work in works:
                         work.wait()
                 held = coming
-        assert out is not None
+        if out is None or lse is None:
+            out, lse = q.new_zeros(q.shape, dtype=torch.float32), q.new_zeros(q.shape[:3], dtype=torch.float32)
         result = out.to(q.dtype)
-        ctx.ring = ring
+        ctx.ring, ctx.masked = ring, mask is not None
         ctx.save_for_backward(q, k, v, result, lse)
         return result
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
         """The chunks travel once more, each with the gradient that it has gathered so far, and one hop home."""
         q, k, v, out, lse = ctx.saved_tensors
         ring: RingAttention = ctx.ring
+        if ctx.masked:
+            raise UnsupportedError(
+                "gradients through ring attention are not available with a mask: set ring_degree to 1"
+            )
         rounds = len(ring.chunks)
         held = torch.stack((k, v))
         grad_q = torch.zeros_like(q, dtype=torch.float32)
         grad_held = torch.zeros_like(held, dtype=torch.float32)
         for done in range(rounds):
-            part_q, part_k, part_v = ring.kernel.backward(grad.contiguous(), q, held[0], held[1], out, lse)
-            grad_q += part_q
-            grad_held[0] += part_k
-            grad_held[1] += part_v
+            if q.shape[2] and held.shape[3]:
+                part_q, part_k, part_v = ring.kernel.backward(grad.contiguous(), q, held[0], held[1], out, lse)
+                grad_q += part_q
+                grad_held[0] += part_k
+                grad_held[1] += part_v
             shape = (*held.shape[:3], ring.size_after(done + 1), held.shape[4])
             works = []
             if done + 1 < rounds:
@@ -127,4 +143,4 @@ class _Ring(torch.autograd.Function):
             if done + 1 < rounds:
                 held = coming
             grad_held = grad_coming
-        return grad_q.to(q.dtype), grad_held[0].to(k.dtype), grad_held[1].to(v.dtype), None
+        return grad_q.to(q.dtype), grad_held[0].to(k.dtype), grad_held[1].to(v.dtype), None, None

@@ -25,7 +25,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..plan import Range, SequencePlan, ranges, shares
+from ..plan import HeadPlan, Range, ranges, shares
 from .common_memory import CommonMemoryExchange
 from .exchange import CollectiveExchange, Exchange, Joined, Pieces
 from .traffic import Traffic
@@ -52,7 +52,7 @@ class UlyssesAttention:
 
     def __init__(
         self,
-        plan: SequencePlan,
+        plan: HeadPlan,
         rank: int,
         group: dist.ProcessGroup,
         local: Local,
@@ -156,7 +156,7 @@ class UlyssesAttention:
         packed = torch.stack((q, k, v)).permute(2, 0, 1, 3, 4)  # [S_r, 3, B, H, D]
         pieces = [packed[:, :, :, first:last].flatten() for first, last in heads]
         mine = heads[self.position][1] - heads[self.position][0]
-        received = _AllToAll.apply(
+        received = all_to_all(
             torch.cat(pieces),
             [piece.numel() for piece in pieces],
             [n * batch * 3 * mine * dim for n in self.tokens],
@@ -165,7 +165,7 @@ class UlyssesAttention:
         received = received.view(sum(self.tokens), 3, batch * mine * dim).transpose(0, 1)
         out = self._attend(received, heads, batch, dim).permute(2, 0, 1, 3).flatten()
         back = [tokens * batch * (last - first) * dim for first, last in heads]
-        returned = _AllToAll.apply(out, [n * batch * mine * dim for n in self.tokens], back, self.group)
+        returned = all_to_all(out, [n * batch * mine * dim for n in self.tokens], back, self.group)
         shaped = [
             piece.view(tokens, batch, last - first, dim)
             for piece, (first, last) in zip(returned.split(back), heads, strict=True)
@@ -189,6 +189,17 @@ class _AllToAll(torch.autograd.Function):
         out = grad.new_empty(sum(sent))
         dist.all_to_all_single(out, grad.contiguous(), sent, received, group=group)
         return out, None, None, None
+
+
+def all_to_all(send: Tensor, sent: list[int], received: list[int], group: dist.ProcessGroup) -> Tensor:
+    """A flat all-to-all, with gradients.
+
+    Args:
+        send: the pieces, end to end.
+        sent: elements for each rank.
+        received: elements from each rank.
+    """
+    return _AllToAll.apply(send, sent, received, group)
 
 
 def _nothing() -> None:

@@ -1,0 +1,163 @@
+"""Attention of the tokens of some streams with those of others, over the ranks that share the sequence.
+
+The usual case, as many keys as queries and as many key heads as heads, goes the way of `joint_attention`: one packed
+all-to-all in, pipelined, through common memory where ranks have it. Queries of one stream with keys of another one,
+grouped heads (https://arxiv.org/abs/2305.13245) and masks are packed differently, still in two collectives. Shapes on
+rank r, with H heads in G groups of key heads:
+
+    q [B, H, Q_r, D], k, v [B, G, K_r, D]  →  all-to-all  →  q [B, H_r, Q, D], k, v [B, G_r, K, D]
+    → local attention  →  [B, H_r, Q, D]  →  all-to-all  →  [B, H, Q_r, D]
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import prod
+from typing import Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ..plan import AttentionPlan
+from .common_memory import CommonMemoryExchange
+from .joint import JointAttention, joint_attention
+from .kernels import Kernel
+from .ring import RingAttention
+from .traffic import Traffic
+from .ulysses import all_to_all
+
+
+class Compute(Protocol):
+    """Attention without an exchange."""
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+        """q [B, H, Q, D], k and v [B, G, K, D] → [B, H, Q, D]."""
+
+
+class StreamAttention:
+    """One attention under a plan.
+
+    Args:
+        plan: who has which tokens and heads.
+        rank: this process's rank in the plan.
+        ulysses: process group of its row, where that has several ranks.
+        ring: of its column, likewise.
+        kernel: what a ring computes with.
+        pipeline: chunks of heads.
+        traffic: counts what is sent.
+        common: of the row's ranks, see `UlyssesAttention`.
+    """
+
+    def __init__(
+        self,
+        plan: AttentionPlan,
+        rank: int,
+        ulysses: dist.ProcessGroup | None,
+        ring: dist.ProcessGroup | None,
+        kernel: Kernel,
+        *,
+        pipeline: int = 1,
+        traffic: Traffic | None = None,
+        common: CommonMemoryExchange | None = None,
+    ):
+        self.plan = plan
+        self._rank, self._ulysses, self._ring = rank, ulysses, ring
+        self._kernel, self._pipeline, self._common = kernel, pipeline, common
+        self._traffic = traffic or Traffic()
+        self._row = row = plan.row(rank)
+        self._position = rank - row.start
+        self._queries, self._keys = plan.tokens[row], plan.keys[row]
+        self._heads, self._groups = plan.local_heads[row], plan.local_groups[row]
+        self._around: RingAttention | None = None
+        if plan.ring_degree > 1:
+            assert ring is not None
+            self._around = RingAttention(plan.key_chunks, rank // plan.ulysses_degree, ring, kernel, self._traffic)
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, compute: Compute, mask: Tensor | None = None) -> Tensor:
+        """q [B, H, Q_r, D], k and v [B, G, K_r, D] of this rank's tokens → [B, H, Q_r, D].
+
+        Args:
+            compute: attention of all tokens of this rank's heads. A ring uses its kernel instead.
+            mask: of the whole attention, boolean or to be added to the scores, [.., Q, K] with tokens in the order of
+                the ranks; its heads are all heads, or one.
+        """
+        if self.plan.joint and mask is None and v.shape[3] == q.shape[3]:
+            return self._joint(compute)(*(x.transpose(1, 2) for x in (q, k, v))).transpose(1, 2)
+        if len(self._queries) > 1:
+            q, k, v = self._to_heads(q, k, v)
+        if mask is not None and mask.ndim == 4 and mask.shape[1] > 1:
+            mask = mask.split(self._heads, 1)[self._position]
+        out = self._local(q, k, v, compute, mask)
+        return self._to_tokens(out) if len(self._queries) > 1 else out
+
+    def _joint(self, compute: Compute) -> JointAttention:
+        return joint_attention(
+            self.plan,
+            self._rank,
+            self._ulysses,
+            self._ring,
+            self._kernel,
+            self._pipeline,
+            self._traffic,
+            self._common,
+            compute=None if self.plan.ring_degree > 1 else compute,
+        )
+
+    def _local(self, q: Tensor, k: Tensor, v: Tensor, compute: Compute, mask: Tensor | None) -> Tensor:
+        if not q.shape[1]:  # so has no rank of this column
+            return q.new_empty(*q.shape[:3], v.shape[3])
+        if self._around is None:
+            return compute(q, k, v, mask) if q.shape[2] else q.new_empty(*q.shape[:3], v.shape[3])
+        if repeats := q.shape[1] // k.shape[1] - 1:
+            k, v = (x.repeat_interleave(repeats + 1, dim=1) for x in (k, v))
+        return self._around(q, k, v, None if mask is None else self._of_row(mask, q.dtype))
+
+    def _of_row(self, mask: Tensor, dtype: torch.dtype) -> Tensor:
+        """The part of a mask that is of this row's queries, to be added, and finite: a chunk may be masked as a whole,
+        and what such a row's softmax would be must not come into the sum."""
+        if mask.ndim == 3:
+            mask = mask[:, None]
+        if mask.shape[-2] > 1:
+            before = sum(self.plan.tokens[: self._row.start])
+            mask = mask.narrow(-2, before, sum(self._queries))
+        lowest = torch.finfo(dtype).min / 4
+        if mask.dtype == torch.bool:
+            return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, lowest)
+        return mask.to(dtype).clamp(min=lowest)
+
+    def _to_heads(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """This rank's tokens with all heads → the row's tokens with this rank's heads."""
+        three = [(q, self._heads, self._queries), (k, self._groups, self._keys), (v, self._groups, self._keys)]
+        shares = zip(*(x.split(heads, dim=1) for x, heads, _ in three), strict=True)
+        sent = [torch.cat([part.reshape(-1) for part in parts]) for parts in shares]
+        shapes = [
+            [(x.shape[0], heads[self._position], tokens[rank], x.shape[3]) for x, heads, tokens in three]
+            for rank in range(len(self._queries))
+        ]
+        came = self._exchange(sent, [sum(map(prod, each)) for each in shapes])
+        split = [part.split([prod(shape) for shape in each]) for part, each in zip(came, shapes, strict=True)]
+        with self._traffic.copying():
+            q, k, v = (
+                torch.cat([parts[i].view(each[i]) for parts, each in zip(split, shapes, strict=True)], dim=2)
+                for i in range(3)
+            )
+        return q, k, v
+
+    def _to_tokens(self, out: Tensor) -> Tensor:
+        """The row's tokens with this rank's heads → this rank's tokens with all heads."""
+        batch, _, _, dim = out.shape
+        shapes = [(batch, heads, self._queries[self._position], dim) for heads in self._heads]
+        sent = [part.reshape(-1) for part in out.split(self._queries, dim=2)]
+        came = self._exchange(sent, [prod(shape) for shape in shapes])
+        return torch.cat([part.view(shape) for part, shape in zip(came, shapes, strict=True)], dim=1)
+
+    def _exchange(self, sent: Sequence[Tensor], received: Sequence[int]) -> Sequence[Tensor]:
+        """Flat pieces for each rank of the row → what came from each."""
+        assert self._ulysses is not None
+        sizes = [piece.numel() for piece in sent]
+        with self._traffic.copying():
+            whole = torch.cat(list(sent))
+        self._traffic.add((whole.numel() - sizes[self._position]) * whole.element_size())
+        with self._traffic.waiting():
+            return all_to_all(whole, sizes, list(received), self._ulysses).split(list(received))

@@ -1,0 +1,209 @@
+"""Plans of ComfyUI's diffusion models, by class."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any
+
+from ..split.rules import Before, Behind, Frames, Grid, Grouped, Guides, Ranges, Residuals, Segment, Tokens, Trimmed
+from ..split.sites import Plan, Site
+
+A, I, J, T, V = ("audio",), ("image",), ("joint",), ("text",), ("video",)  # noqa: E741
+TI = (*T, *I)
+CONTROL = Site(cut={"control": Residuals(Tokens(I))})
+
+MINIMAX_H3: Plan = {
+    "blocks": Site(
+        cut={"x": Tokens(J, 0), "mod_segments": Ranges(J), "rope_freqs": Tokens(J, 1)},
+        whole="t_emb",
+        attention={"": (J, J)},
+    ),
+    "final_layer": Site(
+        cut={"video_seg": Segment("video", J), "audio_seg": Segment("audio", J)},
+        whole="x t_emb",
+        join=(Segment("video", J), Segment("audio", J)),
+    ),
+}
+
+LTX2: Plan = {
+    "transformer_blocks": Site(
+        cut={
+            "x": (Tokens(V), Tokens(A)),
+            "v_timestep": Frames("video"),
+            "a_timestep": Tokens(A),
+            "v_pe": (Tokens(V), None),
+            "a_pe": (Tokens(A), None),
+            "v_cross_pe": (Tokens(V), None),
+            "a_cross_pe": (Tokens(A), None),
+            "v_cross_scale_shift_timestep": Frames("video"),
+            "a_cross_scale_shift_timestep": Tokens(A),
+            "v_cross_gate_timestep": Frames("video"),
+            "a_cross_gate_timestep": Tokens(A),
+            "self_attention_mask?": Guides(),
+        },
+        whole="v_context a_context attention_mask v_prompt_timestep? a_prompt_timestep?",
+        attention={
+            "attn1": (V, V),
+            "audio_attn1": (A, A),
+            "audio_to_video_attn": (V, A),
+            "video_to_audio_attn": (A, V),
+        },
+        join=(Tokens(V), Tokens(A)),  # here, since the model cuts reference audio off by its whole length
+    ),
+}
+
+LTXV: Plan = {
+    "transformer_blocks": Site(
+        cut={"x": Tokens(V), "timestep": Tokens(V), "pe": (Tokens(V), None), "self_attention_mask?": Guides()},
+        whole="context attention_mask prompt_timestep?",
+        attention={"attn1": (V, V)},
+        join=Tokens(V),
+    ),
+}
+
+LUMINA: Plan = {  # Z-Image, too
+    "noise_refiner": Site(
+        cut={"x": Tokens(I), "freqs_cis": Tokens(I), "timestep_zero_index?": Ranges(I)},
+        whole="x_mask adaln_input",
+        attention={"": (I, I)},
+        join=Tokens(I),  # here, since the model counts the text by the length of the whole
+    ),
+    "layers": Site(
+        cut={"x": Tokens(J), "freqs_cis": Tokens(J), "timestep_zero_index?": Ranges(J)},
+        whole="x_mask adaln_input",
+        attention={"": (J, J)},
+    ),
+    "final_layer": Site(cut={"timestep_zero_index?": Ranges(J)}, whole="x c", join=Tokens(J)),
+}
+
+_WAN = Site(
+    cut={"x": Tokens(V), "e": Grouped("video", 4), "freqs": Tokens(V)},
+    whole="context context_img_len?",
+    attention={"self_attn": (V, V)},
+)
+WAN: Plan = {"blocks": _WAN, "head": Site(cut={"e": Grouped("video", 3)}, whole="x", join=Tokens(V))}
+WAN_VACE: Plan = WAN | {"vace_blocks": replace(_WAN, cut={"c": Tokens(V), **_WAN.cut})}
+
+FLUX: Plan = {  # Chroma, too
+    "": CONTROL,
+    "double_blocks": Site(
+        cut={
+            "img": Tokens(I),
+            "txt": Tokens(T),
+            "pe": Tokens(TI, 2),
+            "modulation_dims_img?": Ranges(I),
+        },
+        whole="vec attn_mask",
+        attention={"": (TI, TI)},
+    ),
+    "single_blocks": Site(
+        cut={
+            "x": Tokens(TI),
+            "pe": Tokens(TI, 2),
+            "modulation_dims?": Ranges(TI, behind="text"),
+        },
+        whole="vec attn_mask",
+        attention={"": (TI, TI)},
+    ),
+    "final_layer": Site(cut={"modulation_dims?": Ranges(I)}, whole="x vec", join=Tokens(I)),
+}
+
+HUNYUAN_VIDEO: Plan = {
+    "": CONTROL,
+    "double_blocks": Site(
+        cut={
+            "img": Tokens(I),
+            "attn_mask": Trimmed(TI),
+            "txt": Tokens(T),
+            "pe": Tokens(TI, 2),
+            "modulation_dims_img": Ranges(I),
+            "modulation_dims_txt": Ranges(T),
+        },
+        whole="vec",
+        attention={"": (TI, TI)},
+    ),
+    "single_blocks": Site(
+        cut={
+            "attn_mask": Trimmed(TI),
+            "x": Tokens(TI),
+            "pe": Tokens(TI, 2),
+            "modulation_dims": Ranges(TI),
+        },
+        whole="vec",
+        attention={"": (TI, TI)},
+        join=Behind("text", Tokens(I)),  # here, since the model cuts a reference off by its whole length
+    ),
+}
+
+HUNYUAN_VIDEO_15: Plan = {
+    "": CONTROL,
+    "double_blocks": replace(HUNYUAN_VIDEO["double_blocks"], join=(Tokens(I), None)),
+}
+
+KREA2: Plan = {
+    "blocks": Site(
+        cut={"x": Tokens(J), "freqs": Tokens(J, 2), "timestep_zero_index?": Before(J)},
+        whole="vec mask?",
+        attention={"": (J, J)},
+    ),
+    "last": Site(join=Tokens(J)),
+}
+
+QWEN_IMAGE: Plan = {
+    "": CONTROL,
+    "transformer_blocks": Site(
+        cut={
+            "hidden_states": Tokens(I),
+            "encoder_hidden_states_mask": Trimmed(T),
+            "encoder_hidden_states": Tokens(T),
+            "image_rotary_emb": Tokens(TI, 2),
+            "timestep_zero_index?": Before(I),
+        },
+        whole="temb",
+        attention={"": (TI, TI)},
+    ),
+    "proj_out": Site(join=Tokens(I)),
+}
+
+KANDINSKY5: Plan = {
+    "visual_transformer_blocks": Site(
+        cut={"visual_embed": Tokens(V), "freqs": Tokens(V)},
+        whole="text_embed time_embed",
+        attention={"self_attention": (V, V)},
+        join=Tokens(V),
+    ),
+}
+
+COSMOS_PREDICT2: Plan = {  # Anima, too
+    "blocks": Site(
+        cut={
+            "x_B_T_H_W_D": Grid("video"),
+            "emb_B_T_D": Grouped("video", 3),
+            "rope_emb_L_1_1_D": Tokens(V),
+            "adaln_lora_B_T_3D": Grouped("video", 3),
+            "extra_per_block_pos_emb": Grid("video"),
+        },
+        whole="crossattn_emb",
+        attention={"self_attn": (V, V)},
+        join=Grid("video"),
+    ),
+}
+
+PLANS: Mapping[str, Plan | Callable[[Any], Plan]] = {
+    "Anima": COSMOS_PREDICT2,
+    "Chroma": FLUX,
+    "Flux": FLUX,
+    "HunyuanVideo": lambda model: HUNYUAN_VIDEO if len(model.single_blocks) else HUNYUAN_VIDEO_15,
+    "Kandinsky5": KANDINSKY5,
+    "LTXAVModel": LTX2,
+    "LTXVModel": LTXV,
+    "MiniMaxH3Model": MINIMAX_H3,
+    "MiniTrainDIT": COSMOS_PREDICT2,
+    "NextDiT": LUMINA,
+    "QwenImageTransformer2DModel": QWEN_IMAGE,
+    "SingleStreamDiT": KREA2,
+    "VaceWanModel": WAN_VACE,
+    "WanModel": WAN,
+}
+"""Class → plan, or what makes it of a model."""

@@ -1,0 +1,166 @@
+"""Puts a plan into a model, and takes it out again without a trace."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from .ranks import SequenceRanks
+from .routes import ThroughOptions
+from .sites import Plan, PlanError, Rule, Site, applied
+from .streams import Names, Streams
+
+
+class Routes(Protocol):
+    """Puts a route into a module."""
+
+    def install(self, module: nn.Module, streams: tuple[Names, Names] | None, where: str) -> list[RemovableHandle]: ...
+
+
+class Split:
+    """A model that runs over the ranks of a sequence, until `remove` is called.
+
+    Args:
+        model: whole on every rank.
+        plan: of its class.
+        ranks: that share the sequence; every one splits the same model by the same plan.
+        routes: how its attention is reached.
+
+    Raises:
+        PlanError: the model has not the modules or arguments that the plan names.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        plan: Plan,
+        ranks: SequenceRanks,
+        routes: Callable[[Callable[[], Streams]], Routes] = ThroughOptions,
+    ):
+        self.ranks = ranks
+        self._name = type(model).__name__
+        self._streams = Streams(ranks)
+        self._routes = routes(lambda: self._streams)
+        self._handles: list[RemovableHandle] = []
+        try:
+            self._handles.append(model.register_forward_pre_hook(self._begin))
+            for path, site in plan.items():
+                self._install(model, path, site)
+        except BaseException:
+            self.remove()
+            raise
+
+    def remove(self) -> None:
+        """Gives the model back as it was."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    def _begin(self, module: nn.Module, args: Any) -> None:
+        self._streams = Streams(self.ranks)
+
+    def _install(self, model: nn.Module, path: str, site: Site) -> None:
+        module = self._submodule(model, path, f"{self._name}")
+        is_list = isinstance(module, nn.ModuleList)
+        modules = list(module) if isinstance(module, nn.ModuleList) else [module]
+        for number, each in enumerate(modules):
+            where = f"{self._name}.{path}.{number}" if is_list else f"{self._name}.{path}".rstrip(".")
+            if is_list:
+                self._handles.append(each.register_forward_pre_hook(self._enter))
+            if site.cut or site.whole is not None:
+                cut = _Cut(each, site, lambda: self._streams, f"{where} ({type(each).__name__})")
+                self._handles.append(each.register_forward_pre_hook(cut, with_kwargs=True))
+            for name, streams in site.attention.items():
+                attention = self._submodule(each, name, where)
+                self._handles += self._routes.install(attention, streams, f"{where}.{name}".rstrip("."))
+        if site.join is not None and modules:
+            self._handles.append(modules[-1].register_forward_hook(_Joined(site.join, lambda: self._streams, path)))
+
+    def _enter(self, module: nn.Module, args: Any) -> None:
+        self.ranks.enter_block()
+
+    def _submodule(self, module: nn.Module, path: str, where: str) -> nn.Module:
+        try:
+            return module.get_submodule(path)
+        except AttributeError:
+            has = ", ".join(name for name, _ in module.named_children()) or "none"
+            raise PlanError(
+                f"the plan of {self._name} names the module {path!r}, which {where} has not; it has: {has}"
+            ) from None
+
+
+class _Cut:
+    """Cuts a module's arguments, and knows them all."""
+
+    def __init__(self, module: nn.Module, site: Site, current: Callable[[], Streams], where: str):
+        self._current, self._where = current, where
+        parameters = inspect.signature(type(module).forward).parameters
+        self._names = list(parameters)[1:]
+        takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+        self._rules: dict[str, Rule] = {}
+        self._whole: set[str] | None = None if site.whole is None else {"transformer_options"}
+        for entry in [*site.cut, *(site.whole or "").split()]:
+            name = entry.removesuffix("?")
+            if name not in parameters and not takes_any:
+                if entry.endswith("?"):
+                    continue
+                raise PlanError(
+                    f"{where} has no argument {name!r}, which its plan names; it has: {', '.join(self._names)}"
+                )
+            if entry in site.cut:
+                self._rules[name] = site.cut[entry]
+            if self._whole is not None:
+                self._whole.add(name)
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        streams = self._current()
+        given = dict(zip(self._names, args, strict=False)) | kwargs
+        if self._whole is not None:
+            for name, value in given.items():
+                if value is not None and name not in self._whole:
+                    raise PlanError(f"{self._where} is given {_shown(name, value)}, which its plan does not know")
+        if streams.ranks.size == 1:
+            return None
+        new: dict[str, Any] = {}
+        for name, rule in self._rules.items():
+            if given.get(name) is not None:
+                with _naming(self._where, name, given[name]):
+                    new[name] = applied("cut", rule, given[name], streams)
+        args = tuple(new.get(name, value) for name, value in zip(self._names, args, strict=False))
+        return args, {name: new.get(name, value) for name, value in kwargs.items()}
+
+
+class _Joined:
+    def __init__(self, rule: Rule, current: Callable[[], Streams], where: str):
+        self._rule, self._current, self._where = rule, current, where
+
+    def __call__(self, module: nn.Module, args: Any, out: Any) -> Any:
+        if self._current().ranks.size == 1:
+            return None
+        with _naming(f"{self._where} ({type(module).__name__})", "its result", out):
+            return applied("join", self._rule, out, self._current())
+
+
+@contextmanager
+def _naming(where: str, name: str, value: Any) -> Iterator[None]:
+    """Says which value it was."""
+    try:
+        yield
+    except PlanError as error:
+        raise PlanError(f"{where}: {_shown(name, value)}: {error}") from None
+
+
+def _shown(name: str, value: Any) -> str:
+    """An argument by name, with the shapes of what it holds."""
+    if isinstance(value, Tensor):
+        return f"{name} of shape {list(value.shape)}"
+    if isinstance(value, tuple | list):
+        return f"{name} ({', '.join(str(list(x.shape)) if isinstance(x, Tensor) else type(x).__name__ for x in value)})"
+    if isinstance(value, Mapping):
+        return f"{name} (with {', '.join(map(str, value))})"
+    return f"{name} ({type(value).__name__})"

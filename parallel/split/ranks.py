@@ -1,0 +1,90 @@
+"""The ranks that share a sequence, as a split model sees them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from math import prod
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ..attention.between import StreamAttention
+from ..attention.common_memory import CommonMemoryExchange
+from ..attention.kernels import Kernel, Sdpa
+from ..attention.traffic import Traffic
+from ..attention.ulysses import all_to_all
+from ..plan import AttentionPlan
+
+
+class SequenceRanks:
+    """This rank among those that share a sequence: a ring of Ulysses groups.
+
+    Args:
+        weights: relative speed of each rank.
+        rank: this one.
+        sequence: process group of all of them; None for one rank.
+        ulysses: of those with the same chunk of the sequence; needed where that is more than one rank.
+        ring: of those with the same heads; likewise.
+        ring_degree: chunks.
+        kernel: local attention of a ring.
+        pipeline: chunks of heads by which exchange and kernel overlap.
+        traffic: counts what is sent.
+        common: how CPU ranks of a Ulysses group exchange without collectives.
+        enter_block: called before each block, by all ranks alike; may raise to stop them all.
+    """
+
+    def __init__(
+        self,
+        weights: Sequence[float],
+        rank: int = 0,
+        *,
+        sequence: dist.ProcessGroup | None = None,
+        ulysses: dist.ProcessGroup | None = None,
+        ring: dist.ProcessGroup | None = None,
+        ring_degree: int = 1,
+        kernel: Kernel | None = None,
+        pipeline: int = 1,
+        traffic: Traffic | None = None,
+        common: CommonMemoryExchange | None = None,
+        enter_block: Callable[[], None] = lambda: None,
+    ):
+        self.weights = tuple(weights)
+        self.rank = rank
+        self.size = len(self.weights)
+        self.ring_degree = ring_degree
+        self.traffic = traffic or Traffic()
+        self.enter_block = enter_block
+        self._sequence, self._ulysses, self._ring = sequence, ulysses, ring
+        self._kernel = kernel or Sdpa()
+        self._pipeline, self._common = pipeline, common
+        self._attentions: dict[AttentionPlan, StreamAttention] = {}
+
+    def attention(self, plan: AttentionPlan) -> StreamAttention:
+        """The exchange of one attention; it is kept."""
+        if plan not in self._attentions:
+            self._attentions[plan] = StreamAttention(
+                plan,
+                self.rank,
+                self._ulysses,
+                self._ring,
+                self._kernel,
+                pipeline=self._pipeline,
+                traffic=self.traffic,
+                common=self._common,
+            )
+        return self._attentions[plan]
+
+    def gather(self, x: Tensor, dim: int, counts: Sequence[int]) -> Tensor:
+        """Every rank's `x` along `dim`, end to end; of rank r it is `counts[r]` long. With gradients: what each rank
+        makes of the result comes back to the rank that `x` is of, and is summed there."""
+        if self.size == 1:
+            return x
+        assert self._sequence is not None
+        shapes = [(*x.shape[:dim], count, *x.shape[dim + 1 :]) for count in counts]
+        sizes = [prod(shape) for shape in shapes]
+        flat = x.reshape(-1)
+        with self.traffic.waiting():
+            came = all_to_all(torch.cat([flat] * self.size), [flat.numel()] * self.size, sizes, self._sequence)
+        self.traffic.add(flat.nbytes * (self.size - 1))
+        return torch.cat([part.view(shape) for part, shape in zip(came.split(sizes), shapes, strict=True)], dim)

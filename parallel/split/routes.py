@@ -1,0 +1,187 @@
+"""How a module's attention is reached, and carried over the ranks.
+
+ComfyUI's models call one attention function, which looks for an override in `transformer_options`; diffusers' end in
+`torch.nn.functional.scaled_dot_product_attention`. Neither needs a change of the model, and neither leaves anything
+global behind.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils.hooks import RemovableHandle
+
+from ..attention.between import Compute
+from ..plan import AttentionPlan
+from .sites import PlanError
+from .streams import Names, Streams
+
+OPTIONS = "transformer_options"
+OVERRIDE = "optimized_attention_override"
+"""ComfyUI's name, since September 2025, for a function that is called in place of its attention."""
+_USERS = "sequence_parallel_users_override"
+"""Where the user's own override waits, to compute what this one gathers."""
+
+
+class Route:
+    """Attention of this rank's tokens in one module.
+
+    Args:
+        current: the streams of the forward pass that runs.
+        queries: streams of its queries.
+        keys: streams of its keys.
+        where: the module, for messages.
+    """
+
+    def __init__(self, current: Callable[[], Streams], queries: Names, keys: Names, where: str):
+        self._current, self._queries, self._keys, self._where = current, queries, keys, where
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, compute: Compute) -> Tensor:
+        """q [B, H, Q_r, D], k and v [B, G, K_r, D] of this rank's tokens → [B, H, Q_r, D]; all ranks call.
+
+        Raises:
+            PlanError: other tokens than the plan says, or a mask that fits neither them nor the whole.
+        """
+        streams, ranks = self._current(), self._current().ranks
+        if (q.shape[2], k.shape[2]) != (streams.local(self._queries), streams.local(self._keys)):
+            raise PlanError(
+                f"{self._where}: attention of {q.shape[2]} queries with {k.shape[2]} keys, where this rank has"
+                f" {streams.local(self._queries)} of {'+'.join(self._queries)} and"
+                f" {streams.local(self._keys)} of {'+'.join(self._keys)}"
+            )
+        heads, groups = q.shape[1], k.shape[1]
+        if heads % groups:
+            raise PlanError(f"{self._where}: {heads} heads of queries, which {groups} heads of keys do not divide")
+        plan = AttentionPlan(
+            streams.counts(self._queries), streams.counts(self._keys), heads, groups, ranks.weights, ranks.ring_degree
+        )
+        q = streams.without_phantoms(q, self._queries, 2)
+        k, v = (streams.without_phantoms(x, self._keys, 2) for x in (k, v))
+        if mask is not None:
+            mask = self._exchanged(self._exchanged(mask, -1, self._keys), -2, self._queries)
+        out = ranks.attention(plan)(q, k, v, compute, mask)
+        return streams.with_phantoms(out, self._queries, 2)
+
+    def _exchanged(self, mask: Tensor, dim: int, names: Names) -> Tensor:
+        """A mask over all tokens, in the order of the ranks, from one over the whole streams or this rank's tokens."""
+        streams, size = self._current(), mask.shape[dim]
+        if size == 1:
+            return mask
+        if size == streams.total(names):
+            return mask.index_select(dim, streams.index(names, mask.device))
+        if size == streams.local(names):
+            mine = streams.without_phantoms(mask, names, mask.ndim + dim)
+            return streams.ranks.gather(mine, mask.ndim + dim, streams.counts(names))
+        raise PlanError(
+            f"{self._where}: a mask of {list(mask.shape)}, of which dim {dim} is neither 1, the whole"
+            f" {streams.total(names)} tokens of {'+'.join(names)}, nor this rank's {streams.local(names)}"
+        )
+
+
+class ComfyRoute(Route):
+    """ComfyUI's attention override. What computes is ComfyUI's own attention function, or the user's own override."""
+
+    def __call__(self, function: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
+        users = kwargs[OPTIONS].get(_USERS)
+        function = function if users is None else partial(users, function)
+        named = dict(zip(("q", "k", "v", "heads", "mask", "attn_precision"), args, strict=False)) | kwargs
+        q, k, v, heads = (named.pop(name) for name in ("q", "k", "v", "heads"))
+        if not named.pop("skip_reshape", False):
+            dim = q.shape[-1] // heads
+            q, k, v = (x.unflatten(-1, (-1, dim)).transpose(1, 2) for x in (q, k, v))
+        stays_apart, mask = named.pop("skip_output_reshape", False), named.pop("mask", None)
+
+        def compute(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+            return function(q, k, v, q.shape[1], mask=mask, skip_reshape=True, skip_output_reshape=True, **named)
+
+        out = self.attend(q, k, v, mask, compute)
+        return out if stays_apart else out.transpose(1, 2).flatten(2)
+
+
+class TorchRoute(Route, TorchFunctionMode):
+    """`scaled_dot_product_attention`, wherever it is called while the module runs."""
+
+    def __init__(self, *args: Any):
+        Route.__init__(self, *args)
+        TorchFunctionMode.__init__(self)
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is not F.scaled_dot_product_attention:
+            return func(*args, **kwargs)
+        named = dict(zip(("query", "key", "value", "attn_mask", "dropout_p", "is_causal"), args, strict=False)) | kwargs
+        q, k, v, mask = (named.pop(name, None) for name in ("query", "key", "value", "attn_mask"))
+        if named.get("is_causal"):
+            raise PlanError(f"{self._where}: causal attention depends on the order of tokens, which a split changes")
+
+        def compute(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+            return func(q, k, v, attn_mask=mask, **named)
+
+        return self.attend(q, k, v, mask, compute)
+
+
+class ThroughOptions:
+    """Routes of ComfyUI's models. A module's pre-hook puts the route into the `transformer_options` that it is given,
+    so what is nested inside is routed alike, unless it has a route of its own."""
+
+    def __init__(self, current: Callable[[], Streams]):
+        self._current = current
+
+    def install(self, module: nn.Module, streams: tuple[Names, Names] | None, where: str) -> list[RemovableHandle]:
+        route = None if streams is None else ComfyRoute(self._current, *streams, where)
+        parameters = list(inspect.signature(type(module).forward).parameters)[1:]
+        place = parameters.index(OPTIONS) if OPTIONS in parameters else len(parameters)
+
+        def before(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+            if self._current().ranks.size == 1:
+                return None
+            options = args[place] if place < len(args) else kwargs.get(OPTIONS)
+            if not isinstance(options, Mapping):
+                raise PlanError(f"{where} is given no {OPTIONS}: its attention cannot be routed")
+            options = _routed(options, route)
+            if place < len(args):
+                return (*args[:place], options, *args[place + 1 :]), kwargs
+            return args, kwargs | {OPTIONS: options}
+
+        return [module.register_forward_pre_hook(before, with_kwargs=True)]
+
+
+class ThroughTorch:
+    """Routes of models that call torch's attention. They are in force while the module's forward runs."""
+
+    def __init__(self, current: Callable[[], Streams]):
+        self._current = current
+
+    def install(self, module: nn.Module, streams: tuple[Names, Names] | None, where: str) -> list[RemovableHandle]:
+        if streams is None:
+            return []
+        route, entered = TorchRoute(self._current, *streams, where), [False]
+
+        def before(module: nn.Module, args: Any) -> None:
+            if self._current().ranks.size > 1:
+                route.__enter__()
+                entered[0] = True
+
+        def after(module: nn.Module, args: Any, out: Any) -> None:
+            if entered[0]:
+                entered[0] = False
+                route.__exit__(None, None, None)
+
+        return [
+            module.register_forward_pre_hook(before),
+            module.register_forward_hook(after, always_call=True, prepend=True),
+        ]
+
+
+def _routed(options: Mapping[str, Any], route: Route | None) -> dict[str, Any]:
+    users = options[_USERS] if _USERS in options else options.get(OVERRIDE)
+    rest = {name: value for name, value in options.items() if name not in (OVERRIDE, _USERS)}
+    if route is None and users is None:
+        return rest
+    return rest | {OVERRIDE: route or users, _USERS: users}

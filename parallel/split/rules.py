@@ -1,0 +1,290 @@
+"""How a value is cut to a rank's tokens, and joined again: the rules that plans are written in."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .sites import PlanError
+from .streams import Names, Streams
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """A tensor with the tokens of `streams`, end to end, along `dim`. A size of 1 is for all tokens.
+
+    A stream that is new gets its length from it: what is left when the known ones are taken off.
+    """
+
+    streams: Names
+    dim: int = 1
+
+    def cut(self, value: Tensor, streams: Streams) -> Tensor:
+        """[…, S, …] → […, S_r, …]."""
+        if not isinstance(value, Tensor) or value.ndim <= self.dim:
+            raise PlanError(f"expected a tensor with the tokens of {self} along dim {self.dim}")
+        size = value.shape[self.dim]
+        if new := [name for name in self.streams if name not in streams]:
+            known = streams.total([name for name in self.streams if name in streams])
+            if len(new) > 1 or size <= known:
+                raise PlanError(f"dim {self.dim} does not tell the lengths of {', '.join(new)} (known: {known} tokens)")
+            streams.define(new[0], size - known)
+        whole, local = streams.total(self.streams), streams.local(self.streams)
+        if size == whole and size != 1:
+            return streams.once((self.streams, self.dim), value, lambda: streams.take(value, self.streams, self.dim))
+        if size in (1, local):
+            return value
+        raise PlanError(f"dim {self.dim} is neither 1, the whole {whole} tokens of {self}, nor this rank's {local}")
+
+    def join(self, value: Tensor, streams: Streams) -> Tensor:
+        """[…, S_r, …] → […, S, …]."""
+        local = streams.local(self.streams)
+        if value.shape[self.dim] != local:
+            raise PlanError(f"dim {self.dim} is not this rank's {local} tokens of {self}")
+        return streams.join(value, self.streams, self.dim)
+
+    def __str__(self) -> str:
+        return "+".join(self.streams)
+
+
+@dataclass(frozen=True)
+class Ranges:
+    """[(start, stop, …)] over the tokens of `streams`; what follows may be a tensor with a value per token of it."""
+
+    streams: Names
+    behind: str = ""
+    """The model has moved the ranges by the length that this stream has on this rank; undone here."""
+
+    def cut(self, value: Sequence[Any], streams: Streams) -> list[Any]:
+        """The parts that this rank has some of, over its own tokens."""
+        if self.behind:
+            moved = streams.total((self.behind,)) - streams.local((self.behind,))
+            value = [(start + moved if start else 0, stop + moved, *rest) for start, stop, *rest in value]
+        parts = (range_of(each, self.streams, streams) for each in value)
+        return [part for part in parts if part[0] < part[1]]
+
+
+def range_of(item: Sequence[Any], names: Names, streams: Streams, rank: int | None = None) -> tuple[Any, ...]:
+    """(start, stop, …) over the whole → over a rank's own tokens; by default this one's."""
+    start, stop, *rest = item
+    index = streams.index(names, torch.device("cpu"), streams.ranks.rank if rank is None else rank)
+    stop = streams.total(names) if stop is None else stop
+    inside = ((index >= start) & (index < stop)).nonzero().flatten()
+    first = int(inside[0]) if len(inside) else 0
+    rest = [each[(index[inside] - start).to(each.device)] if isinstance(each, Tensor) else each for each in rest]
+    return (first, first + len(inside), *rest)
+
+
+@dataclass(frozen=True)
+class Before:
+    """A number of tokens at the start of `streams`, whole at every block."""
+
+    streams: Names
+
+    def cut(self, value: int, streams: Streams) -> int:
+        """How many of them are this rank's."""
+        return int((streams.mine(self.streams) < value).sum())
+
+
+@dataclass(frozen=True)
+class Grouped:
+    """A tensor of `ndim` dims with a value per token, or per group of as many tokens (a frame), along dim 1. With fewer
+    dims, or a size of 1, it is for all tokens.
+
+    Groups become values per token: a rank's tokens may begin and end within a group, and models guess the tokens of a
+    group from lengths.
+    """
+
+    stream: str
+    ndim: int
+
+    def cut(self, value: Tensor, streams: Streams) -> Tensor:
+        """[B, G, …] → [B, S_r, …]."""
+        groups = value.shape[1] if value.ndim == self.ndim else 1
+        if groups == 1:
+            return value
+        total = streams.total((self.stream,))
+        if total % groups:
+            raise PlanError(f"{groups} groups along dim 1 do not divide the {total} tokens of {self.stream}")
+        each = total // groups
+
+        def expanded() -> Tensor:
+            return value.index_select(1, streams.mine((self.stream,), value.device) // each)
+
+        return streams.once((self, self.stream), value, expanded)
+
+
+@dataclass(frozen=True)
+class Residuals:
+    """A ControlNet's lists of tensors that are added to tokens. An item is cut when it is read, since lengths are known
+    then; tokens behind those that it has (references) get none."""
+
+    rule: Tokens
+
+    def cut(self, value: Mapping[str, Sequence[Any]], streams: Streams) -> dict[str, Any]:
+        """The same lists, cut as they are read."""
+        return {name: _CutWhenRead(items, self.rule, streams) for name, items in value.items()}
+
+
+class _CutWhenRead(list[Any]):
+    def __init__(self, items: Sequence[Any], rule: Tokens, streams: Streams):
+        super().__init__(items)
+        self._rule, self._streams = rule, streams
+
+    def __getitem__(self, which: Any) -> Any:
+        residual = super().__getitem__(which)
+        if not isinstance(residual, Tensor):
+            return residual
+        missing = self._streams.total(self._rule.streams) - residual.shape[1]
+        if missing < 0:
+            raise PlanError(f"a control residual of {residual.shape[1]} tokens, {-missing} more than {self._rule} has")
+        return self._rule.cut(F.pad(residual, (0, 0, 0, missing)) if missing else residual, self._streams)
+
+
+@dataclass(frozen=True)
+class Trimmed:
+    """A mask over the tokens of `streams`, additive or boolean, that leaves out padding of the first one, the text. The
+    padding is dropped, and the mask with it. It stands before the rule that would give the text its length.
+
+    Exact, since attention without a mask does not care about the order of keys. A mask that weighs, that differs in a
+    batch or leaves out others, stays a mask.
+    """
+
+    streams: Names
+
+    def cut(self, value: Tensor, streams: Streams) -> Tensor | None:
+        """[…, S] → None, or as it is."""
+        return None if streams.once(self, value, lambda: self._trims(value, streams)) else value
+
+    def _trims(self, value: Tensor, streams: Streams) -> bool:
+        rows = value.reshape(-1, value.shape[-1])
+        seen = rows if value.dtype == torch.bool else rows == 0
+        unseen = ~rows if value.dtype == torch.bool else rows < -1e4
+        text, *others = self.streams
+        length = value.shape[-1] - streams.total(others)
+        if length < 1 or not bool(((seen | unseen) & (seen == seen[:1])).all() & seen[0, length:].all()):
+            return False
+        if text not in streams:
+            kept = seen[0, :length].nonzero().flatten()
+            streams.define(text, length, None if len(kept) == length else kept)
+        return True
+
+
+@dataclass(frozen=True)
+class Behind:
+    """A result that begins with this rank's tokens of `stream`, which the model will cut off by their number; what
+    follows is joined by `rule`."""
+
+    stream: str
+    rule: Tokens
+
+    def join(self, value: Tensor, streams: Streams) -> Tensor:
+        """[B, T_r + S_r, …] → [B, T_r + S, …]."""
+        here = streams.local((self.stream,))
+        return torch.cat([value[:, :here], self.rule.join(value[:, here:], streams)], dim=1)
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Tokens as a grid [B, frames, rows, columns, D]; a rank's are as many frames of one token."""
+
+    stream: str
+
+    def cut(self, value: Tensor, streams: Streams) -> Tensor:
+        """[B, F, R, C, D] → [B, S_r, 1, 1, D]."""
+        if value.shape[2:4] == (1, 1) and self.stream in streams:
+            return value
+        streams.notes["grid"] = value.shape[1:4]
+        return Tokens((self.stream,)).cut(value.flatten(1, 3), streams)[:, :, None, None]
+
+    def join(self, value: Tensor, streams: Streams) -> Tensor:
+        """[B, S_r, 1, 1, D] → [B, F, R, C, D]."""
+        return Tokens((self.stream,)).join(value.flatten(1, 3), streams).unflatten(1, streams.notes["grid"])
+
+
+@dataclass(frozen=True)
+class Segment:
+    """(start, stop, …) over the packed tokens of `streams`; joins the result that belongs to it, with tokens along
+    dim 0."""
+
+    name: str
+    streams: Names
+
+    def cut(self, value: Sequence[Any], streams: Streams) -> tuple[Any, ...]:
+        """The same over this rank's tokens."""
+        streams.notes[self.name] = value
+        return range_of(value, self.streams, streams)
+
+    def join(self, value: Tensor, streams: Streams) -> Tensor:
+        """[N_r, …] → [N, …]."""
+        ranks = range(streams.ranks.size)
+        ends = [range_of(streams.notes[self.name][:2], self.streams, streams, rank) for rank in ranks]
+        mine = ends[streams.ranks.rank]
+        assert value.shape[0] == mine[1] - mine[0]
+        return streams.ranks.gather(value, 0, [stop - start for start, stop in ends])
+
+
+@dataclass(frozen=True)
+class Frames:
+    """LTX-2's compressed modulation, one row for each frame: `data` [B, frames, …], `patches_per_frame`,
+    `num_frames`. Of a rank's first and last frame some tokens may be others'."""
+
+    stream: str
+
+    def cut(self, value: Any, streams: Streams) -> Any:
+        """This rank's frames, whose expansion to tokens is this rank's tokens."""
+        if isinstance(value, Tensor):
+            return Tokens((self.stream,)).cut(value, streams)
+        if isinstance(value, _Window):
+            return value
+        each = value.patches_per_frame
+        if value.num_frames * each == 1:
+            return value
+        index = streams.mine((self.stream,))
+        first, last = int(index[0]) // each, int(index[-1]) // each + 1
+        part = _windowed(type(value))(value.data[:, first:last], each, per_frame=True)
+        part.window = slice(int(index[0]) - first * each, int(index[-1]) + 1 - first * each)
+        return part
+
+
+class _Window:
+    """What marks a part of frames."""
+
+    window: slice
+
+
+@cache
+def _windowed(base: type) -> type:
+    """A subclass, because the model asks for its own class."""
+
+    class Windowed(_Window, base):  # type: ignore[misc, valid-type]
+        def expand(self) -> Tensor:
+            return super().expand()[:, self.window]
+
+        def expand_for_computation(self, *args: Any) -> Any:
+            return tuple(x[:, self.window] for x in super().expand_for_computation(*args))
+
+    return Windowed
+
+
+@dataclass(frozen=True)
+class Guides:
+    """LTX-2's attenuated attention between what is made and its guides (`noisy_mask`, `guide_start`, `tracked_count`,
+    `tracked_mask`), as one additive mask over all tokens."""
+
+    def cut(self, value: Any, streams: Streams) -> Any:
+        """→ [1, 1, S, S]."""
+        if isinstance(value, Tensor):
+            return value
+        total, start = value.noisy_mask.shape[-1], value.guide_start
+        stop = start + value.tracked_count
+        mask = value.noisy_mask.expand(1, 1, total, total).clone()
+        mask[:, :, start:stop] = value.tracked_mask
+        mask[:, :, stop:] = 0
+        return mask

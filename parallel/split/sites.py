@@ -1,0 +1,78 @@
+"""What a plan is made of."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol, TypeAlias, runtime_checkable
+
+from ..errors import UnsupportedError
+from .streams import Names, Streams
+
+
+class PlanError(UnsupportedError):
+    """A plan does not fit the model, or this input. The message names class, argument, shape and what is allowed."""
+
+    __module__ = UnsupportedError.__module__
+
+
+@runtime_checkable
+class Cut(Protocol):
+    """A rule for what comes into a module."""
+
+    def cut(self, value: Any, streams: Streams) -> Any:
+        """This rank's part of a whole value; what is this rank's already is returned as it is.
+
+        Raises:
+            PlanError: it is neither.
+        """
+
+
+@runtime_checkable
+class Join(Protocol):
+    """A rule for what leaves a module."""
+
+    def join(self, value: Any, streams: Streams) -> Any:
+        """The whole value; all ranks call."""
+
+
+Rule: TypeAlias = Any
+"""A `Cut`, a `Join`, or both; a tuple of rules for the items of a tuple or list; None leaves a value as it is."""
+
+LOCAL = None
+"""In `Site.attention`: keys and values are whole on every rank, so nothing is exchanged."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Site:
+    """A module, or each module of a list, that works on this rank's tokens."""
+
+    cut: Mapping[str, Rule] = field(default_factory=dict)
+    """Argument → rule, in this order: the first to name a stream gives it its length. An argument with a question mark
+    is one that not all versions of the model have."""
+    whole: str | None = None
+    """Arguments that all tokens share, separated by blanks. What is in neither is refused if it is given: a newer
+    version of the model may index it by tokens. None: not checked."""
+    attention: Mapping[str, tuple[Names, Names] | None] = field(default_factory=dict)
+    """Submodule ("": all of it) → streams of its queries and of its keys, or LOCAL."""
+    join: Rule = None
+    """For what leaves the module; of a list: its last module."""
+
+
+Plan: TypeAlias = Mapping[str, Site]
+"""Path of a module or list of modules ("" is the model) → what happens there."""
+
+
+def applied(what: str, rule: Rule, value: Any, streams: Streams) -> Any:
+    """`rule.cut` or `rule.join` of a value, and of each item where the rule is a tuple."""
+    if rule is None or value is None:
+        return value
+    if isinstance(rule, tuple):
+        if not isinstance(value, tuple | list) or len(value) != len(rule):
+            raise PlanError(f"expected {len(rule)} items, received {_described(value)}")
+        return type(value)(applied(what, each, item, streams) for each, item in zip(rule, value, strict=True))
+    return getattr(rule, what)(value, streams)
+
+
+def _described(value: Any) -> str:
+    return f"{len(value)}" if isinstance(value, tuple | list) else f"a {type(value).__name__}"

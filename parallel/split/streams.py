@@ -1,0 +1,158 @@
+"""Who owns which tokens of which stream, during one forward pass."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..plan import shares
+from .ranks import SequenceRanks
+
+Names = tuple[str, ...]
+"""Streams, laid end to end."""
+
+
+@dataclass(frozen=True, slots=True)
+class Stream:
+    """A sequence of tokens, split over the ranks in proportion to their weights.
+
+    Each stream is split on its own, not the joint sequence: so each phase of a network with dual- and single-stream
+    blocks is balanced, and shapes on equal ranks are nearly equal.
+    """
+
+    total: int
+    """Tokens as the model counts them."""
+    kept: Tensor | None
+    """Positions of the tokens that take part, int64; None: all. Padding is left out."""
+    starts: tuple[int, ...]
+    """Rank r owns the kept tokens starts[r] … starts[r + 1] − 1."""
+
+    def count(self, rank: int) -> int:
+        """How many tokens the rank owns."""
+        return self.starts[rank + 1] - self.starts[rank]
+
+    def positions(self, rank: int, *, phantom: bool) -> Tensor:
+        """Positions of the rank's tokens.
+
+        Args:
+            phantom: a rank without a token gets the first one: blocks of several models cannot run without a token of
+                each stream. It is dropped before every exchange and in every join, so that nobody sees its result.
+        """
+        first, last = self.starts[rank], self.starts[rank + 1]
+        if phantom and first == last:
+            first, last = 0, 1
+        return torch.arange(first, last) if self.kept is None else self.kept[first:last]
+
+
+class Streams:
+    """The streams of one forward pass, as they become known.
+
+    Args:
+        ranks: those that share the sequence.
+
+    Attributes:
+        notes: what a rule keeps from cut to join.
+    """
+
+    def __init__(self, ranks: SequenceRanks):
+        self.ranks = ranks
+        self.notes: dict[str, Any] = {}
+        self._streams: dict[str, Stream] = {}
+        self._made: dict[Any, tuple[Any, weakref.ref[Tensor]]] = {}
+        self._indices: dict[Any, Tensor] = {}
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._streams
+
+    def define(self, name: str, total: int, kept: Tensor | None = None) -> None:
+        """Splits a stream of `total` tokens, or only those at the positions `kept`, over the ranks."""
+        count = total if kept is None else len(kept)
+        enough = 1 if count >= self.ranks.size else 0
+        owned = shares(count, self.ranks.weights, minimum=enough)
+        self._streams[name] = Stream(total, None if kept is None else kept.cpu(), tuple(accumulate(owned, initial=0)))
+
+    def total(self, names: Sequence[str]) -> int:
+        """Tokens of the whole streams, padding included."""
+        return sum(self._streams[name].total for name in names)
+
+    def counts(self, names: Names) -> tuple[int, ...]:
+        """Tokens that each rank owns."""
+        return tuple(sum(self._streams[name].count(rank) for name in names) for rank in range(self.ranks.size))
+
+    def local(self, names: Names) -> int:
+        """Tokens that this rank works on: its own, and phantoms."""
+        return sum(max(1, self._streams[name].count(self.ranks.rank)) for name in names)
+
+    def index(self, names: Names, device: torch.device, rank: int | None = None) -> Tensor:
+        """Positions in the whole streams, int64.
+
+        Args:
+            rank: of this rank's tokens and phantoms; None: of all tokens, in the order in which an exchange lays them.
+        """
+        key = names, rank, device
+        if key not in self._indices:
+            streams = [self._streams[name] for name in names]
+            offsets = list(accumulate((stream.total for stream in streams), initial=0))[:-1]
+            parts = [
+                stream.positions(each, phantom=rank is not None) + offset
+                for each in (range(self.ranks.size) if rank is None else [rank])
+                for stream, offset in zip(streams, offsets, strict=True)
+            ]
+            self._indices[key] = torch.cat(parts).to(device)
+        return self._indices[key]
+
+    def mine(self, names: Names, device: torch.device | None = None) -> Tensor:
+        """Positions of this rank's tokens and phantoms."""
+        return self.index(names, device or torch.device("cpu"), self.ranks.rank)
+
+    def take(self, value: Tensor, names: Names, dim: int) -> Tensor:
+        """This rank's part of a whole tensor, as a copy: blocks may work in place, and the whole can be freed."""
+        if len(names) == 1 and (stream := self._streams[names[0]]).kept is None:
+            first = min(stream.starts[self.ranks.rank], stream.total - 1)
+            count = max(1, stream.count(self.ranks.rank))
+            if stream.count(self.ranks.rank) == 0:
+                first = 0
+            return value.narrow(dim, first, count).clone(memory_format=torch.contiguous_format)
+        return value.index_select(dim, self.mine(names, value.device))
+
+    def without_phantoms(self, value: Tensor, names: Names, dim: int) -> Tensor:
+        """Only the tokens that this rank owns."""
+        rank = self.ranks.rank
+        if all(self._streams[name].count(rank) for name in names):
+            return value
+        parts = value.split([max(1, self._streams[name].count(rank)) for name in names], dim)
+        owned = [part for part, name in zip(parts, names, strict=True) if self._streams[name].count(rank)]
+        return torch.cat(owned, dim) if owned else value.narrow(dim, 0, 0)
+
+    def with_phantoms(self, value: Tensor, names: Names, dim: int) -> Tensor:
+        """The reverse: zeros where the phantoms are."""
+        rank = self.ranks.rank
+        counts = [self._streams[name].count(rank) for name in names]
+        if all(counts):
+            return value
+        zeros = value.new_zeros([*value.shape[:dim], 1, *value.shape[dim + 1 :]])
+        return torch.cat(
+            [part if count else zeros for part, count in zip(value.split(counts, dim), counts, strict=True)], dim
+        )
+
+    def join(self, value: Tensor, names: Names, dim: int) -> Tensor:
+        """The whole tensor of this rank's part; zeros where padding was. All ranks call."""
+        gathered = self.ranks.gather(self.without_phantoms(value, names, dim), dim, self.counts(names))
+        streams = [self._streams[name] for name in names]
+        if len(streams) == 1 and streams[0].kept is None:
+            return gathered
+        whole = value.new_zeros([*value.shape[:dim], self.total(names), *value.shape[dim + 1 :]])
+        return whole.index_copy(dim, self.index(names, value.device), gathered)
+
+    def once(self, key: Any, value: Tensor, make: Callable[[], Any]) -> Any:
+        """`make()`, once in this forward pass for as long as `value` lives: all blocks share position tables."""
+        key = key, id(value)
+        if key not in self._made:
+            self._made[key] = make(), weakref.ref(value, lambda _: self._made.pop(key, None))
+        return self._made[key][0]
