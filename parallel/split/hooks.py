@@ -19,7 +19,9 @@ from .streams import Names, Streams
 class Routes(Protocol):
     """Puts a route into a module."""
 
-    def install(self, module: nn.Module, streams: tuple[Names, Names] | None, where: str) -> list[RemovableHandle]: ...
+    def install(
+        self, module: nn.Module, streams: tuple[Names, Names] | None, kind: str, where: str
+    ) -> list[RemovableHandle]: ...
 
 
 class Split:
@@ -51,6 +53,7 @@ class Split:
             self._handles.append(model.register_forward_pre_hook(self._begin))
             for path, site in plan.items():
                 self._install(model, path, site)
+            self._handles.append(model.register_forward_hook(self._end))
         except BaseException:
             self.remove()
             raise
@@ -63,6 +66,14 @@ class Split:
 
     def _begin(self, module: nn.Module, args: Any) -> None:
         self._streams = Streams(self.ranks)
+
+    def _end(self, module: nn.Module, args: Any, out: Any) -> None:
+        """Attention that went another way has seen this rank's tokens only."""
+        if around := [kind for kind, done in self._streams.routed.items() if not done]:
+            raise PlanError(
+                f"the attention of {', '.join(around)} did not go the way that its plan routes: this version of the"
+                " model computes it otherwise, or another attention backend is set"
+            )
 
     def _install(self, model: nn.Module, path: str, site: Site) -> None:
         module = self._submodule(model, path, f"{self._name}")
@@ -77,7 +88,8 @@ class Split:
                 self._handles.append(each.register_forward_pre_hook(cut, with_kwargs=True))
             for name, streams in site.attention.items():
                 attention = self._submodule(each, name, where)
-                self._handles += self._routes.install(attention, streams, f"{where}.{name}".rstrip("."))
+                kind = ".".join(filter(None, (self._name, path, name)))
+                self._handles += self._routes.install(attention, streams, kind, f"{where}.{name}".rstrip("."))
         if site.join is not None and modules:
             self._handles.append(modules[-1].register_forward_hook(_Joined(site.join, lambda: self._streams, path)))
 

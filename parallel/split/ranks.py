@@ -23,8 +23,7 @@ class SequenceRanks:
     Args:
         weights: relative speed of each rank.
         rank: this one.
-        sequence: process group of all of them; None for one rank.
-        ulysses: of those with the same chunk of the sequence; needed where that is more than one rank.
+        ulysses: process group of those with the same chunk of the sequence; needed where that is more than one rank.
         ring: of those with the same heads; likewise.
         ring_degree: chunks.
         kernel: local attention of a ring.
@@ -39,7 +38,6 @@ class SequenceRanks:
         weights: Sequence[float],
         rank: int = 0,
         *,
-        sequence: dist.ProcessGroup | None = None,
         ulysses: dist.ProcessGroup | None = None,
         ring: dist.ProcessGroup | None = None,
         ring_degree: int = 1,
@@ -55,7 +53,7 @@ class SequenceRanks:
         self.ring_degree = ring_degree
         self.traffic = traffic or Traffic()
         self.enter_block = enter_block
-        self._sequence, self._ulysses, self._ring = sequence, ulysses, ring
+        self._ulysses, self._ring = ulysses, ring
         self._kernel = kernel or Sdpa()
         self._pipeline, self._common = pipeline, common
         self._attentions: dict[AttentionPlan, StreamAttention] = {}
@@ -78,13 +76,20 @@ class SequenceRanks:
     def gather(self, x: Tensor, dim: int, counts: Sequence[int]) -> Tensor:
         """Every rank's `x` along `dim`, end to end; of rank r it is `counts[r]` long. With gradients: what each rank
         makes of the result comes back to the rank that `x` is of, and is summed there."""
-        if self.size == 1:
+        width = self.size // self.ring_degree
+        row = self.rank // width * width
+        x = self._gather(x, dim, counts[row : row + width], self._ulysses)
+        rows = [sum(counts[start : start + width]) for start in range(0, self.size, width)]
+        return self._gather(x, dim, rows, self._ring)
+
+    def _gather(self, x: Tensor, dim: int, counts: Sequence[int], group: dist.ProcessGroup | None) -> Tensor:
+        if len(counts) == 1:
             return x
-        assert self._sequence is not None
+        assert group is not None
         shapes = [(*x.shape[:dim], count, *x.shape[dim + 1 :]) for count in counts]
         sizes = [prod(shape) for shape in shapes]
         flat = x.reshape(-1)
         with self.traffic.waiting():
-            came = all_to_all(torch.cat([flat] * self.size), [flat.numel()] * self.size, sizes, self._sequence)
-        self.traffic.add(flat.nbytes * (self.size - 1))
+            came = all_to_all(torch.cat([flat] * len(counts)), [flat.numel()] * len(counts), sizes, group)
+        self.traffic.add(flat.nbytes * (len(counts) - 1))
         return torch.cat([part.view(shape) for part, shape in zip(came.split(sizes), shapes, strict=True)], dim)

@@ -36,11 +36,17 @@ class Route:
         current: the streams of the forward pass that runs.
         queries: streams of its queries.
         keys: streams of its keys.
+        kind: what it has in common with its likes in other blocks.
         where: the module, for messages.
     """
 
-    def __init__(self, current: Callable[[], Streams], queries: Names, keys: Names, where: str):
-        self._current, self._queries, self._keys, self._where = current, queries, keys, where
+    def __init__(self, current: Callable[[], Streams], queries: Names, keys: Names, kind: str, where: str):
+        self._current, self._queries, self._keys = current, queries, keys
+        self._kind, self._where = kind, where
+
+    def expect(self) -> None:
+        """The module begins: in this forward pass one of its kind is to attend, see `Streams.routed`."""
+        self._current().routed.setdefault(self._kind, False)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, compute: Compute) -> Tensor:
         """q [B, H, Q_r, D], k and v [B, G, K_r, D] of this rank's tokens → [B, H, Q_r, D]; all ranks call.
@@ -49,6 +55,7 @@ class Route:
             PlanError: other tokens than the plan says, or a mask that fits neither them nor the whole.
         """
         streams, ranks = self._current(), self._current().ranks
+        streams.routed[self._kind] = True
         if (q.shape[2], k.shape[2]) != (streams.local(self._queries), streams.local(self._keys)):
             raise PlanError(
                 f"{self._where}: attention of {q.shape[2]} queries with {k.shape[2]} keys, where this rank has"
@@ -133,8 +140,11 @@ class ThroughOptions:
     def __init__(self, current: Callable[[], Streams]):
         self._current = current
 
-    def install(self, module: nn.Module, streams: tuple[Names, Names] | None, where: str) -> list[RemovableHandle]:
-        route = None if streams is None else ComfyRoute(self._current, *streams, where)
+    def install(
+        self, module: nn.Module, streams: tuple[Names, Names] | None, kind: str, where: str
+    ) -> list[RemovableHandle]:
+        """Routes the attention of a module; without streams, leaves it as it was."""
+        route = None if streams is None else ComfyRoute(self._current, *streams, kind, where)
         parameters = list(inspect.signature(type(module).forward).parameters)[1:]
         place = parameters.index(OPTIONS) if OPTIONS in parameters else len(parameters)
 
@@ -145,6 +155,8 @@ class ThroughOptions:
             if not isinstance(options, Mapping):
                 raise PlanError(f"{where} is given no {OPTIONS}: its attention cannot be routed")
             options = _routed(options, route)
+            if route is not None:
+                route.expect()
             if place < len(args):
                 return (*args[:place], options, *args[place + 1 :]), kwargs
             return args, kwargs | {OPTIONS: options}
@@ -158,13 +170,17 @@ class ThroughTorch:
     def __init__(self, current: Callable[[], Streams]):
         self._current = current
 
-    def install(self, module: nn.Module, streams: tuple[Names, Names] | None, where: str) -> list[RemovableHandle]:
+    def install(
+        self, module: nn.Module, streams: tuple[Names, Names] | None, kind: str, where: str
+    ) -> list[RemovableHandle]:
+        """Routes the attention of a module."""
         if streams is None:
             return []
-        route, entered = TorchRoute(self._current, *streams, where), [False]
+        route, entered = TorchRoute(self._current, *streams, kind, where), [False]
 
         def before(module: nn.Module, args: Any) -> None:
             if self._current().ranks.size > 1:
+                route.expect()
                 route.__enter__()
                 entered[0] = True
 

@@ -122,13 +122,15 @@ class Grouped:
 
 @dataclass(frozen=True)
 class Residuals:
-    """A ControlNet's lists of tensors that are added to tokens. An item is cut when it is read, since lengths are known
-    then; tokens behind those that it has (references) get none."""
+    """A ControlNet's lists of tensors that are added to tokens, or one list. An item is cut when it is read, since
+    lengths are known then; tokens behind those that it has (references) get none."""
 
     rule: Tokens
 
-    def cut(self, value: Mapping[str, Sequence[Any]], streams: Streams) -> dict[str, Any]:
+    def cut(self, value: Mapping[str, Sequence[Any]] | Sequence[Any], streams: Streams) -> Any:
         """The same lists, cut as they are read."""
+        if not isinstance(value, Mapping):
+            return _CutWhenRead(value, self.rule, streams)
         return {name: _CutWhenRead(items, self.rule, streams) for name, items in value.items()}
 
 
@@ -149,7 +151,7 @@ class _CutWhenRead(list[Any]):
 
 @dataclass(frozen=True)
 class Trimmed:
-    """A mask over the tokens of `streams`, additive or boolean, that leaves out padding of the first one, the text. The
+    """A mask over the tokens of `streams`, additive or boolean, that leaves out padding of `text`, one of them. The
     padding is dropped, and the mask with it. It stands before the rule that would give the text its length.
 
     Exact, since attention without a mask does not care about the order of keys. A mask that weighs, that differs in a
@@ -157,6 +159,7 @@ class Trimmed:
     """
 
     streams: Names
+    text: str = "text"
 
     def cut(self, value: Tensor, streams: Streams) -> Tensor | None:
         """[…, S] → None, or as it is."""
@@ -166,13 +169,15 @@ class Trimmed:
         rows = value.reshape(-1, value.shape[-1])
         seen = rows if value.dtype == torch.bool else rows == 0
         unseen = ~rows if value.dtype == torch.bool else rows < -1e4
-        text, *others = self.streams
-        length = value.shape[-1] - streams.total(others)
-        if length < 1 or not bool(((seen | unseen) & (seen == seen[:1])).all() & seen[0, length:].all()):
+        place = self.streams.index(self.text)
+        before, behind = streams.total(self.streams[:place]), streams.total(self.streams[place + 1 :])
+        length = value.shape[-1] - before - behind
+        alike = ((seen | unseen) & (seen == seen[:1])).all()
+        if length < 1 or not bool(alike & seen[0, :before].all() & seen[0, before + length :].all()):
             return False
-        if text not in streams:
-            kept = seen[0, :length].nonzero().flatten()
-            streams.define(text, length, None if len(kept) == length else kept)
+        if self.text not in streams:
+            kept = seen[0, before : before + length].nonzero().flatten()
+            streams.define(self.text, length, None if len(kept) == length else kept)
         return True
 
 

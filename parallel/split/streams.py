@@ -58,11 +58,13 @@ class Streams:
 
     Attributes:
         notes: what a rule keeps from cut to join.
+        routed: kind of attention → whether one of this kind has been exchanged.
     """
 
     def __init__(self, ranks: SequenceRanks):
         self.ranks = ranks
         self.notes: dict[str, Any] = {}
+        self.routed: dict[str, bool] = {}
         self._streams: dict[str, Stream] = {}
         self._made: dict[Any, tuple[Any, weakref.ref[Tensor]]] = {}
         self._indices: dict[Any, Tensor] = {}

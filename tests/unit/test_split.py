@@ -1,0 +1,223 @@
+"""Split plans: what is cut and joined on one rank's view, and what is refused, by name. Results of whole models are
+tested in distributed/ and comfyui/."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from parallel.parallelize import parallelize
+from parallel.plan import AttentionPlan
+from parallel.split import PlanError, SequenceRanks, Site, Split
+from parallel.split.routes import ThroughTorch
+from parallel.split.rules import Before, Grid, Grouped, Ranges, Residuals, Tokens, Trimmed
+from parallel.split.streams import Streams
+
+T, I, TI = ("text",), ("image",), ("text", "image")  # noqa: E741
+
+
+def streams_of(weights: tuple[float, ...], rank: int, **totals: int) -> Streams:
+    streams = Streams(SequenceRanks(weights, rank))
+    for name, total in totals.items():
+        streams.define(name, total)
+    return streams
+
+
+@pytest.mark.parametrize("weights", [(1.0,), (1.0, 1.0), (2.0, 1.0, 1.0), (7.0, 2.0, 1.0)])
+def test_the_ranks_parts_are_the_whole(weights: tuple[float, ...]):
+    value = torch.arange(13.0).reshape(1, 13, 1)
+    parts = [Tokens(I).cut(value, streams_of(weights, rank)) for rank in range(len(weights))]
+    assert torch.equal(torch.cat(parts, 1), value)
+
+
+def test_a_part_is_a_copy_so_that_blocks_may_work_in_place():
+    value = torch.ones(1, 8, 2)
+    Tokens(I).cut(value, streams_of((1, 1), 0)).zero_()
+    assert torch.equal(value, torch.ones(1, 8, 2))
+
+
+def test_a_rank_without_a_token_gets_a_phantom_that_no_join_sees():
+    streams = streams_of((1, 1, 1), 2, text=2, image=5)
+    assert streams.counts(T) == (1, 1, 0)
+    value = torch.arange(7.0).reshape(1, 7, 1)
+    mine = Tokens(TI).cut(value, streams)
+    assert mine.shape[1] == 2 and mine[0, 1, 0] == value[0, 6, 0]
+    assert torch.equal(streams.without_phantoms(mine, TI, 1), value[:, 6:])
+    assert streams.with_phantoms(value[:, 6:], TI, 1).flatten().tolist() == [0, 6]
+
+
+def test_what_is_cut_already_passes_and_other_lengths_do_not():
+    streams = streams_of((1, 1), 0, image=9)
+    assert Tokens(I).cut(torch.ones(1, 5, 2), streams).shape[1] == 5
+    assert Tokens(I).cut(torch.ones(1, 1, 2), streams).shape[1] == 1
+    with pytest.raises(PlanError, match="neither 1, the whole 9 tokens of image, nor this rank's 5"):
+        Tokens(I).cut(torch.ones(1, 7, 2), streams)
+
+
+def test_padding_is_trimmed_only_where_that_is_exact():
+    seen = torch.tensor([[[[True] * 3 + [False] * 2 + [True] * 6]]])
+    streams = streams_of((1, 1), 0, image=6)
+    assert Trimmed(TI).cut(seen, streams) is None
+    assert (streams.total(T), streams.counts(T)) == (5, (2, 1))
+    weighs = torch.zeros(1, 1, 1, 11).index_fill_(3, torch.tensor([2]), -0.5)
+    without_an_image_token = seen.clone()
+    without_an_image_token[..., -1] = False
+    unlike = torch.cat([seen, torch.ones_like(seen)])
+    for mask in (weighs, without_an_image_token, unlike):
+        assert Trimmed(TI).cut(mask, streams_of((1, 1), 0, image=6)) is mask
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_ranges_and_groups_and_numbers_follow_the_tokens(rank: int):
+    streams = streams_of((1, 1), rank, image=6)
+    assert Ranges(I).cut([(0, 2, "a"), (2, None, "b")], streams) == [[(0, 2, "a"), (2, 3, "b")], [(0, 3, "b")]][rank]
+    assert Before(I).cut(4, streams) == [3, 1][rank]
+    per_frame = torch.tensor([[[10.0], [20.0], [30.0]]])
+    assert Grouped("image", 3).cut(per_frame, streams).flatten().tolist() == [[10, 10, 20], [20, 30, 30]][rank]
+    with pytest.raises(PlanError, match="4 groups along dim 1 do not divide the 6 tokens of image"):
+        Grouped("image", 3).cut(torch.ones(1, 4, 1), streams)
+
+
+def test_residuals_are_cut_when_read_and_references_get_none():
+    streams = Streams(SequenceRanks((1, 1), 1))
+    lists = Residuals(Tokens(I)).cut({"input": [torch.ones(1, 4, 2), None]}, streams)
+    streams.define("image", 6)
+    assert lists["input"][0].flatten().tolist() == [1, 1, 0, 0, 0, 0] and lists["input"][1] is None
+    with pytest.raises(PlanError, match="a control residual of 7 tokens, 1 more than image has"):
+        Residuals(Tokens(I)).cut([torch.ones(1, 7, 2)], streams)[0]
+
+
+def test_a_grid_is_joined_in_its_shape():
+    streams = streams_of((1,), 0)
+    value = torch.randn(1, 2, 3, 4, 5)
+    assert Grid("video").join(Grid("video").cut(value, streams), streams).equal(value)
+
+
+def test_heads_of_queries_stay_with_their_keys():
+    plan = AttentionPlan((5, 4), (3, 3), heads=6, groups=3, weights=(2.0, 1.0))
+    assert plan.local_groups == (2, 1) and plan.local_heads == (4, 2) and not plan.joint
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.attn = nn.Identity()
+
+    def forward(self, img: Tensor, txt: Tensor, vec: Tensor | None = None, extra: Any = None) -> Tensor:
+        return img + self.attn(txt).mean(1, keepdim=True)
+
+
+class Model(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList([Block()])
+
+    def forward(self, img: Tensor, txt: Tensor, **more: Any) -> Tensor:
+        for block in self.blocks:
+            img = block(img, txt, **more)
+        return img
+
+
+PLAN = {"blocks": Site(cut={"img": Tokens(I)}, whole="txt vec")}
+TWO = SequenceRanks((1, 1), 0)
+IMG, TXT = torch.ones(1, 6, 2), torch.ones(1, 3, 2)
+
+
+def test_hooks_cut_and_leave_no_trace():
+    model = Model()
+    split = Split(model, PLAN, TWO)
+    assert model(IMG, TXT).shape[1] == 3
+    split.remove()
+    assert model(IMG, TXT).shape[1] == 6
+    modules = list(model.modules())
+    assert not any(m._forward_pre_hooks or m._forward_hooks or "forward" in vars(m) for m in modules)
+
+
+def test_a_failed_installation_leaves_no_trace():
+    model = Model()
+    with pytest.raises(PlanError):
+        Split(model, PLAN | {"head": Site()}, TWO)
+    assert model(IMG, TXT).shape[1] == 6
+
+
+@pytest.mark.parametrize(
+    ("plan", "complaint"),
+    [
+        (
+            {"blocks": Site(cut={"image": Tokens(I)})},
+            r"Model.blocks.0 \(Block\) has no argument 'image'.*it has: img, txt",
+        ),
+        ({"blocks": Site(cut=PLAN["blocks"].cut, whole="text")}, "has no argument 'text'"),
+        ({"layers": Site()}, "names the module 'layers', which Model has not; it has: blocks"),
+        (
+            {"blocks": Site(attention={"attention": (I, I)})},
+            "names the module 'attention', which Model.blocks.0 has not",
+        ),
+    ],
+)
+def test_a_model_that_has_changed_is_refused_by_name(plan: Any, complaint: str):
+    with pytest.raises(PlanError, match=complaint):
+        Split(Model(), plan, TWO)
+
+
+def test_arguments_that_older_versions_lack_are_marked():
+    Split(Model(), {"blocks": Site(cut={"img": Tokens(I), "newer?": Tokens(I)}, whole="txt vec newest?")}, TWO)
+
+
+def test_an_argument_that_the_plan_does_not_know_is_refused_when_it_is_given():
+    model = Model()
+    Split(model, PLAN, TWO)
+    model(IMG, TXT, extra=None)
+    with pytest.raises(
+        PlanError, match=r"Model.blocks.0 \(Block\) is given extra of shape \[2, 3\], which its plan does not"
+    ):
+        model(IMG, TXT, extra=torch.ones(2, 3))
+
+
+def test_a_value_that_does_not_fit_is_named_with_its_shape():
+    model = Model()
+    Split(model, {"blocks": Site(cut={"img": Tokens(I, 5)})}, TWO)
+    with pytest.raises(
+        PlanError, match=r"Model.blocks.0 \(Block\): img of shape \[1, 6, 2\]: expected a tensor .* dim 5"
+    ):
+        model(IMG, TXT)
+
+
+def test_attention_that_goes_another_way_is_refused():
+    model = Model()
+    Split(model, {"blocks": Site(cut={"img": Tokens(I)}, attention={"attn": (I, I)})}, TWO, ThroughTorch)
+    with pytest.raises(PlanError, match=r"the attention of Model\.blocks\.attn did not go the way"):
+        model(IMG, TXT)
+
+
+def test_causal_attention_is_refused():
+    class Causal(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return F.scaled_dot_product_attention(x, x, x, is_causal=True)
+
+    model = Model()
+    model.blocks[0].attn = Causal()
+    Split(model, {"blocks": Site(cut={"img": Tokens(I)}, attention={"attn": (T, T)})}, TWO, ThroughTorch)
+    with pytest.raises(PlanError, match="causal attention depends on the order of tokens"):
+        model(IMG, TXT)
+    assert F.scaled_dot_product_attention(*[torch.ones(1, 1, 2, 2)] * 3, is_causal=True).shape == (1, 1, 2, 2)
+
+
+def test_parallelize_names_what_it_cannot_use(monkeypatch: pytest.MonkeyPatch):
+    class Mesh:
+        ndim, mesh_dim_names = 2, ("dp", "tp")
+
+        def size(self, dim: int | None = None) -> int:
+            return 2
+
+    with pytest.raises(ValueError, match=r"mesh has the axes \('dp', 'tp'\); allowed are one axis, or"):
+        parallelize(Model(), Mesh())  # type: ignore[arg-type]
+    monkeypatch.setattr(Mesh, "ndim", 1)
+    with pytest.raises(ValueError, match="model is a Model; plans exist for CogVideoX"):
+        parallelize(Model(), Mesh())  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"weights is \[1, 0\]; expected 2 numbers above 0"):
+        parallelize(Model(), Mesh(), weights=[1, 0])  # type: ignore[arg-type]
