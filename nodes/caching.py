@@ -45,8 +45,7 @@ def with_cache(model: Any, settings: CacheSettings, node_id: str) -> SequencePar
         raise _stacked(settings.name, other.settings.name)
     if (native := options.get(_NATIVE)) is not None:
         raise _stacked(settings.name, native.name)
-    inspected = model.remote.inspected
-    settings.rule(inspected.adapter.family, inspected.model_config)
+    model.remote.check_cache(settings)
     cached = model.clone()
     cached.model_options.setdefault("transformer_options", {})[_ATTACHED] = _Attached(settings, node_id)
     cached.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, _ATTACHED, _sample)

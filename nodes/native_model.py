@@ -12,10 +12,12 @@ import comfy.utils
 import torch
 from comfy.patcher_extension import WrappersMP
 
-from ..parallel.config import Layout, SequenceParallelConfig, resolve
-from ..parallel.errors import UnsupportedError
+from ..parallel.checkpoints.source import SAFETENSORS
+from ..parallel.config import SequenceParallelConfig, resolve
+from ..parallel.errors import NoPlanError, UnsupportedError
 from ..parallel.host.recipe import Inspected, Recipe, inspect
 from ..parallel.host.remote_model import RemoteModel
+from .native_network import load_planned_model
 from .proxy import ProxyDiffusionModel
 from .shell_patcher import SequenceParallelPatcher
 from .side_by_side import side_by_side
@@ -45,8 +47,11 @@ def load_native_model(path: str, weight_dtype: str, config: SequenceParallelConf
         raise UnsupportedError(
             "weight_dtype fp8_e4m3fn_fast is not supported; use fp8_e4m3fn, or default with FP8 Quantize (SP)"
         )
+    try:
+        inspected = inspect(path)
+    except UnsupportedError as reason:
+        return _planned(path, weight_dtype, config, reason)
     layout = resolve(config)
-    inspected = inspect(path)
     worker_device = torch.device(layout.devices[0].name)
 
     network = _meta_state_dict(inspected)
@@ -88,11 +93,27 @@ def load_native_model(path: str, weight_dtype: str, config: SequenceParallelConf
         model,
         load_device=load_device,
         offload_device=comfy.model_management.unet_offload_device(),
-        size=remote.expected_bytes() if _uses(layout, load_device) else 1,
+        size=remote.expected_bytes() if layout.uses(load_device.type, load_device.index) else 1,
     )
     patcher.add_wrapper_with_key(WrappersMP.CALC_COND_BATCH, "sequence_parallel", side_by_side)
     patcher.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, "sequence_parallel", watched)
     return patcher
+
+
+def _planned(
+    path: str, weight_dtype: str, config: SequenceParallelConfig, reason: UnsupportedError
+) -> SequenceParallelPatcher:
+    """A model that no adapter takes runs as ComfyUI's own class, if that has a plan.
+
+    Raises:
+        UnsupportedError: it has none; the adapters' reason.
+    """
+    if not path.endswith(SAFETENSORS):
+        raise reason
+    try:
+        return load_planned_model(path, WEIGHT_DTYPES[weight_dtype], config)
+    except NoPlanError:
+        raise reason from None
 
 
 def _meta_state_dict(inspected: Inspected) -> dict[str, torch.Tensor]:
@@ -105,9 +126,3 @@ def _meta_state_dict(inspected: Inspected) -> dict[str, torch.Tensor]:
         name: torch.empty(info.shape, dtype=info.dtype, device="meta")
         for name, info in inspected.source.tensors.items()
     }
-
-
-def _uses(layout: Layout, device: torch.device) -> bool:
-    """Whether a worker shares the device that ComfyUI's memory management watches."""
-    name = device.type if device.index is None else f"{device.type}:{device.index}"
-    return name in {worker.name for worker in layout.devices}

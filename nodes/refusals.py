@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from ..parallel.errors import UnsupportedError
@@ -36,15 +36,19 @@ def refuse_value(name: str, value: Any) -> UnsupportedError:
     return refuse(f"the conditioning input {name!r} ({type(value).__name__})", "remove the node that adds it")
 
 
-def refuse_transformer_options(options: Mapping[str, Any]) -> None:
+def refuse_transformer_options(options: Mapping[str, Any], allowed: Collection[str] = ()) -> None:
     """Refuses code that nodes want to run inside the network's blocks.
+
+    Args:
+        options: `transformer_options`.
+        allowed: options that this network heeds.
 
     Raises:
         UnsupportedError: naming the node where its function tells, else the kind of patch.
     """
     for option, what in _OPTIONS.items():
         value = options.get(option)
-        if not value:
+        if not value or option in allowed:
             continue
         nodes = sorted({name for function in _functions(value) if (name := node_of(function))})
         raise refuse(f"{', '.join(nodes)} ({what})" if nodes else f"{what} ({option})")

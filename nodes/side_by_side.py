@@ -11,13 +11,13 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from comfy.patcher_extension import WrappersMP, get_all_wrappers
 from torch import Tensor
 
-from ..parallel.host.remote_model import RemoteModel
+from ..parallel.degrees import Degrees
 from ..parallel.host.step_request import StepRequest
 from ..parallel.sampling.recording import RecordedLatent
 
@@ -32,10 +32,16 @@ class Recorded(BaseException):
         self.request = request
 
 
+class Splits(Protocol):
+    """What says how conditions are split."""
+
+    def degrees(self, conditions: int) -> Degrees: ...
+
+
 class LookAhead:
     """Foreseen calls of one model and their results, for the duration of one CALC_COND_BATCH."""
 
-    def __init__(self, remote: RemoteModel):
+    def __init__(self, remote: Splits):
         self._remote = remote
         self._prepare: dict[int, Callable[[], None]] = {}
         self._results: list[tuple[StepRequest, Tensor]] = []

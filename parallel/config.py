@@ -92,6 +92,10 @@ class Layout:
         """Whether one group of processes serves both: degrees are no property of the processes."""
         return self.devices == other.devices and self.attention == other.attention
 
+    def uses(self, kind: str, index: int | None) -> bool:
+        """Whether a worker has this device, by torch's type and index."""
+        return (kind if index is None else f"{kind}:{index}") in {device.name for device in self.devices}
+
     def describe(self) -> str:
         return ",".join(d.name if d.weight == 1 else f"{d.name}*{d.weight:g}" for d in self.devices)
 

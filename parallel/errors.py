@@ -30,6 +30,12 @@ class UnsupportedError(EngineError, NotImplementedError):
     __module__ = _SHOWN_AS
 
 
+class NoPlanError(UnsupportedError):
+    """A model that ComfyUI does not recognise, or whose class has no split plan."""
+
+    __module__ = _SHOWN_AS
+
+
 class WorkerError(EngineError):
     """A worker failed while it ran an operation.
 

@@ -69,6 +69,13 @@ def share_of(batches: Sequence[int], group: int, groups: int) -> list[slice]:
     ]
 
 
+class Led(Protocol):
+    """What the agreement to stop needs to know."""
+
+    @property
+    def leader(self) -> int: ...
+
+
 class HeadPlan(Protocol):
     """What an exchange of tokens for heads needs to know."""
 

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..cache.settings import CacheSettings
+from ..compilation.settings import CompileSettings
 from ..degrees import Degrees
 from ..plan import SequencePlan
 from ..sampling.program import Program
@@ -52,6 +54,16 @@ class RemoteModel(RemoteWeights):
         """After a sampling, without waiting: GPUs get back what its activations took."""
         if self._group is not None and self.loaded and self._layout.device_type == "cuda":
             self._group.post("rest", {})
+
+    def check_cache(self, settings: CacheSettings) -> None:
+        """
+        Raises:
+            UnsupportedError: this cache cannot skip blocks of the family.
+        """
+        settings.rule(self.inspected.adapter.family, self.inspected.model_config)
+
+    def check_compile(self, settings: CompileSettings) -> None:
+        """Every family's blocks can be compiled, or run as they are."""
 
     def check(self, requests: Sequence[StepRequest], conditions: int = 1) -> None:
         """Everything that can be told of `steps` with these arguments before any work, and before there are weights.

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
+from ..errors import NoPlanError
 from ..split.rules import Before, Behind, Frames, Grid, Grouped, Guides, Ranges, Residuals, Segment, Tokens, Trimmed
 from ..split.sites import Plan, Site
 
@@ -83,7 +84,7 @@ _WAN = Site(
     attention={"self_attn": (V, V)},
 )
 WAN: Plan = {"blocks": _WAN, "head": Site(cut={"e": Grouped("video", 3)}, whole="x", join=Tokens(V))}
-WAN_VACE: Plan = WAN | {"vace_blocks": replace(_WAN, cut={"c": Tokens(V), **_WAN.cut})}
+WAN_VACE: Plan = {**WAN, "vace_blocks": replace(_WAN, cut={"c": Tokens(V), **_WAN.cut})}
 
 FLUX: Plan = {  # Chroma, too
     "": CONTROL,
@@ -207,3 +208,27 @@ PLANS: Mapping[str, Plan | Callable[[Any], Plan]] = {
     "WanModel": WAN,
 }
 """Class → plan, or what makes it of a model."""
+
+METHODS: Mapping[str, tuple[str, ...]] = {
+    "Anima": ("preprocess_text_embeds",),
+    "LTXAVModel": ("preprocess_text_embeds",),
+    "MiniMaxH3Model": ("preprocess_text_embeds",),
+}
+"""Class → methods that ComfyUI calls besides `forward`, and which need weights."""
+
+
+def plan_of(network: Any) -> Plan:
+    """The plan of a network.
+
+    Raises:
+        NoPlanError: its class has none.
+    """
+    if (plan := PLANS.get(type(network).__name__)) is None:
+        raise NoPlanError(f"no split plan for {type(network).__name__}; there are plans for {', '.join(PLANS)}")
+    return plan(network) if callable(plan) else plan
+
+
+def takes_control(network: Any) -> bool:
+    """Whether its plan cuts a ControlNet's residuals."""
+    site = plan_of(network).get("")
+    return site is not None and "control" in site.cut

@@ -28,6 +28,7 @@ class SequenceRanks:
         ring_degree: chunks.
         kernel: local attention of a ring.
         pipeline: chunks of heads by which exchange and kernel overlap.
+        pipeline_from: tokens from which that outweighs its launches.
         traffic: counts what is sent.
         common: how CPU ranks of a Ulysses group exchange without collectives.
         enter_block: called before each block, by all ranks alike; may raise to stop them all.
@@ -43,6 +44,7 @@ class SequenceRanks:
         ring_degree: int = 1,
         kernel: Kernel | None = None,
         pipeline: int = 1,
+        pipeline_from: int = 0,
         traffic: Traffic | None = None,
         common: CommonMemoryExchange | None = None,
         enter_block: Callable[[], None] = lambda: None,
@@ -55,7 +57,7 @@ class SequenceRanks:
         self.enter_block = enter_block
         self._ulysses, self._ring = ulysses, ring
         self._kernel = kernel or Sdpa()
-        self._pipeline, self._common = pipeline, common
+        self._pipeline, self._pipeline_from, self._common = pipeline, pipeline_from, common
         self._attentions: dict[AttentionPlan, StreamAttention] = {}
 
     def attention(self, plan: AttentionPlan) -> StreamAttention:
@@ -67,7 +69,7 @@ class SequenceRanks:
                 self._ulysses,
                 self._ring,
                 self._kernel,
-                pipeline=self._pipeline,
+                pipeline=self._pipeline if sum(plan.tokens) >= self._pipeline_from else 1,
                 traffic=self.traffic,
                 common=self._common,
             )

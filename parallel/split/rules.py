@@ -253,7 +253,8 @@ class Frames:
             return value
         index = streams.mine((self.stream,))
         first, last = int(index[0]) // each, int(index[-1]) // each + 1
-        part = _windowed(type(value))(value.data[:, first:last], each, per_frame=True)
+        kind: Any = type(value)
+        part = _windowed(kind)(value.data[:, first:last], each, per_frame=True)
         part.window = slice(int(index[0]) - first * each, int(index[-1]) + 1 - first * each)
         return part
 
@@ -265,10 +266,10 @@ class _Window:
 
 
 @cache
-def _windowed(base: type) -> type:
+def _windowed(base: Any) -> Any:
     """A subclass, because the model asks for its own class."""
 
-    class Windowed(_Window, base):  # type: ignore[misc, valid-type]
+    class Windowed(_Window, base):
         def expand(self) -> Tensor:
             return super().expand()[:, self.window]
 

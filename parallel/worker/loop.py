@@ -47,9 +47,10 @@ from .homes import MakeHome, Replicated
 from .imports import without_transformers
 from .measurement import Slowed, measure_attention
 from .native_vae import NativeVAE
+from .network_calls import NetworkCalls
 from .offloaded import Offloaded
 from .ranks import ParallelContext, Ranks, SoloContext, join
-from .resident import ResidentModel
+from .resident import Progress, ResidentModel
 from .sampling import Agreement, Sampling
 
 _PR_SET_PDEATHSIG = 1
@@ -99,7 +100,8 @@ class Worker:
         join(rank, len(weights), device, store)
         self._segments: dict[str, Segment] = {}
         self._control: ControlPage | None = None
-        self._models: dict[str, ResidentModel] = {}
+        self._models: dict[str, Any] = {}
+        """`ResidentModel` or, see `NetworkCalls`, `SplitNetwork`."""
         self._vaes: dict[str, NativeVAE] = {}
         self._checked: set[tuple[str, torch.dtype, str | None, Degrees]] = set()
         self._operations: dict[str, Callable[[Message], dict[str, Any]]] = {
@@ -120,6 +122,9 @@ class Worker:
             "begin tiles": self._begin_tiles,
             "tile": self._tile,
         }
+        self._operations |= NetworkCalls(
+            self._ranks, device, self._models, self._tensor, self._page, self._load_progress
+        ).operations
         self._times = 1
 
     def run(self, inbox: queue.Queue[tuple[Message, list[int]]]) -> None:
@@ -160,6 +165,14 @@ class Worker:
     def _load(self, message: Message) -> dict[str, Any]:
         """Makes a model resident; the self-check runs the first time a family is used in a dtype."""
         self._drop_model(message["model"])
+        with torch.no_grad(), without_transformers():
+            home = self._home(message["weights"])
+            model = ResidentModel(message["recipe"], self._device, self._load_progress(), home, message["fp8"])
+            self._models[message["model"]] = model
+        return {"nbytes": model.nbytes, "family": model.adapter.family, "fp8": model.fp8_report}
+
+    def _load_progress(self) -> Progress:
+        """Tells the host how far loading has come; stops it on Cancel."""
         told = time.monotonic()
 
         def progress(done: int, total: int) -> None:
@@ -172,11 +185,11 @@ class Worker:
                 told = time.monotonic()
                 self._channel.send({"event": "progress", "done": done, "total": total})
 
-        with torch.no_grad(), without_transformers():
-            home = self._home(message["weights"])
-            model = ResidentModel(message["recipe"], self._device, progress, home, message["fp8"])
-            self._models[message["model"]] = model
-        return {"nbytes": model.nbytes, "family": model.adapter.family, "fp8": model.fp8_report}
+        return progress
+
+    def _page(self) -> ControlPage:
+        assert self._control is not None
+        return self._control
 
     def _home(self, wanted: Message) -> MakeHome:
         """Where the host wants a model's weights."""

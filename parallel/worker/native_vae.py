@@ -1,17 +1,16 @@
-"""ComfyUI's own VAE in a worker: the only place of the engine that imports ComfyUI."""
+"""ComfyUI's own VAE in a worker."""
 
 from __future__ import annotations
 
 import importlib
-import sys
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..comfyui.start import prepare
 from ..errors import UnsupportedError
-from ..vae.arguments import restore
 from ..vae.fingerprint import fingerprint, first_difference
 
 
@@ -30,7 +29,7 @@ class NativeVAE:
 
     def __init__(self, source: Mapping[str, Any], state: Mapping[str, Tensor], device: torch.device):
         try:
-            _prepare_comfyui(source["comfyui"], source["arguments"])
+            prepare(source["comfyui"], source["arguments"])
             sd = importlib.import_module("comfy.sd")
             vae = sd.VAE(sd=dict(state), device=device, dtype=getattr(torch, source["dtype"]))
             if vae.first_stage_model is not None:
@@ -56,14 +55,3 @@ class NativeVAE:
             call = {"decode": self._network.decode, "encode": self._network.encode}[direction]
             result: Tensor = call(x.to(self._device))
             return result
-
-
-def _prepare_comfyui(folder: str, arguments: Mapping[str, Any]) -> None:
-    """ComfyUI decides on devices and dtypes when it is imported, from arguments that must be in place by then."""
-    if folder not in sys.path:
-        sys.path.append(folder)
-    if "comfy.model_management" in sys.modules:
-        return
-    module = importlib.import_module("comfy.cli_args")
-    for name, value in restore(arguments, module).items():
-        setattr(module.args, name, value)

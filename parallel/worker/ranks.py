@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import collections
+from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -16,7 +18,8 @@ from ..cache.blocks import Total
 from ..degrees import Degrees
 from ..errors import StepCancelled
 from ..mesh import COLLECTIVE_TIMEOUT, Mesh
-from ..plan import SequencePlan
+from ..plan import Led, SequencePlan
+from ..split import SequenceRanks
 from ..wire.control import ControlPage
 
 _RUN_AHEAD = 2
@@ -103,10 +106,41 @@ class Ranks:
             self._weights_groups[sharing] = group
         return self._weights_groups[sharing]
 
+    def sequence(self, mesh: Mesh, context: ParallelContext) -> SequenceRanks:
+        """This rank among those that share a sequence under `mesh`, for a network under a split plan.
+
+        The fastest rank leads: it owns tokens and a head, whatever the plans of the single attentions.
+        """
+        weights = mesh.members(self.weights)
+        return SequenceRanks(
+            weights,
+            mesh.sp_rank,
+            ulysses=mesh.ulysses,
+            ring=mesh.ring,
+            ring_degree=mesh.degrees.ring,
+            kernel=self.kernel,
+            pipeline=2 if self.device.type == "cuda" else 1,
+            pipeline_from=_PIPELINE_FROM,
+            traffic=context.traffic,
+            common=self._common.get(mesh.degrees),
+            enter_block=partial(context.enter_block, _Leader(weights.index(max(weights)))),
+        )
+
+    @property
+    def rank(self) -> int:
+        return dist.get_rank()
+
     def joint_attention(self, plan: SequencePlan, mesh: Mesh, pipeline: int, traffic: Traffic) -> JointAttention:
         """This rank's part of the joint attention of `plan` under `mesh`."""
         common = self._common.get(mesh.degrees)
         return joint_attention(plan, mesh.sp_rank, mesh.ulysses, mesh.ring, self.kernel, pipeline, traffic, common)
+
+
+@dataclass(frozen=True, slots=True)
+class _Leader:
+    """What `enter_block` needs of a plan, before one is known."""
+
+    leader: int
 
 
 class ParallelContext(StepContext):
@@ -136,7 +170,7 @@ class ParallelContext(StepContext):
         long = self._device.type == "cuda" and sum(plan.streams) >= _PIPELINE_FROM
         return self._ranks.joint_attention(plan, self._mesh, 2 if long else 1, self.traffic)
 
-    def enter_block(self, plan: SequencePlan) -> None:
+    def enter_block(self, plan: Led) -> None:
         run_ahead = 0
         if self._device.type == "cuda":
             run_ahead = _RUN_AHEAD

@@ -1,0 +1,72 @@
+"""A diffusion model's file, as ComfyUI's own loader sees it. Nothing is read but the header: the file is mapped."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import comfy.model_detection
+import comfy.model_management
+import comfy.utils
+import torch
+from torch import Tensor
+
+from ..errors import NoPlanError
+
+
+@dataclass(frozen=True, slots=True)
+class Detected:
+    """What ComfyUI makes of a file."""
+
+    model_config: Any
+    """ComfyUI's `supported_models` entry, with the dtypes set."""
+    state: dict[str, Tensor]
+    """Of the network, mapped, by the file's names without a prefix."""
+    storage: torch.dtype
+    """Of weights that are not quantised."""
+
+    @property
+    def compute(self) -> torch.dtype:
+        """Of arithmetic, latents and conditioning."""
+        return self.model_config.manual_cast_dtype or self.storage
+
+    def named_as_in_the_network(self) -> dict[str, Tensor]:
+        """The tensors by the network's names; some may be made of several of the file's."""
+        return dict(self.model_config.process_unet_state_dict(dict(self.state)))
+
+
+def detect(path: str, weight_dtype: torch.dtype | None, device: torch.device) -> Detected:
+    """Goes the way of `comfy.sd.load_diffusion_model_state_dict`, as far as the choice of class and dtypes.
+
+    Args:
+        path: a safetensors file.
+        weight_dtype: what the user chose; None leaves it to ComfyUI.
+        device: that the network will run on.
+
+    Raises:
+        NoPlanError: ComfyUI does not recognise the file.
+    """
+    state, metadata = comfy.utils.load_torch_file(path, return_metadata=True)
+    state, metadata = comfy.utils.convert_old_quants(state, "", metadata=metadata)
+    prefix = comfy.model_detection.unet_prefix_from_state_dict(state)
+    if network := comfy.utils.state_dict_prefix_replace(dict(state), {prefix: ""}, filter_keys=True):
+        state, metadata = comfy.utils.convert_old_quants(network, "", metadata=metadata)
+    config = comfy.model_detection.model_config_from_unet(state, "", metadata=metadata)
+    if config is None:
+        raise NoPlanError(f"{path}: this ComfyUI does not recognise the model")
+    supported = list(config.supported_inference_dtypes)
+    quantised = config.quant_config is not None
+    storage = weight_dtype or comfy.model_management.unet_dtype(
+        model_params=comfy.utils.calculate_parameters(state),
+        supported_dtypes=supported,
+        weight_dtype=None if quantised else comfy.utils.weight_dtype(state),
+    )
+    cast = comfy.model_management.unet_manual_cast(None if quantised else storage, device, supported)
+    config.set_inference_dtype(storage, cast, device=device)
+    return Detected(config, state, storage)
+
+
+def shapes(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors without their data."""
+    return {name: torch.empty_like(tensor, device="meta") for name, tensor in state.items()}

@@ -1,0 +1,296 @@
+"""A network of ComfyUI's own class in the workers, as the host holds it: its weights, its calls."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..config import SequenceParallelConfig, resolve
+from ..degrees import Degrees
+from ..errors import ConfigError, UnsupportedError, WorkerError
+from ..wire.shared import TensorRef, lay_out
+from ..wire.trees import flatten, restore
+from . import running
+from .group import Poll, Progress, WorkerGroup
+from .sent_conditioning import SentConditioning
+
+log = logging.getLogger("sequence_parallel")
+
+_MODELS = itertools.count(1)
+
+Replace = Callable[[str], Tensor]
+"""Name of a weight → what the workers are to use, of its shape."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NetworkRecipe:
+    """What the workers build. Nothing is read from disk, and no process is started."""
+
+    path: str
+    weight_dtype: torch.dtype | None
+    """As the user chose it; None leaves it to ComfyUI."""
+    network: str
+    """Name of ComfyUI's class."""
+    comfyui: str
+    """Folder of ComfyUI."""
+    arguments: Mapping[str, Any]
+    """Its command line, see `vae.arguments.as_plain`."""
+    config: SequenceParallelConfig
+    nbytes: int
+    """Of the weights."""
+    heads: int
+    """Of its attention; of several kinds the fewest."""
+
+    def to_json(self) -> dict[str, Any]:
+        dtype = None if self.weight_dtype is None else str(self.weight_dtype).removeprefix("torch.")
+        named = {name: getattr(self, name) for name in ("path", "network", "comfyui", "arguments")}
+        return {**named, "weight_dtype": dtype}
+
+
+class RemoteNetwork:
+    """A network that computes in the workers. Its weights may come and go: `ensure_loaded` brings them back.
+
+    Args:
+        recipe: what to load.
+
+    Raises:
+        ConfigError: the configuration asks for what such a network does not have yet.
+    """
+
+    def __init__(self, recipe: NetworkRecipe):
+        self.recipe = recipe
+        self.name = f"network-{next(_MODELS)}"
+        self.nbytes = 0
+        """Bytes of weights that one worker has on its device; 0 when not loaded."""
+        self._layout = resolve(recipe.config)
+        self._group: WorkerGroup | None = None
+        self._generation = 0
+        self._version: Hashable = None
+        self._replaced: set[str] = set()
+        self._conditioning = SentConditioning(self.name)
+        self._told_degrees: Degrees | None = None
+        self._reason = ""
+        self._refuse(recipe.config)
+
+    def _refuse(self, config: SequenceParallelConfig) -> None:
+        if config.weights not in ("auto", "replicate"):
+            raise ConfigError(
+                f"weights is {config.weights!r}; allowed for {self.recipe.network} are auto and replicate so far"
+            )
+        for knob in ("cfg_degree", "dp_degree"):
+            if (value := getattr(config, knob)) > 1:
+                raise ConfigError(f"{knob} is {value}; allowed for {self.recipe.network} are 0 and 1 so far")
+
+    @property
+    def loaded(self) -> bool:
+        """Whether the workers hold the weights."""
+        return self._group is not None and self._group.alive and self._group.generation == self._generation
+
+    @property
+    def group(self) -> WorkerGroup | None:
+        return self._group
+
+    def degrees(self, conditions: int = 1) -> Degrees:
+        """How a call is split: all ranks share its sequence. A change is logged."""
+        degrees, self._reason = self._layout.degrees.choose(conditions=1, heads=self.recipe.heads, sharded=False)
+        if degrees.groups > 1:
+            degrees = Degrees(ring=degrees.ring, ulysses=self._layout.world_size // degrees.ring)
+        if degrees != self._told_degrees:
+            self._told_degrees = degrees
+            log.info("plan of %s on %s: %s", self.recipe.network, self._layout.describe(), degrees)
+        return degrees
+
+    def expected_bytes(self, fp8: Any = None) -> int:
+        """Of weights on one worker's device when they are loaded."""
+        return self.nbytes or self.recipe.nbytes
+
+    def ensure_loaded(self, poll: Poll | None = None, on_progress: Progress | None = None, *, fp8: Any = None) -> int:
+        """Starts workers and loads the weights unless both have been done.
+
+        Returns:
+            Bytes of weights on one worker.
+
+        Raises:
+            UnsupportedError: `fp8`, which such a network cannot be quantised with.
+            WorkerError: loading failed.
+        """
+        if fp8 is not None:
+            self.select_fp8(fp8)
+        group = running.acquire(self.recipe.config, poll)
+        if self.loaded and group is self._group:
+            return self.nbytes
+        self.unload()
+        message = {"model": self.name, "source": self.recipe.to_json()}
+        results = group.call("load network", message, poll=poll, on_progress=on_progress)
+        self._group, self._generation, self._version = group, group.generation, None
+        self._replaced.clear()
+        self._conditioning.clear()
+        self.nbytes = max(result["nbytes"] for result in results)
+        group.figures.holds(self.name, self.recipe.path, self.nbytes)
+        log.info("%s: %s, %.0f MiB of weights for each of %d workers", self.recipe.path, self.recipe.network,
+                 self.nbytes / 2**20, len(results))  # fmt: skip
+        return self.nbytes
+
+    def select_fp8(self, fp8: Any) -> None:
+        """
+        Raises:
+            UnsupportedError: always.
+        """
+        raise UnsupportedError(
+            f"FP8 Quantize (SP) cannot quantise {self.recipe.network} yet; use a quantised file, or an fp8 weight_dtype"
+        )
+
+    def check_cache(self, settings: Any) -> None:
+        """
+        Raises:
+            UnsupportedError: always.
+        """
+        raise UnsupportedError(f"{settings.name} cannot skip blocks of {self.recipe.network} yet; use EasyCache")
+
+    def check_compile(self, settings: Any) -> None:
+        """
+        Raises:
+            UnsupportedError: always.
+        """
+        raise UnsupportedError(f"{settings.name} cannot compile {self.recipe.network} yet; remove the node")
+
+    def replace_weights(
+        self,
+        version: Hashable,
+        names: Collection[str],
+        replace: Replace,
+        *,
+        poll: Poll | None = None,
+        on_progress: Progress | None = None,
+    ) -> None:
+        """Restores the file's weights, then replaces `names`. Only weights replaced now or by the last call travel.
+
+        Args:
+            version: what `names` and `replace` stand for; with the one that is in place nothing is done.
+            names: of weights, as the network has them.
+            replace: runs in the caller's thread, for one weight at a time, starting from the file's.
+            poll: see `WorkerGroup.call`; also called before each weight.
+            on_progress: told in weights.
+        """
+        if version == self._version:
+            return
+        group = self._group
+        assert group is not None, "call ensure_loaded first"
+        self._version = object()  # whatever ends this early, the next call does it all
+        if restored := sorted(self._replaced - set(names)):
+            group.call("network weights", {"model": self.name, "put": {}, "restore": restored}, poll=poll)
+            self._replaced -= set(restored)
+        for done, name in enumerate(sorted(names)):
+            if poll is not None:
+                poll()
+            value = replace(name)
+            group.settle(poll)
+            (ref,), size = lay_out("weights", [(value.shape, value.dtype)])
+            group.memory.segment("weights", size).tensor(ref).copy_(value)
+            self._replaced.add(name)
+            message = {"model": self.name, "put": {name: ref.to_json()}, "restore": []}
+            group.call("network weights", message, poll=poll)
+            if on_progress is not None:
+                on_progress(done + 1, len(names))
+        self._version = version
+
+    def call(
+        self, method: str, args: Sequence[Any], named: Mapping[str, Any], *, changing: int = 0, poll: Poll | None = None
+    ) -> Any:
+        """The network's result, on the device of the first tensor.
+
+        Args:
+            method: `forward`, or one that needs weights.
+            args, named: nests of tensors and plain data.
+            changing: how many of `args` are other ones at every call; the rest travels only when it changes.
+            poll: see `WorkerGroup.call`.
+
+        Raises:
+            NotPlain: something cannot travel; before any work.
+            WorkerError: a worker failed; the weights are gone unless `loaded` still says otherwise.
+        """
+        passing: dict[str, Tensor] = {}
+        staying: dict[str, Tensor] = {}
+        first = [flatten(value, str(i), passing) for i, value in enumerate(args[:changing])]
+        rest = [flatten(value, str(i), staying) for i, value in enumerate(args[changing:], changing)]
+        tree = {"dict": {"args": {"list": first + rest}, "named": flatten(dict(named), "named", staying)}}
+        group, degrees = self._group, self.degrees()
+        assert group is not None, "call ensure_loaded first"
+        group.settle(poll)
+        refs, size = lay_out("call", [(tensor.shape, tensor.dtype) for tensor in passing.values()])
+        segment = group.memory.segment("call", size)
+        for tensor, ref in zip(passing.values(), refs, strict=True):
+            segment.tensor(ref).copy_(tensor)
+        (keys,), put, drop = self._conditioning.update([staying], group)
+        room = max(2 * size, 1 << 20)
+        results = group.memory.segment("call-results", room)
+        message = {
+            "model": self.name,
+            "method": method,
+            "degrees": asdict(degrees),
+            "arguments": tree,
+            "held": keys,
+            "passing": {name: ref.to_json() for name, ref in zip(passing, refs, strict=True)},
+            "put": put,
+            "drop": drop,
+            "room": {"segment": "call-results", "size": room},
+        }
+        try:
+            told = group.call("network call", message, poll=poll)
+            if (needed := told[0]["needed"]) > room:
+                results = group.memory.segment("call-results", needed)
+                message = {"model": self.name, "room": {"segment": "call-results", "size": needed}}
+                told = [{**told[0], **collected} for collected in group.call("collect", message, poll=poll)]
+        except BaseException:
+            self._conditioning.clear()
+            raise
+        self._note(group, degrees, passing, told)
+        device = next(iter((passing | staying).values())).device
+        refs = [TensorRef.from_json(ref) for ref in told[0]["out"]]
+        tensors = {str(i): results.tensor(ref).clone().to(device) for i, ref in enumerate(refs)}
+        return restore(told[0]["structure"], tensors.__getitem__)
+
+    def _note(
+        self, group: WorkerGroup, degrees: Degrees, passing: Mapping[str, Tensor], told: Sequence[Mapping[str, Any]]
+    ) -> None:
+        """For those who watch."""
+        if passing:
+            sizes = tuple((name, tuple(tensor.shape)) for name, tensor in passing.items())
+            work = (self.recipe.path, self.recipe.weight_dtype, group.layout.attention, sizes)
+            group.figures.stepped(work, degrees, self._reason, told, None)
+
+    def rest(self) -> None:
+        """After a sampling, without waiting: GPUs get back what its activations took."""
+        if self._group is not None and self.loaded and self._layout.device_type == "cuda":
+            self._group.post("rest", {})
+
+    def unload(self) -> None:
+        """Frees the weights in the workers; the processes stay."""
+        group, was_loaded = self._group, self.loaded
+        self._group, self._generation, self.nbytes = None, 0, 0
+        self._conditioning.clear()
+        if group is not None and was_loaded:
+            group.figures.dropped(self.name)
+            try:
+                group.call("unload", {"model": self.name, "drop": []})
+            except WorkerError as error:  # the weights have gone with the workers
+                log.warning("%s", error)
+
+    def release(self) -> None:
+        """As `unload`, without waiting: for a finalizer, which may run in the middle of anything."""
+        if self._group is not None and self.loaded:
+            self._group.figures.dropped(self.name)
+            self._group.post("unload", {"model": self.name, "drop": []})
+        self._group, self._generation = None, 0
+
+
+def bytes_of(tensors: Mapping[str, Tensor]) -> int:
+    """Of tensors that may be without data."""
+    return sum(prod(tensor.shape) * tensor.element_size() for tensor in tensors.values())

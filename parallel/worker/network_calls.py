@@ -1,0 +1,137 @@
+"""The operations of a worker on networks of ComfyUI's own classes."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, MutableMapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..degrees import Degrees
+from ..split import SequenceRanks
+from ..wire.channel import Message
+from ..wire.control import ControlPage
+from ..wire.shared import TensorRef, lay_out
+from ..wire.trees import flatten
+from .ranks import ParallelContext, Ranks
+from .split_network import Progress, SplitNetwork
+
+
+class NetworkCalls:
+    """What a worker does when the host asks it for such a network.
+
+    Args:
+        ranks: this rank among the others.
+        device: where it computes.
+        models: the worker's models by name; networks are put there, too.
+        tensor_at: the tensor of a reference in shared memory.
+        control: the page by which a call can be stopped.
+        progress: makes what is told how far loading has come.
+    """
+
+    def __init__(
+        self,
+        ranks: Ranks,
+        device: torch.device,
+        models: MutableMapping[str, Any],
+        tensor_at: Callable[[dict[str, Any]], Tensor],
+        control: Callable[[], ControlPage],
+        progress: Callable[[], Progress],
+    ):
+        self._ranks, self._device, self._models = ranks, device, models
+        self._tensor_at, self._control, self._progress = tensor_at, control, progress
+        self._uncollected: dict[str, list[Tensor]] = {}
+        self.operations: dict[str, Callable[[Message], dict[str, Any]]] = {
+            "load network": self._load,
+            "network weights": self._weights,
+            "network call": self._call,
+            "collect": self._collect,
+        }
+
+    def _load(self, message: Message) -> dict[str, Any]:
+        """Builds a network and makes its weights resident."""
+        if (old := self._models.pop(message["model"], None)) is not None:
+            old.close()
+        with torch.no_grad():
+            network = SplitNetwork(message["source"], self._device, self._progress())
+        self._models[message["model"]] = network
+        return {"nbytes": network.nbytes}
+
+    def _weights(self, message: Message) -> dict[str, Any]:
+        network = self._network(message)
+        for name, ref in message["put"].items():
+            network.put_weight(name, self._tensor_at(ref))
+        for name in message["restore"]:
+            network.restore_weight(name)
+        return {}
+
+    def _call(self, message: Message) -> dict[str, Any]:
+        """Runs this rank's part of a call. All ranks have the whole result, and each writes its share of it."""
+        network = self._network(message)
+        network.drop(message["drop"])
+        for key, ref in message["put"].items():
+            network.hold(key, self._tensor_at(ref))
+        mesh = self._ranks.mesh(Degrees(**message["degrees"]))
+        context = ParallelContext(self._ranks, mesh, self._control())
+        ranks: SequenceRanks = self._ranks.sequence(mesh, context)
+        began = time.perf_counter()
+        with torch.no_grad():
+            result = network.call(
+                message["method"],
+                message["arguments"],
+                message["held"],
+                lambda name: self._tensor_at(message["passing"][name]).to(self._device, copy=True),
+                ranks,
+            )
+            found: dict[str, Tensor] = {}
+            structure = flatten(result, "", found)
+            numbers = {name: str(i) for i, name in enumerate(found)}
+            tensors = list(found.values())
+            needed, out = self._write(tensors, message["room"])
+        if needed > message["room"]["size"]:
+            self._uncollected[message["model"]] = tensors
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        context.traffic.read_events()
+        return {
+            "seconds": time.perf_counter() - began,
+            **context.traffic.to_json(),
+            "structure": _numbered(structure, numbers),
+            "needed": needed,
+            "out": out,
+        }
+
+    def _collect(self, message: Message) -> dict[str, Any]:
+        """Writes the result of the last call, which did not fit."""
+        needed, out = self._write(self._uncollected.pop(message["model"]), message["room"])
+        return {"needed": needed, "out": out}
+
+    def _write(self, tensors: list[Tensor], room: dict[str, Any]) -> tuple[int, list[dict[str, Any]]]:
+        """Writes this rank's share of each tensor, if all fit: bytes needed, and where they lie."""
+        refs, needed = lay_out(room["segment"], [(tensor.shape, tensor.dtype) for tensor in tensors])
+        if needed <= room["size"]:
+            rank, size = self._ranks.rank, self._ranks.world_size
+            for tensor, ref in zip(tensors, refs, strict=True):
+                first, last = (tensor.numel() * part // size for part in (rank, rank + 1))
+                target = self._tensor_at(TensorRef.to_json(ref)).view(-1)
+                target[first:last].copy_(tensor.reshape(-1)[first:last])
+        return needed, [ref.to_json() for ref in refs]
+
+    def _network(self, message: Message) -> SplitNetwork:
+        network = self._models[message["model"]]
+        assert isinstance(network, SplitNetwork)
+        return network
+
+
+def _numbered(tree: Any, numbers: dict[str, str]) -> Any:
+    """A result's structure with numbers for names."""
+    if not isinstance(tree, dict):
+        return tree
+    ((kind, content),) = tree.items()
+    if kind == "tensor":
+        return {"tensor": numbers[content]}
+    if kind == "dict":
+        return {kind: {name: _numbered(item, numbers) for name, item in content.items()}}
+    return {kind: [_numbered(item, numbers) for item in content]}
