@@ -12,12 +12,19 @@ ROOT = Path(__file__).parents[2]
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
 
 
-def run_ranks(module: str, world: int, folder: Path, arguments: Sequence[str] = (), timeout: float = 120) -> list[str]:
-    """Runs `python -m MODULE RANK WORLD STORE RESULTS [ARGUMENTS]` for each rank; returns the contents of RESULTS."""
+def run_ranks(
+    module: str,
+    world: int,
+    folder: Path,
+    arguments: Sequence[str] = (),
+    timeout: float = 120,
+    python: str = sys.executable,
+) -> list[str]:
+    """Runs `PYTHON -m MODULE RANK WORLD STORE RESULTS [ARGUMENTS]` for each rank; returns the contents of RESULTS."""
     files = [folder / f"{rank}.json" for rank in range(world)]
     ranks = [
         subprocess.Popen(
-            [sys.executable, "-m", module, str(rank), str(world), str(folder / "store"), str(file), *arguments],
+            [python, "-m", module, str(rank), str(world), str(folder / "store"), str(file), *arguments],
             cwd=ROOT,
             env=os.environ | ENVIRONMENT,
             stdout=subprocess.PIPE,
