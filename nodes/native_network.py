@@ -12,8 +12,15 @@ import torch
 from comfy.patcher_extension import WrappersMP
 
 from ..parallel.checkpoints.source import Stored
-from ..parallel.comfyui.detection import Detected, detect, shapes
-from ..parallel.config import SequenceParallelConfig, resolve
+from ..parallel.comfyui.detection import (
+    Detected,
+    computes_in_nvfp4,
+    detect,
+    quantised_layers,
+    scaled_over_all_tokens,
+    shapes,
+)
+from ..parallel.config import Layout, SequenceParallelConfig, resolve
 from ..parallel.errors import UnsupportedError
 from ..parallel.host.remote_network import NetworkRecipe, RemoteNetwork, bytes_of
 from ..parallel.plans.comfyui import plan_of
@@ -47,6 +54,7 @@ def load_planned_model(
     model = detected.model_config.get_model(dict(detected.state), "", device=torch.device("meta"))
     network = model.diffusion_model
     plan_of(network)
+    _refuse_scales(path, detected, layout)
     parameters = shapes(detected.named_as_in_the_network())
     remote = RemoteNetwork(
         NetworkRecipe(
@@ -73,6 +81,21 @@ def load_planned_model(
     patcher.add_wrapper_with_key(WrappersMP.CALC_COND_BATCH, "sequence_parallel", side_by_side)
     patcher.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, "sequence_parallel", watched)
     return patcher
+
+
+def _refuse_scales(path: str, detected: Detected, layout: Layout) -> None:
+    """A split must not change what a scale is taken over.
+
+    Raises:
+        UnsupportedError: naming the layer.
+    """
+    computes = any(computes_in_nvfp4(torch.device(device.name)) for device in layout.devices)
+    if layout.world_size > 1 and computes and (layers := scaled_over_all_tokens(detected.state)):
+        raise UnsupportedError(
+            f"{path}: {len(layers)} layers, e.g. {layers[0]}, are nvfp4 without an input_scale: they scale their input"
+            f" by its largest value over all tokens, and each of {layout.world_size} workers has only some. Use one"
+            " device, or a file in another format (mxfp8, fp8, int8, bf16)"
+        )
 
 
 def _heads(detected: Detected) -> int:
@@ -107,7 +130,7 @@ class PlannedPatcher(SequenceParallelPatcher):
         recipe = self.remote.recipe
         detected = detect(recipe.path, recipe.weight_dtype, self.load_device)
         tensors = detected.named_as_in_the_network()
-        quantised = {name.removesuffix("comfy_quant") for name in tensors if name.endswith(".comfy_quant")}
+        quantised = quantised_layers(tensors)
         kept = {name: parameter.dtype for name, parameter in self.model.diffusion_model.named_parameters()}
 
         def patched(name: str) -> torch.Tensor:

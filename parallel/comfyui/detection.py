@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -65,6 +66,36 @@ def detect(path: str, weight_dtype: torch.dtype | None, device: torch.device) ->
     cast = comfy.model_management.unet_manual_cast(None if quantised else storage, device, supported)
     config.set_inference_dtype(storage, cast, device=device)
     return Detected(config, state, storage)
+
+
+def quantised_layers(names: Iterable[str]) -> set[str]:
+    """Layers that the file has quantised, each with the dot behind its name."""
+    return {name.removesuffix(_QUANTISED) for name in names if name.endswith(f".{_QUANTISED}")}
+
+
+_QUANTISED = "comfy_quant"
+"""ComfyUI's name for the tensor that says how a layer is quantised, in JSON."""
+
+
+def scaled_over_all_tokens(state: Mapping[str, Tensor]) -> list[str]:
+    """Layers that divide their input by the largest value of all tokens, of which a worker has only some.
+
+    Of ComfyUI's formats this is nvfp4 without a calibrated `input_scale`, where the GPU computes in it; fp8 then takes
+    1, int8 and mxfp8 one scale for each token or block.
+    """
+    found = []
+    for layer in sorted(quantised_layers(state)):
+        described = json.loads(state[f"{layer}{_QUANTISED}"].numpy().tobytes())
+        if described.get("format") != "nvfp4" or described.get("full_precision_matrix_mult"):
+            continue
+        if f"{layer}input_scale" not in state:
+            found.append(layer.removesuffix("."))
+    return found
+
+
+def computes_in_nvfp4(device: torch.device) -> bool:
+    """Whether ComfyUI quantises activations to nvfp4 there; elsewhere it restores the weights."""
+    return device.type == "cuda" and bool(comfy.model_management.supports_nvfp4_compute(device))
 
 
 def shapes(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

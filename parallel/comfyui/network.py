@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from .detection import Detected, detect
+from .detection import Detected, detect, quantised_layers
 
 log = logging.getLogger("sequence_parallel.worker")
 
@@ -46,7 +46,7 @@ def _as_kept(detected: Detected, network: nn.Module) -> dict[str, Tensor]:
     """The file's tensors, in the dtypes that the network was made with: assigned, they would keep the file's."""
     wanted = {name: tensor.dtype for name, tensor in [*network.named_parameters(), *network.named_buffers()]}
     tensors = detected.named_as_in_the_network()
-    quantised = {name.removesuffix("comfy_quant") for name in tensors if name.endswith(".comfy_quant")}
+    quantised = quantised_layers(tensors)
     kept = {}
     for name, tensor in tensors.items():
         dtype = wanted.get(name, tensor.dtype)

@@ -64,6 +64,7 @@ class Setting:
     positive: Text = Text()
     negative: Text = Text(seed=12)
     model_nodes: tuple[ModelNode, ...] = ()  # nodes between the loader and the sampler
+    audio: bool = False  # the latent has an audio part, too; all is saved as one row
     arrange: Arrange | None = None  # nodes between the positive prompt, the latent and the sampler
 
     @property
@@ -169,6 +170,8 @@ def add_sampling(builder: GraphBuilder, setting: Setting, model: Link, output: s
             ),
             latent_image=latent,
         )
+    if setting.audio:
+        samples = builder.add("SPTestFlatLatent", samples=samples)
     builder.add("SaveLatent", node_id=output, samples=samples, filename_prefix="latents/test")
 
 

@@ -21,6 +21,7 @@ from tests.comfyui.installation import Installation
 from tests.comfyui.processes import Process, descendants, wait_until
 from tests.comfyui.websocket import WebSocket, WebSocketClosed
 
+AT_START = Path(__file__).parent / "at_start"
 HOST = "127.0.0.1"
 MODEL_FOLDERS = ("diffusion_models", "checkpoints", "loras", "vae", "text_encoders")
 _FINAL = {"execution_success": "success", "execution_error": "error", "execution_interrupted": "interrupted"}
@@ -294,6 +295,7 @@ class ComfyServer:
         environment = {key: value for key, value in os.environ.items() if key not in drop}
         environment |= {"OMP_NUM_THREADS": "2", "OMP_WAIT_POLICY": "PASSIVE", "PYTHONUNBUFFERED": "1"}
         environment |= {"HF_HUB_OFFLINE": "1", "DO_NOT_TRACK": "1"}
+        environment |= {"PYTHONPATH": str(AT_START)}
         environment |= {"XDG_CACHE_HOME": str(self.base / "cache")}  # compiled blocks go there
         return environment | self._environment
 

@@ -9,10 +9,7 @@ from comfy.controlnet import ControlBase
 
 from nodes import VAEEncodeTiled  # ComfyUI's
 
-from . import tiny_detection
 from .vae_networks import NETWORKS, make_vae
-
-tiny_detection.apply()
 
 TILES = ("tile_size", "overlap", "temporal_size", "temporal_overlap")
 
@@ -228,6 +225,43 @@ class SPTestImageAsLatent:
         return ({"samples": images},)
 
 
+class SPTestFlatLatent:
+    """All parts of a latent as one row, for SaveLatent."""
+
+    CATEGORY = "testing"
+    RETURN_TYPES = ("LATENT",)
+    FUNCTION = "make"
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict:
+        return {"required": {"samples": ("LATENT",)}}
+
+    def make(self, samples: dict) -> tuple:
+        parts = samples["samples"].unbind()
+        return ({"samples": torch.cat([part.flatten(1) for part in parts], dim=1)},)
+
+
+class SPTestAttention:
+    """A node that computes attention in its own way."""
+
+    CATEGORY = "testing"
+    RETURN_TYPES = ("MODEL",)
+    FUNCTION = "patch"
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict:
+        return {"required": {"model": ("MODEL",)}}
+
+    def patch(self, model: Any) -> tuple:
+        def attend(function: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
+            return function(*args, **kwargs)
+
+        patched = model.clone()
+        options = patched.model_options.setdefault("transformer_options", {})
+        options["optimized_attention_override"] = attend
+        return (patched,)
+
+
 class SPTestModelSize:
     """Bytes that ComfyUI's memory management counts for a model."""
 
@@ -248,6 +282,7 @@ NODE_CLASS_MAPPINGS = {
     node.__name__: node
     for node in (
         SPTestConditioning, SPTestLatent, SPTestVAE, SPTestCLIPVisionOutput, SPTestNoClip, SPTestControlNet,
-        SPTestRandomVAE, SPTestTiledVAE, SPTestVideoLatent, SPTestImageAsLatent, SPTestModelSize,
+        SPTestRandomVAE, SPTestTiledVAE, SPTestVideoLatent, SPTestImageAsLatent, SPTestFlatLatent, SPTestAttention,
+        SPTestModelSize,
     )
 }  # fmt: skip

@@ -1,6 +1,6 @@
 """Lets ComfyUI load tiny networks of families whose sizes its detection does not read from the file.
 
-The networks themselves are ComfyUI's own. To be imported where ComfyUI can be: in its process, not in the tests'.
+The networks themselves are ComfyUI's own. Applied where ComfyUI runs, in the workers too: see `at_start`.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 import comfy.ldm.genmo.joint_model.asymm_models_joint as mochi
-import comfy.model_detection
+import comfy.model_detection as model_detection
 
 HIDDEN_OF_THE_ASSERTION = 1536 * 8
 """ComfyUI's Mochi blocks assert that their MLP has this width, the released one's."""
@@ -33,12 +33,33 @@ def _qwen_image_sizes(shape_of: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-_SIZES = {"mochi_preview": _mochi_sizes, "qwen_image": _qwen_image_sizes}
+def _lumina_sizes(shape_of: dict[str, Any]) -> dict[str, Any]:
+    """As of Z-Image, of another width."""
+    width, head_dim = shape_of["cap_embedder.1.weight"][0], 128
+    if width in _LUMINA_WIDTHS:
+        return {}
+    return {
+        "n_heads": width // head_dim,
+        "n_kv_heads": width // head_dim,
+        "axes_dims": [32, 48, 48],
+        "axes_lens": [1536, 512, 512],
+        "rope_theta": 256.0,
+        "ffn_dim_multiplier": 1.0,
+        "z_image_modulation": True,
+        "time_scale": 1000.0,
+        "pad_tokens_multiple": 32,
+    }
+
+
+_LUMINA_WIDTHS = (2304, 3840)
+"""Those that ComfyUI knows."""
+
+_SIZES = {"mochi_preview": _mochi_sizes, "qwen_image": _qwen_image_sizes, "lumina2": _lumina_sizes}
 
 
 def apply() -> None:
     """Makes the detection read these sizes from the file; of released files it finds what it found before."""
-    detect = comfy.model_detection.detect_unet_config
+    detect = model_detection.detect_unet_config
 
     def detect_sizes(state_dict: dict[str, Any], key_prefix: str, metadata: Any = None) -> Any:
         config = detect(state_dict, key_prefix, metadata=metadata)
@@ -47,6 +68,6 @@ def apply() -> None:
             config |= sizes(shapes)
         return config
 
-    comfy.model_detection.detect_unet_config = detect_sizes
+    model_detection.detect_unet_config = detect_sizes
     feed_forward = mochi.FeedForward
     mochi.FeedForward = lambda **options: feed_forward(**options | {"hidden_size": 4 * options["in_features"]})

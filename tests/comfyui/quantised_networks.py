@@ -1,0 +1,145 @@
+"""Quantised files of ComfyUI's own networks: its own loader against the workers, in one process of ComfyUI's.
+
+    python quantised_networks.py COMFYUI REPOSITORY FOLDER [DEVICES …]
+
+Prints one line of JSON: {file: {devices: relative difference, "sensitivity": …, "dequantised": …, "lora": message,
+"DEVICES with nvfp4": message where a device that computes in nvfp4 would be refused}}.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+FORMATS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
+    "int8_convrot": ("int8_tensorwise", {"per_channel": True, "convrot": True}, {"convrot": True}),
+    "fp8": ("float8_e4m3fn", {"scale": "recalculate"}, {}),
+    "nvfp4": ("nvfp4", {"scale": "recalculate"}, {}),
+    "mxfp8": ("mxfp8", {}, {}),
+}
+"""Name → ComfyUI's format, how its layout quantises a weight, what `comfy_quant` says besides."""
+CONVROT_GROUP = 256
+NUDGE = 3e-7
+"""A relative change of the latent, as another order of sums makes."""
+
+
+def prepare(comfyui: str, repository: str) -> Any:
+    """Makes ComfyUI and the pack importable; returns the tiny networks' module."""
+    sys.argv = [sys.argv[0], "--cpu"]
+    sys.path[0] = comfyui
+    importlib.import_module("comfy.options").enable_args_parsing()
+    load("pack", f"{repository}/__init__.py", [repository])
+    return load("split_models", f"{repository}/tests/comfyui/split_models.py")
+
+
+def load(name: str, path: str, folders: list[str] | None = None) -> Any:
+    spec = importlib.util.spec_from_file_location(name, path, submodule_search_locations=folders)
+    assert spec is not None and spec.loader is not None
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def quantised(network: Any, name: str) -> dict[str, Any]:
+    """The network's tensors as a file has them: linear layers of its blocks in the format."""
+    import torch
+    from comfy.quant_ops import QUANT_ALGOS, QuantizedTensor
+
+    algorithm, options, told = FORMATS[name]
+    tensors = {key: value.contiguous() for key, value in network.state_dict().items()}
+    for layer, module in network.named_modules():
+        if not isinstance(module, torch.nn.Linear) or "blocks." not in layer or module.in_features % CONVROT_GROUP:
+            continue
+        layout = QUANT_ALGOS[algorithm]["comfy_tensor_layout"]
+        weight = QuantizedTensor.from_float(tensors.pop(f"{layer}.weight"), layout, **options)
+        tensors |= weight.state_dict(f"{layer}.weight")
+        described = json.dumps({"format": algorithm, **told}).encode()
+        tensors[f"{layer}.comfy_quant"] = torch.tensor(list(described), dtype=torch.uint8)
+    return tensors
+
+
+def main(comfyui: str, repository: str, folder: Path, devices: list[str]) -> None:
+    models = prepare(comfyui, repository)
+    import comfy.model_management
+    import comfy.sd
+    import torch
+    from safetensors.torch import save_file
+
+    load_native_model = importlib.import_module("pack.nodes.native_model").load_native_model
+    config = importlib.import_module("pack.parallel.config").SequenceParallelConfig
+    errors = importlib.import_module("pack.parallel.errors")
+    torch.set_grad_enabled(False)
+    torch.set_num_threads(len(os.sched_getaffinity(0)))  # as one worker has
+    networks = {
+        "h3": (models.CASES["MiniMax H3"], "blocks.0.attn.qkv_proj.weight"),
+        "krea2": (models.CASES["Krea 2"], "blocks.0.attn.wq.weight"),
+        "qwen": (models.CASES["Qwen-Image"], "transformer_blocks.0.attn.to_q.weight"),
+    }
+    files: dict[str, tuple[Any, str, Path]] = {}
+    for title, (case, patched) in networks.items():
+        network = models.network_of(case.supported, case.config(4))
+        for form in FORMATS:
+            if form == "fp8" and title == "qwen":
+                continue  # an adapter takes it
+            files[f"{title} {form}"] = case, patched, folder / f"{title}_{form}.safetensors"
+            save_file(quantised(network, form), files[f"{title} {form}"][2])
+
+    def run(model: Any, case: Any, nudge: float = 0.0) -> Any:
+        (x, *rest), named = case.inputs(model.model.diffusion_model)
+        x = [part * (1 + nudge) for part in x] if isinstance(x, list) else x * (1 + nudge)
+        return models.flat(model.model.diffusion_model(x, *rest, transformer_options={}, **named)).float()
+
+    def off(a: Any, b: Any) -> float:
+        return float((a - b).abs().max() / b.abs().max())
+
+    results: dict[str, dict[str, Any]] = {}
+    native: dict[str, Any] = {}
+    for name, (case, _, path) in files.items():
+        model = comfy.sd.load_diffusion_model(str(path))
+        comfy.model_management.load_models_gpu([model])
+        native[name] = run(model, case)
+        plain = models.network_of(case.supported, case.config(4))
+        args, named = case.inputs(plain)
+        alone = models.flat(plain(*args, transformer_options={}, **named))
+        results[name] = {
+            "sensitivity": off(run(model, case, NUDGE), native[name]),
+            "dequantised": off(native[name], alone),
+        }
+        comfy.model_management.unload_all_models()
+    for each in devices:
+        for name, (case, patched, path) in files.items():
+            try:
+                model = load_native_model(str(path), "default", config(devices=each))
+                comfy.model_management.load_models_gpu([model])
+                results[name][each] = off(run(model, case), native[name])
+            except errors.UnsupportedError as error:
+                results[name][each] = str(error)
+                continue
+            if each == devices[-1]:
+                weight = model.model.state_dict()[f"diffusion_model.{patched}"]
+                lora = model.clone()
+                lora.add_patches({f"diffusion_model.{patched}": (torch.ones(weight.shape),)})
+                try:
+                    comfy.model_management.load_models_gpu([lora])
+                    results[name]["lora"] = f"no error: {off(run(lora, case), native[name])}"
+                except errors.UnsupportedError as error:
+                    results[name]["lora"] = str(error)
+            comfy.model_management.unload_all_models()
+    # As on GPUs that have it.
+    importlib.import_module("pack.nodes.native_network").computes_in_nvfp4 = lambda device: True
+    for name, (_, _, path) in files.items():
+        for each in devices:
+            try:
+                load_native_model(str(path), "default", config(devices=each))
+            except errors.UnsupportedError as error:
+                results[name][f"{each} with nvfp4"] = str(error)
+    print(json.dumps(results))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], sys.argv[2], Path(sys.argv[3]), sys.argv[4:])

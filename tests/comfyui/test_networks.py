@@ -1,0 +1,261 @@
+"""Networks of ComfyUI's own classes in a live server: the native loader against the pack's, and what is refused."""
+
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.comfyui.fixtures import Reference
+from tests.comfyui.graphs import (
+    GraphBuilder,
+    Link,
+    ModelNode,
+    Setting,
+    Swapped,
+    Text,
+    fresh,
+    model_node,
+    sampling_graph,
+)
+from tests.comfyui.installation import Installation
+from tests.comfyui.latents import relative_difference, sample
+from tests.comfyui.network_files import H3, KREA2, LORA, LTX23, WAN_VACE, Z_IMAGE, write_network_files
+from tests.comfyui.processes import wait_until
+from tests.comfyui.server import ComfyServer
+
+pytestmark = pytest.mark.comfyui
+
+TOLERANCE = 1e-4
+"""Relative, after the steps of a sampling with CFG, which amplify the 1e-6 of one call (see `test_split`)."""
+ONE, TWO, RING = Swapped("cpu"), Swapped("cpu,cpu"), Swapped("cpu,cpu", ring_degree=2)
+THREE = Swapped("cpu*4,cpu*2,cpu")
+HYBRID = Swapped("cpu,cpu,cpu,cpu", ulysses_degree=2, ring_degree=2)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def network_files(installation: Installation, model_files: Path) -> None:
+    write_network_files(installation, model_files)
+
+
+def with_audio(builder: GraphBuilder, setting: Setting, positive: Link, latent: Link) -> tuple[Link, Link]:
+    """7 audio tokens beside the video."""
+    audio = builder.add("SPTestVideoLatent", seed=2, frames=0, height=7, width=16, channels=8)
+    return positive, builder.add("LTXVConcatAVLatent", video_latent=latent, audio_latent=audio)
+
+
+def with_control_video(builder: GraphBuilder, setting: Setting, positive: Link, latent: Link) -> tuple[Link, Link]:
+    """A grey video that the result is to follow."""
+    node, _ = builder.add(
+        "WanVaceToVideo",
+        positive=positive,
+        negative=positive,
+        vae=builder.add("SPTestVAE", channels=16, stride=8, seed=3),
+        width=setting.width,
+        height=setting.height,
+        length=setting.length,
+        batch_size=1,
+        strength=0.7,
+        control_video=builder.add("EmptyImage", width=64, height=48, batch_size=1, color=0x808080),
+    )
+    return [node, 0], [node, 2]
+
+
+def with_picture(builder: GraphBuilder, setting: Setting, positive: Link, latent: Link) -> tuple[Link, Link]:
+    """A reference of an odd size, with the timestep 0."""
+    picture = builder.add("SPTestVideoLatent", seed=5, frames=0, height=6, width=5)
+    positive = builder.add("ReferenceLatent", conditioning=positive, latent=picture)
+    node = "FluxKontextMultiReferenceLatentMethod"
+    return builder.add(node, conditioning=positive, reference_latents_method="index_timestep_zero"), latent
+
+
+def texts(width: int, **positive: int) -> dict[str, Text]:
+    return {"positive": Text(width=width, **positive), "negative": Text(seed=12, tokens=5, width=width)}
+
+
+_H3 = Setting(
+    checkpoint=H3, empty="EmptyMiniMaxH3LatentAV", audio=True, width=96, height=160, length=22, cfg=4.0, **texts(48)
+)
+_LTX23 = Setting(
+    checkpoint=LTX23, empty="EmptyLTXVLatentVideo", audio=True, width=160, height=96, length=17, cfg=4.0,
+    arrange=with_audio, **texts(192, tokens=8, valid=6),
+)  # fmt: skip
+_KREA2 = Setting(checkpoint=KREA2, picture=True, width=112, height=80, cfg=4.0, **texts(240))
+_VACE = Setting(checkpoint=WAN_VACE, cfg=4.0, length=9, width=80, arrange=with_control_video, **texts(4096))
+CASES = {
+    "h3": _H3,
+    "ltx_2.3": _LTX23,
+    "krea_2": _KREA2,
+    "krea_2_reference": replace(_KREA2, arrange=with_picture),
+    "z_image": Setting(checkpoint=Z_IMAGE, picture=True, width=112, height=144, cfg=4.0, **texts(48, tokens=19)),
+    "wan_vace": _VACE,
+}
+EASY_CACHE = model_node("EasyCache", reuse_threshold=3.0, start_percent=0.0, end_percent=1.0, verbose=False)
+
+
+def lora(strength: float) -> ModelNode:
+    return model_node("LoraLoaderModelOnly", lora_name=LORA, strength_model=strength)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_same_latent_on_two_workers(server: ComfyServer, reference: Reference, name: str) -> None:
+    assert relative_difference(sample(server, CASES[name], TWO), reference(CASES[name])) <= TOLERANCE
+
+
+@pytest.mark.extended
+@pytest.mark.parametrize("swapped", [ONE, RING, HYBRID, THREE], ids=["one", "ring", "hybrid", "three_unequal"])
+@pytest.mark.parametrize("name", CASES)
+def test_same_latent_under_every_split(server: ComfyServer, reference: Reference, name: str, swapped: Swapped) -> None:
+    assert relative_difference(sample(server, CASES[name], swapped), reference(CASES[name])) <= TOLERANCE
+
+
+def test_these_cases_show_their_conditioning(reference: Reference) -> None:
+    """Those comparisons would notice a lost prompt, control video or reference."""
+    other = {"positive": Text(seed=13, width=240)}
+    for name, changes in {
+        "krea_2": other,
+        "krea_2_reference": {"arrange": None},
+        "wan_vace": {"arrange": None},
+        "ltx_2.3": {"positive": Text(seed=13, width=192)},
+        "h3": {"positive": Text(seed=13, width=48)},
+    }.items():
+        assert relative_difference(reference(CASES[name]), reference(replace(CASES[name], **changes))) > 1e-3, name
+
+
+def test_easy_cache_skips_the_same_steps(server: ComfyServer, reference: Reference) -> None:
+    setting = replace(_KREA2, steps=8, model_nodes=(EASY_CACHE,))
+    assert relative_difference(reference(setting), reference(replace(_KREA2, steps=8))) > 1e-2
+    assert relative_difference(sample(server, setting, TWO), reference(setting)) <= TOLERANCE
+
+
+def test_sampler_sp_samples_step_by_step_and_says_so(server: ComfyServer, reference: Reference) -> None:
+    start = server.mark()
+    latent = sample(server, replace(_KREA2, chain="sp_sampler"), TWO)
+    assert relative_difference(latent, reference(_KREA2)) <= TOLERANCE
+    told = [event.data["bytes"].decode(errors="replace") for event in server.events("binary 3", since=start)]
+    assert any("sampled step by step, as by KSampler" in text and "SingleStreamDiT" in text for text in told), told
+
+
+def test_a_lora_on_two_workers(server: ComfyServer, reference: Reference) -> None:
+    patched = replace(_KREA2, model_nodes=(lora(0.8),))
+    assert relative_difference(reference(patched), reference(_KREA2)) > 1e-3
+    assert relative_difference(sample(server, patched, TWO), reference(patched)) <= TOLERANCE
+
+
+LONG = replace(_VACE, width=256, height=384, length=33, steps=50)
+
+
+def start_long_sampling(server: ComfyServer) -> str:
+    graph = sampling_graph(fresh(LONG), TWO)
+    prompt_id = server.queue(graph)
+    assert isinstance(prompt_id, str), prompt_id
+    server.wait_for_event(lambda event: event.kind == "progress", prompt_id, timeout=120)
+    return prompt_id
+
+
+@pytest.mark.slow
+def test_cancel_and_the_next_prompt(server: ComfyServer, reference: Reference) -> None:
+    prompt_id = start_long_sampling(server)
+    workers = server.workers()
+    server.interrupt()
+    assert server.wait(prompt_id).status == "interrupted"
+    assert relative_difference(sample(server, _VACE, TWO), reference(_VACE)) <= TOLERANCE
+    assert set(workers) <= set(server.workers()), "Cancel ended workers"
+
+
+@pytest.mark.slow
+def test_a_killed_worker_is_named_and_the_next_prompt_works(server: ComfyServer, reference: Reference) -> None:
+    prompt_id = start_long_sampling(server)
+    before = {worker: worker.cpu_seconds for worker in server.workers()}
+    assert wait_until(lambda: len(_working(server, before)) >= 2, timeout=60)
+    killed = _working(server, before)[-1]
+    killed.kill()
+    result = server.wait(prompt_id)
+    assert result.status == "error" and re.search(r"rank [01]", result.message), result.message
+    assert relative_difference(sample(server, _VACE, TWO), reference(_VACE)) <= TOLERANCE
+    assert not killed.alive
+
+
+def _working(server: ComfyServer, before: dict) -> list:
+    return [worker for worker in server.workers() if worker.cpu_seconds > before.get(worker, 0.0) + 0.2]
+
+
+WHOLE = {"start_percent": 0.0, "end_percent": 1.0}
+NODES = {
+    "first_block_cache": (
+        model_node("SPFirstBlockCache", residual_diff_threshold=0.1, max_consecutive_hits=0, **WHOLE),
+        ["First Block Cache", "SingleStreamDiT", "EasyCache"],
+    ),
+    "teacache": (model_node("SPTeaCache", rel_l1_thresh=0.1, **WHOLE), ["TeaCache", "SingleStreamDiT"]),
+    "compile": (model_node("SPTorchCompile", mode="default", dynamic=True), ["Torch Compile", "SingleStreamDiT"]),
+    "fp8": (
+        model_node("SPQuantizeFP8", scheme="auto", skip=""),
+        ["FP8 Quantize", "SingleStreamDiT"],
+    ),
+    "skip_layers": (
+        model_node(
+            "SkipLayerGuidanceDiT",
+            double_layers="0", single_layers="0", scale=3.0, rescaling_scale=0.0, **WHOLE,
+        ),
+        ["SkipLayerGuidanceDiT", "block replacement"],
+    ),
+    "attention": (model_node("SPTestAttention"), ["SPTestAttention", "attention override"]),
+}  # fmt: skip
+UNUSED = Swapped("cpu*5,cpu*3")
+"""Nothing else has workers of these speeds."""
+
+
+def refused(server: ComfyServer, setting: Setting, swapped: Swapped, patterns: list[str]) -> None:
+    """With a message, and before any worker is started."""
+    workers = set(server.workers())
+    result = server.run(sampling_graph(setting, swapped))
+    assert result.status == "error", f"the prompt ended with {result.status}: {result.message}"
+    assert not [pattern for pattern in patterns if not re.search(pattern, result.message)], result.message
+    assert not set(server.workers()) - workers, "processes were started for a prompt that cannot run"
+
+
+@pytest.mark.parametrize("name", NODES)
+def test_nodes_that_such_networks_do_not_have_yet_are_refused_by_name(server: ComfyServer, name: str) -> None:
+    node, patterns = NODES[name]
+    refused(server, replace(_KREA2, model_nodes=(node,)), UNUSED, patterns)
+
+
+@pytest.mark.parametrize(
+    ("knob", "value"), [("cfg_degree", 2), ("dp_degree", 2), ("weights", "shard"), ("weights", "offload")]
+)
+def test_knobs_that_such_networks_do_not_have_yet_are_refused(server: ComfyServer, knob: str, value: object) -> None:
+    refused(server, _KREA2, replace(TWO, **{knob: value}), [rf"{knob} is '?{value}'?; allowed for SingleStreamDiT"])
+
+
+def test_controlnet_is_refused_where_the_plan_has_no_residuals(server: ComfyServer) -> None:
+    def arrange(builder: GraphBuilder, setting: Setting, positive: Link, latent: Link) -> tuple[Link, Link]:
+        applied = builder.add(
+            "ControlNetApplyAdvanced",
+            positive=positive,
+            negative=positive,
+            control_net=builder.add("SPTestControlNet", width=512),
+            image=builder.add("EmptyImage", width=64, height=48, batch_size=1, color=0x808080),
+            strength=1.0,
+            **WHOLE,
+        )
+        return applied, latent
+
+    refused(server, replace(_KREA2, arrange=arrange), UNUSED, ["ControlNet", "remove Apply ControlNet"])
+
+
+# Last, since one worker is another group, which takes seconds to start.
+
+
+@pytest.mark.parametrize("name", ["krea_2", "wan_vace"])
+def test_same_latent_on_one_worker(server: ComfyServer, reference: Reference, name: str) -> None:
+    """To the bit where both have as many threads, which decides about the order of sums."""
+    assert relative_difference(sample(server, CASES[name], ONE), reference(CASES[name])) <= 1e-6
+
+
+def test_a_lora_is_the_native_one_and_goes_again(server: ComfyServer, reference: Reference) -> None:
+    patched = replace(_KREA2, model_nodes=(lora(0.8),))
+    before = sample(server, _KREA2, ONE)
+    assert relative_difference(sample(server, patched, ONE), reference(patched)) <= 1e-6
+    # strength 0 is no LoRA, but another graph, so that ComfyUI does not answer from its cache
+    assert torch.equal(sample(server, replace(_KREA2, model_nodes=(lora(0.0),)), ONE), before)
