@@ -8,7 +8,7 @@ or that JSON of all layers in the file's metadata. Input scales are for arithmet
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -29,7 +29,7 @@ _METADATA = "_quantization_metadata"
 _FORMATS = ("float8_e4m3fn", "float8_e5m2")
 
 # Tensors that only these formats have; the first match counts.
-_OTHER_FORMATS = {
+_FOREIGN_FORMATS = {
     ".wscales": "SVDQuant (Nunchaku)",
     ".smooth_factor": "SVDQuant (Nunchaku)",
     ".qweight": "GPTQ or AWQ",
@@ -37,6 +37,8 @@ _OTHER_FORMATS = {
     ".quant_state.bitsandbytes__fp4": "bitsandbytes fp4",
     ".absmax": "bitsandbytes",
     ".SCB": "bitsandbytes int8",
+}
+_COMFYUI_FORMATS = {
     ".weight_scale_2": "nvfp4",
     ".weight_s_rel": "asym_w4a8_int8",
     ".pre_quant_scale": "pre-scaled (ModelOpt AWQ)",
@@ -60,9 +62,8 @@ def separate(
         UnsupportedError: quantised in another way than fp8 with one scale per tensor.
         CheckpointError: the scale or the description of a layer is missing or damaged.
     """
-    for suffix, what in _OTHER_FORMATS.items():
-        if any(name.endswith(suffix) for name in tensors):
-            raise _refusal(path, what)
+    if what := _format(tensors, _FOREIGN_FORMATS | _COMFYUI_FORMATS):
+        raise _refusal(path, what)
     layers = _layers(path, tensors, metadata, read)
     for layer, description in layers.items():
         if (what := str(description.get("format"))) not in _FORMATS:
@@ -79,6 +80,16 @@ def separate(
             raise CheckpointError(f"{path}: layer {layer!r} is described as scaled fp8, but has no scale")
     aside = (*_SCALES, *_NOT_NEEDED, _LAYER)
     return {n: info for n, info in tensors.items() if n != _MARKER and not n.endswith(aside)}, scales
+
+
+def foreign_format(names: Collection[str]) -> str:
+    """What a file is quantised as, if ComfyUI itself does not know it; else nothing."""
+    return _format(names, _FOREIGN_FORMATS)
+
+
+def _format(names: Collection[str], formats: Mapping[str, str]) -> str:
+    found = (what for suffix, what in formats.items() if any(name.endswith(suffix) for name in names))
+    return next(found, "")
 
 
 def _layers(

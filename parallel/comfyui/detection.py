@@ -13,6 +13,7 @@ import comfy.utils
 import torch
 from torch import Tensor
 
+from ..checkpoints.quantised import foreign_format
 from ..errors import NoPlanError
 
 
@@ -46,14 +47,19 @@ def detect(path: str, weight_dtype: torch.dtype | None, device: torch.device) ->
         device: that the network will run on.
 
     Raises:
-        NoPlanError: ComfyUI does not recognise the file.
+        NoPlanError: ComfyUI does not recognise the file, or not how it is quantised.
     """
     state, metadata = comfy.utils.load_torch_file(path, return_metadata=True)
+    if what := foreign_format(state):
+        raise NoPlanError(f"{path}: this ComfyUI does not read {what}")
     state, metadata = comfy.utils.convert_old_quants(state, "", metadata=metadata)
     prefix = comfy.model_detection.unet_prefix_from_state_dict(state)
     if network := comfy.utils.state_dict_prefix_replace(dict(state), {prefix: ""}, filter_keys=True):
         state, metadata = comfy.utils.convert_old_quants(network, "", metadata=metadata)
-    config = comfy.model_detection.model_config_from_unet(state, "", metadata=metadata)
+    try:
+        config = comfy.model_detection.model_config_from_unet(state, "", metadata=metadata)
+    except Exception as error:  # of a file that only resembles one, ComfyUI's code asks for what is not there
+        raise NoPlanError(f"{path}: this ComfyUI's detection fails ({type(error).__name__}: {error})") from error
     if config is None:
         raise NoPlanError(f"{path}: this ComfyUI does not recognise the model")
     supported = list(config.supported_inference_dtypes)

@@ -33,7 +33,7 @@ AURA_FLOW_LIKE = "aura_flow_like.safetensors"
 ORIGINAL_NAMES = "original_names.safetensors"  # Tencent's own parameter names, with the prefix of full checkpoints
 IMAGE_TO_VIDEO = "image_to_video.safetensors"  # 33 channels: the kind that concatenates a picture
 NO_GUIDANCE = "no_guidance.safetensors"
-NVFP4_LIKE = "nvfp4_like.safetensors"
+SVDQUANT_LIKE = "svdquant_like.safetensors"
 MOCHI = "tiny_mochi.safetensors"
 LTXV = "tiny_ltxv.safetensors"
 LTXV_CAUSAL = "tiny_ltxv_causal.safetensors"  # as version 0.9.5 and newer
@@ -42,7 +42,6 @@ QWEN_IMAGE_2511 = "tiny_qwen_image_2511.safetensors"
 FLUX2 = "tiny_flux2.safetensors"
 FLUX2_KLEIN = "tiny_flux2_klein.safetensors"  # scaled fp8
 WAN_RELATIVES = {
-    "wan_vace.safetensors": "vace_patch_embedding.weight",
     "wan_camera.safetensors": "control_adapter.conv.weight",
     "wan_humo.safetensors": "audio_proj.audio_proj_glob_1.layer.bias",
     "wan_s2v.safetensors": "casual_audio_encoder.encoder.final_linear.weight",
@@ -101,7 +100,8 @@ def write_model_files(models: Path) -> None:
         write_tiny_hunyuan_video(folder / name, **options)
     for name, options in FLUX_KINDS.items():
         write_tiny_flux(folder / name, **options)
-    _write_nvfp4_like(folder / NVFP4_LIKE, folder / FLUX)
+    scales = {"single_blocks.0.linear1.wscales": torch.zeros(1)}
+    save_file(load_file(folder / FLUX) | scales, folder / SVDQUANT_LIKE)
     write_tiny_wan(folder / WAN, prefix="model.diffusion_model.")
     for name, options in WAN_KINDS.items():
         write_tiny_wan(folder / name, **options)
@@ -144,17 +144,6 @@ def _write_diffusers_folder(checkpoint: Path, folder: Path) -> None:
 
 def _write_zeros(path: Path, shapes: dict[str, tuple[int, ...]]) -> None:
     save_file({name: torch.zeros(shape) for name, shape in shapes.items()}, path)
-
-
-def _write_nvfp4_like(path: Path, checkpoint: Path) -> None:
-    """One layer of the checkpoint in the layout of nvfp4."""
-    tensors, layer = load_file(checkpoint), "single_blocks.0.linear1"
-    rows, columns = tensors[f"{layer}.weight"].shape
-    tensors[f"{layer}.weight"] = torch.zeros(rows, columns // 2, dtype=torch.uint8)
-    tensors[f"{layer}.weight_scale"] = torch.zeros(rows, columns // 16, dtype=torch.float8_e4m3fn)
-    tensors[f"{layer}.weight_scale_2"] = torch.tensor(1.0)
-    tensors[f"{layer}.comfy_quant"] = torch.tensor(list(b'{"format": "nvfp4"}'), dtype=torch.uint8)
-    save_file(tensors, path)
 
 
 # Just the keys by which ComfyUI tells these families, with tiny shapes. It recognises the last one.

@@ -2,8 +2,8 @@
 
     python quantised_networks.py COMFYUI REPOSITORY FOLDER [DEVICES …]
 
-Prints one line of JSON: {file: {devices: relative difference, "sensitivity": …, "dequantised": …, "lora": message,
-"DEVICES with nvfp4": message where a device that computes in nvfp4 would be refused}}.
+Prints one line of JSON: {file: {devices: relative difference, "sensitivity": …, "rounding": of the weights, "lora":
+difference on one worker or message, "DEVICES with nvfp4": message if devices that compute in nvfp4 are refused}}.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import importlib.util
 import json
 import os
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,18 @@ FORMATS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
 CONVROT_GROUP = 256
 NUDGE = 3e-7
 """A relative change of the latent, as another order of sums makes."""
+
+
+@dataclass(frozen=True)
+class File:
+    """A file and how it is loaded."""
+
+    case: Any
+    patched: str
+    """The weight that a LoRA changes."""
+    path: Path
+    dtype: str = "default"
+    """As chosen in the loader."""
 
 
 def prepare(comfyui: str, repository: str) -> Any:
@@ -79,15 +92,25 @@ def main(comfyui: str, repository: str, folder: Path, devices: list[str]) -> Non
         "h3": (models.CASES["MiniMax H3"], "blocks.0.attn.qkv_proj.weight"),
         "krea2": (models.CASES["Krea 2"], "blocks.0.attn.wq.weight"),
         "qwen": (models.CASES["Qwen-Image"], "transformer_blocks.0.attn.to_q.weight"),
+        "flux": (models.CASES["FLUX, references"], "double_blocks.0.img_attn.qkv.weight"),
     }
-    files: dict[str, tuple[Any, str, Path]] = {}
+    files: dict[str, File] = {}
     for title, (case, patched) in networks.items():
         network = models.network_of(case.supported, case.config(4))
         for form in FORMATS:
-            if form == "fp8" and title == "qwen":
-                continue  # an adapter takes it
-            files[f"{title} {form}"] = case, patched, folder / f"{title}_{form}.safetensors"
-            save_file(quantised(network, form), files[f"{title} {form}"][2])
+            if form == "fp8" and title in ("qwen", "flux"):
+                continue  # adapters take it
+            path = folder / f"{title}_{form}.safetensors"
+            save_file(quantised(network, form), path)
+            files[f"{title} {form}"] = File(case, patched, path)
+    case, patched = networks["krea2"]
+    network = models.network_of(case.supported, case.config(4))
+    for dtype in (torch.float32, torch.bfloat16):
+        path = folder / f"{dtype}.safetensors"
+        save_file({name: tensor.to(dtype).contiguous() for name, tensor in network.state_dict().items()}, path)
+        files["krea2 bfloat16" if dtype == torch.bfloat16 else "krea2 as fp8_e4m3fn"] = File(
+            case, patched, path, "default" if dtype == torch.bfloat16 else "fp8_e4m3fn"
+        )
 
     def run(model: Any, case: Any, nudge: float = 0.0) -> Any:
         (x, *rest), named = case.inputs(model.model.diffusion_model)
@@ -97,45 +120,50 @@ def main(comfyui: str, repository: str, folder: Path, devices: list[str]) -> Non
     def off(a: Any, b: Any) -> float:
         return float((a - b).abs().max() / b.abs().max())
 
+    def patch(model: Any, patched: str) -> Any:
+        """With a LoRA's change of one weight."""
+        key = f"diffusion_model.{patched}"
+        shape = model.model.state_dict()[key].shape
+        clone = model.clone()
+        clone.add_patches({key: (0.01 * models.random(*shape),)})
+        comfy.model_management.load_models_gpu([clone])
+        return clone
+
     results: dict[str, dict[str, Any]] = {}
     native: dict[str, Any] = {}
-    for name, (case, _, path) in files.items():
-        model = comfy.sd.load_diffusion_model(str(path))
+    with_lora: dict[str, Any] = {}
+    for name, file in files.items():
+        options = {} if file.dtype == "default" else {"dtype": getattr(torch, f"float8_{file.dtype[4:]}")}
+        model = comfy.sd.load_diffusion_model(str(file.path), model_options=options)
         comfy.model_management.load_models_gpu([model])
-        native[name] = run(model, case)
-        plain = models.network_of(case.supported, case.config(4))
-        args, named = case.inputs(plain)
+        native[name] = run(model, file.case)
+        plain = models.network_of(file.case.supported, file.case.config(4))
+        args, named = file.case.inputs(plain)
         alone = models.flat(plain(*args, transformer_options={}, **named))
         results[name] = {
-            "sensitivity": off(run(model, case, NUDGE), native[name]),
-            "dequantised": off(native[name], alone),
+            "sensitivity": off(run(model, file.case, NUDGE), native[name]),
+            "rounding": off(native[name], alone),
         }
+        with_lora[name] = run(patch(model, file.patched), file.case)
+        results[name]["lora changes"] = off(with_lora[name], native[name])
         comfy.model_management.unload_all_models()
     for each in devices:
-        for name, (case, patched, path) in files.items():
-            try:
-                model = load_native_model(str(path), "default", config(devices=each))
-                comfy.model_management.load_models_gpu([model])
-                results[name][each] = off(run(model, case), native[name])
-            except errors.UnsupportedError as error:
-                results[name][each] = str(error)
-                continue
-            if each == devices[-1]:
-                weight = model.model.state_dict()[f"diffusion_model.{patched}"]
-                lora = model.clone()
-                lora.add_patches({f"diffusion_model.{patched}": (torch.ones(weight.shape),)})
+        for name, file in files.items():
+            model = load_native_model(str(file.path), file.dtype, config(devices=each))
+            comfy.model_management.load_models_gpu([model])
+            results[name][each] = off(run(model, file.case), native[name])
+            if each == devices[0]:
                 try:
-                    comfy.model_management.load_models_gpu([lora])
-                    results[name]["lora"] = f"no error: {off(run(lora, case), native[name])}"
+                    results[name]["lora"] = off(run(patch(model, file.patched), file.case), with_lora[name])
                 except errors.UnsupportedError as error:
                     results[name]["lora"] = str(error)
             comfy.model_management.unload_all_models()
     # As on GPUs that have it.
     importlib.import_module("pack.nodes.native_network").computes_in_nvfp4 = lambda device: True
-    for name, (_, _, path) in files.items():
+    for name, file in files.items():
         for each in devices:
             try:
-                load_native_model(str(path), "default", config(devices=each))
+                load_native_model(str(file.path), file.dtype, config(devices=each))
             except errors.UnsupportedError as error:
                 results[name][f"{each} with nvfp4"] = str(error)
     print(json.dumps(results))

@@ -66,7 +66,9 @@ def works_afterwards(server: ComfyServer) -> Iterator[None]:
         ),
         pytest.param(model_files.CORRUPT_HEADER, [r"corrupt_header\.safetensors", "header"], id="corrupt_header"),
         pytest.param(model_files.SD_LIKE, [r"sd_like\.safetensors", "support|recogni[sz]e|detect"], id="sd"),
-        pytest.param(model_files.NVFP4_LIKE, [r"nvfp4_like\.safetensors", "as nvfp4", "scaled-fp8 file"], id="nvfp4"),
+        pytest.param(
+            model_files.SVDQUANT_LIKE, [r"svdquant_like\.safetensors", "as SVDQuant", "scaled-fp8 file"], id="svdquant"
+        ),
         pytest.param(model_files.AURA_FLOW_LIKE, ["support", "hunyuan"], id="aura_flow"),
     ],
 )
