@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..parallel.errors import WorkerOutOfMemoryError
 from ..parallel.host.remote_network import RemoteNetwork
-from ..parallel.plans.comfyui import METHODS, takes_control
+from ..parallel.plans.comfyui import METHODS, plan_of, takes_control
 from ..parallel.sampling.recording import NotRecordable, RecordedLatent
 from ..parallel.wire.trees import NotPlain
 from .options import travelling
@@ -95,7 +95,7 @@ class NetworkProxy(nn.Module):
         **conditioning: Any,
     ) -> Any:
         refuse_transformer_options(transformer_options, allowed=("rope_options",))
-        if control is not None and not takes_control(self.__dict__["_network"]):
+        if control is not None and not takes_control(plan_of(self.__dict__["_network"])):
             raise refuse_value("control", control)
         named = {"context": context, "control": control, **conditioning}
         for name, part in _MADE_ANEW.items():

@@ -72,9 +72,10 @@ def _run(options: argparse.Namespace) -> tuple[dict[str, Any], str, int]:
     if options.command == "bench":
         return (*_bench(options), 0)
     if options.command == "families":
-        from .families import as_markdown, families
+        from .families import as_markdown, families, networks, networks_as_markdown
 
-        return {"families": families()}, as_markdown().rstrip(), 0
+        text = f"{as_markdown()}\n{networks_as_markdown()}".rstrip()
+        return {"families": families(), "networks": networks()}, text, 0
     from .doctor import examine
 
     result, text = examine(options.devices)

@@ -1,12 +1,14 @@
-"""The families of the registry as a table: `python -m parallel families`, and the one in README."""
+"""What works with which models, as tables: `python -m parallel families`, and those in README."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from .adapters.base import Adapter
 from .adapters.registry import FAMILIES
 from .cache.coefficients import PUBLISHED
+from .plans.comfyui import DESCRIBED, PLANS, takes_control
 
 _TITLES = {
     "title": "family",
@@ -18,6 +20,14 @@ _TITLES = {
     "lora": "LoRA",
     "verified": "compared with",
 }
+_NETWORK_TITLES = {
+    "title": "model",
+    "makes": "makes",
+    "network": "ComfyUI's class",
+    "controlnet": "ControlNet",
+    "lora": "LoRA",
+    "verified": "compared with ComfyUI's",
+}
 
 
 def families() -> list[dict[str, Any]]:
@@ -25,11 +35,38 @@ def families() -> list[dict[str, Any]]:
     return [_facts(adapter) for adapter in FAMILIES.values()]
 
 
+def networks() -> list[dict[str, Any]]:
+    """What each network of ComfyUI's own classes can do that no adapter takes."""
+    found = []
+    for name, described in DESCRIBED.items():
+        plan = PLANS[name]
+        assert not callable(plan), "a class whose networks differ has an adapter so far"
+        found.append(
+            {
+                "title": described.title,
+                "makes": list(described.makes),
+                "network": name,
+                "controlnet": "yes" if takes_control(plan) else "no",
+                "lora": "yes",
+                "verified": described.verified,
+            }
+        )
+    return found
+
+
 def as_markdown() -> str:
-    """The same as a table."""
-    rows = [list(_TITLES.values()), ["---"] * len(_TITLES)]
-    for facts in families():
-        rows.append([", ".join(value) if isinstance(value := facts[key], list) else value for key in _TITLES])
+    """The families as a table."""
+    return _table(_TITLES, families())
+
+
+def networks_as_markdown() -> str:
+    """The networks as a table."""
+    return _table(_NETWORK_TITLES, networks())
+
+
+def _table(titles: Mapping[str, str], facts: Sequence[Mapping[str, Any]]) -> str:
+    rows = [list(titles.values()), ["---"] * len(titles)]
+    rows += [[", ".join(row[key]) if isinstance(row[key], list) else row[key] for key in titles] for row in facts]
     return "".join(f"| {' | '.join(row)} |\n" for row in rows)
 
 

@@ -56,9 +56,10 @@ class RemoteModel(RemoteWeights):
             self._group.post("rest", {})
 
     def check_cache(self, settings: CacheSettings) -> None:
-        """
+        """Refuses a cache that cannot skip this family's blocks.
+
         Raises:
-            UnsupportedError: this cache cannot skip blocks of the family.
+            UnsupportedError: naming both.
         """
         settings.rule(self.inspected.adapter.family, self.inspected.model_config)
 

@@ -95,6 +95,7 @@ class RemoteNetwork:
 
     @property
     def group(self) -> WorkerGroup | None:
+        """The workers that it was last loaded in."""
         return self._group
 
     def degrees(self, conditions: int = 1) -> Degrees:
@@ -139,7 +140,8 @@ class RemoteNetwork:
         return self.nbytes
 
     def select_fp8(self, fp8: Any) -> None:
-        """
+        """Refuses to quantise: the file's own format is what ComfyUI's layers compute in.
+
         Raises:
             UnsupportedError: always.
         """
@@ -148,14 +150,16 @@ class RemoteNetwork:
         )
 
     def check_cache(self, settings: Any) -> None:
-        """
+        """Refuses every cache between blocks: nothing says yet which of a block's results it may leave as they are.
+
         Raises:
             UnsupportedError: always.
         """
         raise UnsupportedError(f"{settings.name} cannot skip blocks of {self.recipe.network} yet; use EasyCache")
 
     def check_compile(self, settings: Any) -> None:
-        """
+        """Refuses compiled blocks: hooks and the exchange would break their graphs.
+
         Raises:
             UnsupportedError: always.
         """

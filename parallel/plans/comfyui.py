@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ..errors import NoPlanError
@@ -209,6 +209,31 @@ PLANS: Mapping[str, Plan | Callable[[Any], Plan]] = {
 }
 """Class → plan, or what makes it of a model."""
 
+
+@dataclass(frozen=True, slots=True)
+class Described:
+    """A model, for people."""
+
+    title: str
+    makes: tuple[str, ...]
+    verified: str
+    """How the tests compare it with ComfyUI's own: whole samplings in a server, or single calls of the network."""
+
+
+_SAMPLED, _CALLED = "samplings", "calls"
+DESCRIBED: Mapping[str, Described] = {
+    "MiniMaxH3Model": Described("MiniMax H3", ("T2V", "I2V", "edit"), _SAMPLED),
+    "LTXAVModel": Described("LTX-2, 2.3, with audio", ("T2V", "I2V"), _SAMPLED),
+    "NextDiT": Described("Z-Image, Omni, Lumina 2", ("T2I", "edit"), _SAMPLED),
+    "SingleStreamDiT": Described("Krea 2", ("T2I", "edit"), _SAMPLED),
+    "VaceWanModel": Described("Wan 2.1 VACE", ("T2V", "I2V", "edit"), _SAMPLED),
+    "Chroma": Described("Chroma", ("T2I",), _CALLED),
+    "Kandinsky5": Described("Kandinsky 5", ("T2V", "T2I"), _CALLED),
+    "MiniTrainDIT": Described("Cosmos Predict 2", ("T2I", "I2V"), _CALLED),
+    "Anima": Described("Anima", ("T2I",), _CALLED),
+}
+"""Class → what people call it. The others have adapters, which take what they can: the plan runs the rest."""
+
 METHODS: Mapping[str, tuple[str, ...]] = {
     "Anima": ("preprocess_text_embeds",),
     "LTXAVModel": ("preprocess_text_embeds",),
@@ -228,7 +253,6 @@ def plan_of(network: Any) -> Plan:
     return plan(network) if callable(plan) else plan
 
 
-def takes_control(network: Any) -> bool:
-    """Whether its plan cuts a ControlNet's residuals."""
-    site = plan_of(network).get("")
-    return site is not None and "control" in site.cut
+def takes_control(plan: Plan) -> bool:
+    """Whether it cuts a ControlNet's residuals."""
+    return "" in plan and "control" in plan[""].cut

@@ -61,6 +61,7 @@ class SplitNetwork:
         self._held[key] = tensor.to(self._device, copy=True)
 
     def drop(self, keys: list[str]) -> None:
+        """Forgets what `hold` has kept under these keys."""
         for key in keys:
             self._held.pop(key, None)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,16 +12,23 @@ import pytest
 from parallel.adapters.registry import FAMILIES
 from parallel.cache.coefficients import PUBLISHED, coefficients
 from parallel.errors import UnsupportedError
-from parallel.families import as_markdown, families
+from parallel.families import as_markdown, families, networks_as_markdown
+from parallel.plans.comfyui import DESCRIBED, PLANS
 
 ROOT = Path(__file__).parents[2]
 
 
-def test_readme_has_the_table_of_the_registry():
-    """Else: python -m parallel families, and put it between the marks."""
+@pytest.mark.parametrize(("marks", "table"), [("families", as_markdown), ("networks", networks_as_markdown)])
+def test_readme_has_the_generated_tables(marks: str, table: Callable[[], str]):
+    """Else: python -m parallel families, and put them between the marks."""
     readme = (ROOT / "README.md").read_text()
-    match = re.search(r"<!-- families:begin -->\n(.*)<!-- families:end -->", readme, re.DOTALL)
-    assert match is not None and match[1] == as_markdown()
+    match = re.search(rf"<!-- {marks}:begin -->\n(.*)<!-- {marks}:end -->", readme, re.DOTALL)
+    assert match is not None and match[1] == table()
+
+
+def test_every_planned_network_is_described_or_has_an_adapter():
+    adapted = {"Flux", "HunyuanVideo", "LTXVModel", "QwenImageTransformer2DModel", "WanModel"}
+    assert set(PLANS) == set(DESCRIBED) | adapted
 
 
 def test_every_family_has_a_row_with_its_own_title():
