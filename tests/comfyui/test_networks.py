@@ -255,7 +255,11 @@ def test_same_latent_on_one_worker(server: ComfyServer, reference: Reference, na
 
 def test_a_lora_is_the_native_one_and_goes_again(server: ComfyServer, reference: Reference) -> None:
     patched = replace(_KREA2, model_nodes=(lora(0.8),))
+    # Strength 0 is no LoRA, but another graph, so that ComfyUI does not answer from its cache.
+    removed = replace(_KREA2, model_nodes=(lora(0.0),))
+    expected = reference(patched)  # first: a graph without our loader makes ComfyUI forget the loaded model
     before = sample(server, _KREA2, ONE)
-    assert relative_difference(sample(server, patched, ONE), reference(patched)) <= 1e-6
-    # strength 0 is no LoRA, but another graph, so that ComfyUI does not answer from its cache
-    assert torch.equal(sample(server, replace(_KREA2, model_nodes=(lora(0.0),)), ONE), before)
+    mark = len(server.log())
+    assert relative_difference(sample(server, patched, ONE), expected) <= 1e-6
+    assert torch.equal(sample(server, removed, ONE), before)
+    assert "of weights for each of" not in server.log()[mark:], "the file was read again"
