@@ -15,12 +15,16 @@ from typing import Any
 import pytest
 import torch
 
+from parallel.cache.settings import FirstBlockCacheSettings
+from parallel.config import SequenceParallelConfig
 from parallel.errors import EngineError, WorkerDiedError, WorkerError, WorkerOutOfMemoryError
 from parallel.host import group as group_module
 from parallel.host import pace, running, status
 from parallel.host import process as process_module
+from parallel.host.cached_sampling import CachedSampling
 from parallel.host.group import WorkerGroup
 from parallel.host.remote_model import RemoteModel
+from parallel.host.step_request import StepRequest
 from parallel.wire.shared import lay_out
 from tests.distributed.faults import Faults, make_unkillable
 from tests.distributed.faulty_boot import AND_BROKEN, AND_HANGS, BROKEN, HELD_BYTES, OUT_OF_MEMORY
@@ -28,6 +32,8 @@ from tests.distributed.process_facts import all_ended, memory, wait_until
 from tests.distributed.tiny_models import Inputs, TinyModels, recipe_of
 
 ONE, TWO, THREE = "cpu", "cpu,cpu", "cpu,cpu,cpu"
+Layout = tuple[str, str]
+"""Devices, and a setting as in `SequenceParallelConfig`."""
 TITLE = "cpu"
 """How messages name a device of these."""
 SMALL = Inputs(valid=(5,))
@@ -119,28 +125,42 @@ def events() -> Iterator[list[status.Event]]:
 
 
 @pytest.fixture(scope="module")
-def right(tiny_models: TinyModels) -> dict[tuple[str, str], torch.Tensor]:
+def right(tiny_models: TinyModels) -> dict[Layout, torch.Tensor]:
     """Results of workers that nothing has happened to."""
     return {}
 
 
+@pytest.fixture(scope="module")
+def layout(request: pytest.FixtureRequest) -> Layout:
+    """Devices and settings. Its scope has pytest run the tests of one layout in a row: each starts workers once."""
+    return request.param if isinstance(request.param, tuple) else (request.param, "weights=replicate")
+
+
 @pytest.fixture
 def case(
-    request: pytest.FixtureRequest,
+    layout: Layout,
     faults: Faults,
     tiny_models: TinyModels,
-    right: dict[tuple[str, str], torch.Tensor],
+    right: dict[Layout, torch.Tensor],
     events: list[status.Event],
 ) -> Iterator[Case]:
-    """On the devices, with the weights, of the parameter."""
-    devices, weights = request.param if isinstance(request.param, tuple) else (request.param, "replicate")
+    devices, setting = layout
     faults.clear()
-    model = RemoteModel(recipe_of(tiny_models.path(heads=3, depth=2, depth_single=4), devices, weights=weights))
+    name, value = setting.split("=")
+    settings = {name: int(value) if value.isdecimal() else value}
+    model = RemoteModel(recipe_of(tiny_models.path(heads=3, depth=2, depth_single=4), devices, **settings))
     model.ensure_loaded()
-    expected = right.setdefault((devices, weights), model.step(*SMALL.make()).clone())
+    expected = right.setdefault(layout, model.step(*SMALL.make()).clone())
     yield Case(model, expected, faults, events)
     faults.clear()
     model.unload()
+
+
+@pytest.fixture
+def patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For tests that must not fail because the machine is busy: all ranks will answer."""
+    for name in ("_GRACE_OUT_OF_MEMORY_S", "_PROBE_S"):
+        monkeypatch.setattr(group_module, name, 60.0)
 
 
 def ranks_of(case: Case) -> range:
@@ -149,11 +169,12 @@ def ranks_of(case: Case) -> range:
 
 # --- out of memory ------------------------------------------------------------------------------------------------
 
-EVERYWHERE = [ONE, TWO, THREE, (TWO, "shard"), (TWO, "offload")]
+EVERYWHERE = [ONE, TWO, THREE, *((TWO, f"weights={mode}") for mode in ("shard", "offload"))]
+SHARD, RING = (TWO, "weights=shard"), (TWO, "ring_degree=2")
 
 
-@pytest.mark.parametrize("case", EVERYWHERE, indirect=True, ids=str)
-def test_out_of_memory_on_all_keeps_the_workers_and_their_weights(case: Case) -> None:
+@pytest.mark.parametrize("layout", EVERYWHERE, indirect=True, ids=str)
+def test_out_of_memory_on_all_keeps_the_workers_and_their_weights(case: Case, patient: None) -> None:
     pids = list(case.group.pids)
     case.faults.order(OUT_OF_MEMORY, ranks_of(case), place="before block")
     error = case.fails(WorkerOutOfMemoryError)
@@ -164,17 +185,17 @@ def test_out_of_memory_on_all_keeps_the_workers_and_their_weights(case: Case) ->
     case.goes_on(pids)
 
 
-@pytest.mark.parametrize("case", [TWO, (TWO, "shard")], indirect=True, ids=str)
+@pytest.mark.parametrize("layout", [TWO, SHARD, RING], indirect=True, ids=str)
 @pytest.mark.parametrize("place", ["before exchange", "after exchange"])
-def test_out_of_memory_on_all_at_an_exchange_keeps_the_workers(case: Case, place: str) -> None:
+def test_out_of_memory_on_all_at_an_exchange_keeps_the_workers(case: Case, patient: None, place: str) -> None:
     pids = list(case.group.pids)
     case.faults.order(OUT_OF_MEMORY, ranks_of(case), place=place)
     case.fails(WorkerOutOfMemoryError)
     case.goes_on(pids)
 
 
-@pytest.mark.parametrize("case", [TWO], indirect=True)
-def test_what_was_alive_where_memory_ran_out_is_freed(case: Case) -> None:
+@pytest.mark.parametrize("layout", [TWO], indirect=True)
+def test_what_was_alive_where_memory_ran_out_is_freed(case: Case, patient: None) -> None:
     case.faults.order(OUT_OF_MEMORY, ranks_of(case))
     before = [memory(pid, "Anon") for pid in case.group.pids]
     case.fails(WorkerOutOfMemoryError)
@@ -182,11 +203,28 @@ def test_what_was_alive_where_memory_ran_out_is_freed(case: Case) -> None:
     assert max(grown) < HELD_BYTES / 2
 
 
-@pytest.mark.parametrize("case", [ONE, TWO], indirect=True)
-def test_out_of_memory_on_all_while_loading_keeps_the_workers(case: Case) -> None:
-    pids = list(case.group.pids)
+@pytest.mark.parametrize("layout", [TWO], indirect=True)
+def test_a_cached_sampling_begins_anew_after_out_of_memory(case: Case, patient: None) -> None:
+    """Its first step computes everything, as if there had been none before."""
+    cache = CachedSampling(FirstBlockCacheSettings(residual_diff_threshold=1e6))
+    request = StepRequest(*SMALL.make())
+    case.model.steps([request], cache=cache)
+    case.model.steps([request], cache=cache)
+    assert cache.report.hits == 1
+    case.faults.order(OUT_OF_MEMORY, ranks_of(case), count=1)
+    with pytest.raises(WorkerOutOfMemoryError):
+        case.model.steps([request], cache=cache)
+    case.faults.clear()
+    (result,) = case.model.steps([request], cache=cache)
+    assert [rank["cache"]["hits"] for rank in case.model.last_step] == [0, 0]
+    assert torch.equal(result, case.expected)
+
+
+@pytest.mark.parametrize("layout", [ONE, TWO], indirect=True)
+def test_out_of_memory_on_all_while_loading_keeps_the_workers(case: Case, patient: None) -> None:
+    pids, ranks = list(case.group.pids), ranks_of(case)
     case.model.unload()
-    case.faults.order(OUT_OF_MEMORY, ranks_of(case), place="before parameter")
+    case.faults.order(OUT_OF_MEMORY, ranks, place="before parameter")
     with pytest.raises(WorkerOutOfMemoryError, match="failed in 'load'"):
         case.model.ensure_loaded()
     case.faults.clear()
@@ -196,7 +234,7 @@ def test_out_of_memory_on_all_while_loading_keeps_the_workers(case: Case) -> Non
     assert case.group.pids == pids
 
 
-@pytest.mark.parametrize("case", [TWO, THREE], indirect=True)
+@pytest.mark.parametrize("layout", [TWO, THREE], indirect=True)
 def test_out_of_memory_on_one_starts_anew(case: Case) -> None:
     pids = list(case.group.pids)
     case.faults.order(OUT_OF_MEMORY, [1])
@@ -207,8 +245,8 @@ def test_out_of_memory_on_one_starts_anew(case: Case) -> None:
     case.starts_anew(pids)
 
 
-@pytest.mark.parametrize("case", [TWO], indirect=True)
-def test_out_of_memory_on_both_sides_of_an_exchange_starts_anew(case: Case) -> None:
+@pytest.mark.parametrize("layout", [TWO, RING], indirect=True, ids=str)
+def test_out_of_memory_on_both_sides_of_an_exchange_starts_anew(case: Case, patient: None) -> None:
     """Both reply at once; but one has launched an exchange that the other one has not."""
     pids = list(case.group.pids)
     case.faults.order(OUT_OF_MEMORY, rank0="before exchange", rank1="after exchange")
@@ -216,15 +254,15 @@ def test_out_of_memory_on_both_sides_of_an_exchange_starts_anew(case: Case) -> N
     case.starts_anew(pids)
 
 
-@pytest.mark.parametrize("case", [ONE, TWO], indirect=True)
-def test_out_of_memory_that_breaks_the_device_starts_anew(case: Case) -> None:
+@pytest.mark.parametrize("layout", [ONE, TWO], indirect=True)
+def test_out_of_memory_that_breaks_the_device_starts_anew(case: Case, patient: None) -> None:
     pids = list(case.group.pids)
     case.faults.order(AND_BROKEN, ranks_of(case))
     assert "next prompt starts fresh ones" in str(case.fails(WorkerOutOfMemoryError))
     case.starts_anew(pids)
 
 
-@pytest.mark.parametrize("case", [TWO], indirect=True)
+@pytest.mark.parametrize("layout", [TWO], indirect=True)
 def test_out_of_memory_that_leaves_the_device_hanging_starts_anew(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(group_module, "_PROBE_S", 1.0)
     pids = list(case.group.pids)
@@ -237,7 +275,7 @@ def test_out_of_memory_that_leaves_the_device_hanging_starts_anew(case: Case, mo
 
 
 @pytest.mark.parametrize(
-    ("case", "broken"), [(ONE, [0]), (TWO, [1]), (TWO, [0, 1]), (THREE, [2])], indirect=["case"], ids=str
+    ("layout", "broken"), [(ONE, [0]), (TWO, [1]), (TWO, [0, 1]), (THREE, [2])], indirect=["layout"], ids=str
 )
 def test_a_broken_context_starts_anew(case: Case, broken: list[int]) -> None:
     pids = list(case.group.pids)
@@ -252,7 +290,7 @@ def test_a_broken_context_starts_anew(case: Case, broken: list[int]) -> None:
     case.starts_anew(pids)
 
 
-@pytest.mark.parametrize("case", [TWO], indirect=True)
+@pytest.mark.parametrize("layout", [TWO], indirect=True)
 @pytest.mark.parametrize(("kind", "kept"), [(BROKEN, False), (OUT_OF_MEMORY, True)])
 def test_a_task_that_breaks_the_context_ends_the_group(case: Case, kind: str, kept: bool) -> None:
     """Tasks are VAE tiles, of which others may still be computed after an out of memory."""
@@ -288,7 +326,6 @@ def test_a_worker_that_cannot_be_ended_is_left_behind(
     tiny_models: TinyModels,
     events: list[status.Event],
     monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
 ) -> None:
     running.stop_all()
     faults.clear()
@@ -303,8 +340,8 @@ def test_a_worker_that_cannot_be_ended_is_left_behind(
     os.kill(stuck.pid, signal.SIGSTOP)  # so that it stays until it is let go
     try:
         began = time.monotonic()
-        if how == "out of memory":
-            faults.order(OUT_OF_MEMORY, [0])
+        if how == "out of memory":  # of the other one
+            faults.order(OUT_OF_MEMORY, [0], count=1)
             with pytest.raises(WorkerOutOfMemoryError, match="rank 0") as caught:
                 model.step(*SMALL.make())
             assert str(caught.value) == events[0].text
@@ -323,7 +360,7 @@ def test_a_worker_that_cannot_be_ended_is_left_behind(
         stuck.let_go()
 
 
-@pytest.mark.parametrize("case", [TWO], indirect=True)
+@pytest.mark.parametrize("layout", [TWO], indirect=True)
 def test_a_stopped_worker_is_noticed_soon_and_named(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     """SIGSTOP, which no sign of life will follow however long one waits."""
     monkeypatch.setattr(pace, "HALTED_S", 2.0)
@@ -335,7 +372,7 @@ def test_a_stopped_worker_is_noticed_soon_and_named(case: Case, monkeypatch: pyt
     case.starts_anew(pids)
 
 
-@pytest.mark.parametrize("case", [TWO], indirect=True)
+@pytest.mark.parametrize("layout", [TWO], indirect=True)
 def test_a_worker_that_takes_no_messages_is_noticed_and_named(
     case: Case, faults: Faults, tiny_models: TinyModels, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -355,7 +392,7 @@ def test_a_worker_that_takes_no_messages_is_noticed_and_named(
 # --- one caller waits for another one -----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("case", [TWO], indirect=True)
+@pytest.mark.parametrize("layout", [TWO], indirect=True)
 def test_a_caller_that_waits_for_another_one_can_be_cancelled(case: Case) -> None:
     class Cancelled(Exception):
         pass
@@ -383,7 +420,18 @@ def test_a_caller_that_waits_for_another_one_can_be_cancelled(case: Case) -> Non
     assert torch.equal(case.step(), case.expected)
 
 
-@pytest.mark.parametrize("case", [TWO], indirect=True)
+def test_waiting_for_workers_that_another_thread_starts_can_be_cancelled() -> None:
+    class Cancelled(Exception):
+        pass
+
+    def poll() -> None:
+        raise Cancelled
+
+    with running._lock, pytest.raises(Cancelled):
+        running.acquire(SequenceParallelConfig(devices=TWO), poll)
+
+
+@pytest.mark.parametrize("layout", [TWO], indirect=True)
 def test_a_restart_during_a_failure_is_not_told_as_another_one(case: Case) -> None:
     """The user's restart ends the call; there is nothing else to tell."""
     case.events.clear()
