@@ -489,7 +489,7 @@ class WorkerGroup:
         deadline = time.monotonic() + _PROBE_S
         with contextlib.suppress(EngineError):  # one has died of it, or somebody has stopped them
             while time.monotonic() < deadline:
-                if self._when(lambda: len(call.replies) == len(self._workers)):
+                if self._when(lambda: len(call.replies) == len(self._workers) or self._failed_reply(call)):
                     break
         return len(call.replies) == len(self._workers) and not self._failed_reply(call)
 
