@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from ..config import Layout, SequenceParallelConfig, resolve
@@ -15,6 +16,7 @@ from .group import Poll, WorkerGroup
 log = logging.getLogger("sequence_parallel")
 
 _IDLE_CHECK_S = 5.0
+_SLICE_S = 0.05
 
 _lock = threading.Lock()
 _groups: list[WorkerGroup] = []
@@ -32,7 +34,7 @@ def acquire(config: SequenceParallelConfig, poll: Poll | None = None) -> WorkerG
         WorkerDiedError: a worker could not start.
     """
     layout = resolve(config)
-    with _lock:
+    with _locked(poll):
         for group in list(_groups):
             if group.alive and group.layout.same_workers(layout):
                 group.last_used = time.monotonic()
@@ -41,6 +43,18 @@ def acquire(config: SequenceParallelConfig, poll: Poll | None = None) -> WorkerG
                 group.stop()
                 _groups.remove(group)
         return _start(layout, poll)
+
+
+@contextlib.contextmanager
+def _locked(poll: Poll | None) -> Iterator[None]:
+    """Holds the lock; while another thread starts workers under it, `poll` is called."""
+    while not _lock.acquire(timeout=_SLICE_S):
+        if poll is not None:
+            poll()
+    try:
+        yield
+    finally:
+        _lock.release()
 
 
 def _start(layout: Layout, poll: Poll | None = None) -> WorkerGroup:

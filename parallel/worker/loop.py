@@ -15,7 +15,6 @@ import socket
 import sys
 import threading
 import time
-import traceback
 from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
@@ -41,6 +40,7 @@ from ..wire.channel import Channel, ChannelClosed, Message
 from ..wire.control import SIZE as CONTROL_SIZE
 from ..wire.control import ControlPage
 from ..wire.shared import Segment, TensorRef, dtype_name
+from . import faults
 from .fp8_linear import support
 from .free_memory import device_memory, host_memory
 from .homes import MakeHome, Replicated
@@ -56,14 +56,6 @@ _PR_SET_PDEATHSIG = 1
 _PROGRESS_INTERVAL_S = 0.1
 _BLOCKS_OF_A_PASS = 2**20
 """More than any step of a sampling enters."""
-_OUT_OF_MEMORY = (
-    ("out of memory",),
-    ("can't allocate memory",),
-    ("cannot allocate memory",),
-    ("cublas_status_alloc_failed",),
-    ("cublas_status_not_initialized", "cublascreate"),
-)
-"""Words of errors of CUDA's, cuBLAS's, PyTorch's and the system's allocators, whatever their class."""
 
 
 class Worker:
@@ -105,6 +97,7 @@ class Worker:
         self._operations: dict[str, Callable[[Message], dict[str, Any]]] = {
             "fp8 support": self._fp8_support,
             "free memory": self._free_memory,
+            "recover": self._recover,
             "load": self._load,
             "unload": self._unload,
             "weights": self._weights,
@@ -131,19 +124,23 @@ class Worker:
             if message["op"] == "attach":
                 self._attach(message["segments"], fds)
                 continue
+            figures: dict[str, int | None] = {}
+            attached = False
             try:
                 self._attach(message["segments"], fds)
+                attached = True
                 with Slowed(self._times) if self._times > 1 else contextlib.nullcontext():
                     result = self._operations[message["op"]](message)
                 reply = {"ok": True, "result": result}
             except StepCancelled:
                 reply = {"ok": True, "result": None, "cancelled": True}
             except BaseException as error:
-                reply = {"ok": False, "error": self._describe(error)}
-            figures: dict[str, int | None] = {"memory": 0, "free": None, "cached": 0}
-            with contextlib.suppress(RuntimeError):  # a device that has failed answers no more; the reply says why
-                figures = {"memory": self._memory(), "free": self._free(), "cached": self._cached()}
-            self._channel.send({"id": message["id"], **figures, **reply})
+                figures = self._figures()
+                reply = {"ok": False, "error": faults.describe(error, attached)}
+                faults.let_go(error)
+            self._channel.send(
+                {"id": message["id"], "launched": self._ranks.launched(), **(figures or self._figures()), **reply}
+            )
 
     # --- operations ---------------------------------------------------------------------------------------------
 
@@ -156,6 +153,14 @@ class Worker:
         """Of this rank's device, and of the machine."""
         self._give_memory_back()
         return {"device": asdict(device_memory(self._device)), "host": asdict(host_memory())}
+
+    def _recover(self, message: Message) -> dict[str, Any]:
+        """After an operation for which no rank had the memory: frees what it has left, and tries the device."""
+        for model in self._models.values():
+            model.forget_cache()
+        self._give_memory_back()
+        faults.probe(self._device)
+        return {}
 
     def _load(self, message: Message) -> dict[str, Any]:
         """Makes a model resident; the self-check runs the first time a family is used in a dtype."""
@@ -212,7 +217,7 @@ class Worker:
 
     def _weights(self, message: Message) -> dict[str, Any]:
         """Puts tensors in the place of the checkpoint's, and the checkpoint's back in theirs."""
-        model = self._models[message["model"]]
+        model = self._model(message["model"])
         model.forget_cache()
         with torch.no_grad():
             for name, ref in message["put"].items():
@@ -333,11 +338,16 @@ class Worker:
 
     def _conditioned(self, message: Message) -> ResidentModel:
         """The model of a message, with the conditioning that comes along."""
-        model = self._models[message["model"]]
+        model = self._model(message["model"])
         model.drop_conditioning(message["drop"])
         for key, ref in message["put"].items():
             model.put_conditioning(key, self._tensor(ref))
         return model
+
+    def _model(self, name: str) -> ResidentModel:
+        if name not in self._models:
+            raise EngineError(f"the workers do not have {name} any more: queue the prompt again")
+        return self._models[name]
 
     def _run_requests(
         self,
@@ -382,7 +392,8 @@ class Worker:
 
     def _begin_tiles(self, message: Message) -> dict[str, Any]:
         """All ranks hear of the segments that tiles will travel in."""
-        assert message["vae"] in self._vaes
+        if message["vae"] not in self._vaes:
+            raise EngineError(f"the workers do not have {message['vae']} any more: queue the prompt again")
         return {}
 
     def _tile(self, message: Message) -> dict[str, Any]:
@@ -486,6 +497,12 @@ class Worker:
             self._drop_segment(segment.name)
             self._segments[segment.name] = segment
 
+    def _figures(self) -> dict[str, int | None]:
+        """Of this rank's memory; none of a device that has failed and answers no more."""
+        with contextlib.suppress(RuntimeError):
+            return {"memory": self._memory(), "free": self._free(), "cached": self._cached()}
+        return {}
+
     def _memory(self) -> int:
         """Bytes that this process has taken: of the GPU by PyTorch's allocator, in use or cached; on a CPU what is
         resident."""
@@ -508,18 +525,6 @@ class Worker:
         if self._device.type != "cuda":
             return 0
         return torch.cuda.memory_reserved(self._device) - torch.cuda.memory_allocated(self._device)
-
-    def _describe(self, error: BaseException) -> dict[str, Any]:
-        text = str(error).lower()
-        out_of_memory = isinstance(error, torch.OutOfMemoryError | MemoryError)
-        out_of_memory = out_of_memory or any(all(word in text for word in words) for words in _OUT_OF_MEMORY)
-        return {
-            "type": type(error).__name__,
-            "message": str(error),
-            "traceback": traceback.format_exc(),
-            "expected": isinstance(error, EngineError),
-            "out_of_memory": out_of_memory,
-        }
 
 
 class _ToHost(logging.Handler):

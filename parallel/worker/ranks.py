@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import itertools
 
 import torch
 import torch.distributed as dist
@@ -61,6 +62,7 @@ class Ranks:
         self._common: dict[Degrees, CommonMemoryExchange] = {}
         self._sequences: dict[Degrees, dist.ProcessGroup | None] = {}
         self._weights_groups: dict[int, dist.ProcessGroup] = {}
+        self._ring_exchanges: collections.Counter[str] = collections.Counter()
 
     @property
     def world_size(self) -> int:
@@ -106,7 +108,31 @@ class Ranks:
     def joint_attention(self, plan: SequencePlan, mesh: Mesh, pipeline: int, traffic: Traffic) -> JointAttention:
         """This rank's part of the joint attention of `plan` under `mesh`."""
         common = self._common.get(mesh.degrees)
-        return joint_attention(plan, mesh.sp_rank, mesh.ulysses, mesh.ring, self.kernel, pipeline, traffic, common)
+        return joint_attention(
+            plan, mesh.sp_rank, mesh.ulysses, mesh.ring, self.kernel, pipeline, traffic, common, self._ring_exchanges
+        )
+
+    def launched(self) -> dict[str, int]:
+        """How many operations this rank has launched in each group of ranks, by a name that the group's ranks share.
+
+        Where two ranks of a group differ, one waits, or will wait, for an operation that the other has not begun.
+
+        PyTorch counts the collectives of a process group (`ProcessGroupNCCL::getSequenceNumberForGroup`; NCCL's before
+        they are launched) and gives a group one name on all its ranks, which find each other under it. NCCL's count
+        leaves point-to-point operations out, and common memory belongs to no process group: attention counts these.
+        """
+        meshes = self._meshes.values()
+        of_meshes = itertools.chain.from_iterable((mesh.ring, mesh.ulysses) for mesh in meshes)
+        groups = [dist.group.WORLD, *of_meshes, *self._sequences.values(), *self._weights_groups.values()]
+        counts = {
+            f"group {group.group_name}": group._get_sequence_number_for_group()  # type: ignore[attr-defined]  # no stub
+            for group in groups
+            if group is not None
+        }
+        counts |= {f"ring {name}": count for name, count in self._ring_exchanges.items()}
+        counts |= {exchange.name: exchange.launched for exchange in self._common.values()}
+        made = len(self._meshes) + len(self._sequences) + len(self._weights_groups)
+        return counts | {"meshes and groups made by the world": made}
 
 
 class ParallelContext(StepContext):

@@ -24,9 +24,8 @@ import torch
 from parallel import numerics
 from parallel.config import SequenceParallelConfig, WorkerDevice, resolve
 from parallel.errors import EngineError, WorkerDiedError, WorkerError, WorkerOutOfMemoryError
-from parallel.host import group as group_module
+from parallel.host import pace, running, status
 from parallel.host import process as process_module
-from parallel.host import running, status
 from parallel.host.group import WorkerGroup
 from parallel.host.recipe import Recipe
 from parallel.host.remote_model import RemoteModel
@@ -130,7 +129,7 @@ def test_unloading_frees_the_weights_and_keeps_the_processes(
     pids = list(group.pids)
     model.unload()
     assert (model.loaded, model.nbytes) == (False, 0)
-    with pytest.raises(WorkerError, match="KeyError"):  # the workers do not know it any more
+    with pytest.raises(WorkerError, match=f"do not have {model.name} any more"):
         group.call("step", {"model": model.name})
     model.ensure_loaded()
     assert torch.equal(model.step(*SMALL.make()), models["expected"])
@@ -389,7 +388,8 @@ def test_a_rank_out_of_memory_releases_its_peers(model: RemoteModel, group: Work
 
 def test_a_stuck_rank_is_named(model: RemoteModel, group: WorkerGroup, monkeypatch: pytest.MonkeyPatch):
     pids = list(group.pids)
-    monkeypatch.setattr(group_module, "_STUCK_AFTER_S", 1.0)
+    monkeypatch.setattr(pace, "SHORTEST_S", 1.0)
+    monkeypatch.setattr(pace, "FACTOR", 1.0)
     os.kill(pids[1], signal.SIGSTOP)
     start = time.monotonic()
     with pytest.raises(WorkerDiedError, match=r"worker rank 1 \(cpu, pid \d+\) stopped answering in 'step'") as caught:
