@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import re
 
 from .errors import UnsupportedError
@@ -26,3 +27,20 @@ def _numbers(version: str) -> list[int]:
     """`2.13.0+cpu` → [2, 13, 0]; what is no number ends it."""
     leading = re.match(r"\d+(\.\d+)*", version)
     return [int(number) for number in leading[0].split(".")] if leading else []
+
+
+_IMPORTED_BY_DIFFUSERS = (
+    "torch", "diffusers", "transformers", "huggingface_hub", "peft", "accelerate", "torchao", "bitsandbytes", "gguf",
+    "optimum-quanto", "onnxruntime", "numpy",
+)  # fmt: skip
+
+
+def describe_libraries() -> str:
+    """Versions of diffusers and of what it imports, for a message; packages that are not installed are left out."""
+    found = []
+    for name in _IMPORTED_BY_DIFFUSERS:
+        try:
+            found.append(f"{name} {importlib.metadata.version(name)}")
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return ", ".join(found)

@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections import deque
 from pathlib import Path
 from typing import Any
@@ -32,9 +33,11 @@ class WorkerProcess:
         store: descriptor of the file through which the ranks meet.
         common: descriptor of the common memory of CPU ranks.
         control: descriptor of the control page.
+        family: of the model that it will load first, if known.
 
     Attributes:
         ready: it has met the other ranks.
+        start_seconds: phases of its start, in order: python, torch (with this pack's modules), device, meeting.
         gone: it has ended.
         memory: bytes in use when it last answered.
         free: bytes that its GPU had left then, whoever uses the others; None on a CPU.
@@ -44,7 +47,9 @@ class WorkerProcess:
         last_lines: what it last wrote to its output.
     """
 
-    def __init__(self, rank: int, layout: Layout, *, threads: int, store: int, common: int, control: int):
+    def __init__(
+        self, rank: int, layout: Layout, *, threads: int, store: int, common: int, control: int, family: str | None
+    ):
         self.rank = rank
         self.device: WorkerDevice = layout.devices[rank]
         self.ready = False
@@ -54,6 +59,7 @@ class WorkerProcess:
         self.cached = 0
         self.total = 0
         self.title = ""
+        self.start_seconds: dict[str, float] = {}
         self.last_lines: deque[str] = deque(maxlen=30)
         self._unfinished = ""
         ours, theirs = socket.socketpair()
@@ -69,6 +75,8 @@ class WorkerProcess:
             "threads": threads,
             "switches": numerics.read(),
             "source": source_files.AT_IMPORT,
+            "family": family,
+            "started": time.monotonic(),
         }
         flags = ["-s"] if sys.flags.no_user_site else []
         try:
