@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import importlib.metadata
 import re
+from collections.abc import Iterator
+
+from packaging.requirements import Requirement
 
 from .errors import UnsupportedError
 
@@ -44,3 +47,29 @@ def describe_libraries() -> str:
         except importlib.metadata.PackageNotFoundError:
             continue
     return ", ".join(found)
+
+
+def conflicts() -> Iterator[str]:
+    """A sentence for each requirement of diffusers, or of what it imports, that another package's version breaks.
+
+    Packs install in turn, and pip then only warns. The most frequent case: transformers 4 needs a huggingface-hub older
+    than diffusers 0.40 and newer accept.
+    """
+    for name in ("diffusers", "transformers", "peft", "accelerate"):
+        try:
+            version, lines = importlib.metadata.version(name), importlib.metadata.requires(name) or ()
+        except importlib.metadata.PackageNotFoundError:
+            continue
+        for requirement in map(Requirement, lines):
+            if requirement.marker is not None and not requirement.marker.evaluate({"extra": ""}):
+                continue
+            try:
+                found = importlib.metadata.version(requirement.name)
+            except importlib.metadata.PackageNotFoundError:
+                continue
+            if not requirement.specifier.contains(found, prereleases=True):
+                yield (
+                    f"{name} {version} needs {requirement.name}{requirement.specifier}, and {found} is installed:"
+                    " models may not load. `pip install -U -r requirements.txt` in this pack's folder, with the Python"
+                    " that runs ComfyUI, brings a set that fits; beside transformers 4 it is diffusers 0.39"
+                )
