@@ -1,8 +1,7 @@
 """Loads a tiny checkpoint of every family on two CPU workers and takes one step, which includes the self-check.
 
 Run by the Python of the environment under test, which has no pytest: `python -m tests.crowded.every_family`, from the
-root. Prints one line of JSON per family: `family`, `error` (None, or the message) and `workers`, what each worker's
-modules say of the packages in question.
+root. Prints one line of JSON per family: `family`, and `error`, None or the message.
 """
 
 from __future__ import annotations
