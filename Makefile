@@ -5,7 +5,7 @@
 PY := .venv/bin/python
 ARGS ?=
 
-.PHONY: help demo doctor bench test lint format venv clean
+.PHONY: help demo doctor bench test crowded lint format venv clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' Makefile
@@ -16,11 +16,15 @@ demo: venv ## Sample on one worker and on all of them, and compare (ARGS="--json
 doctor: venv ## Check this machine and say which plan it gets (ARGS="--json")
 	@$(PY) -m parallel doctor $(ARGS)
 
-bench: venv ## Measure attention, or ARGS="step"
+bench: venv ## Measure attention, or ARGS="step" or ARGS="start"
 	@$(PY) -m parallel bench $(or $(ARGS),attention)
 
 test: venv ## Run the tests; the last lines say what was skipped and why
 	@$(PY) -m pytest $(ARGS)
+
+crowded: venv ## Prepare environments with what popular packs install, and run the tests in them (ARGS="-k transformers_4")
+	@.ci/make-crowded
+	@$(PY) -m pytest -m extended tests/crowded $(ARGS)
 
 lint: venv ## ruff and mypy
 	@$(PY) -m ruff check .

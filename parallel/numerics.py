@@ -28,10 +28,7 @@ _SWITCHES: dict[str, tuple[Any, str]] = {
 def read() -> dict[str, Any]:
     """This process's switches, as plain data; those that this torch does not have are left out."""
     found: dict[str, Any] = {
-        "deterministic": [
-            torch.are_deterministic_algorithms_enabled(),
-            torch.is_deterministic_algorithms_warn_only_enabled(),
-        ],
+        "deterministic": _deterministic(),
         "reduction_math_sdp": torch.backends.cuda.fp16_bf16_reduction_math_sdp_allowed(),
     }
     with suppress(RuntimeError):  # somebody has used torch's newer way to say it
@@ -44,11 +41,20 @@ def read() -> dict[str, Any]:
 
 def apply(switches: Mapping[str, Any]) -> None:
     """Sets this process as `read` found another one of the same torch."""
-    on, warn_only = switches["deterministic"]
-    torch.use_deterministic_algorithms(on, warn_only=warn_only)
+    if switches["deterministic"] != _deterministic():  # setting it imports torch's compiler, for 1.5 s of CPU time
+        on, warn_only = switches["deterministic"]
+        torch.use_deterministic_algorithms(on, warn_only=warn_only)
     torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(switches["reduction_math_sdp"])
     if (precision := switches.get("float32_matmul_precision")) is not None:
         torch.set_float32_matmul_precision(precision)
     for name, (owner, attribute) in _SWITCHES.items():
         if name in switches:
             setattr(owner, attribute, switches[name])
+
+
+def _deterministic() -> list[bool]:
+    """Whether only deterministic algorithms are allowed, and whether others merely warn."""
+    return [
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_deterministic_algorithms_warn_only_enabled(),
+    ]

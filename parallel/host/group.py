@@ -76,6 +76,7 @@ class WorkerGroup:
     Args:
         layout: devices and degrees.
         threads: CPU threads of each worker; by default an equal share of the cores that this process may use.
+        family: of the model that will be loaded first, if known: workers import its class while they meet.
 
     Attributes:
         generation: changes with every group, so that a model knows whether its weights went with an older one.
@@ -86,8 +87,9 @@ class WorkerGroup:
 
     _generations = itertools.count(1)
 
-    def __init__(self, layout: Layout, threads: int | None = None):
+    def __init__(self, layout: Layout, threads: int | None = None, family: str | None = None):
         self.layout = layout
+        self.family = family
         self.generation = next(self._generations)
         self.messages = 0
         self._control = ControlPage.create()
@@ -110,6 +112,7 @@ class WorkerGroup:
             layout,
             threads or _threads_per_worker(layout),
             self._control.fileno(),
+            family,
             self._changed,
             on_message=self._on_message,
             on_end=self._on_end,
@@ -145,7 +148,9 @@ class WorkerGroup:
         except BaseException:
             self.stop()
             raise
-        log.info("workers started in %.1f s on %s", time.monotonic() - began, self.layout.describe())
+        self.figures.started([worker.start_seconds for worker in self._workers])
+        seconds, phases = time.monotonic() - began, status.phases_text(self.figures.start)
+        log.info("workers started in %.1f s (%s) on %s", seconds, phases, self.layout.describe())
         self.last_used = time.monotonic()
 
     @property

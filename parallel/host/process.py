@@ -39,9 +39,11 @@ class WorkerProcess:
         store: descriptor of the file through which the ranks meet.
         common: descriptor of the common memory of CPU ranks.
         control: descriptor of the control page.
+        family: of the model that it will load first, if known.
 
     Attributes:
         ready: it has met the other ranks.
+        start_seconds: phases of its start, in order: python, torch (with this pack's modules), device, meeting.
         gone: it has ended.
         left_behind: it did not end when it was killed, and nobody waits for it any more.
         memory: bytes in use when it last answered.
@@ -52,7 +54,9 @@ class WorkerProcess:
         last_lines: what it last wrote to its output.
     """
 
-    def __init__(self, rank: int, layout: Layout, *, threads: int, store: int, common: int, control: int):
+    def __init__(
+        self, rank: int, layout: Layout, *, threads: int, store: int, common: int, control: int, family: str | None
+    ):
         self.rank = rank
         self.device: WorkerDevice = layout.devices[rank]
         self.ready = False
@@ -63,6 +67,7 @@ class WorkerProcess:
         self.cached = 0
         self.total = 0
         self.title = ""
+        self.start_seconds: dict[str, float] = {}
         self.last_lines: deque[str] = deque(maxlen=30)
         self._unfinished = ""
         ours, theirs = socket.socketpair()
@@ -78,6 +83,8 @@ class WorkerProcess:
             "threads": threads,
             "switches": numerics.read(),
             "source": source_files.AT_IMPORT,
+            "family": family,
+            "started": time.monotonic(),
         }
         flags = ["-s"] if sys.flags.no_user_site else []
         try:

@@ -24,10 +24,15 @@ _watcher: threading.Thread | None = None
 _keep_alive: Callable[[], float] | None = None
 
 
-def acquire(config: SequenceParallelConfig, poll: Poll | None = None) -> WorkerGroup:
+def acquire(config: SequenceParallelConfig, poll: Poll | None = None, *, family: str | None = None) -> WorkerGroup:
     """The running group of this configuration, started if need be.
 
     A running group of another layout that uses one of the same devices is ended first: its weights would be in the way.
+
+    Args:
+        config: devices and degrees.
+        poll: see `WorkerGroup.call`.
+        family: of the model that is to be loaded, see `WorkerGroup`.
 
     Raises:
         ConfigError: the configuration does not fit this machine.
@@ -42,7 +47,7 @@ def acquire(config: SequenceParallelConfig, poll: Poll | None = None) -> WorkerG
             if not group.alive or _share_a_device(group.layout, layout):
                 group.stop()
                 _groups.remove(group)
-        return _start(layout, poll)
+        return _start(layout, poll, family)
 
 
 @contextlib.contextmanager
@@ -57,9 +62,9 @@ def _locked(poll: Poll | None) -> Iterator[None]:
         _lock.release()
 
 
-def _start(layout: Layout, poll: Poll | None = None) -> WorkerGroup:
+def _start(layout: Layout, poll: Poll | None = None, family: str | None = None) -> WorkerGroup:
     """Starts a group; the caller holds the lock."""
-    group = WorkerGroup(layout)
+    group = WorkerGroup(layout, family=family)
     workers = f"{layout.world_size} worker{'' if layout.world_size == 1 else 's'}"
     log.info("starting %s on %s", workers, layout.describe())
     _groups.append(group)  # shown while it starts, too
@@ -98,14 +103,14 @@ def restart() -> int:
     groups = list(_groups)
     for group in groups:  # without the lock, which a prompt holds that waits for workers to start
         group.stop("the workers were restarted while this prompt ran; queue it again")
-    layouts = [group.layout for group in groups]
+    before = [(group.layout, group.family) for group in groups]
     with _lock:
         for group in _groups:
             group.stop()
         _groups.clear()
-        for layout in layouts:
-            _start(layout)
-        return len(layouts)
+        for layout, family in before:
+            _start(layout, family=family)
+        return len(before)
 
 
 def snapshot() -> list[dict[str, Any]]:

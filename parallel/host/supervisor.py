@@ -34,6 +34,7 @@ class Supervisor:
         layout: devices and degrees.
         threads: CPU threads of each worker.
         control: descriptor of the control page.
+        family: of the model that they will load first, if known.
         changed: held for `on_message`, and notified after everything that a worker says.
         on_message: called with a worker's answer or progress.
         on_end: called with a worker that has ended although nobody has asked it to.
@@ -49,6 +50,7 @@ class Supervisor:
         layout: Layout,
         threads: int,
         control: int,
+        family: str | None,
         changed: threading.Condition,
         *,
         on_message: Callable[[WorkerProcess, Message], None],
@@ -57,7 +59,7 @@ class Supervisor:
         on_failure: Callable[[Exception], None],
     ):
         self.workers: list[WorkerProcess] = []
-        self._layout, self._threads, self._control = layout, threads, control
+        self._layout, self._threads, self._control, self._family = layout, threads, control, family
         self._changed = changed
         self._tell_message, self._tell_end, self._tell_failure = on_message, on_end, on_failure
         self._tell_blocked = on_blocked
@@ -145,6 +147,7 @@ class Supervisor:
                         store=self._store,
                         common=self._common,
                         control=self._control,
+                        family=self._family,
                     )
                     self.workers.append(worker)
                     selector.register(worker.channel, selectors.EVENT_READ, (worker, self._on_message))
@@ -194,6 +197,7 @@ class Supervisor:
         with self._changed:
             if message.get("event") == "ready":
                 worker.ready, worker.title, worker.total = True, message["title"], message["total"]
+                worker.start_seconds = message["seconds"]
             elif message.get("event") == "log":
                 log.log(message["level"], "[rank %d] %s", worker.rank, message["text"])
             else:

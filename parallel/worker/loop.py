@@ -44,10 +44,11 @@ from . import faults
 from .fp8_linear import support
 from .free_memory import device_memory, host_memory
 from .homes import MakeHome, Replicated
-from .imports import without_transformers
+from .libraries import Libraries
 from .measurement import Slowed, measure_attention
 from .native_vae import NativeVAE
 from .offloaded import Offloaded
+from .phases import Phases
 from .ranks import ParallelContext, Ranks, SoloContext, join
 from .resident import ResidentModel
 from .sampling import Agreement, Sampling
@@ -69,6 +70,7 @@ class Worker:
         attention: kernel name, see `config.ATTENTION_KERNELS`.
         store: descriptor of the file through which the ranks meet.
         common: descriptor of the file that is the common memory of CPU ranks.
+        family: of the model that will be loaded first, if the host knows: its class is imported while the ranks meet.
     """
 
     def __init__(
@@ -81,6 +83,7 @@ class Worker:
         attention: str,
         store: int,
         common: int,
+        family: str | None,
     ):
         self._channel = channel
         self._rank = rank
@@ -88,6 +91,7 @@ class Worker:
         usable = device.type == "cpu" and CommonMemory.supported()
         memory = CommonMemory(common, rank, len(weights)) if usable else None
         self._ranks = Ranks(weights, device, kernels.select(attention, device), memory)
+        self._libraries = Libraries(family, device)
         join(rank, len(weights), device, store)
         self._segments: dict[str, Segment] = {}
         self._control: ControlPage | None = None
@@ -129,6 +133,7 @@ class Worker:
             try:
                 self._attach(message["segments"], fds)
                 attached = True
+                self._libraries.wait()
                 with Slowed(self._times) if self._times > 1 else contextlib.nullcontext():
                     result = self._operations[message["op"]](message)
                 reply = {"ok": True, "result": result}
@@ -177,11 +182,14 @@ class Worker:
                 told = time.monotonic()
                 self._channel.send({"event": "progress", "done": done, "total": total})
 
-        with torch.no_grad(), without_transformers():
+        began = time.perf_counter()
+        with torch.no_grad():
             home = self._home(message["weights"])
             model = ResidentModel(message["recipe"], self._device, progress, home, message["fp8"])
             self._models[message["model"]] = model
-        return {"nbytes": model.nbytes, "family": model.adapter.family, "fp8": model.fp8_report}
+        weights_s = time.perf_counter() - began - model.libraries_s
+        seconds = {"libraries": self._libraries.take_waited() + model.libraries_s, "weights": weights_s}
+        return {"nbytes": model.nbytes, "family": model.adapter.family, "fp8": model.fp8_report, "seconds": seconds}
 
     def _home(self, wanted: Message) -> MakeHome:
         """Where the host wants a model's weights."""
@@ -247,7 +255,7 @@ class Worker:
         assert self._control is not None
         mesh = self._mesh(message["degrees"], cached=message["cache"] is not None)
         with torch.no_grad():
-            self._check(model, mesh)
+            self_check_s = self._check(model, mesh)
             blocks = self._compiled(model, message["compile"], mesh)
             began = time.perf_counter()
             context = ParallelContext(self._ranks, mesh, self._control)
@@ -260,7 +268,8 @@ class Worker:
         counted = {} if cache is None else {"cache": asdict(cache.tally)}
         if blocks is not None:
             counted["compile"] = asdict(blocks.take_tally())
-        return {"seconds": time.perf_counter() - began, **context.traffic.to_json(), **counted}
+        seconds = time.perf_counter() - began
+        return {"seconds": seconds, "self_check_s": self_check_s, **context.traffic.to_json(), **counted}
 
     def _sample(self, message: Message) -> dict[str, Any]:
         """Runs a whole sampling. What it returns, and counts of a cache, is kept apart by the degrees of its passes."""
@@ -296,10 +305,10 @@ class Worker:
         agreement = Agreement(self._device, traffic)
         compilers: list[CompiledBlocks | None] = []
         with torch.no_grad():
-            stopped = False
+            stopped, self_check_s = False, 0.0
             try:
                 for mesh in meshes:
-                    self._check(model, mesh)
+                    self_check_s += self._check(model, mesh)
                 compilers += [self._compiled(model, message["compile"], mesh) for mesh in meshes]
             except StepCancelled:  # in this rank's batch group; another one may just have finished
                 stopped = True
@@ -322,6 +331,7 @@ class Worker:
         return {
             **counted,
             "seconds": time.perf_counter() - began,
+            "self_check_s": self_check_s,
             **traffic.to_json(),
             "degrees": [
                 {"seconds": took, "cache": asdict(tally)} for took, tally in zip(seconds, tallies, strict=True)
@@ -452,14 +462,21 @@ class Worker:
 
     # --- parts --------------------------------------------------------------------------------------------------
 
-    def _check(self, model: ResidentModel, mesh: Mesh) -> None:
-        """Split against alone, before the first step of a family in a dtype and mesh; all ranks are here together."""
+    def _check(self, model: ResidentModel, mesh: Mesh) -> float:
+        """Split against alone, before the first step of a family in a dtype and mesh; all ranks are here together.
+
+        Returns:
+            The seconds it took; 0 where it had been done.
+        """
         key = (model.adapter.family, model.compute_dtype, model.scheme, mesh.degrees)
-        if mesh.degrees.sp > 1 and key not in self._checked:
-            assert self._control is not None
-            context = ParallelContext(self._ranks, mesh, self._control)
-            model.self_check(context, SoloContext(self._ranks.kernel), mesh.degrees)
-            self._checked.add(key)
+        if mesh.degrees.sp == 1 or key in self._checked:
+            return 0.0
+        assert self._control is not None
+        began = time.perf_counter()
+        context = ParallelContext(self._ranks, mesh, self._control)
+        model.self_check(context, SoloContext(self._ranks.kernel), mesh.degrees)
+        self._checked.add(key)
+        return time.perf_counter() - began
 
     def _compiled(self, model: ResidentModel, wanted: dict[str, Any] | None, mesh: Mesh) -> CompiledBlocks | None:
         """The compiler of the model's blocks, which are compared with uncompiled ones before their first step.
@@ -538,8 +555,16 @@ class _ToHost(logging.Handler):
         self._channel.send({"event": "log", "level": record.levelno, "text": self.format(record)})
 
 
-def main(settings: dict[str, Any]) -> None:
-    """Entry point of the process; `settings` come from `host.group`."""
+def main(settings: dict[str, Any], entered: float) -> None:
+    """Entry point of the process.
+
+    Args:
+        settings: see `host.process`.
+        entered: when Python ran the process's first line, by `time.monotonic`, the system's clock.
+    """
+    phases = Phases(settings["started"])
+    phases.end("python", entered)
+    phases.end("torch")
     faulthandler.enable()
     # Ended with the host, also by SIGKILL. The host's end of the socket closing says the same (see _listen);
     # this one works even while the interpreter is busy.
@@ -552,6 +577,8 @@ def main(settings: dict[str, Any]) -> None:
     device = torch.device(settings["device"])
     if device.type == "cuda":
         torch.cuda.set_device(device)
+        torch.cuda.synchronize(device)  # makes the context here, where it is timed
+    phases.end("device")
 
     channel = Channel(socket.socket(fileno=settings["fd"]))
     root = logging.getLogger("sequence_parallel")
@@ -567,8 +594,10 @@ def main(settings: dict[str, Any]) -> None:
         attention=settings["attention"],
         store=settings["store"],
         common=settings["common"],
+        family=settings["family"],
     )
-    channel.send({"event": "ready", "pid": os.getpid(), **_describe_device(device)})
+    phases.end("meeting")
+    channel.send({"event": "ready", "pid": os.getpid(), "seconds": phases.seconds, **_describe_device(device)})
     worker.run(inbox)
     dist.destroy_process_group()
     sys.stdout.flush()

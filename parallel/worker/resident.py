@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
+import time
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -24,6 +25,7 @@ from ..quantise.selection import Selection, select
 from ..quantise.settings import DYNAMIC
 from .fp8_linear import E4M3, FP8Linear, become_fp8, is_rowwise, quantised
 from .homes import Home, MakeHome, Replicated, own
+from .libraries import model_class
 from .ranks import SoloContext
 from .scaled_linear import CastLinear, ScaledLinear
 
@@ -48,9 +50,12 @@ class ResidentModel:
         home: where they go there.
         fp8: `scheme` and `skip` of `quantise.settings.FP8Choice`, if linear layers are to be quantised.
 
+    Attributes:
+        libraries_s: seconds that importing the family's class took.
+
     Raises:
         CheckpointError: the file does not fit the family's model.
-        UnsupportedError: the family is not supported.
+        UnsupportedError: the family is not supported, or its class cannot be imported.
         ConfigError: `skip` has a pattern that means no layer.
     """
 
@@ -75,9 +80,11 @@ class ResidentModel:
         self._tensors = NativeTensors(self._source, self.adapter, self.config)
         self.scheme: str | None = None if fp8 is None else fp8["scheme"]
         self._selection = Selection({}, 0, 0, 0, 0) if fp8 is None else self._select(fp8)
-        model_class = self.adapter.model_class()
+        began = time.perf_counter()
+        module = model_class(self.adapter)
+        self.libraries_s = time.perf_counter() - began
         with torch.device("meta"):  # no memory until a weight is read
-            self.model = model_class(**self.config)
+            self.model = module(**self.config)
         self.model.eval().requires_grad_(False)
         self._keep_dtypes()
         self.home: Home = home(self.model, device)

@@ -113,6 +113,7 @@ def put_in(fault: Fault, engine: str) -> None:
 
 
 if __name__ == "__main__":
+    entered = time.monotonic()
     sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != Path(__file__).resolve().parent]
     spec = importlib.util.spec_from_file_location("boot", BOOT)
     assert spec is not None and spec.loader is not None
@@ -121,4 +122,4 @@ if __name__ == "__main__":
     boot.import_engine()
     settings = json.loads(sys.argv[1])
     put_in(Fault(settings["rank"], settings["device"]), boot.ENGINE)
-    import_module(f"{boot.ENGINE}.worker.loop").main(settings)
+    import_module(f"{boot.ENGINE}.worker.loop").main(settings, entered)

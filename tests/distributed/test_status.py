@@ -75,6 +75,25 @@ def test_a_step_fills_in_what_is_shown(model: RemoteModel) -> None:
     assert shown()["models"] == []
 
 
+def test_the_phases_of_start_and_load_are_shown_and_are_no_more_than_the_whole(tiny_models: TinyModels) -> None:
+    running.stop_all()
+    remote = RemoteModel(recipe_of(tiny_models.path(), DEVICES))
+    began = time.monotonic()
+    remote.ensure_loaded()
+    loaded = shown()
+    remote.step(*Inputs().make())
+    whole = time.monotonic() - began
+    assert list(loaded["start"]) == ["python", "torch", "device", "meeting"]
+    assert list(loaded["load"]) == ["libraries", "weights"]
+    load = shown()["load"]
+    assert list(load) == ["libraries", "weights", "self-check"]
+    assert all(seconds >= 0 for seconds in [*loaded["start"].values(), *load.values()])
+    assert loaded["start"]["torch"] > 0 and load["weights"] > 0 and load["self-check"] > 0
+    assert sum(loaded["start"].values()) + sum(load.values()) <= whole
+    remote.step(*Inputs().make())
+    assert shown()["load"] == load
+
+
 def test_a_worker_at_work_is_shown_as_such(model: RemoteModel) -> None:
     thread = threading.Thread(target=lambda: model.step(*Inputs(frames=4, height=32, width=32).make()))
     thread.start()
