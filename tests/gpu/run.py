@@ -22,7 +22,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -46,13 +46,11 @@ class Part:
     Args:
         share: of the whole time, at most.
         command: makes the command; gets the kind of devices of ranks and whether this is the toy.
-        environment: what its processes have besides.
     """
 
     name: str
     share: float
     command: Callable[[str, bool], list[str]]
-    environment: dict[str, str] = field(default_factory=dict)
 
 
 def _module(name: str, *arguments: str) -> list[str]:
@@ -81,8 +79,8 @@ PARTS = (
     Part("machine", 0.1, lambda kind, toy: _module("tests.gpu.machine")),
     Part("exchanges", 0.15, lambda kind, toy: _module("tests.gpu.smoke", "--devices", kind)),
     Part("one GPU", 0.3, _gpu_tests),
-    Part("sample", 0.4, _sample),
-    Part("faults", 0.25, _faults),
+    Part("sample", 0.35, _sample),
+    Part("faults", 0.3, _faults),
     Part("shares", 0.3, lambda kind, toy: _module("tests.gpu.shares", *(["--toy"] if toy else []))),
 )
 
@@ -101,7 +99,7 @@ def run_part(part: Part, kind: str, toy: bool, most_s: float, environment: dict[
         process = subprocess.Popen(
             part.command(kind, toy),
             cwd=ROOT,
-            env=environment | part.environment | {record.VARIABLE: str(recorded)},
+            env=environment | {record.VARIABLE: str(recorded)},
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,

@@ -122,20 +122,29 @@ def test_cancel_in_the_middle_of_a_step(faulty: Faulty, monkeypatch: pytest.Monk
     assert faulty.pids == before
 
 
+def test_unload_models_gives_the_memory_back(faulty: Faulty):
+    """What ComfyUI's `/free` comes to."""
+    before, group = faulty.pids, faulty.model.group
+    assert group is not None
+    faulty.model.step(*LONG.make())
+    in_use = [rank["memory"] for rank in group.status()["ranks"]]
+    weights = faulty.model.nbytes
+    faulty.model.unload()
+    group.call("free memory", {})
+    left = [rank["memory"] for rank in group.status()["ranks"]]
+    print(f"weights {weights / 2**20:.1f} MiB; in use {in_use} before and {left} after")
+    if chosen() != "cpu":  # a CPU's allocator keeps what it likes
+        assert all(now <= was - weights for now, was in zip(left, in_use, strict=True))
+    assert not faulty.model.loaded
+    faulty.works()
+    assert faulty.pids == before
+
+
 @pytest.mark.parametrize("rank", range(RANKS.count("cpu")))
 def test_a_rank_is_killed_in_the_middle_of_a_step(faulty: Faulty, rank: int):
     pid = faulty.pids[rank]
     error = faulty.fails(WorkerDiedError, lambda: os.kill(pid, signal.SIGKILL))
     assert f"rank {rank}" in str(error) and "SIGKILL" in str(error)
-    faulty.works()
-
-
-def test_a_rank_stands_still(faulty: Faulty):
-    pid = faulty.pids[1]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(group_module, "_STUCK_AFTER_S", 2.0)
-        error = faulty.fails(WorkerDiedError, lambda: os.kill(pid, signal.SIGSTOP))
-    assert "rank 1" in str(error)
     faulty.works()
 
 
@@ -157,19 +166,10 @@ def test_an_illegal_access(faulty: Faulty, ranks: tuple[int, ...]):
     assert set(faulty.pids).isdisjoint(before)
 
 
-def test_unload_models_gives_the_memory_back(faulty: Faulty):
-    """What ComfyUI's `/free` comes to."""
-    before, group = faulty.pids, faulty.model.group
-    assert group is not None
-    faulty.model.step(*LONG.make())
-    in_use = [rank["memory"] for rank in group.status()["ranks"]]
-    weights = faulty.model.nbytes
-    faulty.model.unload()
-    group.call("free memory", {})
-    left = [rank["memory"] for rank in group.status()["ranks"]]
-    print(f"weights {weights / 2**20:.1f} MiB; in use {in_use} before and {left} after")
-    if chosen() != "cpu":  # a CPU's allocator keeps what it likes
-        assert all(now <= was - weights for now, was in zip(left, in_use, strict=True))
-    assert not faulty.model.loaded
+def test_a_rank_stands_still(faulty: Faulty):
+    pid = faulty.pids[1]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(group_module, "_STUCK_AFTER_S", 2.0)
+        error = faulty.fails(WorkerDiedError, lambda: os.kill(pid, signal.SIGSTOP))
+    assert "rank 1" in str(error)
     faulty.works()
-    assert faulty.pids == before

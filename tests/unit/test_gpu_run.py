@@ -80,8 +80,8 @@ def test_every_feature_of_the_sample_has_tests():
     assert len({feature.name for feature in sample.FEATURES}) == len(sample.FEATURES)
 
 
-def python(code: str, **options: Any) -> Part:
-    return Part("a part", 1.0, lambda kind, toy: [sys.executable, "-c", code], **options)
+def python(code: str) -> Part:
+    return Part("a part", 1.0, lambda kind, toy: [sys.executable, "-c", code])
 
 
 def test_a_part_that_hangs_is_ended_with_all_that_it_has_started(tmp_path: Path, capfd: pytest.CaptureFixture[str]):
