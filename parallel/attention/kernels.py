@@ -82,7 +82,7 @@ class Sdpa(Kernel):
 
 
 class Auto(Sdpa):
-    """As `Sdpa`; without cuDNN from the first time that it promised a kernel and had none. Not yet run on a GPU.
+    """As `Sdpa`; without cuDNN from the first time that it promised a kernel and had none.
 
     A rank decides this by itself: it changes rounding, and no exchange.
     """
@@ -144,9 +144,9 @@ class Cudnn(_HalfPrecision):
 class Sage(Kernel):
     """SageAttention (https://arxiv.org/abs/2410.02367): 8-bit scores, so results differ slightly. Opt-in only.
 
-    Written after the package's sources, 1.0.6 and 2.2.0; not yet run on a GPU. Its log-sum-exp is natural and of the
-    scaled scores, [B, H, S_q] in fp32, but holds a term that was rounded to q's dtype (the mean key that it takes off
-    before it quantises). 1.x has none, and takes the argument without a word.
+    Written after the package's sources, 1.0.6 and 2.2.0. Its log-sum-exp is natural and of the scaled scores,
+    [B, H, S_q] in fp32, but holds a term that was rounded to q's dtype (the mean key that it takes off before it
+    quantises). 1.x has none, and takes the argument without a word.
     """
 
     name = "sage"

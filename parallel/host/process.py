@@ -19,6 +19,7 @@ from ..config import Layout, WorkerDevice
 from ..wire import source_files
 from ..wire.channel import Channel, ChannelClosed
 from ..wire.control import SIZE as CONTROL_SIZE
+from .environment import initial_environment, worker_environment
 from .process_state import in_words, state
 
 SEND_TIMEOUT_S = 60.0
@@ -94,7 +95,7 @@ class WorkerProcess:
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
-                env=os.environ | _environment(threads),
+                env=worker_environment(os.environ, initial_environment(), threads=threads, rank=rank),
             )
         finally:
             theirs.close()
@@ -197,19 +198,3 @@ def _available_bytes() -> int | None:
             if line.startswith("MemAvailable:"):
                 return int(line.split()[1]) * 1024
     return None
-
-
-def _environment(threads: int) -> dict[str, str]:
-    return {
-        "OMP_NUM_THREADS": str(threads),
-        "OMP_WAIT_POLICY": "PASSIVE",  # spinning threads of one worker would steal the cores of another
-        # Keep freed memory for the next layer: on a CPU, fetching it from the system again costs a page fault each.
-        "MALLOC_MMAP_THRESHOLD_": str(32 << 20),
-        "MALLOC_TRIM_THRESHOLD_": str(1 << 30),
-        "GLOO_SOCKET_IFNAME": "lo",
-        "NCCL_SOCKET_IFNAME": "lo",
-        "HF_HUB_OFFLINE": "1",
-        "PYTHONUNBUFFERED": "1",
-        # Every worker compiles; by default each would do so with as many processes as there are cores.
-        "TORCHINDUCTOR_COMPILE_THREADS": os.environ.get("TORCHINDUCTOR_COMPILE_THREADS", str(threads)),
-    }

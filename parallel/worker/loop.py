@@ -242,8 +242,6 @@ class Worker:
     def _rest(self, message: Message) -> dict[str, Any]:
         """After a sampling: other processes can have what its activations took. On a CPU keeping it is quicker, and the
         system can reclaim it.
-
-        Not yet run on a GPU.
         """
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
@@ -528,17 +526,11 @@ class Worker:
         return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
 
     def _free(self) -> int | None:
-        """Bytes that the GPU has left, whoever uses the others; the host looks after the system's memory itself.
-
-        Not yet run on a GPU.
-        """
+        """Bytes that the GPU has left, whoever uses the others; the host looks after the system's memory itself."""
         return int(torch.cuda.mem_get_info(self._device)[0]) if self._device.type == "cuda" else None
 
     def _cached(self) -> int:
-        """Bytes of the GPU that this process has taken and does not use: free for its next step, and only for it.
-
-        Not yet run on a GPU.
-        """
+        """Bytes of the GPU that this process has taken and does not use: free for its next step, and only for it."""
         if self._device.type != "cuda":
             return 0
         return torch.cuda.memory_reserved(self._device) - torch.cuda.memory_allocated(self._device)
@@ -605,7 +597,7 @@ def main(settings: dict[str, Any], entered: float) -> None:
 
 
 def _describe_device(device: torch.device) -> dict[str, Any]:
-    """A name for people, and bytes of memory. The GPU's part has not yet run on one."""
+    """A name for people, and bytes of memory."""
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
         return {"title": properties.name, "total": int(properties.total_memory)}

@@ -25,7 +25,7 @@ _RUN_AHEAD = 2
 
 _PIPELINE_FROM = 8192
 """Tokens per sequence from which attention outweighs the launches of a second chunk of heads (CUDA only; an estimate
-from HunyuanVideo's shapes that awaits a measurement on several GPUs)."""
+from HunyuanVideo's shapes)."""
 
 
 def join(rank: int, world_size: int, device: torch.device, store: int) -> None:

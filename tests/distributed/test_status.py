@@ -9,15 +9,17 @@ import time
 from collections.abc import Iterator
 
 import pytest
+import torch
 
 from parallel.errors import EngineError, WorkerDiedError
 from parallel.host import running, status
 from parallel.host.remote_model import RemoteModel
 from parallel.host.status import Event, Sampling
+from tests.distributed.devices import device_of, on_ranks
 from tests.distributed.process_facts import is_running, wait_until
 from tests.distributed.tiny_models import Inputs, TinyModels, recipe_of
 
-DEVICES = "cpu*2,cpu"
+DEVICES = on_ranks("cpu*2,cpu")
 """No other module's, so that the groups of others stay out of this."""
 
 
@@ -64,8 +66,9 @@ def test_a_step_fills_in_what_is_shown(model: RemoteModel) -> None:
     assert group["step"]["bytes_sent"] == max(result["bytes_sent"] for result in model.last_step) > 0
     assert model.group is not None
     assert [rank["pid"] for rank in group["ranks"]] == model.group.pids
-    for rank in group["ranks"]:
-        assert (rank["state"], rank["title"], rank["device"]) == ("idle", "CPU", "cpu")
+    for number, rank in enumerate(group["ranks"]):
+        assert (rank["state"], rank["device"]) == ("idle", str(device_of(number)))
+        assert rank["title"] == ("CPU" if rank["device"] == "cpu" else torch.cuda.get_device_name())
         assert rank["weights"] == model.nbytes
         assert rank["weights"] < rank["memory"] < rank["total"]
         assert 0 < rank["free"] < rank["total"]
