@@ -11,6 +11,7 @@ from ..adapters.base import StepContext
 from ..attention.common_memory import CommonMemory, CommonMemoryExchange
 from ..attention.joint import JointAttention, Unexchanged, joint_attention
 from ..attention.kernels import Kernel
+from ..attention.row_check import CheckedAttention, Kind
 from ..attention.traffic import Traffic
 from ..cache.blocks import Total
 from ..degrees import Degrees
@@ -61,6 +62,7 @@ class Ranks:
         self._common: dict[Degrees, CommonMemoryExchange] = {}
         self._sequences: dict[Degrees, dist.ProcessGroup | None] = {}
         self._weights_groups: dict[int, dist.ProcessGroup] = {}
+        self._passed: set[Kind] = set()
 
     @property
     def world_size(self) -> int:
@@ -105,8 +107,16 @@ class Ranks:
 
     def joint_attention(self, plan: SequencePlan, mesh: Mesh, pipeline: int, traffic: Traffic) -> JointAttention:
         """This rank's part of the joint attention of `plan` under `mesh`."""
-        common = self._common.get(mesh.degrees)
+        common = self.common(mesh)
         return joint_attention(plan, mesh.sp_rank, mesh.ulysses, mesh.ring, self.kernel, pipeline, traffic, common)
+
+    def common(self, mesh: Mesh) -> CommonMemoryExchange | None:
+        """The exchange of the mesh's Ulysses group through common memory, if it has one."""
+        return self._common.get(mesh.degrees)
+
+    def checked(self, attention: JointAttention, plan: SequencePlan, mesh: Mesh) -> JointAttention:
+        """`attention`, compared with exact attention the first time that it meets tensors of a kind."""
+        return CheckedAttention(attention, plan, mesh, self.kernel.name, self._passed.__contains__, self._passed.add)
 
 
 class ParallelContext(StepContext):
@@ -134,7 +144,8 @@ class ParallelContext(StepContext):
 
     def attention(self, plan: SequencePlan) -> JointAttention:
         long = self._device.type == "cuda" and sum(plan.streams) >= _PIPELINE_FROM
-        return self._ranks.joint_attention(plan, self._mesh, 2 if long else 1, self.traffic)
+        attention = self._ranks.joint_attention(plan, self._mesh, 2 if long else 1, self.traffic)
+        return self._ranks.checked(attention, plan, self._mesh)
 
     def enter_block(self, plan: SequencePlan) -> None:
         run_ahead = 0
