@@ -359,7 +359,7 @@ class Worker:
                 model.step(x, timestep, request["conditioning"], rows, out, context)
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
-        context.traffic.read_events()
+        context.finish()
 
     def _load_vae(self, message: Message) -> dict[str, Any]:
         """Rebuilds ComfyUI's VAE around the weights that the host shares; a CPU rank computes with them where they are.
