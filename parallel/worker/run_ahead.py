@@ -14,7 +14,7 @@ from __future__ import annotations
 import collections
 import math
 from collections.abc import Callable, Hashable
-from typing import Protocol
+from typing import Any, Protocol
 
 QUEUED_S = 0.05
 """Seconds of queued work, at most."""
@@ -32,7 +32,7 @@ class Event(Protocol):
 
     def synchronize(self) -> None: ...
 
-    def elapsed_time(self, later: Event) -> float: ...
+    def elapsed_time(self, later: Any, /) -> float: ...
 
 
 class RunAhead:
