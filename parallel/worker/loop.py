@@ -447,7 +447,7 @@ class Worker:
         if mesh.degrees.sp > 1 and key not in self._checked:
             assert self._control is not None
             context = ParallelContext(self._ranks, mesh, self._control)
-            model.self_check(context, SoloContext(self._ranks.kernel), mesh.degrees)
+            model.self_check(context, SoloContext(self._ranks.kernel), mesh.degrees, context.add_up)
             self._checked.add(key)
 
     def _compiled(self, model: ResidentModel, wanted: dict[str, Any] | None, mesh: Mesh) -> CompiledBlocks | None:

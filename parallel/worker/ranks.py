@@ -168,6 +168,12 @@ class ParallelContext(StepContext):
         if self._control.should_stop(block, group=self._mesh.group, leader=leader, run_ahead=run_ahead):
             raise StepCancelled(f"stopped before block {block}")
 
+    def add_up(self, sums: torch.Tensor) -> torch.Tensor:
+        """The sum over the ranks that share the sequence. Collective."""
+        total = sums.to(self._device)
+        self._mesh.reduce(total, dist.ReduceOp.SUM)
+        return total
+
     def finish(self) -> None:
         """After the pass, when the device has done all of it: reads what its events have timed."""
         self.traffic.read_events()
@@ -181,13 +187,13 @@ class SoloContext(StepContext):
     rank = 0
 
     def __init__(self, kernel: Kernel):
-        self._kernel = kernel
+        self.kernel = kernel
 
     def plan(self, streams: tuple[int, ...], heads: int) -> SequencePlan:
         return SequencePlan(streams, heads, (1.0,))
 
     def attention(self, plan: SequencePlan) -> JointAttention:
-        return Unexchanged(self._kernel)
+        return Unexchanged(self.kernel)
 
     def enter_block(self, plan: SequencePlan) -> None:
         pass
