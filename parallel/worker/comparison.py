@@ -78,4 +78,5 @@ def moved(x: Tensor, dtype: torch.dtype) -> Tensor:
     chosen = torch.rand(x.shape, generator=generator) < _MOVED
     sign = torch.randint(0, 2, x.shape, generator=generator) * 2 - 1
     # Between two powers of 2 an ulp is 0.5 to 1 eps of the value: 0.75 eps is rounded to one ulp.
-    return (x * (1 + (chosen * sign).to(x.device) * 0.75 * torch.finfo(dtype).eps).double()).to(dtype).to(x.dtype)
+    factor = 1 + (chosen * sign).to(x.device) * (0.75 * torch.finfo(dtype).eps)
+    return (x.to(dtype).double() * factor).to(dtype).to(x.dtype)
