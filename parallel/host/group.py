@@ -163,6 +163,11 @@ class WorkerGroup:
     def pids(self) -> list[int]:
         return [worker.process.pid for worker in self._workers]
 
+    @property
+    def titles(self) -> list[str]:
+        """The model of each worker's device."""
+        return [worker.title for worker in self._workers]
+
     def cached_on(self, device: str) -> int:
         """Bytes of a GPU that its worker has taken and does not use, as it last said."""
         return sum(worker.cached for worker in self._workers if worker.device.name == device)

@@ -377,7 +377,7 @@ class Worker:
                 model.step(x, timestep, request["conditioning"], rows, out, context)
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
-        context.traffic.read_events()
+        context.finish()
 
     def _load_vae(self, message: Message) -> dict[str, Any]:
         """Rebuilds ComfyUI's VAE around the weights that the host shares; a CPU rank computes with them where they are.
@@ -472,7 +472,7 @@ class Worker:
         assert self._control is not None
         began = time.perf_counter()
         context = ParallelContext(self._ranks, mesh, self._control)
-        model.self_check(context, SoloContext(self._ranks.kernel), mesh.degrees)
+        model.self_check(context, SoloContext(self._ranks.kernel), mesh.degrees, context.add_up)
         self._checked.add(key)
         return time.perf_counter() - began
 

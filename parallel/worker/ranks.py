@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import itertools
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -12,6 +13,7 @@ from ..adapters.base import StepContext
 from ..attention.common_memory import CommonMemory, CommonMemoryExchange
 from ..attention.joint import JointAttention, Unexchanged, joint_attention
 from ..attention.kernels import Kernel
+from ..attention.row_check import CheckedAttention, Kind
 from ..attention.traffic import Traffic
 from ..cache.blocks import Total
 from ..degrees import Degrees
@@ -19,9 +21,7 @@ from ..errors import StepCancelled
 from ..mesh import COLLECTIVE_TIMEOUT, Mesh
 from ..plan import SequencePlan
 from ..wire.control import ControlPage
-
-_RUN_AHEAD = 2
-"""Blocks that the host code may be ahead of a CUDA device, so that Cancel is quick and launches still overlap."""
+from .run_ahead import Paces, RunAhead
 
 _PIPELINE_FROM = 8192
 """Tokens per sequence from which attention outweighs the launches of a second chunk of heads (CUDA only; an estimate
@@ -63,6 +63,8 @@ class Ranks:
         self._sequences: dict[Degrees, dist.ProcessGroup | None] = {}
         self._weights_groups: dict[int, dist.ProcessGroup] = {}
         self._ring_exchanges: collections.Counter[str] = collections.Counter()
+        self._passed: set[Kind] = set()
+        self._paces: Paces = {}
 
     @property
     def world_size(self) -> int:
@@ -107,7 +109,7 @@ class Ranks:
 
     def joint_attention(self, plan: SequencePlan, mesh: Mesh, pipeline: int, traffic: Traffic) -> JointAttention:
         """This rank's part of the joint attention of `plan` under `mesh`."""
-        common = self._common.get(mesh.degrees)
+        common = self.common(mesh)
         return joint_attention(
             plan, mesh.sp_rank, mesh.ulysses, mesh.ring, self.kernel, pipeline, traffic, common, self._ring_exchanges
         )
@@ -134,6 +136,27 @@ class Ranks:
         made = len(self._meshes) + len(self._sequences) + len(self._weights_groups)
         return counts | {"meshes and groups made by the world": made}
 
+    def common(self, mesh: Mesh) -> CommonMemoryExchange | None:
+        """The exchange of the mesh's Ulysses group through common memory, if it has one."""
+        return self._common.get(mesh.degrees)
+
+    def run_ahead(self, mesh: Mesh) -> RunAhead | None:
+        """Of one pass under `mesh`; None on a CPU, where nothing is queued."""
+        if self.device.type != "cuda":
+            return None
+
+        def slowest(pace: float) -> float:
+            paces = torch.tensor([pace], device=self.device)
+            mesh.reduce(paces, dist.ReduceOp.MAX)
+            return float(paces)
+
+        # blocking: a worker that waits for its GPU leaves its core to others
+        return RunAhead(self._paces, slowest, partial(torch.cuda.Event, enable_timing=True, blocking=True))
+
+    def checked(self, attention: JointAttention, plan: SequencePlan, mesh: Mesh) -> JointAttention:
+        """`attention`, compared with exact attention the first time that it meets tensors of a kind."""
+        return CheckedAttention(attention, plan, mesh, self.kernel.name, self._passed.__contains__, self._passed.add)
+
 
 class ParallelContext(StepContext):
     """A step under a mesh: this rank's sequence-parallel group shares a sequence.
@@ -153,29 +176,36 @@ class ParallelContext(StepContext):
         self._control = control
         self._block = first_block
         self.traffic = Traffic(on_cuda=ranks.device.type == "cuda")
-        self._events: collections.deque[torch.cuda.Event] = collections.deque()
+        self._run_ahead = ranks.run_ahead(mesh)
 
     def plan(self, streams: tuple[int, ...], heads: int) -> SequencePlan:
         return SequencePlan(streams, heads, self._weights, self._mesh.degrees.ring)
 
     def attention(self, plan: SequencePlan) -> JointAttention:
         long = self._device.type == "cuda" and sum(plan.streams) >= _PIPELINE_FROM
-        return self._ranks.joint_attention(plan, self._mesh, 2 if long else 1, self.traffic)
+        attention = self._ranks.joint_attention(plan, self._mesh, 2 if long else 1, self.traffic)
+        return self._ranks.checked(attention, plan, self._mesh)
 
     def enter_block(self, plan: SequencePlan) -> None:
-        run_ahead = 0
-        if self._device.type == "cuda":
-            run_ahead = _RUN_AHEAD
-            if len(self._events) == _RUN_AHEAD:
-                self._events.popleft().synchronize()
-            event = torch.cuda.Event(blocking=True)  # a worker that waits for its GPU leaves its core to others
-            event.record()
-            self._events.append(event)
+        # Two requests of a pass may be of unequal length; the first one's pace is taken for both.
+        run_ahead = self._run_ahead.enter((plan, self._mesh.degrees)) if self._run_ahead is not None else 0
         self._control.beat(self._mesh.rank)
         block, self._block = self._block, self._block + 1
         leader = self.rank == plan.leader
         if self._control.should_stop(block, group=self._mesh.group, leader=leader, run_ahead=run_ahead):
             raise StepCancelled(f"stopped before block {block}")
+
+    def add_up(self, sums: torch.Tensor) -> torch.Tensor:
+        """The sum over the ranks that share the sequence. Collective."""
+        total = sums.to(self._device)
+        self._mesh.reduce(total, dist.ReduceOp.SUM)
+        return total
+
+    def finish(self) -> None:
+        """After the pass, when the device has done all of it: reads what its events have timed."""
+        self.traffic.read_events()
+        if self._run_ahead is not None:
+            self._run_ahead.finish()
 
 
 class SoloContext(StepContext):
@@ -184,13 +214,13 @@ class SoloContext(StepContext):
     rank = 0
 
     def __init__(self, kernel: Kernel):
-        self._kernel = kernel
+        self.kernel = kernel
 
     def plan(self, streams: tuple[int, ...], heads: int) -> SequencePlan:
         return SequencePlan(streams, heads, (1.0,))
 
     def attention(self, plan: SequencePlan) -> JointAttention:
-        return Unexchanged(self._kernel)
+        return Unexchanged(self.kernel)
 
     def enter_block(self, plan: SequencePlan) -> None:
         pass

@@ -85,6 +85,8 @@ class Result:
     """Whether the work that may run during the exchange did run, once."""
     collectives: list[str]
     bytes_to_others: int
+    least: int
+    """Elements that the rank sent or received in an all-to-all, the fewest."""
     reported: tuple[int, int]
     """Collectives and bytes as the engine counts them itself."""
 
@@ -107,6 +109,7 @@ class Spy:
         self._position = position
         self.collectives: list[str] = []
         self.bytes_to_others = 0
+        self.least = sys.maxsize
 
     @contextmanager
     def watch(self) -> Iterator[None]:
@@ -123,7 +126,8 @@ class Spy:
         def call(*args: Any, **kwargs: Any) -> Any:
             self.collectives.append(name)
             if name == "all_to_all_single":
-                _, send, _, sizes = args
+                _, send, received, sizes = args
+                self.least = min(self.least, sum(sizes), sum(received))
                 self.bytes_to_others += (sum(sizes) - sizes[self._position]) * send.element_size()
             elif name == "batch_isend_irecv":
                 self.bytes_to_others += sum(op.tensor.nbytes for op in args[0] if op.op is dist.isend)
@@ -175,6 +179,7 @@ def run_case(case: Case, rank: int, groups: Groups, device: torch.device) -> Res
         worked=work == [1],
         collectives=spy.collectives,
         bytes_to_others=spy.bytes_to_others,
+        least=spy.least,
         reported=reported,
     )
 

@@ -39,6 +39,7 @@ def test_each_rank_gets_its_tokens_of_the_whole_attention(results: dict[str, lis
         assert result.worked
         assert result.collectives == expected_collectives(case, result.rank)
         assert result.bytes_to_others == case.plan.exchange_bytes(result.rank, case.batch, HEAD_DIM, FP32)
+        assert result.least >= 1, "a rank that neither sends nor receives in a collective"
         assert tuple(result.reported) == (len(result.collectives), result.bytes_to_others)
 
 

@@ -19,9 +19,8 @@ from torch import Tensor
 
 from parallel.errors import WorkerDiedError, WorkerError, WorkerOutOfMemoryError
 from parallel.host import group as group_module
-from parallel.host import pace
+from parallel.host import pace, running, status
 from parallel.host import process as process_module
-from parallel.host import running, status
 from parallel.host.remote_model import RemoteModel
 from tests.distributed.devices import chosen, kind, on_ranks
 from tests.distributed.tiny_models import Inputs, TinyModels, recipe_of, relative_difference
