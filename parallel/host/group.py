@@ -17,6 +17,8 @@ from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
+import torch
+
 from ..config import Layout
 from ..errors import EngineError, WorkerDiedError, WorkerError, WorkerOutOfMemoryError
 from ..wire.channel import Message
@@ -75,7 +77,7 @@ class WorkerGroup:
 
     Args:
         layout: devices and degrees.
-        threads: CPU threads of each worker; by default an equal share of the cores that this process may use.
+        threads: CPU threads of each worker; by default an equal share of this process's, or of its cores.
         family: of the model that will be loaded first, if known: workers import its class while they meet.
 
     Attributes:
@@ -627,9 +629,12 @@ class WorkerGroup:
 
 
 def _threads_per_worker(layout: Layout) -> int:
+    """A CPU worker gets its share of this process's own threads, so that `OMP_NUM_THREADS` counts for both; on several
+    CPU models PyTorch's convolutions give other bits with another number of threads."""
+    if layout.device_type == "cpu":
+        return max(1, torch.get_num_threads() // layout.world_size)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    share = max(1, cores // layout.world_size)
-    return share if layout.device_type == "cpu" else min(4, share)  # a GPU worker only reads files and launches kernels
+    return min(4, max(1, cores // layout.world_size))  # a GPU worker only reads files and launches kernels
 
 
 def _prefixed(rank: int, text: str) -> str:
