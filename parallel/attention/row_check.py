@@ -106,9 +106,14 @@ class CheckedAttention:
         return lambda: self._checked(q, k, v, finish())
 
     def _checked(self, q: Tensor, k: Tensor, v: Tensor, out: Tensor) -> Tensor:
+        self._check(q.detach(), k.detach(), v.detach(), out.detach())
+        return out
+
+    @torch.no_grad()
+    def _check(self, q: Tensor, k: Tensor, v: Tensor, out: Tensor) -> None:
         kind = (self._plan, self._mesh.degrees, q.shape[0], q.shape[3], q.dtype)
         if self._is_known(kind):
-            return out
+            return
         allowed = allowed_error(self._kernel, q.dtype, q.device)
         errors, finite = row_errors(q, k, v, out, self._plan, self._mesh)
         worst = errors.max() if errors.numel() else q.new_zeros((), dtype=torch.float64)
@@ -116,11 +121,10 @@ class CheckedAttention:
         self._mesh.reduce(verdict, dist.ReduceOp.MAX)
         error, unusable = verdict.tolist()
         if unusable:  # a model that overflows does so on one device, too; a later step may be checked
-            return out
+            return
         if not error <= allowed:
             raise UnsupportedError(self._complaint(q, error, allowed))
         self._passed(kind)
-        return out
 
     def _complaint(self, q: Tensor, error: float, allowed: float) -> str:
         degrees = self._mesh.degrees

@@ -15,7 +15,7 @@ from .process import WorkerProcess
 from .process_state import HALTED, in_words, state
 
 LONGEST_S = 600.0
-"""Patience with work that has not been measured, and the most there is. A rank that compiles gives signs of life."""
+"""Patience with work of unknown speed, and the most there is. A rank that compiles gives signs of life."""
 SHORTEST_S = 60.0
 """The least patience: other programs may slow a machine down many times over."""
 FACTOR = 10.0

@@ -125,7 +125,7 @@ def share(device: torch.device, world_size: int) -> Iterator[ParallelContext]:
     control = ControlPage.create()
     control.reset(world_size)
     try:
-        ranks = Ranks((1.0,) * world_size, device, select("auto", device))
+        ranks = Ranks((1.0,) * world_size, device, select("auto", device), alone=True)
         yield ParallelContext(ranks, ranks.mesh(Degrees(ulysses=world_size)), control)
     finally:
         control.close()
