@@ -29,6 +29,7 @@ from ..parallel.errors import ConfigError, UnsupportedError, WorkerOutOfMemoryEr
 from ..parallel.host import running
 from ..parallel.host.remote_vae import RemoteVAE
 from ..parallel.vae.arguments import as_plain
+from ..parallel.vae.devices import unequal
 from ..parallel.vae.fingerprint import fingerprint
 from ..parallel.vae.tiles import Tile
 from .node_text import executing_node, tell, tell_fallback
@@ -135,10 +136,10 @@ class VAEInWorkers(comfy.sd.VAE):
             reason = str(error)
         else:
             devices = resolve(patcher.config).describe()
-            tell(
-                executing_node(),
-                f"{tiles} tile{'s' * (tiles != 1)} on {devices} in {time.perf_counter() - began:.1f} s",
-            )
+            group = patcher.remote.group
+            remark = unequal(group.titles) if group is not None else ""
+            took = time.perf_counter() - began
+            tell(executing_node(), f"{tiles} tile{'s' * (tiles != 1)} on {devices} in {took:.1f} s{remark}")
             return result
         _tell_native(reason)  # out here, where the error no longer holds on to anything
         return function(self)

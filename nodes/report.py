@@ -17,7 +17,10 @@ from ..parallel.errors import ConfigError
 from ..parallel.host import running, status
 from . import settings
 
-_PACKAGES = ("diffusers", "transformers", "safetensors", "torchao", "sageattention", "comfyui-frontend-package")
+_PACKAGES = (
+    "diffusers", "transformers", "huggingface_hub", "peft", "accelerate", "safetensors", "torchao", "bitsandbytes",
+    "sageattention", "comfyui-frontend-package",
+)  # fmt: skip
 
 
 def report() -> str:

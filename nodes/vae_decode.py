@@ -20,7 +20,8 @@ class SPVAEDecode(io.ComfyNode):
             category="sequence parallel",
             description=(
                 "Decodes tiles on all devices at once. The picture is that of VAE Decode (Tiled) with the same"
-                " settings, bit for bit. Smaller tiles share out better and need less memory."
+                " settings, bit for bit on the same model of GPU. Smaller tiles share out better and need less"
+                " memory."
             ),
             inputs=[
                 io.Latent.Input("samples", tooltip="The latent to decode."),

@@ -20,7 +20,7 @@ class SPVAEEncode(io.ComfyNode):
             category="sequence parallel",
             description=(
                 "Encodes tiles on all devices at once. The latent is that of VAE Encode (Tiled) with the same"
-                " settings, bit for bit."
+                " settings, bit for bit on the same model of GPU."
             ),
             inputs=[
                 io.Image.Input("pixels", tooltip="Pictures, or the frames of one video."),

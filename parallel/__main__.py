@@ -27,15 +27,15 @@ def main(arguments: list[str] | None = None) -> int:
     commands.add_parser("families", parents=[common], help="list the model families, and what works with each")
     commands.add_parser("doctor", parents=[common], help="check this machine and start the workers once")
 
-    bench = commands.add_parser("bench", parents=[common], help="time the exchange, or a step of a tiny model")
-    bench.add_argument("what", choices=("attention", "step"))
+    bench = commands.add_parser("bench", parents=[common], help="time the exchange, a tiny model's step, or the start")
+    bench.add_argument("what", choices=("attention", "step", "start"))
     for name, default, text in (
         ("tokens", 8192, "tokens of the latent"),
         ("text", 64, "tokens of the text"),
         ("heads", 2, "attention heads"),
         ("batch", 1, "samples"),
         ("pipeline", 1, "chunks of heads that overlap exchange and kernel (attention only)"),
-        ("rounds", 15, "timed rounds"),
+        ("rounds", 0, "timed rounds; 0 is 15, or 3 of start"),
         ("ulysses-degree", 0, "0 chooses"),
         ("ring-degree", 0, "0 chooses"),
         ("share-of", 0, "measure one rank of a world of this size on one device, without peers (attention only)"),
@@ -85,6 +85,10 @@ def _run(options: argparse.Namespace) -> tuple[dict[str, Any], str, int]:
 def _bench(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
     import torch
 
+    if options.what == "start":
+        from .bench.start import bench_start
+
+        return bench_start(options.devices, options.rounds or 3)
     from .bench.run import Workload, bench_attention, bench_step
 
     try:
@@ -95,9 +99,10 @@ def _bench(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
         slow = tuple(int(part) for part in options.slow.split(",") if part)
     except ValueError:
         raise ConfigError(f"slow is {options.slow!r}; give a whole number for each rank, e.g. 1,2") from None
-    names = ("devices", "tokens", "text", "heads", "batch", "pipeline", "rounds", "ulysses_degree", "ring_degree")
+    names = ("devices", "tokens", "text", "heads", "batch", "pipeline", "ulysses_degree", "ring_degree")
     workload = Workload(
         **{name: getattr(options, name) for name in names},
+        rounds=options.rounds or 15,
         layers=(dual, single),
         slow=slow,
         dtype=getattr(torch, options.dtype),

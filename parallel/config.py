@@ -9,7 +9,7 @@ from math import inf
 
 import torch
 
-from . import placement
+from . import placement, shared_gpu
 from .degrees import RequestedDegrees
 from .errors import ConfigError
 
@@ -128,7 +128,7 @@ def parse_devices(text: str) -> tuple[WorkerDevice, ...] | None:
         raise ConfigError(f"devices is {text!r}; CPU and GPU workers cannot share one sequence, use one kind")
     names = [device.name for device in devices if device.type == "cuda"]
     for name in names:
-        if names.count(name) > 1:
+        if names.count(name) > 1 and not shared_gpu.allowed():
             raise ConfigError(f"devices names {name} {names.count(name)} times; a GPU can hold one worker")
     return tuple(devices)
 

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 
 from .config import Layout, SequenceParallelConfig, resolve
-from .errors import ConfigError, EngineError
+from .errors import ConfigError, EngineError, UnsupportedError
 from .host.group import WorkerGroup
-from .versions import OLDEST_TORCH, require
+from .versions import OLDEST_TORCH, conflicts, require
 from .wire.shared import lay_out
 
 _HEADS = 24
@@ -70,8 +70,11 @@ def _libraries() -> str:
     lines = [line.strip() for line in _REQUIREMENTS.read_text().splitlines()]
     oldest = {"torch": OLDEST_TORCH} | dict(line.partition(">=")[::2] for line in lines if line and line[0] != "#")
     found = {name: importlib.metadata.version(name) for name in oldest}
-    for name, version in found.items():
-        require(name, version, oldest[name])
+    del oldest["transformers"]  # which version fits is decided by diffusers, below
+    for name in oldest:
+        require(name, found[name], oldest[name])
+    if sentence := next(conflicts(), None):
+        raise UnsupportedError(sentence)
     return f"Python {platform.python_version()}, {', '.join(f'{name} {version}' for name, version in found.items())}"
 
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch.distributed as dist
+from torch import Tensor
 
 from .degrees import Degrees
 
@@ -49,6 +50,13 @@ class Mesh:
             return self.ring
         ranks, sp = range(self.degrees.world_size), self.degrees.sp
         return _group([ranks[start : start + sp] for start in ranks[::sp]])
+
+    def reduce(self, tensor: Tensor, op: dist.ReduceOp.RedOpType) -> None:
+        """All-reduces `tensor` in place over the ranks that share a sequence, which must all call: along one axis, then
+        along the other, so that it needs no group of its own."""
+        for group in (self.ulysses, self.ring):
+            if group is not None:
+                dist.all_reduce(tensor, op, group=group)
 
     @property
     def ulysses_ranks(self) -> range:

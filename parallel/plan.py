@@ -135,6 +135,16 @@ class AttentionPlan:
     def head_ranges(self) -> tuple[Range, ...]:
         return ranges(self.local_heads[: self.ulysses_degree]) * self.ring_degree
 
+    @cached_property
+    def token_ranges(self) -> tuple[Range, ...]:
+        """Queries of each rank, in the order of the ranks."""
+        return ranges(self.tokens)
+
+    @cached_property
+    def key_ranges(self) -> tuple[Range, ...]:
+        """Keys of each rank, likewise."""
+        return ranges(self.keys)
+
     @property
     def joint(self) -> bool:
         """Whether queries and keys are the same tokens, and heads are not grouped."""
@@ -206,6 +216,11 @@ class SequencePlan:
     @property
     def ulysses_degree(self) -> int:
         return self.world_size // self.ring_degree
+
+    @property
+    def key_ranges(self) -> tuple[Range, ...]:
+        """Keys of each rank: those of its tokens."""
+        return self.token_ranges
 
     @property
     def tokens(self) -> tuple[int, ...]:

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.distributed import devices
+
 
 class RootIsNoPackage:
     """The repository root has an `__init__.py`, for ComfyUI. pytest would import it before the first test."""
@@ -17,7 +19,15 @@ class RootIsNoPackage:
         return pytest.Dir.from_parent(parent, path=path) if path == parent.config.rootpath else None
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    titles = ", ".join(f"{name}: {kind.title}" for name, kind in devices.KINDS.items())
+    parser.addoption(
+        "--devices", choices=list(devices.KINDS), default="cpu", help=f"of the ranks in tests/distributed ({titles})"
+    )
+
+
 def pytest_configure(config: pytest.Config) -> None:
+    devices.choose(config.getoption("--devices"))
     config.pluginmanager.register(RootIsNoPackage())  # as a hook of this file it would only see what lies in tests/
 
 

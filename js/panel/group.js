@@ -29,6 +29,12 @@ function exposedTooltip({ ranks, step }) {
   ].join("\n");
 }
 
+/** Phases with their seconds as texts, and their `total`. */
+function durations(phases) {
+  const total = Object.values(phases).reduce((sum, value) => sum + value, 0);
+  return Object.fromEntries(Object.entries({ ...phases, total }).map(([name, value]) => [name, seconds(value)]));
+}
+
 export class GroupView {
   constructor() {
     this._title = element("h3", "sp-group-title");
@@ -119,6 +125,21 @@ export class GroupView {
         "Speed-up",
         t("{times}× one device", { times: group.speedup.toFixed(2) }),
         t("The last step against the last one of the same size on one device."),
+      ]);
+    }
+    if (group.start.torch !== undefined) {
+      rows.push([
+        "Start",
+        t("{total} (Python {python}, torch {torch}, device {device}, meeting {meeting})", durations(group.start)),
+        t("Of the worker that the others waited for. Meeting: until all workers are connected."),
+      ]);
+    }
+    if (group.load.weights !== undefined) {
+      const { libraries, weights, "self-check": check = 0 } = group.load;
+      rows.push([
+        "Load",
+        t("{total} (libraries {libraries}, weights {weights}, self-check {check})", durations({ libraries, weights, check })),
+        t("The last model, on the worker that took longest. Libraries: what of importing diffusers the start did not hide."),
       ]);
     }
     const elements = [];

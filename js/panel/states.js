@@ -17,6 +17,7 @@ const TEXTS = {
   tile: "Computing tiles",
   unload: "Freeing memory",
   "unload vae": "Freeing memory",
+  recover: "Freeing memory",
   dead: "Failed",
   stopped: "Stopped",
 };

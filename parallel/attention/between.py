@@ -11,6 +11,7 @@ rank r, with H heads in G groups of key heads:
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from math import prod
 from typing import Protocol
@@ -24,6 +25,7 @@ from .common_memory import CommonMemoryExchange
 from .joint import JointAttention, joint_attention
 from .kernels import Kernel
 from .ring import RingAttention
+from .row_check import RowCheck
 from .traffic import Traffic
 from .ulysses import all_to_all
 
@@ -47,6 +49,8 @@ class StreamAttention:
         pipeline: chunks of heads.
         traffic: counts what is sent.
         common: of the row's ranks, see `UlyssesAttention`.
+        launched: counts a ring's exchanges, see `RingAttention`.
+        check: compares the first call of a kind with exact attention.
     """
 
     def __init__(
@@ -60,11 +64,14 @@ class StreamAttention:
         pipeline: int = 1,
         traffic: Traffic | None = None,
         common: CommonMemoryExchange | None = None,
+        launched: Counter[str] | None = None,
+        check: RowCheck | None = None,
     ):
         self.plan = plan
         self._rank, self._ulysses, self._ring = rank, ulysses, ring
         self._kernel, self._pipeline, self._common = kernel, pipeline, common
         self._traffic = traffic or Traffic()
+        self._launched, self._check = launched, check
         self._row = row = plan.row(rank)
         self._position = rank - row.start
         self._queries, self._keys = plan.tokens[row], plan.keys[row]
@@ -72,7 +79,9 @@ class StreamAttention:
         self._around: RingAttention | None = None
         if plan.ring_degree > 1:
             assert ring is not None
-            self._around = RingAttention(plan.key_chunks, rank // plan.ulysses_degree, ring, kernel, self._traffic)
+            self._around = RingAttention(
+                plan.key_chunks, rank // plan.ulysses_degree, ring, kernel, self._traffic, launched
+            )
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, compute: Compute, mask: Tensor | None = None) -> Tensor:
         """q [B, H, Q_r, D], k and v [B, G, K_r, D] of this rank's tokens → [B, H, Q_r, D].
@@ -82,6 +91,12 @@ class StreamAttention:
             mask: of the whole attention, boolean or to be added to the scores, [.., Q, K] with tokens in the order of
                 the ranks; its heads are all heads, or one.
         """
+        out = self._attend(q, k, v, compute, mask)
+        if self._check is not None:
+            self._check(self.plan, q, k, v, out, mask)
+        return out
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, compute: Compute, mask: Tensor | None) -> Tensor:
         if self.plan.joint and mask is None and v.shape[3] == q.shape[3]:
             return self._joint(compute)(*(x.transpose(1, 2) for x in (q, k, v))).transpose(1, 2)
         if len(self._queries) > 1:
@@ -101,6 +116,7 @@ class StreamAttention:
             self._pipeline,
             self._traffic,
             self._common,
+            self._launched,
             compute=None if self.plan.ring_degree > 1 else compute,
         )
 

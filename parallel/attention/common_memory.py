@@ -14,6 +14,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
+from ..mesh import COLLECTIVE_TIMEOUT
 from .exchange import PARTS, Coming, Joined, Parcel, Pieces
 
 _HEADER = 64 << 10
@@ -24,6 +25,7 @@ _MAP_NORESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000)
 """Named since Python 3.13; the number is that of Linux on x86."""
 _SPIN_S = 0.002
 _SLEEP_S = 0.0001
+_LAST_RESORT_S = COLLECTIVE_TIMEOUT.total_seconds()
 
 
 class CommonMemory:
@@ -104,6 +106,16 @@ class CommonMemoryExchange:
         assert max(self._words) < len(memory.words) and len(self._ranks) < _TABLE // 8
         self._number = 0
 
+    @property
+    def name(self) -> str:
+        """The same on all ranks of the group, and no other group's."""
+        return f"common memory of ranks {self._ranks}, word {self._words[0]}"
+
+    @property
+    def launched(self) -> int:
+        """Exchanges that this rank has launched."""
+        return self._number
+
     @staticmethod
     def fits(nbytes: int) -> bool:
         """Whether a message of so many bytes can be sent."""
@@ -139,9 +151,9 @@ class CommonMemoryExchange:
 
     def _wait_for(self, number: int) -> None:
         words = self.memory.words
-        for word in self._words:
-            if words[word] < number:
-                _wait(words, word, number)
+        for rank, word in zip(self._ranks, self._words, strict=True):
+            if words[word] < number and not _wait(words, word, number):
+                raise RuntimeError(f"rank {rank} has not sent its part of exchange {number} in {_LAST_RESORT_S:g} s")
 
     def _read(self, number: int, received: Sequence[int], dtype: torch.dtype) -> list[Tensor]:
         pieces = []
@@ -180,11 +192,19 @@ class _InSlot:
         return Coming(arrived.wait, read)
 
 
-def _wait(words: memoryview, word: int, number: int) -> None:
-    """Gives the core away again and again; after a while sleeps, too. The host ends ranks whose peers have died."""
+def _wait(words: memoryview, word: int, number: int) -> bool:
+    """Gives the core away again and again; after a while sleeps, too. The host ends ranks whose peers have died.
+
+    Returns:
+        False when `_LAST_RESORT_S` have passed.
+    """
     began = time.perf_counter()
     while words[word] < number:
-        if time.perf_counter() - began < _SPIN_S:
+        waited = time.perf_counter() - began
+        if waited < _SPIN_S:
             os.sched_yield()
-        else:
+        elif waited < _LAST_RESORT_S:
             time.sleep(_SLEEP_S)
+        else:
+            return False
+    return True

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -68,6 +69,12 @@ class Exchange(Protocol):
 class CollectiveExchange:
     """By `all_to_all_single`, asynchronously. Rows lead, so the pieces of the senders land in order: [rows, 3, width].
 
+    A rank without heads receives nothing on the way in and sends nothing on the way back. NCCL has had faults with
+    empty messages (https://github.com/NVIDIA/nccl/issues/696, fixed in 2.12.10), and a hang was reported where one of
+    two ranks sends nothing (https://github.com/pytorch/pytorch/issues/146468, NCCL 2.21.5, unexplained). So such a rank
+    sends one element to itself: every rank then sends and receives in every exchange. That changes no other rank's
+    sizes and copies two or four bytes.
+
     Args:
         group: the ranks.
         position: of this rank among them.
@@ -81,15 +88,29 @@ class CollectiveExchange:
         return _Packed(self, widths, rows, self._position, like)
 
     def start(self, whole: Tensor, sent: Sequence[int], received: Sequence[int]) -> Pieces:
-        arrived, wait = self.transfer(whole.reshape(-1), sent, received)
-        return Coming(wait, lambda: arrived.split(list(received)))
+        flat = whole.reshape(-1)
+        if sent[self._position] == 0:
+            before = sum(sent[: self._position])
+            flat = torch.cat((flat[:before], flat.new_zeros(1), flat[before:]))
+        arrived, wait = self.transfer(flat, self.padded(sent), received)
+        padded = self.padded(received)
+        return Coming(wait, lambda: [p[:n] for p, n in zip(arrived.split(padded), received, strict=True)])
+
+    def padded(self, sizes: Sequence[int]) -> list[int]:
+        """The pieces' sizes with at least one element from this rank to itself."""
+        return [max(size, int(i == self._position)) for i, size in enumerate(sizes)]
 
     def transfer(
-        self, send: Tensor, sent: Sequence[int], received: Sequence[int]
+        self, send: Tensor, padded: Sequence[int], received: Sequence[int]
     ) -> tuple[Tensor, Callable[[], object]]:
-        """What will have arrived, flat, once the second has been called."""
-        arrived = send.new_empty(sum(received))
-        work = dist.all_to_all_single(arrived, send, list(received), list(sent), group=self._group, async_op=True)
+        """What will have arrived, flat and padded, once the second has been called.
+
+        Args:
+            send: pieces of `padded` elements, one after the other.
+        """
+        sizes = self.padded(received)
+        arrived = send.new_empty(sum(sizes))
+        work = dist.all_to_all_single(arrived, send, sizes, list(padded), group=self._group, async_op=True)
 
         def wait(_outlives_the_transfer: Tensor = send) -> None:
             work.wait()
@@ -102,15 +123,17 @@ class _Packed:
         self, exchange: CollectiveExchange, widths: Sequence[int], rows: Sequence[int], position: int, like: Tensor
     ):
         self._exchange = exchange
-        self._sent = [PARTS * rows[position] * width for width in widths]
+        sent = [PARTS * rows[position] * width for width in widths]
+        self._padded = exchange.padded(sent)
         self._received = [PARTS * each * widths[position] for each in rows]
         self._shape = (sum(rows), PARTS, widths[position])
-        self._whole = like.new_empty(sum(self._sent))
+        self._whole = like.new_empty(sum(self._padded))
         self.pieces: Sequence[Tensor] = [
-            piece.view(rows[position], PARTS, width).transpose(0, 1)
-            for piece, width in zip(self._whole.split(self._sent), widths, strict=True)
+            piece[:size].view(rows[position], PARTS, width).transpose(0, 1)
+            for piece, size, width in zip(self._whole.split(self._padded), sent, widths, strict=True)
         ]
 
     def send(self) -> Joined:
-        arrived, wait = self._exchange.transfer(self._whole, self._sent, self._received)
-        return Coming(wait, lambda: arrived.view(self._shape).transpose(0, 1))
+        arrived, wait = self._exchange.transfer(self._whole, self._padded, self._received)
+        # Padded only where nothing else arrives.
+        return Coming(wait, lambda: arrived[: sum(self._received)].view(self._shape).transpose(0, 1))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from typing import Protocol, TypeVar, runtime_checkable
 
@@ -58,18 +59,19 @@ def joint_attention(
     pipeline: int = 1,
     traffic: Traffic | None = None,
     common: CommonMemoryExchange | None = None,
+    launched: Counter[str] | None = None,
     compute: Local | None = None,
 ) -> JointAttention:
     """The attention of `plan` for `rank`; the groups are needed where their degree is above 1.
 
-    What is sent is added to `traffic`. `common` is the Ulysses group's, see `UlyssesAttention`. `compute` takes the
-    kernel's place where there is no ring.
+    What is sent is added to `traffic`. `common` is the Ulysses group's, see `UlyssesAttention`; `launched` the ring's,
+    see `RingAttention`. `compute` takes the kernel's place where there is no ring.
     """
     traffic = traffic or Traffic()
     local: Local = compute or kernel
     if plan.ring_degree > 1:
         assert ring is not None
-        local = RingAttention(plan.chunks, rank // plan.ulysses_degree, ring, kernel, traffic)
+        local = RingAttention(plan.chunks, rank // plan.ulysses_degree, ring, kernel, traffic, launched)
     if plan.ulysses_degree == 1:
         return Unexchanged(local)
     assert ulysses is not None

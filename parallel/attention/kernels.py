@@ -92,8 +92,25 @@ class Sdpa(Kernel):
         return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(grad, q, k, v, out, lse, 0.0, False)
 
 
+_NO_CUDNN_PLAN = (
+    "no execution plans support the graph",
+    "no valid execution plans built",
+    "no valid engine configs",
+    "cudnn_status_not_supported",
+)
+"""What cuDNN says when it has no kernel, in lower case: messages of cudnn-frontend's `plans.h`, which PyTorch raises as
+"cuDNN Frontend error: …" while it builds the graph (aten/src/ATen/native/cudnn/MHA.cpp), and the status
+"CUDNN_STATUS_NOT_SUPPORTED". No kernel has run by then."""
+
+
+def says_no_kernel(error: RuntimeError) -> bool:
+    """Whether cuDNN has no kernel for these tensors; any other error may be of the device, and stands."""
+    text = str(error).lower()
+    return "cudnn" in text and any(words in text for words in _NO_CUDNN_PLAN)
+
+
 class Auto(Sdpa):
-    """As `Sdpa`; without cuDNN from the first time that it promised a kernel and had none. Not yet run on a GPU.
+    """As `Sdpa`; without cuDNN from the first time that it promised a kernel and had none.
 
     A rank decides this by itself: it changes rounding, and no exchange.
     """
@@ -103,10 +120,8 @@ class Auto(Sdpa):
     def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         try:
             return super().__call__(q, k, v)
-        except torch.OutOfMemoryError:
-            raise
         except RuntimeError as error:
-            if self._backends is None or SDPBackend.CUDNN_ATTENTION not in self._backends:
+            if self._backends is None or SDPBackend.CUDNN_ATTENTION not in self._backends or not says_no_kernel(error):
                 raise
             log.warning("attention auto: cuDNN has no kernel for this model (%s); going on without it", error)
             self._backends.remove(SDPBackend.CUDNN_ATTENTION)
@@ -157,9 +172,9 @@ class Cudnn(_HalfPrecision):
 class Sage(Kernel):
     """SageAttention (https://arxiv.org/abs/2410.02367): 8-bit scores, so results differ slightly. Opt-in only.
 
-    Written after the package's sources, 1.0.6 and 2.2.0; not yet run on a GPU. Its log-sum-exp is natural and of the
-    scaled scores, [B, H, S_q] in fp32, but holds a term that was rounded to q's dtype (the mean key that it takes off
-    before it quantises). 1.x has none, and takes the argument without a word.
+    Written after the package's sources, 1.0.6 and 2.2.0. Its log-sum-exp is natural and of the scaled scores,
+    [B, H, S_q] in fp32, but holds a term that was rounded to q's dtype (the mean key that it takes off before it
+    quantises). 1.x has none, and takes the argument without a word.
     """
 
     name = "sage"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -16,9 +15,9 @@ def merge(out: Tensor, lse: Tensor, part: Tensor, part_lse: Tensor) -> tuple[Ten
         part, part_lse: the same over other keys; `part` in any dtype.
 
     Returns:
-        The merged result and its log-sum-exp, in the numerically safe form of
-        https://github.com/zhuzilin/ring-flash-attention/pull/34#issuecomment-2076126795
+        The merged result and its log-sum-exp. `lse − logsigmoid(lse − part_lse)`, which ring implementations share, is
+        the same until keys are masked as a whole: beside a log-sum-exp of −1e37 it loses the other one.
     """
     weight = torch.sigmoid(part_lse - lse)[..., None]
     out.add_(weight * (part.float() - out))
-    return out, lse - F.logsigmoid(lse - part_lse)
+    return out, torch.logaddexp(lse, part_lse)

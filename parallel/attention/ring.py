@@ -7,6 +7,7 @@ sizes come from the plan. Partial results are merged in fp32.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -29,6 +30,7 @@ class RingAttention:
         group: the ring's process group.
         kernel: must give log-sum-exp.
         traffic: counts what is sent, and times the exchanges.
+        launched: counts the exchanges that this rank has launched, by the group's name.
 
     Raises:
         UnsupportedError: the kernel gives none; on all ranks alike, before anything is sent.
@@ -41,6 +43,7 @@ class RingAttention:
         group: dist.ProcessGroup,
         kernel: Kernel,
         traffic: Traffic | None = None,
+        launched: Counter[str] | None = None,
     ):
         if kernel.no_lse:
             raise UnsupportedError(kernel.no_lse)
@@ -49,6 +52,7 @@ class RingAttention:
         self.group = group
         self.kernel = kernel
         self.traffic = traffic or Traffic()
+        self.launched = Counter() if launched is None else launched
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
         """q [B, H, Q, D], k and v [B, H, S_i, D] → [B, H, Q, D].
@@ -63,6 +67,7 @@ class RingAttention:
         size = len(self.chunks)
         following = dist.get_global_rank(self.group, (self.index + 1) % size)
         previous = dist.get_global_rank(self.group, (self.index - 1) % size)
+        self.launched[self.group.group_name] += 1
         return dist.batch_isend_irecv(
             [
                 dist.P2POp(dist.isend, send, following, self.group),

@@ -14,7 +14,7 @@ class Traffic:
     """Counters of one step or one measurement; backward passes are not counted.
 
     Both times are wall time of a CPU rank. Of a CUDA rank they are time of its compute stream, between events that are
-    recorded without waiting for the device (not yet run on a GPU).
+    recorded without waiting for the device.
     """
 
     collectives: int = 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 
+import comfy.ldm.modules.attention
 import torch
 from torch import Tensor, nn
 
@@ -66,6 +67,11 @@ def _move(network: nn.Module, device: torch.device, progress: Progress) -> None:
         done += own
         if own:
             progress(done, total)
+
+
+def attention_name() -> str:
+    """Of the attention function that ComfyUI has chosen: `sage` computes with 8 bits, all others exactly."""
+    return "sage" if "sage" in comfy.ldm.modules.attention.optimized_attention.__name__ else "sdpa"
 
 
 def nbytes(network: nn.Module) -> int:

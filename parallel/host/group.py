@@ -13,18 +13,22 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NoReturn
+
+import torch
 
 from ..config import Layout
 from ..errors import EngineError, WorkerDiedError, WorkerError, WorkerOutOfMemoryError
 from ..wire.channel import Message
 from ..wire.control import ControlPage
-from . import status
+from . import status, verdict
 from .memory import GroupMemory
-from .process import WorkerProcess
-from .supervisor import LEAVE_S, Supervisor
+from .pace import LONGEST_S, Pace, Stuck, Watch, work_of
+from .process import SEND_TIMEOUT_S, WorkerProcess
+from .process_state import in_words, state
+from .supervisor import LEAVE_S, REAP_S, Supervisor
 
 log = logging.getLogger("sequence_parallel")
 
@@ -35,12 +39,15 @@ Progress = Callable[[int, int], None]
 
 _SLICE_S = 0.05
 _START_TIMEOUT_S = 180.0
-_STUCK_AFTER_S = 600.0
-"""No rank has given a sign of life for so long: one of them hangs. A rank that compiles gives signs."""
 _DRAIN_TIMEOUT_S = 60.0
-"""The same, for a call that has been cancelled."""
+"""How long the ranks may be silent in a call that has been cancelled."""
 _GRACE_S = 1.0
 """How long peers of a failed rank may take to report, before the group is ended."""
+_GRACE_OUT_OF_MEMORY_S = 2.0
+"""The same for one that is out of memory: before PyTorch says so, it waits for the device and gives back what it
+does not use."""
+_PROBE_S = 5.0
+"""How long ranks may take to free memory and try their devices, after all of them were out of memory."""
 
 
 @dataclass(slots=True)
@@ -60,6 +67,8 @@ class Task:
 
     rank: int
     operation: str
+    work: Hashable | None = None
+    """See `pace.work_of`."""
     reply: Message | None = None
 
 
@@ -68,7 +77,8 @@ class WorkerGroup:
 
     Args:
         layout: devices and degrees.
-        threads: CPU threads of each worker; by default an equal share of the cores that this process may use.
+        threads: CPU threads of each worker; by default an equal share of this process's, or of its cores.
+        family: of the model that will be loaded first, if known: workers import its class while they meet.
 
     Attributes:
         generation: changes with every group, so that a model knows whether its weights went with an older one.
@@ -79,8 +89,9 @@ class WorkerGroup:
 
     _generations = itertools.count(1)
 
-    def __init__(self, layout: Layout, threads: int | None = None):
+    def __init__(self, layout: Layout, threads: int | None = None, family: str | None = None):
         self.layout = layout
+        self.family = family
         self.generation = next(self._generations)
         self.messages = 0
         self._control = ControlPage.create()
@@ -93,17 +104,21 @@ class WorkerGroup:
         self._tasks: dict[int, Task] = {}
         """Those without an answer, by number."""
         self._numbers = itertools.count(1)
+        self._pace = Pace()
         self._failure: WorkerError | None = None
-        self._told_failure = False
+        self._failing = False
+        """The failure is about to be known."""
         self._closing = False
         self._stopped = "the workers were stopped"
         self._supervisor = Supervisor(
             layout,
             threads or _threads_per_worker(layout),
             self._control.fileno(),
+            family,
             self._changed,
             on_message=self._on_message,
             on_end=self._on_end,
+            on_blocked=self._on_blocked,
             on_failure=self._on_supervisor_failure,
         )
 
@@ -130,15 +145,14 @@ class WorkerGroup:
                     late = [w for w in self._workers if not w.ready]
                     names = ", ".join(w.describe() for w in late) or "the workers"
                     said = "".join(w.output_so_far() for w in late[:1])
-                    failure = WorkerDiedError(
-                        f"{names} did not start within {_START_TIMEOUT_S:g} s{self._advice}{said}", rank=0
-                    )
-                    self._tell_failure(failure)
-                    raise failure
+                    text = f"{names} did not start within {_START_TIMEOUT_S:g} s{self._advice}{said}"
+                    self._fail_with(WorkerDiedError(text, rank=late[0].rank if late else 0))
         except BaseException:
             self.stop()
             raise
-        log.info("workers started in %.1f s on %s", time.monotonic() - began, self.layout.describe())
+        self.figures.started([worker.start_seconds for worker in self._workers])
+        seconds, phases = time.monotonic() - began, status.phases_text(self.figures.start)
+        log.info("workers started in %.1f s (%s) on %s", seconds, phases, self.layout.describe())
         self.last_used = time.monotonic()
 
     @property
@@ -150,6 +164,11 @@ class WorkerGroup:
     @property
     def pids(self) -> list[int]:
         return [worker.process.pid for worker in self._workers]
+
+    @property
+    def titles(self) -> list[str]:
+        """The model of each worker's device."""
+        return [worker.title for worker in self._workers]
 
     def cached_on(self, device: str) -> int:
         """Bytes of a GPU that its worker has taken and does not use, as it last said."""
@@ -226,7 +245,12 @@ class WorkerGroup:
             self._stopped = reason
             self._closing = True
         atexit.unregister(self.stop)
-        self._supervisor.end(0.0 if self._failure is not None or self._call is not None or self._tasks else LEAVE_S)
+        busy = self._failure is not None or self._call is not None or self._tasks
+        left_behind = self._supervisor.end(0.0 if busy else LEAVE_S)
+        if left_behind and not self._failing:  # else the failure's message names them
+            text = ". ".join(worker.describe_left_behind() for worker in left_behind)
+            log.error("%s", text)
+            status.tell(status.CRASHED, text)
         # A thread in the middle of a call leaves it first: it would touch what is closed here.
         alone = self._call_lock.acquire(timeout=LEAVE_S)
         try:
@@ -251,16 +275,16 @@ class WorkerGroup:
             Each rank's result.
 
         Raises:
-            WorkerError: a rank failed. Unless all ranks failed alike, with the same words, the group has been ended:
-                where one has stopped, others may be in the middle of an exchange. CUDA's words for too little memory
-                differ from device to device, so it ends the group.
+            WorkerError: a rank failed. The group has been ended, but in two cases: all ranks have raised the same error
+                of the engine's own, or all were out of memory and their devices still compute; and no rank was in an
+                exchange that others had not begun.
         """
-        with self._call_lock:
+        with self._turn(poll):
             self.settle(poll)
             call = self._send(operation, message)
             told = (0, 0)
-            beats: tuple[int, ...] = ()
-            last_sign = time.monotonic()
+            work = work_of(operation, message)
+            watch = Watch(lambda: self._pace.patience(work))
             while not self._when(lambda: len(call.replies) == len(self._workers) or self._failed_reply(call)):
                 try:
                     if poll is not None:
@@ -271,12 +295,13 @@ class WorkerGroup:
                 except BaseException:
                     self._control.request_cancel()  # `settle` collects the answers
                     raise
-                if (now := self._control.beats(len(self._workers))) != beats:
-                    beats, last_sign = now, time.monotonic()
-                elif time.monotonic() - last_sign > _STUCK_AFTER_S:
-                    self._fail_stuck(call, beats)
+                self._look(watch, operation, self._silent(call))
+                if self._slowest(call)[0]:  # a step of a sampling is done: each kind of its work has been seen
+                    self._pace.measured(work, watch.longest)
             if self._failed_reply(call):
                 self._raise_failed(call)
+            self._look(watch, operation, [])
+            self._pace.measured(work, watch.longest)
             if on_progress is not None and (slowest := self._slowest(call)) != told:
                 on_progress(*slowest)
             self._call = None
@@ -293,7 +318,7 @@ class WorkerGroup:
         Raises:
             WorkerError: the group has failed.
         """
-        with self._call_lock:
+        with self._turn(poll):
             self.settle(poll)
             self._control.reset(len(self._workers))
             try:
@@ -310,7 +335,7 @@ class WorkerGroup:
             WorkerError: the group has failed.
         """
         self._raise_failure()
-        number, task = next(self._numbers), Task(rank, operation)
+        number, task = next(self._numbers), Task(rank, operation, work_of(operation, message))
         self._tasks[number] = task
         self._supervisor.send(rank, {"op": operation, "id": number, "segments": [], **message})
         return task
@@ -319,14 +344,17 @@ class WorkerGroup:
         """Waits for something that the tasks' replies make true.
 
         Raises:
-            WorkerError: a worker has died meanwhile.
+            WorkerError: a worker has died or is stuck meanwhile.
         """
+        watch = Watch(self._patience_with_tasks)
         while not self._when(condition):
             if poll is not None:
                 poll()
+            self._look_at_tasks(watch)
 
     def task_error(self, task: Task, advice: str) -> WorkerError:
-        """What a failed reply says. The group stays usable.
+        """What a failed reply says. The group stays usable where the rank refused the operation, or was out of memory:
+        tasks have no exchanges. Any other error ends it.
 
         Args:
             advice: what a user can do when it was the memory.
@@ -334,8 +362,11 @@ class WorkerGroup:
         assert task.reply is not None and not task.reply["ok"]
         error = task.reply["error"]
         log.error("%s", _prefixed(task.rank, error["traceback"]))
-        failure = self._remote_error(self._workers[task.rank], task.operation, error, alike=True, advice=advice)
-        if error["out_of_memory"]:
+        kept = error["expected"] or error["out_of_memory"]
+        failure = self._remote_error(self._workers[task.rank], task.operation, error, kept=kept, advice=advice)
+        if not kept:
+            self._lose(failure)
+        elif error["out_of_memory"]:
             status.tell(status.OUT_OF_MEMORY, str(failure))
         return failure
 
@@ -366,35 +397,43 @@ class WorkerGroup:
         Raises:
             WorkerError: the group has failed, now or earlier.
         """
-        self._settle_tasks(poll)
-        call, last_sign = self._call, time.monotonic()
-        beats: tuple[int, ...] = ()
-        if call is None:
-            self._raise_failure()
-            return
-        while not self._when(lambda: len(call.replies) == len(self._workers) or self._failed_reply(call)):
-            if poll is not None:
-                poll()
-            if (now := self._control.beats(len(self._workers))) != beats:  # e.g. it compiles
-                beats, last_sign = now, time.monotonic()
-            elif time.monotonic() - last_sign > _DRAIN_TIMEOUT_S:
-                self._fail_stuck(call, beats)
-        if self._failed_reply(call):
-            try:
-                self._raise_failed(call)
-            except WorkerError:  # an error that left the group usable was the cancelled prompt's affair
-                if not self.alive:
-                    raise
-        self._call = None
+        with self._turn(poll):
+            self._settle_tasks(poll)
+            call = self._call
+            if call is None:
+                self._raise_failure()
+                return
+            watch = Watch(lambda: _DRAIN_TIMEOUT_S)
+            while not self._when(lambda: len(call.replies) == len(self._workers) or self._failed_reply(call)):
+                if poll is not None:
+                    poll()
+                self._look(watch, call.operation, self._silent(call))
+            if self._failed_reply(call):
+                try:
+                    self._raise_failed(call)
+                except WorkerError:  # an error that left the group usable was the cancelled prompt's affair
+                    if not self.alive:
+                        raise
+            self._call = None
 
     def _settle_tasks(self, poll: Poll | None) -> None:
-        began = time.monotonic()
+        watch = Watch(self._patience_with_tasks)  # a task is not cut short
         while self._tasks and not self._when(lambda: not self._tasks):
             if poll is not None:
                 poll()
-            if time.monotonic() - began > _STUCK_AFTER_S:  # a task is not cut short
-                task = next(iter(self._tasks.values()))
-                self._fail_stuck(_Call(0, task.operation), self._control.beats(len(self._workers)))
+            self._look_at_tasks(watch)
+
+    @contextlib.contextmanager
+    def _turn(self, poll: Poll | None) -> Iterator[None]:
+        """Inside, no other thread calls. Another one's call ends by itself, or by its own time limit; `poll` is called
+        until then."""
+        while not self._call_lock.acquire(timeout=_SLICE_S):
+            if poll is not None:
+                poll()
+        try:
+            yield
+        finally:
+            self._call_lock.release()
 
     def _when(self, condition: Callable[[], bool]) -> bool:
         """Waits a slice of time for the condition.
@@ -412,45 +451,79 @@ class WorkerGroup:
     def _failed_reply(call: _Call) -> bool:
         return any(not reply["ok"] for reply in call.replies.values())
 
-    def _raise_failed(self, call: _Call) -> None:
-        """Turns failed replies into an exception; ends the group unless every rank failed alike."""
+    def _silent(self, call: _Call) -> list[WorkerProcess]:
+        return [worker for worker in self._workers if worker.rank not in call.replies]
+
+    def _patience_with_tasks(self) -> float:
+        return max((self._pace.patience(task.work) for task in list(self._tasks.values())), default=LONGEST_S)
+
+    def _look_at_tasks(self, watch: Watch) -> None:
+        pending = list(self._tasks.values())
+        if pending:
+            ranks = {task.rank for task in pending}
+            self._look(watch, pending[0].operation, [self._workers[rank] for rank in sorted(ranks)])
+
+    def _look(self, watch: Watch, operation: str, silent: list[WorkerProcess]) -> None:
+        """Ends the group if a worker counts as stuck."""
+        if (stuck := watch.look(silent, self._control.beats(len(self._workers)))) is not None:
+            self._fail_stuck(operation, stuck)
+
+    def _raise_failed(self, call: _Call) -> NoReturn:
+        """Turns failed replies into an exception, and ends the group where it cannot be kept; see `call`."""
+        out_of_memory = any(not reply["ok"] and reply["error"]["out_of_memory"] for reply in call.replies.values())
         with self._changed:
-            self._changed.wait_for(lambda: len(call.replies) == len(self._workers), timeout=_GRACE_S)
+            self._changed.wait_for(
+                lambda: len(call.replies) == len(self._workers) or self._failing,
+                timeout=_GRACE_OUT_OF_MEMORY_S if out_of_memory else _GRACE_S,
+            )
+        if any(worker.gone for worker in self._workers):  # the cause, which its peers' broken connections only follow
+            self._raise_first()
         failed = [rank for rank in call.order if not call.replies[rank]["ok"]]
         errors = [call.replies[rank]["error"] for rank in failed]
-        alike = len(failed) == len(self._workers) and len({(e["type"], e["message"]) for e in errors}) == 1
-        # Peers of a failed rank report broken connections; the one that broke first has the cause.
-        first = min(range(len(failed)), key=lambda i: (not errors[i]["expected"], not errors[i]["out_of_memory"], i))
-        error = self._remote_error(self._workers[failed[first]], call.operation, errors[first], alike)
+        first = verdict.first_cause(errors)
+        kept = False
+        if len(failed) == len(self._workers):
+            replies = call.replies.values()
+            kept = verdict.refused_alike(replies) or (verdict.short_of_memory(replies) and self._recovers())
+        error = self._remote_error(self._workers[failed[first]], call.operation, errors[first], kept)
         for rank, detail in zip(failed, errors, strict=True):
             log.log(logging.INFO if detail["expected"] else logging.ERROR, "%s", _prefixed(rank, detail["traceback"]))
-        if alike:
-            self._call = None
-            if isinstance(error, WorkerOutOfMemoryError):
-                status.tell(status.OUT_OF_MEMORY, str(error))
-        else:
-            self._tell_failure(error)
-            self._failure = error
-            self.stop()
+        if not kept:
+            self._fail_with(error)
+        self._call = None
+        if isinstance(error, WorkerOutOfMemoryError):
+            status.tell(status.OUT_OF_MEMORY, str(error))
         raise error
+
+    def _recovers(self) -> bool:
+        """Whether all ranks free what the failed operation has left there, and their devices compute, in `_PROBE_S`."""
+        call = self._send("recover", {})
+        deadline = time.monotonic() + _PROBE_S
+        with contextlib.suppress(EngineError):  # one has died of it, or somebody has stopped them
+            while time.monotonic() < deadline:
+                if self._when(lambda: len(call.replies) == len(self._workers) or self._failed_reply(call)):
+                    break
+        return len(call.replies) == len(self._workers) and not self._failed_reply(call)
 
     def _remote_error(
         self,
         worker: WorkerProcess,
         operation: str,
         error: dict[str, Any],
-        alike: bool,
+        kept: bool,
         advice: str = "Use a smaller size or fewer frames, more devices, weights 'offload', or an fp8 weight_dtype",
     ) -> WorkerError:
         kind = WorkerOutOfMemoryError if error["out_of_memory"] else WorkerError
-        if error["expected"] and alike:
+        if error["expected"] and kept:
             text = error["message"]
         else:
             text = f"{worker.describe()} failed in '{operation}': {error['type']}: {error['message']}"
             text += f" (memory in use there: {worker.memory / 2**20:.0f} MiB)"
         if error["out_of_memory"]:
             text += f". {advice}"
-        if not alike:
+        elif not error["expected"] and "cuda error" in error["message"].lower():
+            text += ". The GPU takes no more work from this process; if it comes back, look for 'Xid' in dmesg"
+        if not kept:
             text += ". The workers were stopped; the next prompt starts fresh ones"
         return kind(
             text,
@@ -459,19 +532,13 @@ class WorkerGroup:
             remote_traceback=_prefixed(worker.rank, error["traceback"]),
         )
 
-    def _fail_stuck(self, call: _Call, beats: tuple[int, ...]) -> None:
-        silent = [w for w in self._workers if w.rank not in call.replies]
-        # Peers of the one that hangs wait for it, some as early as it hangs itself.
-        behind = [w for w in silent if beats[w.rank] == min(beats[v.rank] for v in silent)]
-        self._failure = WorkerDiedError(
-            f"{' or '.join(w.describe() for w in behind)} stopped answering in '{call.operation}'{self._advice}."
-            " The workers were stopped; the next prompt starts fresh ones",
-            rank=behind[0].rank,
+    def _fail_stuck(self, operation: str, stuck: Stuck) -> NoReturn:
+        names = " or ".join(worker.describe() for worker in stuck.workers)
+        text = (
+            f"{names} stopped answering in '{operation}': {stuck.reason}{self._advice}. The workers were stopped; the"
+            " next prompt starts fresh ones"
         )
-        failure = self._failure
-        self._tell_failure(failure)
-        self.stop()
-        raise failure
+        self._fail_with(WorkerDiedError(text, rank=stuck.workers[0].rank))
 
     @property
     def _advice(self) -> str:
@@ -483,12 +550,32 @@ class WorkerGroup:
             " NCCL_P2P_DISABLE=1 (NCCL_DEBUG=INFO tells more)"
         )
 
-    def _tell_failure(self, failure: WorkerError) -> None:
-        """The group is lost: told once, also where a second rank reports what the first one caused."""
-        if not self._told_failure:
-            self._told_failure = True
-            out_of_memory = isinstance(failure, WorkerOutOfMemoryError)
-            status.tell(status.OUT_OF_MEMORY if out_of_memory else status.CRASHED, str(failure))
+    def _fail_with(self, failure: WorkerError) -> NoReturn:
+        """As `_lose`; raises this failure, or the one that came first."""
+        self._lose(failure)
+        self._raise_first()
+        raise failure
+
+    def _raise_first(self) -> None:
+        """Raises the failure that another thread is about to make known."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._failure is not None or self._closing, timeout=2 * REAP_S)
+        self._raise_failure()
+
+    def _lose(self, failure: WorkerError) -> None:
+        """Ends the processes, since peers would wait for a lost one in a collective, and makes the failure known: once,
+        where a second rank reports what the first one caused. Its message then also names what could not be ended."""
+        with self._changed:
+            if self._failing or self._closing:
+                return
+            self._failing = True
+        left_behind = self._supervisor.kill()
+        failure.args = (". ".join([str(failure), *(worker.describe_left_behind() for worker in left_behind)]),)
+        with self._changed:
+            self._failure = failure
+            self._changed.notify_all()
+        out_of_memory = isinstance(failure, WorkerOutOfMemoryError)
+        status.tell(status.OUT_OF_MEMORY if out_of_memory else status.CRASHED, str(failure))
 
     def _raise_failure(self) -> None:
         if self._failure is not None:
@@ -505,17 +592,26 @@ class WorkerGroup:
             if self._call is not None:
                 self._call.progress[worker.rank] = (message["done"], message["total"])
             return
-        worker.memory, worker.free, worker.cached = message["memory"], message["free"], message["cached"]
+        for name in ("memory", "free", "cached"):
+            if name in message:  # a device that has failed does not say
+                setattr(worker, name, message[name])
         if (task := self._tasks.pop(message["id"], None)) is not None:
-            task.reply = message
+            task.reply = {"memory": worker.memory, **message}
+            if message["ok"] and message["result"] is not None:  # it gives a sign of life when it begins
+                self._pace.measured(task.work, message["result"].get("seconds", 0.0))
         if self._call is not None and message["id"] == self._call.number:
             self._call.replies[worker.rank] = message
             self._call.order.append(worker.rank)
 
     def _on_end(self, worker: WorkerProcess) -> None:
-        if not self._closing:
+        if not self._closing and not self._failing:
             text = worker.describe_end(self._busy_with(worker.rank))
             self._fail(WorkerDiedError(text + ". The next prompt starts fresh workers", rank=worker.rank))
+
+    def _on_blocked(self, worker: WorkerProcess) -> None:
+        words = in_words(state(worker.process.pid))
+        text = f"{worker.describe()} has read nothing of what it was sent for {SEND_TIMEOUT_S:g} s ({words})"
+        self._fail(WorkerDiedError(text + ". The next prompt starts fresh workers", rank=worker.rank))
 
     def _on_supervisor_failure(self, error: Exception) -> None:
         self._fail(WorkerDiedError(f"the workers could not be supervised: {error}", rank=len(self._workers)))
@@ -526,19 +622,19 @@ class WorkerGroup:
         return next((task.operation for task in list(self._tasks.values()) if task.rank == rank), None)
 
     def _fail(self, failure: WorkerError) -> None:
-        with self._changed:
-            if self._failure is None:
-                self._failure = failure
-            self._changed.notify_all()
-        self._supervisor.kill()  # peers would wait for the dead rank in a collective
-        log.error("%s", failure)
-        self._tell_failure(failure)
+        """As `_lose`, where nobody may be waiting for an answer."""
+        self._lose(failure)
+        if self._failure is failure:
+            log.error("%s", failure)
 
 
 def _threads_per_worker(layout: Layout) -> int:
+    """A CPU worker gets its share of this process's own threads, so that `OMP_NUM_THREADS` counts for both; on several
+    CPU models PyTorch's convolutions give other bits with another number of threads."""
+    if layout.device_type == "cpu":
+        return max(1, torch.get_num_threads() // layout.world_size)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    share = max(1, cores // layout.world_size)
-    return share if layout.device_type == "cpu" else min(4, share)  # a GPU worker only reads files and launches kernels
+    return min(4, max(1, cores // layout.world_size))  # a GPU worker only reads files and launches kernels
 
 
 def _prefixed(rank: int, text: str) -> str:

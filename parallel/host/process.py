@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections import deque
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,13 @@ from ..config import Layout, WorkerDevice
 from ..wire import source_files
 from ..wire.channel import Channel, ChannelClosed
 from ..wire.control import SIZE as CONTROL_SIZE
+from .environment import initial_environment, worker_environment
+from .process_state import in_words, state
+
+SEND_TIMEOUT_S = 60.0
+"""How long a worker may take nothing from its socket: a thread of its own reads it, whatever the worker computes."""
+_CLOSING_S = 2.0
+"""How long a process may take to end by itself after its socket has closed."""
 
 _BOOT = Path(__file__).resolve().parent.parent / "worker" / "boot.py"
 
@@ -32,10 +40,13 @@ class WorkerProcess:
         store: descriptor of the file through which the ranks meet.
         common: descriptor of the common memory of CPU ranks.
         control: descriptor of the control page.
+        family: of the model that it will load first, if known.
 
     Attributes:
         ready: it has met the other ranks.
+        start_seconds: phases of its start, in order: python, torch (with this pack's modules), device, meeting.
         gone: it has ended.
+        left_behind: it did not end when it was killed, and nobody waits for it any more.
         memory: bytes in use when it last answered.
         free: bytes that its GPU had left then, whoever uses the others; None on a CPU.
         cached: bytes of its GPU that it had taken then and did not use.
@@ -44,16 +55,20 @@ class WorkerProcess:
         last_lines: what it last wrote to its output.
     """
 
-    def __init__(self, rank: int, layout: Layout, *, threads: int, store: int, common: int, control: int):
+    def __init__(
+        self, rank: int, layout: Layout, *, threads: int, store: int, common: int, control: int, family: str | None
+    ):
         self.rank = rank
         self.device: WorkerDevice = layout.devices[rank]
         self.ready = False
         self.gone = False
+        self.left_behind = False
         self.memory = 0
         self.free: int | None = None
         self.cached = 0
         self.total = 0
         self.title = ""
+        self.start_seconds: dict[str, float] = {}
         self.last_lines: deque[str] = deque(maxlen=30)
         self._unfinished = ""
         ours, theirs = socket.socketpair()
@@ -69,6 +84,8 @@ class WorkerProcess:
             "threads": threads,
             "switches": numerics.read(),
             "source": source_files.AT_IMPORT,
+            "family": family,
+            "started": time.monotonic(),
         }
         flags = ["-s"] if sys.flags.no_user_site else []
         try:
@@ -78,14 +95,14 @@ class WorkerProcess:
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
-                env=os.environ | _environment(threads),
+                env=worker_environment(os.environ, initial_environment(), threads=threads, rank=rank),
             )
         finally:
             theirs.close()
         assert self.process.stdout is not None
         self.output = self.process.stdout
         os.set_blocking(self.output.fileno(), False)
-        self.channel = Channel(ours)
+        self.channel = Channel(ours, SEND_TIMEOUT_S)
         with contextlib.suppress(ChannelClosed):  # whoever reads the channel sees it too, and says why
             page = {"segments": [{"name": "control", "size": CONTROL_SIZE}], "op": "attach", "id": 0}
             self.channel.send(page, (control,))
@@ -112,23 +129,21 @@ class WorkerProcess:
         return lines if text else None
 
     def describe_end(self, operation: str | None) -> str:
-        """Why the process ended, as far as its exit code tells; waits for the end, and forces it if need be.
+        """Why the process ended, as far as its exit code tells. Its socket has closed, so it should be about to end.
 
         Args:
             operation: what it was doing.
         """
+        during = "" if operation is None else f" during '{operation}'"
         try:
-            code = self.process.wait(timeout=5)
+            code = self.process.wait(timeout=_CLOSING_S)
         except subprocess.TimeoutExpired:
-            self.process.kill()
-            code = self.process.wait()
+            return f"{self.describe()} has closed its connection{during}"
         with contextlib.suppress(BlockingIOError, OSError):
             while self.read_output() is not None:
                 pass
         how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
-        text = f"{self.describe()} {how}"
-        if operation is not None:
-            text += f" during '{operation}'"
+        text = f"{self.describe()} {how}{during}"
         if self.memory:
             text += f"; it had {self.memory / 2**20:.0f} MiB in use"
         if code == -signal.SIGKILL:
@@ -136,6 +151,34 @@ class WorkerProcess:
         elif code > 0 or not self.ready:
             text += self.output_so_far()
         return text
+
+    def reap(self, deadline: float) -> bool:
+        """Waits for the end of a process that has been killed, once; later calls only look.
+
+        Args:
+            deadline: by `time.monotonic`.
+
+        Returns:
+            False: it has not ended, and is left behind.
+        """
+        patience = 0.0 if self.left_behind else max(0.0, deadline - time.monotonic())
+        try:
+            self.process.wait(timeout=patience)
+        except subprocess.TimeoutExpired:
+            self.left_behind = True
+            return False
+        return True
+
+    def describe_left_behind(self) -> str:
+        """What is known of a process that SIGKILL does not end, and what to do."""
+        letter = state(self.process.pid)
+        text = f"{self.describe()} does not end, not even by SIGKILL, and was left behind ({in_words(letter)})"
+        if self.device.type != "cuda":
+            return text
+        return (
+            f"{text}. Most often the driver of {self.device.name} is stuck: look for 'Xid' or 'NVRM' in dmesg; where"
+            " nvidia-smi does not answer or still lists the process, restart the machine"
+        )
 
     def output_so_far(self) -> str:
         """Its last lines, for the end of a message; nothing when there are none."""
@@ -155,19 +198,3 @@ def _available_bytes() -> int | None:
             if line.startswith("MemAvailable:"):
                 return int(line.split()[1]) * 1024
     return None
-
-
-def _environment(threads: int) -> dict[str, str]:
-    return {
-        "OMP_NUM_THREADS": str(threads),
-        "OMP_WAIT_POLICY": "PASSIVE",  # spinning threads of one worker would steal the cores of another
-        # Keep freed memory for the next layer: on a CPU, fetching it from the system again costs a page fault each.
-        "MALLOC_MMAP_THRESHOLD_": str(32 << 20),
-        "MALLOC_TRIM_THRESHOLD_": str(1 << 30),
-        "GLOO_SOCKET_IFNAME": "lo",
-        "NCCL_SOCKET_IFNAME": "lo",
-        "HF_HUB_OFFLINE": "1",
-        "PYTHONUNBUFFERED": "1",
-        # Every worker compiles; by default each would do so with as many processes as there are cores.
-        "TORCHINDUCTOR_COMPILE_THREADS": os.environ.get("TORCHINDUCTOR_COMPILE_THREADS", str(threads)),
-    }

@@ -199,6 +199,7 @@ class RemoteModel(RemoteWeights):
         work = (recipe.path, recipe.weight_dtype, recipe.compute_dtype, how, sizes)
         report = None if cache is None else cache.report.to_json()
         group.figures.stepped(work, degrees, self._reason, results, report)
+        group.figures.self_checked(max(each["self_check_s"] for each in self.last_step))
 
     def check_sampling(self, program: Program) -> None:
         """As `check`, for every pass of a program."""

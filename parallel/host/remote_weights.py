@@ -25,7 +25,7 @@ from ..quantise.settings import (
     refuse_devices,
 )
 from ..wire.shared import lay_out
-from . import running
+from . import running, status
 from .group import Poll, Progress, WorkerGroup
 from .recipe import Inspected, Recipe, inspect, weight_bytes
 from .sampling import SEGMENT
@@ -99,7 +99,8 @@ class RemoteWeights:
             ConfigError: the devices cannot do what `fp8` asks for.
             WorkerError: loading failed.
         """
-        group = self._own_group or running.acquire(self.recipe.config, poll)
+        family = self.inspected.adapter.family
+        group = self._own_group or running.acquire(self.recipe.config, poll, family=family)
         if self.loaded and group is self._group and fp8 == self._fp8:
             return self.nbytes
         choice = None if fp8 is None else _choose_scheme(fp8, group, poll)
@@ -127,12 +128,14 @@ class RemoteWeights:
         self._replaced.clear()
         self.nbytes = max(result["nbytes"] for result in results)
         group.figures.holds(self.name, self.recipe.path, self.nbytes)
+        group.figures.loaded([result["seconds"] for result in results])
         log.info(
-            "%s: weights %s (%s): %.0f MiB %s",
+            "%s: weights %s (%s): %.0f MiB %s; loaded in %s",
             self.recipe.path, placement.mode, placement.reason, self.nbytes / 2**20,
             "in one copy for all workers"
             if placement.mode == "offload" and self._layout.device_type == "cpu"
             else f"on each of {len(results)} workers",
+            status.phases_text(group.figures.load),
         )  # fmt: skip
         self.fp8_report = None if choice is None else self._report(choice, placement, **results[0]["fp8"])
         return self.nbytes

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from ..config import Layout, SequenceParallelConfig, resolve
@@ -15,6 +16,7 @@ from .group import Poll, WorkerGroup
 log = logging.getLogger("sequence_parallel")
 
 _IDLE_CHECK_S = 5.0
+_SLICE_S = 0.05
 
 _lock = threading.Lock()
 _groups: list[WorkerGroup] = []
@@ -22,17 +24,22 @@ _watcher: threading.Thread | None = None
 _keep_alive: Callable[[], float] | None = None
 
 
-def acquire(config: SequenceParallelConfig, poll: Poll | None = None) -> WorkerGroup:
+def acquire(config: SequenceParallelConfig, poll: Poll | None = None, *, family: str | None = None) -> WorkerGroup:
     """The running group of this configuration, started if need be.
 
     A running group of another layout that uses one of the same devices is ended first: its weights would be in the way.
+
+    Args:
+        config: devices and degrees.
+        poll: see `WorkerGroup.call`.
+        family: of the model that is to be loaded, see `WorkerGroup`.
 
     Raises:
         ConfigError: the configuration does not fit this machine.
         WorkerDiedError: a worker could not start.
     """
     layout = resolve(config)
-    with _lock:
+    with _locked(poll):
         for group in list(_groups):
             if group.alive and group.layout.same_workers(layout):
                 group.last_used = time.monotonic()
@@ -40,12 +47,24 @@ def acquire(config: SequenceParallelConfig, poll: Poll | None = None) -> WorkerG
             if not group.alive or _share_a_device(group.layout, layout):
                 group.stop()
                 _groups.remove(group)
-        return _start(layout, poll)
+        return _start(layout, poll, family)
 
 
-def _start(layout: Layout, poll: Poll | None = None) -> WorkerGroup:
+@contextlib.contextmanager
+def _locked(poll: Poll | None) -> Iterator[None]:
+    """Holds the lock; while another thread starts workers under it, `poll` is called."""
+    while not _lock.acquire(timeout=_SLICE_S):
+        if poll is not None:
+            poll()
+    try:
+        yield
+    finally:
+        _lock.release()
+
+
+def _start(layout: Layout, poll: Poll | None = None, family: str | None = None) -> WorkerGroup:
     """Starts a group; the caller holds the lock."""
-    group = WorkerGroup(layout)
+    group = WorkerGroup(layout, family=family)
     workers = f"{layout.world_size} worker{'' if layout.world_size == 1 else 's'}"
     log.info("starting %s on %s", workers, layout.describe())
     _groups.append(group)  # shown while it starts, too
@@ -84,14 +103,14 @@ def restart() -> int:
     groups = list(_groups)
     for group in groups:  # without the lock, which a prompt holds that waits for workers to start
         group.stop("the workers were restarted while this prompt ran; queue it again")
-    layouts = [group.layout for group in groups]
+    before = [(group.layout, group.family) for group in groups]
     with _lock:
         for group in _groups:
             group.stop()
         _groups.clear()
-        for layout in layouts:
-            _start(layout)
-        return len(layouts)
+        for layout, family in before:
+            _start(layout, family=family)
+        return len(before)
 
 
 def snapshot() -> list[dict[str, Any]]:

@@ -133,10 +133,27 @@ _single_steps: dict[Hashable, float] = {}
 """What was computed → seconds of its last step on one device."""
 
 
+Phases = Mapping[str, float]
+"""Name → seconds, in the order in which they ran; their sum is wall time."""
+
+
+def phases_text(phases: Phases) -> str:
+    """E.g. `torch 1.9 s, device 0.6 s`, for the log."""
+    return ", ".join(f"{name} {seconds:.1f} s" for name, seconds in phases.items())
+
+
 class GroupFigures:
-    """What one group holds and has computed last."""
+    """What one group holds and has computed last.
+
+    Attributes:
+        start: phases of the start of the worker that the others waited for: python, torch, device, meeting.
+        load: phases of the last load on the worker that took longest: libraries, weights, and self-check once it has
+            run; empty before a model was loaded.
+    """
 
     def __init__(self) -> None:
+        self.start: Phases = {}
+        self.load: Phases = {}
         self._held: dict[str, tuple[str, int]] = {}
         self._plan: tuple[Degrees, str] | None = None
         self._results: list[Mapping[str, Any]] = []
@@ -152,6 +169,19 @@ class GroupFigures:
             nbytes: on each worker.
         """
         self._held[name] = (Path(title).name, nbytes)
+
+    def started(self, ranks: Sequence[Phases]) -> None:
+        """All workers have met. The last one to get there spends the least time in the meeting."""
+        self.start = min(ranks, key=lambda phases: phases["meeting"])
+
+    def loaded(self, ranks: Sequence[Phases]) -> None:
+        """Each worker has loaded a model."""
+        self.load = max(ranks, key=lambda phases: sum(phases.values()))
+
+    def self_checked(self, seconds: float) -> None:
+        """A step included the self-check of the model loaded last, unless `seconds` is 0."""
+        if seconds:
+            self.load = {**self.load, "self-check": seconds}
 
     def dropped(self, name: str) -> None:
         self._held.pop(name, None)
@@ -213,6 +243,8 @@ class GroupFigures:
             step = {name: max(result[name] for result in results) for name in _OF_A_STEP}
         held = list(self._held.items())
         return {
+            "start": self.start,
+            "load": self.load,
             "models": [title for _, (title, _) in held],
             "plan": plan,
             "step": step,

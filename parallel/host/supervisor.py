@@ -16,13 +16,15 @@ from collections import deque
 from collections.abc import Callable
 
 from ..config import Layout
-from ..wire.channel import ChannelClosed, Message
+from ..wire.channel import ChannelBlocked, ChannelClosed, Message
 from .process import WorkerProcess
 
 log = logging.getLogger("sequence_parallel")
 
 LEAVE_S = 2.0
 """How long idle workers may take to end by themselves."""
+REAP_S = 5.0
+"""How long killed workers may take to end: the system takes down what they have mapped, page-locked memory too."""
 
 
 class Supervisor:
@@ -32,9 +34,11 @@ class Supervisor:
         layout: devices and degrees.
         threads: CPU threads of each worker.
         control: descriptor of the control page.
+        family: of the model that they will load first, if known.
         changed: held for `on_message`, and notified after everything that a worker says.
         on_message: called with a worker's answer or progress.
         on_end: called with a worker that has ended although nobody has asked it to.
+        on_blocked: called with a worker that takes no messages, in the thread that wanted to send one.
         on_failure: called with what keeps this thread from going on.
 
     Attributes:
@@ -46,16 +50,19 @@ class Supervisor:
         layout: Layout,
         threads: int,
         control: int,
+        family: str | None,
         changed: threading.Condition,
         *,
         on_message: Callable[[WorkerProcess, Message], None],
         on_end: Callable[[WorkerProcess], None],
+        on_blocked: Callable[[WorkerProcess], None],
         on_failure: Callable[[Exception], None],
     ):
         self.workers: list[WorkerProcess] = []
-        self._layout, self._threads, self._control = layout, threads, control
+        self._layout, self._threads, self._control, self._family = layout, threads, control, family
         self._changed = changed
         self._tell_message, self._tell_end, self._tell_failure = on_message, on_end, on_failure
+        self._tell_blocked = on_blocked
         self._ending = False
         self._posted: deque[Message] = deque()
         self._store = os.memfd_create("sequence-parallel:store")
@@ -73,35 +80,49 @@ class Supervisor:
 
     def send(self, rank: int, message: Message, fds: tuple[int, ...] = ()) -> None:
         """Where the worker has ended, its socket says so, and `on_end` is called."""
-        with contextlib.suppress(ChannelClosed):
+        try:
             self.workers[rank].channel.send(message, fds)
+        except ChannelBlocked:
+            self._tell_blocked(self.workers[rank])
+        except ChannelClosed:
+            pass
 
     def post(self, message: Message) -> None:
         """Sends it to all workers from this thread: takes no lock and does not wait."""
         self._posted.append(message)
         self._wake()
 
-    def kill(self) -> None:
+    def kill(self) -> list[WorkerProcess]:
+        """Ends the workers at once.
+
+        Returns:
+            Those that have not ended in `REAP_S`.
+        """
         for worker in self.workers:
             with contextlib.suppress(OSError):
                 worker.process.kill()
+        deadline = time.monotonic() + REAP_S
+        return [worker for worker in self.workers if not worker.reap(deadline)]
 
-    def end(self, patience: float) -> None:
-        """Asks the workers to leave, ends those that have not in `patience` seconds, and then the thread."""
+    def end(self, patience: float) -> list[WorkerProcess]:
+        """Ends the workers, and then the thread.
+
+        Args:
+            patience: seconds in which they may leave by themselves; with 0 they are not asked to.
+
+        Returns:
+            Those that could not be ended.
+        """
         self._ending = True
-        for rank in range(len(self.workers)):
-            self.send(rank, {"op": "stop"})
-        deadline = time.monotonic() + patience
-        for worker in self.workers:
-            try:
-                worker.process.wait(timeout=max(0.0, deadline - time.monotonic()))
-            except subprocess.TimeoutExpired:
-                worker.process.kill()
-        for worker in self.workers:
-            worker.process.wait()
+        if patience:
+            for rank in range(len(self.workers)):
+                self.send(rank, {"op": "stop"})
+            self._wait_for_ends(patience)
+        left = self.kill()
         self._wake()
         if self._thread.ident is not None and threading.current_thread() is not self._thread:
-            self._thread.join(timeout=10)
+            self._thread.join(timeout=2 * REAP_S)
+        return left
 
     def close(self) -> None:
         """Closes what it holds open; to be called after `end`."""
@@ -126,6 +147,7 @@ class Supervisor:
                         store=self._store,
                         common=self._common,
                         control=self._control,
+                        family=self._family,
                     )
                     self.workers.append(worker)
                     selector.register(worker.channel, selectors.EVENT_READ, (worker, self._on_message))
@@ -134,10 +156,16 @@ class Supervisor:
         except Exception as error:
             log.exception("the supervisor of the workers failed")
             self._tell_failure(error)
+        self._wait_for_ends(2 * LEAVE_S)  # they die with this thread, so it stays until they have left
         for worker in self.workers:
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                worker.process.wait(timeout=2 * LEAVE_S)  # they die with this thread, so it stays until they have left
             worker.close()
+
+    def _wait_for_ends(self, patience: float) -> None:
+        deadline = time.monotonic() + patience
+        for worker in self.workers:
+            if not worker.left_behind:
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    worker.process.wait(timeout=max(0.0, deadline - time.monotonic()))
 
     def _listen(self, selector: selectors.BaseSelector) -> None:
         while not self._ending:
@@ -169,6 +197,7 @@ class Supervisor:
         with self._changed:
             if message.get("event") == "ready":
                 worker.ready, worker.title, worker.total = True, message["title"], message["total"]
+                worker.start_seconds = message["seconds"]
             elif message.get("event") == "log":
                 log.log(message["level"], "[rank %d] %s", worker.rank, message["text"])
             else:

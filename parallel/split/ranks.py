@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from math import prod
 
@@ -12,6 +13,7 @@ from torch import Tensor
 from ..attention.between import StreamAttention
 from ..attention.common_memory import CommonMemoryExchange
 from ..attention.kernels import Kernel, Sdpa
+from ..attention.row_check import RowCheck
 from ..attention.traffic import Traffic
 from ..attention.ulysses import all_to_all
 from ..plan import AttentionPlan
@@ -31,6 +33,8 @@ class SequenceRanks:
         pipeline_from: tokens from which that outweighs its launches.
         traffic: counts what is sent.
         common: how CPU ranks of a Ulysses group exchange without collectives.
+        launched: counts a ring's exchanges, see `RingAttention`.
+        check: compares the first attention of each kind with an exact one.
         enter_block: called before each block, by all ranks alike; may raise to stop them all.
     """
 
@@ -47,6 +51,8 @@ class SequenceRanks:
         pipeline_from: int = 0,
         traffic: Traffic | None = None,
         common: CommonMemoryExchange | None = None,
+        launched: Counter[str] | None = None,
+        check: RowCheck | None = None,
         enter_block: Callable[[], None] = lambda: None,
     ):
         self.weights = tuple(weights)
@@ -58,6 +64,7 @@ class SequenceRanks:
         self._ulysses, self._ring = ulysses, ring
         self._kernel = kernel or Sdpa()
         self._pipeline, self._pipeline_from, self._common = pipeline, pipeline_from, common
+        self._launched, self._check = launched, check
         self._attentions: dict[AttentionPlan, StreamAttention] = {}
 
     def attention(self, plan: AttentionPlan) -> StreamAttention:
@@ -72,6 +79,8 @@ class SequenceRanks:
                 pipeline=self._pipeline if sum(plan.tokens) >= self._pipeline_from else 1,
                 traffic=self.traffic,
                 common=self._common,
+                launched=self._launched,
+                check=self._check,
             )
         return self._attentions[plan]
 

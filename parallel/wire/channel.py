@@ -23,11 +23,23 @@ class ChannelClosed(ConnectionError):
     """The other end is gone."""
 
 
-class Channel:
-    """One end of the socket. `send` may be called from several threads, `receive` from one."""
+class ChannelBlocked(ChannelClosed):
+    """The other end takes nothing; a part of the message may be under way, so nothing can be sent any more."""
 
-    def __init__(self, sock: socket.socket):
+
+class Channel:
+    """One end of the socket. `send` may be called from several threads, `receive` from one.
+
+    Args:
+        sock: of a socket pair.
+        send_timeout_s: how long `send` may wait for room in the socket's buffer; by default for ever.
+    """
+
+    def __init__(self, sock: socket.socket, send_timeout_s: float | None = None):
         self._sock = sock
+        if send_timeout_s is not None:  # Python's own time-out would be one of `receive`, too
+            limit = struct.pack("@ll", int(send_timeout_s), int(send_timeout_s % 1 * 1e6))
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, limit)
         self._lock = threading.Lock()
 
     def fileno(self) -> int:
@@ -38,6 +50,7 @@ class Channel:
 
         Raises:
             ChannelClosed: nobody is at the other end.
+            ChannelBlocked: there is no room in its buffer for longer than `send_timeout_s`.
         """
         assert len(fds) <= _MAX_FDS
         text = json.dumps(message, separators=(",", ":"), allow_nan=False).encode()
@@ -48,6 +61,8 @@ class Channel:
                 sent = self._sock.sendmsg([frame], ancillary)
                 if sent < len(frame):
                     self._sock.sendall(frame[sent:])
+        except BlockingIOError as error:
+            raise ChannelBlocked("the other end takes no messages") from error
         except OSError as error:
             raise ChannelClosed(str(error)) from error
 

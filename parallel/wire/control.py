@@ -8,7 +8,13 @@ then; hence all ranks stop at the same block, and it costs no collective. Groups
 work on different samples have a word each.
 
 `run-ahead` is how many blocks a rank's host code may be ahead of its device (0 on a CPU): on CUDA, launches return at
-once, so a rank first waits for the event of an earlier block before it looks.
+once, so before block b a rank waits until its device has finished block b − 1 − run-ahead, and then looks. It is the
+same number R on all ranks of a group throughout a pass (`worker.run_ahead`), and that is what safety takes: a rank that
+looks before block c has finished block c − 1 − R, whose collectives needed the leader's host code; so the leader had
+looked, and published if it was to, before every block up to c − 1 − R. If it publishes at block b, each rank sees it
+from c = b + 1 + R on, which is the block that it says. A pass ends with all of its work finished, so the number may
+change from pass to pass. When the host asks, the leader's device is at block b − 1 − R at the earliest, hence Cancel
+takes effect within 2 + 2R blocks: with R = 0, the block that runs and the next one.
 """
 
 from __future__ import annotations

@@ -5,10 +5,14 @@ no importable name. The engine is imported under a private name, so nothing of t
 `nodes` folder would hide ComfyUI's `nodes.py`.
 """
 
-import importlib.util
-import json
-import sys
-from pathlib import Path
+import time
+
+ENTERED = time.monotonic()
+
+import importlib.util  # noqa: E402 (after the clock is read)
+import json  # noqa: E402
+import sys  # noqa: E402
+from pathlib import Path  # noqa: E402
 
 ENGINE = "sequence_parallel_engine"
 
@@ -32,4 +36,4 @@ if __name__ == "__main__":
     settings = json.loads(sys.argv[1])
     if settings["source"] != import_module(f"{ENGINE}.wire.source_files").AT_IMPORT:
         sys.exit("the files of this pack have changed since ComfyUI was started, by an update perhaps: restart ComfyUI")
-    import_module(f"{ENGINE}.worker.loop").main(settings)
+    import_module(f"{ENGINE}.worker.loop").main(settings, ENTERED)

@@ -15,7 +15,6 @@ import socket
 import sys
 import threading
 import time
-import traceback
 from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
@@ -41,14 +40,16 @@ from ..wire.channel import Channel, ChannelClosed, Message
 from ..wire.control import SIZE as CONTROL_SIZE
 from ..wire.control import ControlPage
 from ..wire.shared import Segment, TensorRef, dtype_name
+from . import faults
 from .fp8_linear import support
 from .free_memory import device_memory, host_memory
 from .homes import MakeHome, Replicated
-from .imports import without_transformers
+from .libraries import Libraries
 from .measurement import Slowed, measure_attention
 from .native_vae import NativeVAE
 from .network_calls import NetworkCalls
 from .offloaded import Offloaded
+from .phases import Phases
 from .ranks import ParallelContext, Ranks, SoloContext, join
 from .resident import Progress, ResidentModel
 from .sampling import Agreement, Sampling
@@ -57,14 +58,6 @@ _PR_SET_PDEATHSIG = 1
 _PROGRESS_INTERVAL_S = 0.1
 _BLOCKS_OF_A_PASS = 2**20
 """More than any step of a sampling enters."""
-_OUT_OF_MEMORY = (
-    ("out of memory",),
-    ("can't allocate memory",),
-    ("cannot allocate memory",),
-    ("cublas_status_alloc_failed",),
-    ("cublas_status_not_initialized", "cublascreate"),
-)
-"""Words of errors of CUDA's, cuBLAS's, PyTorch's and the system's allocators, whatever their class."""
 
 
 class Worker:
@@ -78,6 +71,7 @@ class Worker:
         attention: kernel name, see `config.ATTENTION_KERNELS`.
         store: descriptor of the file through which the ranks meet.
         common: descriptor of the file that is the common memory of CPU ranks.
+        family: of the model that will be loaded first, if the host knows: its class is imported while the ranks meet.
     """
 
     def __init__(
@@ -90,6 +84,7 @@ class Worker:
         attention: str,
         store: int,
         common: int,
+        family: str | None,
     ):
         self._channel = channel
         self._rank = rank
@@ -97,6 +92,7 @@ class Worker:
         usable = device.type == "cpu" and CommonMemory.supported()
         memory = CommonMemory(common, rank, len(weights)) if usable else None
         self._ranks = Ranks(weights, device, kernels.select(attention, device), memory)
+        self._libraries = Libraries(family, device)
         join(rank, len(weights), device, store)
         self._segments: dict[str, Segment] = {}
         self._control: ControlPage | None = None
@@ -107,6 +103,7 @@ class Worker:
         self._operations: dict[str, Callable[[Message], dict[str, Any]]] = {
             "fp8 support": self._fp8_support,
             "free memory": self._free_memory,
+            "recover": self._recover,
             "load": self._load,
             "unload": self._unload,
             "weights": self._weights,
@@ -136,19 +133,24 @@ class Worker:
             if message["op"] == "attach":
                 self._attach(message["segments"], fds)
                 continue
+            figures: dict[str, int | None] = {}
+            attached = False
             try:
                 self._attach(message["segments"], fds)
+                attached = True
+                self._libraries.wait()
                 with Slowed(self._times) if self._times > 1 else contextlib.nullcontext():
                     result = self._operations[message["op"]](message)
                 reply = {"ok": True, "result": result}
             except StepCancelled:
                 reply = {"ok": True, "result": None, "cancelled": True}
             except BaseException as error:
-                reply = {"ok": False, "error": self._describe(error)}
-            figures: dict[str, int | None] = {"memory": 0, "free": None, "cached": 0}
-            with contextlib.suppress(RuntimeError):  # a device that has failed answers no more; the reply says why
-                figures = {"memory": self._memory(), "free": self._free(), "cached": self._cached()}
-            self._channel.send({"id": message["id"], **figures, **reply})
+                figures = self._figures()
+                reply = {"ok": False, "error": faults.describe(error, attached)}
+                faults.let_go(error)
+            self._channel.send(
+                {"id": message["id"], "launched": self._ranks.launched(), **(figures or self._figures()), **reply}
+            )
 
     # --- operations ---------------------------------------------------------------------------------------------
 
@@ -162,14 +164,25 @@ class Worker:
         self._give_memory_back()
         return {"device": asdict(device_memory(self._device)), "host": asdict(host_memory())}
 
+    def _recover(self, message: Message) -> dict[str, Any]:
+        """After an operation for which no rank had the memory: frees what it has left, and tries the device."""
+        for model in self._models.values():
+            model.forget_cache()
+        self._give_memory_back()
+        faults.probe(self._device)
+        return {}
+
     def _load(self, message: Message) -> dict[str, Any]:
         """Makes a model resident; the self-check runs the first time a family is used in a dtype."""
         self._drop_model(message["model"])
-        with torch.no_grad(), without_transformers():
+        began = time.perf_counter()
+        with torch.no_grad():
             home = self._home(message["weights"])
             model = ResidentModel(message["recipe"], self._device, self._load_progress(), home, message["fp8"])
             self._models[message["model"]] = model
-        return {"nbytes": model.nbytes, "family": model.adapter.family, "fp8": model.fp8_report}
+        weights_s = time.perf_counter() - began - model.libraries_s
+        seconds = {"libraries": self._libraries.take_waited() + model.libraries_s, "weights": weights_s}
+        return {"nbytes": model.nbytes, "family": model.adapter.family, "fp8": model.fp8_report, "seconds": seconds}
 
     def _load_progress(self) -> Progress:
         """Tells the host how far loading has come; stops it on Cancel."""
@@ -225,7 +238,7 @@ class Worker:
 
     def _weights(self, message: Message) -> dict[str, Any]:
         """Puts tensors in the place of the checkpoint's, and the checkpoint's back in theirs."""
-        model = self._models[message["model"]]
+        model = self._model(message["model"])
         model.forget_cache()
         with torch.no_grad():
             for name, ref in message["put"].items():
@@ -242,8 +255,6 @@ class Worker:
     def _rest(self, message: Message) -> dict[str, Any]:
         """After a sampling: other processes can have what its activations took. On a CPU keeping it is quicker, and the
         system can reclaim it.
-
-        Not yet run on a GPU.
         """
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
@@ -255,7 +266,7 @@ class Worker:
         assert self._control is not None
         mesh = self._mesh(message["degrees"], cached=message["cache"] is not None)
         with torch.no_grad():
-            self._check(model, mesh)
+            self_check_s = self._check(model, mesh)
             blocks = self._compiled(model, message["compile"], mesh)
             began = time.perf_counter()
             context = ParallelContext(self._ranks, mesh, self._control)
@@ -268,7 +279,8 @@ class Worker:
         counted = {} if cache is None else {"cache": asdict(cache.tally)}
         if blocks is not None:
             counted["compile"] = asdict(blocks.take_tally())
-        return {"seconds": time.perf_counter() - began, **context.traffic.to_json(), **counted}
+        seconds = time.perf_counter() - began
+        return {"seconds": seconds, "self_check_s": self_check_s, **context.traffic.to_json(), **counted}
 
     def _sample(self, message: Message) -> dict[str, Any]:
         """Runs a whole sampling. What it returns, and counts of a cache, is kept apart by the degrees of its passes."""
@@ -304,10 +316,10 @@ class Worker:
         agreement = Agreement(self._device, traffic)
         compilers: list[CompiledBlocks | None] = []
         with torch.no_grad():
-            stopped = False
+            stopped, self_check_s = False, 0.0
             try:
                 for mesh in meshes:
-                    self._check(model, mesh)
+                    self_check_s += self._check(model, mesh)
                 compilers += [self._compiled(model, message["compile"], mesh) for mesh in meshes]
             except StepCancelled:  # in this rank's batch group; another one may just have finished
                 stopped = True
@@ -330,6 +342,7 @@ class Worker:
         return {
             **counted,
             "seconds": time.perf_counter() - began,
+            "self_check_s": self_check_s,
             **traffic.to_json(),
             "degrees": [
                 {"seconds": took, "cache": asdict(tally)} for took, tally in zip(seconds, tallies, strict=True)
@@ -346,11 +359,16 @@ class Worker:
 
     def _conditioned(self, message: Message) -> ResidentModel:
         """The model of a message, with the conditioning that comes along."""
-        model = self._models[message["model"]]
+        model = self._model(message["model"])
         model.drop_conditioning(message["drop"])
         for key, ref in message["put"].items():
             model.put_conditioning(key, self._tensor(ref))
         return model
+
+    def _model(self, name: str) -> ResidentModel:
+        if name not in self._models:
+            raise EngineError(f"the workers do not have {name} any more: queue the prompt again")
+        return self._models[name]
 
     def _run_requests(
         self,
@@ -372,7 +390,7 @@ class Worker:
                 model.step(x, timestep, request["conditioning"], rows, out, context)
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
-        context.traffic.read_events()
+        context.finish()
 
     def _load_vae(self, message: Message) -> dict[str, Any]:
         """Rebuilds ComfyUI's VAE around the weights that the host shares; a CPU rank computes with them where they are.
@@ -395,7 +413,8 @@ class Worker:
 
     def _begin_tiles(self, message: Message) -> dict[str, Any]:
         """All ranks hear of the segments that tiles will travel in."""
-        assert message["vae"] in self._vaes
+        if message["vae"] not in self._vaes:
+            raise EngineError(f"the workers do not have {message['vae']} any more: queue the prompt again")
         return {}
 
     def _tile(self, message: Message) -> dict[str, Any]:
@@ -454,14 +473,21 @@ class Worker:
 
     # --- parts --------------------------------------------------------------------------------------------------
 
-    def _check(self, model: ResidentModel, mesh: Mesh) -> None:
-        """Split against alone, before the first step of a family in a dtype and mesh; all ranks are here together."""
+    def _check(self, model: ResidentModel, mesh: Mesh) -> float:
+        """Split against alone, before the first step of a family in a dtype and mesh; all ranks are here together.
+
+        Returns:
+            The seconds it took; 0 where it had been done.
+        """
         key = (model.adapter.family, model.compute_dtype, model.scheme, mesh.degrees)
-        if mesh.degrees.sp > 1 and key not in self._checked:
-            assert self._control is not None
-            context = ParallelContext(self._ranks, mesh, self._control)
-            model.self_check(context, SoloContext(self._ranks.kernel), mesh.degrees)
-            self._checked.add(key)
+        if mesh.degrees.sp == 1 or key in self._checked:
+            return 0.0
+        assert self._control is not None
+        began = time.perf_counter()
+        context = ParallelContext(self._ranks, mesh, self._control)
+        model.self_check(context, SoloContext(self._ranks.kernel), mesh.degrees, context.add_up)
+        self._checked.add(key)
+        return time.perf_counter() - began
 
     def _compiled(self, model: ResidentModel, wanted: dict[str, Any] | None, mesh: Mesh) -> CompiledBlocks | None:
         """The compiler of the model's blocks, which are compared with uncompiled ones before their first step.
@@ -499,6 +525,12 @@ class Worker:
             self._drop_segment(segment.name)
             self._segments[segment.name] = segment
 
+    def _figures(self) -> dict[str, int | None]:
+        """Of this rank's memory; none of a device that has failed and answers no more."""
+        with contextlib.suppress(RuntimeError):
+            return {"memory": self._memory(), "free": self._free(), "cached": self._cached()}
+        return {}
+
     def _memory(self) -> int:
         """Bytes that this process has taken: of the GPU by PyTorch's allocator, in use or cached; on a CPU what is
         resident."""
@@ -507,32 +539,14 @@ class Worker:
         return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
 
     def _free(self) -> int | None:
-        """Bytes that the GPU has left, whoever uses the others; the host looks after the system's memory itself.
-
-        Not yet run on a GPU.
-        """
+        """Bytes that the GPU has left, whoever uses the others; the host looks after the system's memory itself."""
         return int(torch.cuda.mem_get_info(self._device)[0]) if self._device.type == "cuda" else None
 
     def _cached(self) -> int:
-        """Bytes of the GPU that this process has taken and does not use: free for its next step, and only for it.
-
-        Not yet run on a GPU.
-        """
+        """Bytes of the GPU that this process has taken and does not use: free for its next step, and only for it."""
         if self._device.type != "cuda":
             return 0
         return torch.cuda.memory_reserved(self._device) - torch.cuda.memory_allocated(self._device)
-
-    def _describe(self, error: BaseException) -> dict[str, Any]:
-        text = str(error).lower()
-        out_of_memory = isinstance(error, torch.OutOfMemoryError | MemoryError)
-        out_of_memory = out_of_memory or any(all(word in text for word in words) for words in _OUT_OF_MEMORY)
-        return {
-            "type": type(error).__name__,
-            "message": str(error),
-            "traceback": traceback.format_exc(),
-            "expected": isinstance(error, EngineError),
-            "out_of_memory": out_of_memory,
-        }
 
 
 class _ToHost(logging.Handler):
@@ -546,8 +560,16 @@ class _ToHost(logging.Handler):
         self._channel.send({"event": "log", "level": record.levelno, "text": self.format(record)})
 
 
-def main(settings: dict[str, Any]) -> None:
-    """Entry point of the process; `settings` come from `host.group`."""
+def main(settings: dict[str, Any], entered: float) -> None:
+    """Entry point of the process.
+
+    Args:
+        settings: see `host.process`.
+        entered: when Python ran the process's first line, by `time.monotonic`, the system's clock.
+    """
+    phases = Phases(settings["started"])
+    phases.end("python", entered)
+    phases.end("torch")
     faulthandler.enable()
     # Ended with the host, also by SIGKILL. The host's end of the socket closing says the same (see _listen);
     # this one works even while the interpreter is busy.
@@ -560,6 +582,8 @@ def main(settings: dict[str, Any]) -> None:
     device = torch.device(settings["device"])
     if device.type == "cuda":
         torch.cuda.set_device(device)
+        torch.cuda.synchronize(device)  # makes the context here, where it is timed
+    phases.end("device")
 
     channel = Channel(socket.socket(fileno=settings["fd"]))
     root = logging.getLogger("sequence_parallel")
@@ -575,8 +599,10 @@ def main(settings: dict[str, Any]) -> None:
         attention=settings["attention"],
         store=settings["store"],
         common=settings["common"],
+        family=settings["family"],
     )
-    channel.send({"event": "ready", "pid": os.getpid(), **_describe_device(device)})
+    phases.end("meeting")
+    channel.send({"event": "ready", "pid": os.getpid(), "seconds": phases.seconds, **_describe_device(device)})
     worker.run(inbox)
     dist.destroy_process_group()
     sys.stdout.flush()
@@ -584,7 +610,7 @@ def main(settings: dict[str, Any]) -> None:
 
 
 def _describe_device(device: torch.device) -> dict[str, Any]:
-    """A name for people, and bytes of memory. The GPU's part has not yet run on one."""
+    """A name for people, and bytes of memory."""
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
         return {"title": properties.name, "total": int(properties.total_memory)}

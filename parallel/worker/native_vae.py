@@ -34,6 +34,8 @@ class NativeVAE:
             vae = sd.VAE(sd=dict(state), device=device, dtype=getattr(torch, source["dtype"]))
             if vae.first_stage_model is not None:
                 vae.first_stage_model.load_state_dict(state, assign=True)
+        except torch.OutOfMemoryError:
+            raise
         except Exception as error:
             raise UnsupportedError(f"the workers cannot build this VAE: {type(error).__name__}: {error}") from error
         if vae.first_stage_model is None:

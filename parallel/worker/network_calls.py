@@ -75,7 +75,9 @@ class NetworkCalls:
             network.hold(key, self._tensor_at(ref))
         mesh = self._ranks.mesh(Degrees(**message["degrees"]))
         context = ParallelContext(self._ranks, mesh, self._control())
-        ranks: SequenceRanks = self._ranks.sequence(mesh, context)
+        shapes = sorted(tuple(ref["shape"]) for ref in message["passing"].values())
+        work = (message["model"], message["method"], tuple(shapes))
+        ranks: SequenceRanks = self._ranks.sequence(mesh, context, network.attention, work)
         began = time.perf_counter()
         with torch.no_grad():
             result = network.call(
@@ -94,7 +96,7 @@ class NetworkCalls:
             self._uncollected[message["model"]] = tensors
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
-        context.traffic.read_events()
+        context.finish()
         return {
             "seconds": time.perf_counter() - began,
             **context.traffic.to_json(),

@@ -87,7 +87,7 @@ class Offloaded(Home):
         return Cargo(self._bytes(start, stop), [(parameter, offset - start) for parameter, offset in parameters])
 
     def _lock_pages(self) -> None:
-        """So that the device can fetch from the copy while it computes. Not yet run on a GPU."""
+        """So that the device can fetch from the copy while it computes."""
         start = self._bytes(0, self._size).data_ptr()
         error = int(cuda.cudart().cudaHostRegister(start, self._size, 0))
         if error:

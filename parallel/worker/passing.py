@@ -1,7 +1,6 @@
 """Blocks that pass through a CUDA device: while one runs, the next one arrives from host memory.
 
-Not yet run on a GPU; the order of copies and blocks is tested with streams that are simulated
-(`tests/unit/test_passing.py`).
+The order of copies and blocks is tested with streams that are simulated (`tests/unit/test_passing.py`).
 """
 
 from __future__ import annotations

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import collections
+import itertools
+from collections.abc import Hashable
 from dataclasses import dataclass
 from functools import partial
 
@@ -13,6 +15,7 @@ from ..adapters.base import StepContext
 from ..attention.common_memory import CommonMemory, CommonMemoryExchange
 from ..attention.joint import JointAttention, Unexchanged, joint_attention
 from ..attention.kernels import Kernel
+from ..attention.row_check import CheckedAttention, Kind, RowCheck
 from ..attention.traffic import Traffic
 from ..cache.blocks import Total
 from ..degrees import Degrees
@@ -21,13 +24,11 @@ from ..mesh import COLLECTIVE_TIMEOUT, Mesh
 from ..plan import Led, SequencePlan
 from ..split import SequenceRanks
 from ..wire.control import ControlPage
-
-_RUN_AHEAD = 2
-"""Blocks that the host code may be ahead of a CUDA device, so that Cancel is quick and launches still overlap."""
+from .run_ahead import Paces, RunAhead
 
 _PIPELINE_FROM = 8192
 """Tokens per sequence from which attention outweighs the launches of a second chunk of heads (CUDA only; an estimate
-from HunyuanVideo's shapes that awaits a measurement on several GPUs)."""
+from HunyuanVideo's shapes)."""
 
 
 def join(rank: int, world_size: int, device: torch.device, store: int) -> None:
@@ -51,19 +52,31 @@ class Ranks:
     Args:
         weights: relative speed of each rank of the world.
         memory: common memory of CPU ranks, if they have it.
+        alone: no peer is there, as in a benchmark of one rank's share: what comes from them is anything, so attention
+            is not compared.
     """
 
     def __init__(
-        self, weights: tuple[float, ...], device: torch.device, kernel: Kernel, memory: CommonMemory | None = None
+        self,
+        weights: tuple[float, ...],
+        device: torch.device,
+        kernel: Kernel,
+        memory: CommonMemory | None = None,
+        *,
+        alone: bool = False,
     ):
         self.weights = weights
         self.device = device
         self.kernel = kernel
         self.memory = memory
+        self._alone = alone
         self._meshes: dict[Degrees, Mesh] = {}
         self._common: dict[Degrees, CommonMemoryExchange] = {}
         self._sequences: dict[Degrees, dist.ProcessGroup | None] = {}
         self._weights_groups: dict[int, dist.ProcessGroup] = {}
+        self._ring_exchanges: collections.Counter[str] = collections.Counter()
+        self._passed: set[Kind] = set()
+        self._paces: Paces = {}
 
     @property
     def world_size(self) -> int:
@@ -106,12 +119,17 @@ class Ranks:
             self._weights_groups[sharing] = group
         return self._weights_groups[sharing]
 
-    def sequence(self, mesh: Mesh, context: ParallelContext) -> SequenceRanks:
+    def sequence(self, mesh: Mesh, context: ParallelContext, attention: str, work: Hashable) -> SequenceRanks:
         """This rank among those that share a sequence under `mesh`, for a network under a split plan.
 
-        The fastest rank leads: it owns tokens and a head, whatever the plans of the single attentions.
+        Args:
+            context: of the call.
+            attention: name of what computes where there is no ring.
+            work: tells calls of the same duration from others.
         """
         weights = mesh.members(self.weights)
+        # The fastest rank leads: it owns tokens and a head, whatever the plans of the single attentions.
+        leader = _Leader(weights.index(max(weights)), work)
         return SequenceRanks(
             weights,
             mesh.sp_rank,
@@ -122,8 +140,10 @@ class Ranks:
             pipeline=2 if self.device.type == "cuda" else 1,
             pipeline_from=_PIPELINE_FROM,
             traffic=context.traffic,
-            common=self._common.get(mesh.degrees),
-            enter_block=partial(context.enter_block, _Leader(weights.index(max(weights)))),
+            common=self.common(mesh),
+            launched=self._ring_exchanges,
+            check=self.row_check(mesh, self.kernel.name if mesh.degrees.ring > 1 else attention),
+            enter_block=partial(context.enter_block, leader),
         )
 
     @property
@@ -132,8 +152,55 @@ class Ranks:
 
     def joint_attention(self, plan: SequencePlan, mesh: Mesh, pipeline: int, traffic: Traffic) -> JointAttention:
         """This rank's part of the joint attention of `plan` under `mesh`."""
-        common = self._common.get(mesh.degrees)
-        return joint_attention(plan, mesh.sp_rank, mesh.ulysses, mesh.ring, self.kernel, pipeline, traffic, common)
+        common = self.common(mesh)
+        return joint_attention(
+            plan, mesh.sp_rank, mesh.ulysses, mesh.ring, self.kernel, pipeline, traffic, common, self._ring_exchanges
+        )
+
+    def launched(self) -> dict[str, int]:
+        """How many operations this rank has launched in each group of ranks, by a name that the group's ranks share.
+
+        Where two ranks of a group differ, one waits, or will wait, for an operation that the other has not begun.
+
+        PyTorch counts the collectives of a process group (`ProcessGroupNCCL::getSequenceNumberForGroup`; NCCL's before
+        they are launched) and gives a group one name on all its ranks, which find each other under it. NCCL's count
+        leaves point-to-point operations out, and common memory belongs to no process group: attention counts these.
+        """
+        meshes = self._meshes.values()
+        of_meshes = itertools.chain.from_iterable((mesh.ring, mesh.ulysses) for mesh in meshes)
+        groups = [dist.group.WORLD, *of_meshes, *self._sequences.values(), *self._weights_groups.values()]
+        counts = {
+            f"group {group.group_name}": group._get_sequence_number_for_group()  # type: ignore[attr-defined]  # no stub
+            for group in groups
+            if group is not None
+        }
+        counts |= {f"ring {name}": count for name, count in self._ring_exchanges.items()}
+        counts |= {exchange.name: exchange.launched for exchange in self._common.values()}
+        made = len(self._meshes) + len(self._sequences) + len(self._weights_groups)
+        return counts | {"meshes and groups made by the world": made}
+
+    def common(self, mesh: Mesh) -> CommonMemoryExchange | None:
+        """The exchange of the mesh's Ulysses group through common memory, if it has one."""
+        return self._common.get(mesh.degrees)
+
+    def run_ahead(self, mesh: Mesh) -> RunAhead | None:
+        """Of one pass under `mesh`; None on a CPU, where nothing is queued."""
+        if self.device.type != "cuda":
+            return None
+
+        def slowest(pace: float) -> float:
+            paces = torch.tensor([pace], device=self.device)
+            mesh.reduce(paces, dist.ReduceOp.MAX)
+            return float(paces)
+
+        # blocking: a worker that waits for its GPU leaves its core to others
+        return RunAhead(self._paces, slowest, partial(torch.cuda.Event, enable_timing=True, blocking=True))
+
+    def row_check(self, mesh: Mesh, kernel: str) -> RowCheck | None:
+        """Compares attention with exact attention the first time that it meets tensors of a kind."""
+        if self._alone:
+            return None
+        return RowCheck(mesh, kernel, self._passed.__contains__, self._passed.add)
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,6 +208,7 @@ class _Leader:
     """What `enter_block` needs of a plan, before one is known."""
 
     leader: int
+    work: Hashable
 
 
 class ParallelContext(StepContext):
@@ -161,29 +229,37 @@ class ParallelContext(StepContext):
         self._control = control
         self._block = first_block
         self.traffic = Traffic(on_cuda=ranks.device.type == "cuda")
-        self._events: collections.deque[torch.cuda.Event] = collections.deque()
+        self._run_ahead = ranks.run_ahead(mesh)
 
     def plan(self, streams: tuple[int, ...], heads: int) -> SequencePlan:
         return SequencePlan(streams, heads, self._weights, self._mesh.degrees.ring)
 
     def attention(self, plan: SequencePlan) -> JointAttention:
         long = self._device.type == "cuda" and sum(plan.streams) >= _PIPELINE_FROM
-        return self._ranks.joint_attention(plan, self._mesh, 2 if long else 1, self.traffic)
+        attention = self._ranks.joint_attention(plan, self._mesh, 2 if long else 1, self.traffic)
+        check = self._ranks.row_check(self._mesh, self._ranks.kernel.name)
+        return attention if check is None else CheckedAttention(attention, plan, check)
 
     def enter_block(self, plan: Led) -> None:
-        run_ahead = 0
-        if self._device.type == "cuda":
-            run_ahead = _RUN_AHEAD
-            if len(self._events) == _RUN_AHEAD:
-                self._events.popleft().synchronize()
-            event = torch.cuda.Event(blocking=True)  # a worker that waits for its GPU leaves its core to others
-            event.record()
-            self._events.append(event)
+        # Two requests of a pass may be of unequal length; the first one's pace is taken for both.
+        run_ahead = self._run_ahead.enter((plan, self._mesh.degrees)) if self._run_ahead is not None else 0
         self._control.beat(self._mesh.rank)
         block, self._block = self._block, self._block + 1
         leader = self.rank == plan.leader
         if self._control.should_stop(block, group=self._mesh.group, leader=leader, run_ahead=run_ahead):
             raise StepCancelled(f"stopped before block {block}")
+
+    def add_up(self, sums: torch.Tensor) -> torch.Tensor:
+        """The sum over the ranks that share the sequence. Collective."""
+        total = sums.to(self._device)
+        self._mesh.reduce(total, dist.ReduceOp.SUM)
+        return total
+
+    def finish(self) -> None:
+        """After the pass, when the device has done all of it: reads what its events have timed."""
+        self.traffic.read_events()
+        if self._run_ahead is not None:
+            self._run_ahead.finish()
 
 
 class SoloContext(StepContext):
@@ -192,13 +268,13 @@ class SoloContext(StepContext):
     rank = 0
 
     def __init__(self, kernel: Kernel):
-        self._kernel = kernel
+        self.kernel = kernel
 
     def plan(self, streams: tuple[int, ...], heads: int) -> SequencePlan:
         return SequencePlan(streams, heads, (1.0,))
 
     def attention(self, plan: SequencePlan) -> JointAttention:
-        return Unexchanged(self._kernel)
+        return Unexchanged(self.kernel)
 
     def enter_block(self, plan: SequencePlan) -> None:
         pass

@@ -68,7 +68,6 @@ class Sharded(Home):
                 ctypes.CDLL(None).malloc_trim(0)
 
     def bring(self, index: int) -> None:
-        """Gathering ahead has not yet been run on a GPU."""
         ahead = index + 1 if self._ahead and index + 1 < len(self._units) else index
         self._put_away(but={index, ahead})
         if index not in self._whole:

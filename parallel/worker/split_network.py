@@ -44,6 +44,8 @@ class SplitNetwork:
                 f" a {type(self._network).__name__}"
             )
         self.nbytes: int = library.nbytes(self._network)
+        self.attention: str = library.attention_name()
+        """What its attention computes with, by the names of `attention.kernels`."""
         self._device = device
         self._split = Split(self._network, plan_of(self._network), SequenceRanks((1.0,)))
         self._held: dict[str, Tensor] = {}

@@ -174,7 +174,7 @@ def share(bench: Bench, world_size: int) -> Iterator[StepContext]:
     control = ControlPage.create()
     control.reset(world_size)
     try:
-        ranks = Ranks((1.0,) * world_size, bench.device, select("auto", bench.device))
+        ranks = Ranks((1.0,) * world_size, bench.device, select("auto", bench.device), alone=True)
         yield ParallelContext(ranks, ranks.mesh(Degrees(ulysses=world_size)), control)
     finally:
         control.close()

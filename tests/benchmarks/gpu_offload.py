@@ -3,7 +3,7 @@
     python -m tests.benchmarks.gpu_offload           (a minute on a GPU with 30 GB free, and 15 GB of host memory)
     python -m tests.benchmarks.gpu_offload --toy     (seconds, also on a CPU, where it shows that the script runs)
 
-Not yet run on a GPU. Weights are random; times do not depend on them. The last line is JSON.
+Weights are random; times do not depend on them. The last line is JSON.
 """
 
 from __future__ import annotations

@@ -49,3 +49,14 @@ def test_gpu_offload_runs_at_toy_size():
     result = json.loads(done.stdout.splitlines()[-1])
     assert result["same"]
     assert result["time"] > 0
+
+
+def test_bench_start_tells_where_the_time_goes():
+    script = [sys.executable, "-m", "parallel", "bench", "start", "--devices", "cpu", "--rounds", "1", "--json"]
+    done = subprocess.run(script, cwd=ROOT, check=True, capture_output=True, text=True)
+    result = json.loads(done.stdout.splitlines()[-1])
+    for way in ("overlapped", "in_turn"):
+        assert list(result[way]["start"]) == ["python", "torch", "device", "meeting"]
+        assert result[way]["load"]["libraries"] >= 0 and result[way]["load"]["weights"] > 0
+        assert result[way]["total"] > result[way]["start"]["torch"] > 0
+    assert "until the first step" in done.stdout

@@ -293,7 +293,8 @@ class ComfyServer:
     def _make_environment(self) -> dict[str, str]:
         drop = {"PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV"}
         environment = {key: value for key, value in os.environ.items() if key not in drop}
-        environment |= {"OMP_NUM_THREADS": "2", "OMP_WAIT_POLICY": "PASSIVE", "PYTHONUNBUFFERED": "1"}
+        # One thread here and in each worker: with other numbers some CPUs' convolutions give other bits.
+        environment |= {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "PYTHONUNBUFFERED": "1"}
         environment |= {"HF_HUB_OFFLINE": "1", "DO_NOT_TRACK": "1"}
         environment |= {"PYTHONPATH": str(AT_START)}
         environment |= {"XDG_CACHE_HOME": str(self.base / "cache")}  # compiled blocks go there

@@ -1,9 +1,12 @@
 """What a user notices besides the picture: speed of the second prompt, Cancel, progress, memory, failures."""
 
+import json
 import re
 import signal
 import time
+from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -22,6 +25,8 @@ from tests.comfyui.processes import (
     wait_until,
 )
 from tests.comfyui.server import ComfyServer
+from tests.distributed.faults import BOOT, Faults
+from tests.distributed.faulty_boot import BROKEN, FILE, OUT_OF_MEMORY
 
 pytestmark = pytest.mark.comfyui
 
@@ -113,6 +118,48 @@ def test_a_killed_worker_fails_the_prompt_and_the_next_one_works(server: ComfySe
     after = fresh(Setting())
     assert relative_difference(sample(server, after, TWO), sample(server, after)) <= 1e-4
     assert not any(worker.alive for worker in working), "a worker of the broken group is left"
+
+
+@pytest.fixture
+def faults(server: ComfyServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Faults]:
+    """Workers of this server that fail when told to."""
+    path = tmp_path / "fault.json"
+
+    def boot(script: str) -> None:
+        inputs = {"script": script, "environment": json.dumps({FILE: str(path)})}
+        result = server.run({"1": {"class_type": "SPTestWorkersBoot", "inputs": inputs}})
+        assert result.status == "success", result.message
+        status, _ = server.post("/sequence_parallel/restart")
+        assert status == 200
+
+    boot(str(BOOT))
+    faults = Faults(path, monkeypatch)
+    yield faults
+    faults.clear()
+    boot("")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("kind", "kept"), [(OUT_OF_MEMORY, True), (BROKEN, False)])
+def test_a_failure_of_all_workers_is_told_once_and_the_next_prompt_works(
+    server: ComfyServer, faults: Faults, kind: str, kept: bool
+) -> None:
+    workers = busy_workers(server)
+    assert len(workers) == 2
+    start = server.mark()
+    faults.order(kind, [0, 1])
+    result = server.run(sampling_graph(fresh(Setting()), TWO))
+    faults.clear()
+    assert result.status == "error"
+    assert result.seconds <= 10, f"the failure was shown after {result.seconds:.1f} s"
+    assert re.search(r"worker rank [01] \(cpu, pid \d+\) failed in 'step'", result.message), result.message
+    told = [event.data for event in server.events("sequence_parallel.event", since=start)]
+    expected = "out_of_memory" if kept else "crashed"
+    assert [each["kind"] for each in told] == [expected], told
+    assert told[0]["text"] in result.message
+    after = fresh(Setting())
+    assert relative_difference(sample(server, after, TWO), sample(server, after)) <= 1e-4
+    assert (server.workers() == workers) is kept
 
 
 @pytest.mark.slow

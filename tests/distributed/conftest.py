@@ -9,7 +9,15 @@ import pytest
 
 from parallel.config import SequenceParallelConfig, resolve
 from parallel.host.group import WorkerGroup
+from tests.distributed.devices import chosen, on_ranks
 from tests.distributed.tiny_models import StartGroup, TinyModels
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if chosen() != "cpu":
+        for item in items:
+            if (marker := item.get_closest_marker("cpu_ranks")) is not None:
+                item.add_marker(pytest.mark.skip(reason=f"CPU ranks only: {marker.args[0]}"))
 
 
 @pytest.fixture(scope="session")
@@ -18,6 +26,7 @@ def start_group() -> Iterator[StartGroup]:
     groups: dict[str, WorkerGroup] = {}
 
     def start(devices: str) -> WorkerGroup:
+        devices = on_ranks(devices)
         if devices not in groups or not groups[devices].alive:
             groups[devices] = WorkerGroup(resolve(SequenceParallelConfig(devices=devices)), threads=1)
             groups[devices].start()

@@ -12,11 +12,12 @@ from pathlib import Path
 
 from parallel.config import SequenceParallelConfig, resolve
 from parallel.host.group import WorkerGroup
+from tests.distributed.devices import on_ranks
 from tests.distributed.tiny_models import Inputs, loaded
 
 
 def main(checkpoint: str) -> None:
-    group = WorkerGroup(resolve(SequenceParallelConfig(devices="cpu,cpu")), threads=1)
+    group = WorkerGroup(resolve(SequenceParallelConfig(devices=on_ranks("cpu,cpu"))), threads=1)
     group.start()
     print(json.dumps(group.pids), flush=True)
     with loaded(group, Path(checkpoint)) as model:

@@ -5,11 +5,11 @@ Rank 1 comes to every attention late. MEMORY is an empty file, the common memory
 
 from __future__ import annotations
 
-import datetime
 import json
 import os
 import sys
 import time
+from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -21,6 +21,7 @@ from parallel.attention.joint import joint_attention
 from parallel.attention.kernels import Sdpa
 from parallel.attention.traffic import Traffic
 from parallel.plan import SequencePlan
+from tests.distributed.devices import meet
 
 LATE_S = 0.3
 """How much later than rank 0 rank 1 comes."""
@@ -32,37 +33,58 @@ class Busy(Sdpa):
     """A kernel that takes its time."""
 
     def with_lse(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        time.sleep(BUSY_S)
+        if q.device.type == "cuda":
+            torch.cuda._sleep(int(BUSY_S * _cycles_per_s()))
+        else:
+            time.sleep(BUSY_S)
         return super().with_lse(q, k, v)
 
 
+@lru_cache
+def _cycles_per_s() -> float:
+    """Of the clock that `torch.cuda._sleep` counts."""
+    cycles, (first, last) = 50_000_000, (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    for _ in range(2):  # the first time warms up
+        first.record()
+        torch.cuda._sleep(cycles)
+        last.record()
+        last.synchronize()
+    return cycles / (first.elapsed_time(last) / 1000)
+
+
 def main(rank: int, world: int, store: str, results: str, memory: str) -> None:
-    torch.set_num_threads(1)
-    timeout = datetime.timedelta(seconds=60)
-    dist.init_process_group("gloo", store=dist.FileStore(store, world), rank=rank, world_size=world, timeout=timeout)
+    device = meet(rank, world, store)
     group = dist.group.WORLD
     assert group is not None
     ulysses, ring = SequencePlan((64,), 4, (1.0, 1.0)), SequencePlan((64,), 4, (1.0, 1.0), 2)
-    x = torch.randn(1, 32, 4, 16)
-    figures: dict[str, Traffic] = {"ulysses": Traffic(), "ring": Traffic(), "busy ring": Traffic()}
+    x = torch.randn(1, 32, 4, 16, device=device)
+    on_cuda = device.type == "cuda"
+    figures = {name: Traffic(on_cuda=on_cuda) for name in ("ulysses", "ring", "busy ring")}
     attentions = {
         "ulysses": joint_attention(ulysses, rank, group, None, Sdpa(), traffic=figures["ulysses"]),
         "ring": joint_attention(ring, rank, None, group, Sdpa(), traffic=figures["ring"]),
         "busy ring": joint_attention(ring, rank, None, group, Busy(), traffic=figures["busy ring"]),
     }
-    if CommonMemory.supported():
+    if not on_cuda and CommonMemory.supported():
         descriptor = os.open(memory, os.O_RDWR)
         common = CommonMemoryExchange(CommonMemory(descriptor, rank, world), 0, range(world))
         figures["common memory"] = Traffic()
         attentions["common memory"] = joint_attention(
             ulysses, rank, group, None, Sdpa(), traffic=figures["common memory"], common=common
         )
-    for attention in attentions.values():
+    if on_cuda:  # NCCL connects two ranks when they first exchange something, which takes a second
+        _cycles_per_s()
+        for sequence, groups in ((ulysses, (group, None)), (ring, (None, group))):
+            joint_attention(sequence, rank, *groups, Sdpa(), traffic=Traffic(on_cuda=True))(x, x, x)
+    for name, attention in attentions.items():
         dist.barrier()
         if rank == 1:
             time.sleep(LATE_S)
         with torch.no_grad():
             attention(x, x, x)
+        if on_cuda:
+            torch.cuda.synchronize()
+        figures[name].read_events()
     Path(results).write_text(json.dumps({name: traffic.to_json() for name, traffic in figures.items()}))
     dist.barrier()
     dist.destroy_process_group()

@@ -6,7 +6,6 @@ every sample is from the whole sample on one device, for one attention or for a 
 
 from __future__ import annotations
 
-import datetime
 import json
 import math
 import sys
@@ -27,7 +26,8 @@ from parallel.plan import SequencePlan, share_of
 from parallel.wire.control import ControlPage
 from parallel.worker.ranks import ParallelContext, Ranks, SoloContext
 from parallel.worker.resident import ResidentModel
-from tests.distributed.tiny_models import Inputs
+from tests.distributed.devices import meet
+from tests.distributed.tiny_models import Inputs, on
 
 HEAD_DIM = 16
 
@@ -97,8 +97,8 @@ def run_case(case: Case, ranks: Ranks) -> list[Sample]:
     batch, dtype = len(case.valid), getattr(torch, case.dtype)
     generator = torch.Generator().manual_seed(case.seed)
     shape = (3, batch, case.video + case.padded, case.heads, HEAD_DIM)
-    q, k, v = torch.randn(shape, generator=generator).to(dtype)
-    padding = torch.stack([torch.randperm(case.padded, generator=generator) for _ in case.valid])
+    q, k, v = torch.randn(shape, generator=generator).to(ranks.device, dtype)
+    padding = torch.stack([torch.randperm(case.padded, generator=generator) for _ in case.valid]).to(ranks.device)
     (rows,) = share_of([batch], mesh.group, mesh.degrees.groups)
     return [
         _run_sample(case, ranks, mesh, i, q[i], k[i], v[i], padding[i] < case.valid[i])
@@ -110,7 +110,7 @@ def _run_sample(
     case: Case, ranks: Ranks, mesh: Mesh, sample: int, q: Tensor, k: Tensor, v: Tensor, valid: Tensor
 ) -> Sample:
     """q, k, v: [S, H, D] with padding; valid: [T], which text tokens count."""
-    keep = torch.cat([torch.ones(case.video, dtype=torch.bool), valid])
+    keep = torch.cat([torch.ones(case.video, dtype=torch.bool, device=valid.device), valid])
     whole = [x.transpose(0, 1)[None] for x in (q, k, v)]  # [1, H, S, D]
     reference = _masked(*(x.float() for x in whole), keep)
     single = _masked(*whole, keep)
@@ -119,7 +119,7 @@ def _run_sample(
         (case.video, case.valid[sample]), case.heads, mesh.members(case.plan.weights), mesh.degrees.ring
     )
     mine = slice(*plan.token_ranges[mesh.sp_rank])
-    traffic = Traffic()
+    traffic = Traffic(on_cuda=ranks.device.type == "cuda")
     attention = ranks.joint_attention(plan, mesh, case.pipeline, traffic)
     out = attention(*(x[keep][mine][None] for x in (q, k, v)))
     largest = reference.abs().max().item()
@@ -145,7 +145,7 @@ def _collectives(plan: SequencePlan, rank: int, pipeline: int) -> int:
 
 def run_model(case: ModelCase, ranks: Ranks, model: ResidentModel, control: ControlPage) -> float:
     """Relative error of what this rank has written."""
-    x, timestep, conditioning = case.inputs.make()
+    x, timestep, conditioning = on(ranks.device, case.inputs)
     mesh = ranks.mesh(case.plan.degrees)
     ranks.weights = case.plan.weights
     (rows,) = share_of([len(x)], mesh.group, mesh.degrees.groups)
@@ -174,19 +174,17 @@ def _plan(fields: dict[str, Any]) -> Plan:
 
 
 def main(rank: int, world: int, store: str, checkpoints: list[str]) -> None:
-    torch.set_num_threads(1)
-    timeout = datetime.timedelta(seconds=30)
-    dist.init_process_group("gloo", store=dist.FileStore(store, world), rank=rank, world_size=world, timeout=timeout)
+    device = meet(rank, world, store, timeout_s=30)
     with open(f"{store}.memory", "a+b") as file:
-        memory = CommonMemory(file.fileno(), rank, world) if CommonMemory.supported() else None
-    cpu, kernel, equal = torch.device("cpu"), Sdpa(), (1.0,) * world
-    variants = {False: Ranks(equal, cpu, kernel), True: Ranks(equal, cpu, kernel, memory)}
+        memory = CommonMemory(file.fileno(), rank, world) if device.type == "cpu" and CommonMemory.supported() else None
+    kernel, equal = Sdpa(), (1.0,) * world
+    variants = {False: Ranks(equal, device, kernel), True: Ranks(equal, device, kernel, memory)}
     control = ControlPage.create()
     control.reset(world)
     models: dict[str, ResidentModel] = {}
     for family, _, path in (entry.partition("=") for entry in checkpoints):
         recipe = {"path": path, "weight_dtype": "float32", "compute_dtype": "float32"}
-        models[family] = ResidentModel(recipe, cpu, lambda done, total: None)
+        models[family] = ResidentModel(recipe, device, lambda done, total: None)
     with torch.no_grad():
         for line in sys.stdin:
             fields: dict[str, Any] = json.loads(line)

@@ -5,7 +5,6 @@ python -m tests.distributed.sharded_ranks RANK WORLD STORE RESULTS CHECKPOINT
 
 from __future__ import annotations
 
-import datetime
 import json
 import sys
 from functools import partial
@@ -23,7 +22,8 @@ from parallel.worker.homes import MakeHome, Replicated
 from parallel.worker.ranks import SoloContext
 from parallel.worker.resident import ResidentModel
 from parallel.worker.sharded import Sharded
-from tests.distributed.tiny_models import Inputs
+from tests.distributed.devices import meet
+from tests.distributed.tiny_models import Inputs, on
 
 INPUTS = Inputs(frames=3, height=10, width=6, valid=(5,))
 
@@ -51,7 +51,7 @@ def count_whole(blocks: list[nn.Module]) -> int:
 
 
 def step(model: ResidentModel, context: StepContext) -> Tensor:
-    x, timestep, conditioning = INPUTS.make()
+    x, timestep, conditioning = on(model.device, INPUTS)
     out = torch.empty_like(x)
     prepared = model.adapter.prepare(conditioning)
     with torch.no_grad(), model.home.in_use():
@@ -65,13 +65,11 @@ def blocks_of(model: ResidentModel) -> list[nn.Module]:
 
 
 def main(rank: int, world: int, store: str, results: str, path: str) -> None:
-    torch.set_num_threads(1)
-    timeout = datetime.timedelta(seconds=60)
-    dist.init_process_group("gloo", store=dist.FileStore(store, world), rank=rank, world_size=world, timeout=timeout)
+    device = meet(rank, world, store)
 
     def load(home: MakeHome) -> ResidentModel:
         recipe = {"path": path, "weight_dtype": "float32", "compute_dtype": "float32"}
-        return ResidentModel(recipe, torch.device("cpu"), lambda done, total: None, home)
+        return ResidentModel(recipe, device, lambda done, total: None, home)
 
     expected = step(load(Replicated), SoloContext(Sdpa()))
     answers = []

@@ -8,8 +8,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from tests.distributed.devices import on_ranks, rank_environment
+
 ROOT = Path(__file__).parents[2]
-ENVIRONMENT = {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
 
 
 def run_ranks(
@@ -21,12 +22,13 @@ def run_ranks(
     python: str = sys.executable,
 ) -> list[str]:
     """Runs `PYTHON -m MODULE RANK WORLD STORE RESULTS [ARGUMENTS]` for each rank; returns the contents of RESULTS."""
+    on_ranks(",".join(["cpu"] * world))  # skips where there are too few devices
     files = [folder / f"{rank}.json" for rank in range(world)]
     ranks = [
         subprocess.Popen(
             [python, "-m", module, str(rank), str(world), str(folder / "store"), str(file), *arguments],
             cwd=ROOT,
-            env=os.environ | ENVIRONMENT,
+            env=os.environ | rank_environment(rank),
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,

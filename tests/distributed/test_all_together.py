@@ -22,6 +22,7 @@ from parallel.host.group import WorkerGroup
 from parallel.host.remote_model import RemoteModel
 from parallel.host.step_request import StepRequest
 from parallel.quantise.settings import FP8Settings
+from tests.distributed.devices import kind, on_ranks
 from tests.distributed.test_weights import change
 from tests.distributed.tiny_models import TinyModels, WanInputs, recipe_of, relative_difference
 
@@ -39,7 +40,8 @@ PLANS: dict[str, dict[str, dict[str, Any]]] = {
 PATCHED = ("blocks.0.self_attn.q.weight", "blocks.1.ffn.2.weight", "head.head.weight")
 STEPS, HITS = 3, [0, 2, 2]
 """Hits of cond and uncond at each step: the first one has nothing to remember."""
-TOLERANCE = 1e-4
+TOLERANCE = kind().reference
+"""Wider than for a split alone: FP8 rounds what differs in the last bit of fp32 to either side."""
 
 
 class Choice(NamedTuple):
@@ -94,7 +96,7 @@ def workers(folder: Path, devices: str) -> Iterator[WorkerGroup]:
     """A group that keeps compiled code in `folder`."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv(VARIABLE, str(folder))
-        group = WorkerGroup(resolve(SequenceParallelConfig(devices=devices)), threads=1)
+        group = WorkerGroup(resolve(SequenceParallelConfig(devices=on_ranks(devices))), threads=1)
         group.start()
     try:
         yield group

@@ -8,9 +8,10 @@ from collections import defaultdict
 import pytest
 
 from tests.distributed.attention_ranks import CASES, HEAD_DIM, PROCESSES, Case, Result
+from tests.distributed.devices import chosen, kind
 from tests.distributed.start_ranks import run_ranks
 
-TOLERANCE = 1e-5
+TOLERANCE = kind().split
 FP32 = 4
 
 
@@ -33,10 +34,12 @@ def test_each_rank_gets_its_tokens_of_the_whole_attention(results: dict[str, lis
     for result in ranks:
         assert tuple(result.shape) == (case.batch, case.plan.tokens[result.rank], case.heads, HEAD_DIM)
         assert result.error <= TOLERANCE
-        assert result.gradient_error <= TOLERANCE
+        assert (result.gradient_error is None) == (case.ring > 1 and chosen() != "cpu")
+        assert result.gradient_error is None or result.gradient_error <= TOLERANCE
         assert result.worked
         assert result.collectives == expected_collectives(case, result.rank)
         assert result.bytes_to_others == case.plan.exchange_bytes(result.rank, case.batch, HEAD_DIM, FP32)
+        assert result.least >= 1, "a rank that neither sends nor receives in a collective"
         assert tuple(result.reported) == (len(result.collectives), result.bytes_to_others)
 
 

@@ -28,6 +28,7 @@ from parallel.host.compiled_sampling import CompiledSampling
 from parallel.host.group import WorkerGroup
 from parallel.host.remote_model import RemoteModel
 from parallel.host.step_request import StepRequest
+from tests.distributed.devices import kind, on_ranks
 from tests.distributed.process_facts import all_ended
 from tests.distributed.tiny_models import TinyModels, WanInputs, loaded, relative_difference
 
@@ -37,7 +38,7 @@ pytestmark = [
     pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler (g++)"),
 ]
 
-TOLERANCE = 1e-5
+TOLERANCE = kind().split
 WAN: dict[str, Any] = {"family": "wan", "context_dim": 64, "depth": 2}
 SIZES = [WanInputs(), WanInputs(frames=3, height=9, width=7), WanInputs(frames=5, height=6, width=4, text=5)]
 
@@ -58,7 +59,7 @@ class Start:
         with pytest.MonkeyPatch.context() as patch:
             for name, value in self.environment.items():
                 patch.setenv(name, value)
-            group = WorkerGroup(resolve(SequenceParallelConfig(devices=self.devices)), threads=1)
+            group = WorkerGroup(resolve(SequenceParallelConfig(devices=on_ranks(self.devices))), threads=1)
             group.start()
         self.groups.append(group)
         return group
@@ -195,6 +196,7 @@ def test_a_ring_of_the_same_workers(first: First, path: Path):
     assert compiled.report.graphs == 0, "the exchange is no part of what is compiled"
 
 
+@pytest.mark.cpu_ranks("code of the C++ compiler")
 def test_the_next_start_reads_what_was_compiled_also_on_unequal_ranks(first: First, folder: Path, path: Path):
     cold, warm = first.cold.report.seconds, []
     files = set(folder.rglob("*.so"))
@@ -211,6 +213,7 @@ def test_the_next_start_reads_what_was_compiled_also_on_unequal_ranks(first: Fir
     assert min(warm) <= 0.5 * cold
 
 
+@pytest.mark.cpu_ranks("code of the C++ compiler")
 def test_without_a_compiler_the_step_runs_and_the_cause_is_told(tmp_path: Path, path: Path):
     with (
         Start("cpu,cpu", {VARIABLE: str(tmp_path), "CXX": "/bin/false"}) as group,

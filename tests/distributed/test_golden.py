@@ -9,10 +9,11 @@ from pathlib import Path
 import pytest
 
 from parallel.host.remote_model import RemoteModel
+from tests.distributed.devices import kind
 from tests.distributed.tiny_models import StartGroup, TinyModels, recipe_of, relative_difference
 from tests.golden import vectors
 
-TOLERANCE = 1e-4
+TOLERANCE = kind().reference
 NAMES = vectors.names()
 FORWARDS = [name for name in NAMES if name != "trajectory"]
 LATENT_SCALE = 0.476986

@@ -22,7 +22,7 @@ from parallel.host.remote_model import RemoteModel
 from tests.distributed.process_facts import MemoryPeaks, cpu_seconds
 from tests.distributed.tiny_models import recipe_of
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.cpu_ranks("resident memory and processor time")]
 
 MB = 10**6
 SIZE = int(os.environ.get("SP_LOADING_MB", "400")) * MB

@@ -23,6 +23,7 @@ from parallel.host.step_request import StepRequest
 from parallel.wire.channel import Channel, Message
 from parallel.wire.shared import TensorRef, lay_out
 from parallel.worker.resident import ResidentModel
+from tests.distributed.devices import kind
 from tests.distributed.tiny_models import (
     CogVideoXInputs,
     Flux2Inputs,
@@ -42,8 +43,7 @@ from tests.distributed.tiny_models import (
 
 MANY = ("cpu,cpu", "cpu*3,cpu,cpu", "cpu,cpu,cpu,cpu")
 FOUR = MANY[-1]
-SPLIT_TOLERANCE = 1e-5
-STOCK_TOLERANCE = 1e-4
+SPLIT_TOLERANCE, STOCK_TOLERANCE = kind().split, kind().reference
 PADDED = Inputs(valid=(5,))
 
 MODELS = {

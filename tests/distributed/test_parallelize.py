@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.distributed.start_ranks import ENVIRONMENT, ROOT, run_ranks
+from tests.distributed.devices import rank_environment
+from tests.distributed.start_ranks import ROOT, run_ranks
 
 ALLOWED = 1e-5
 
@@ -51,7 +52,7 @@ def test_under_torchrun(tmp_path: Path):
     script = tmp_path / "script.py"
     script.write_text(SCRIPT)
     run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
-    environment = {**ENVIRONMENT, "PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin", "HOME": str(tmp_path)}
+    environment = {**rank_environment(0), "PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin", "HOME": str(tmp_path)}
     done = subprocess.run(run, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("of 2 agrees") == 2

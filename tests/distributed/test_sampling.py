@@ -25,10 +25,11 @@ from parallel.host.remote_model import RemoteModel
 from parallel.host.step_request import StepRequest
 from parallel.sampling.program import Program
 from parallel.sampling.recording import Recorder
+from tests.distributed.devices import kind, on_ranks
 from tests.distributed.tiny_models import Inputs, Model, StartGroup, TinyModels, WanInputs, loaded, relative_difference
 
 FOUR = "cpu,cpu,cpu,cpu"
-TOLERANCE = 1e-5
+TOLERANCE = kind().split
 
 Denoiser = Callable[[Tensor, float], Tensor]
 Callback = Callable[[int, Tensor, Tensor, int], None]
@@ -291,7 +292,7 @@ def test_bf16(start_group: StartGroup, tiny_models: TinyModels):
     """The latent stays in fp32, as in ComfyUI; the network gets and gives bf16."""
     sampling = Sampling(SETTINGS["wan_i2v"], torch.bfloat16)
     path = tiny_models.path(**sampling.setting.model.checkpoint)
-    config = SequenceParallelConfig(devices="cpu,cpu")
+    config = SequenceParallelConfig(devices=on_ranks("cpu,cpu"))
     recipe = Recipe(path=str(path), weight_dtype=torch.bfloat16, compute_dtype=torch.bfloat16, config=config)
     remote = RemoteModel(recipe, group=start_group("cpu,cpu"))
     remote.ensure_loaded()

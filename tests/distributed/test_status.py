@@ -9,15 +9,17 @@ import time
 from collections.abc import Iterator
 
 import pytest
+import torch
 
 from parallel.errors import EngineError, WorkerDiedError
 from parallel.host import running, status
 from parallel.host.remote_model import RemoteModel
 from parallel.host.status import Event, Sampling
+from tests.distributed.devices import device_of, on_ranks
 from tests.distributed.process_facts import is_running, wait_until
 from tests.distributed.tiny_models import Inputs, TinyModels, recipe_of
 
-DEVICES = "cpu*2,cpu"
+DEVICES = on_ranks("cpu*2,cpu")
 """No other module's, so that the groups of others stay out of this."""
 
 
@@ -64,8 +66,9 @@ def test_a_step_fills_in_what_is_shown(model: RemoteModel) -> None:
     assert group["step"]["bytes_sent"] == max(result["bytes_sent"] for result in model.last_step) > 0
     assert model.group is not None
     assert [rank["pid"] for rank in group["ranks"]] == model.group.pids
-    for rank in group["ranks"]:
-        assert (rank["state"], rank["title"], rank["device"]) == ("idle", "CPU", "cpu")
+    for number, rank in enumerate(group["ranks"]):
+        assert (rank["state"], rank["device"]) == ("idle", str(device_of(number)))
+        assert rank["title"] == ("CPU" if rank["device"] == "cpu" else torch.cuda.get_device_name())
         assert rank["weights"] == model.nbytes
         assert rank["weights"] < rank["memory"] < rank["total"]
         assert 0 < rank["free"] < rank["total"]
@@ -73,6 +76,25 @@ def test_a_step_fills_in_what_is_shown(model: RemoteModel) -> None:
     model.unload()
     assert [rank["weights"] for rank in shown()["ranks"]] == [0, 0]
     assert shown()["models"] == []
+
+
+def test_the_phases_of_start_and_load_are_shown_and_are_no_more_than_the_whole(tiny_models: TinyModels) -> None:
+    running.stop_all()
+    remote = RemoteModel(recipe_of(tiny_models.path(), DEVICES))
+    began = time.monotonic()
+    remote.ensure_loaded()
+    loaded = shown()
+    remote.step(*Inputs().make())
+    whole = time.monotonic() - began
+    assert list(loaded["start"]) == ["python", "torch", "device", "meeting"]
+    assert list(loaded["load"]) == ["libraries", "weights"]
+    load = shown()["load"]
+    assert list(load) == ["libraries", "weights", "self-check"]
+    assert all(seconds >= 0 for seconds in [*loaded["start"].values(), *load.values()])
+    assert loaded["start"]["torch"] > 0 and load["weights"] > 0 and load["self-check"] > 0
+    assert sum(loaded["start"].values()) + sum(load.values()) <= whole
+    remote.step(*Inputs().make())
+    assert shown()["load"] == load
 
 
 def test_a_worker_at_work_is_shown_as_such(model: RemoteModel) -> None:

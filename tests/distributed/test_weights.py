@@ -22,6 +22,7 @@ from parallel.host import remote_weights
 from parallel.host.group import WorkerGroup
 from parallel.host.remote_model import RemoteModel
 from parallel.worker.resident import ResidentModel
+from tests.distributed.devices import on_ranks
 from tests.distributed.process_facts import wait_until
 from tests.distributed.tiny_models import Inputs, StartGroup, TinyModels, recipe_of
 
@@ -329,7 +330,7 @@ def test_loading_again_starts_from_the_checkpoint(case: Case, sent: list[dict[st
 
 
 def test_fresh_workers_are_given_the_weights_again(tiny_models: TinyModels):
-    layout = resolve(SequenceParallelConfig(devices=DEVICES))
+    layout = resolve(SequenceParallelConfig(devices=on_ranks(DEVICES)))
     groups = [WorkerGroup(layout, threads=1) for _ in range(2)]
     results = []
     try:

@@ -17,6 +17,7 @@ from parallel.demo.checkpoint import WRITERS
 from parallel.host.group import WorkerGroup
 from parallel.host.recipe import Recipe
 from parallel.host.remote_model import RemoteModel
+from tests.distributed.devices import on_ranks
 
 StartGroup = Callable[[str], WorkerGroup]
 TEXT_WIDTH = 64
@@ -310,6 +311,12 @@ class StepInputs(Protocol):
         """x, timestep, conditioning."""
 
 
+def on(device: torch.device, inputs: StepInputs) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """The inputs of a step, on a device."""
+    x, timestep, conditioning = inputs.make()
+    return x.to(device), timestep.to(device), {name: tensor.to(device) for name, tensor in conditioning.items()}
+
+
 @dataclass(frozen=True)
 class Model:
     """A checkpoint, the step it is asked for, and how it is loaded."""
@@ -322,7 +329,7 @@ class Model:
 
 def recipe_of(path: Path, devices: str, weight_dtype: torch.dtype = torch.float32, **degrees: int) -> Recipe:
     """fp32 arithmetic; `degrees` as in `SequenceParallelConfig`."""
-    config = SequenceParallelConfig(devices=devices, **degrees)
+    config = SequenceParallelConfig(devices=on_ranks(devices), **degrees)
     return Recipe(path=str(path), weight_dtype=weight_dtype, compute_dtype=torch.float32, config=config)
 
 

@@ -61,10 +61,8 @@ def test_a_cuda_worker_agrees_with_a_cpu_worker(tmp_path: Path, scaled: str):
 
 @pytest.mark.parametrize(("computing", "expected"), [(0, 1.0), (2, 0.0)])
 def test_only_what_the_stream_waits_for_is_exposed(computing: int, expected: float):
-    """A second stream works for a while, as an exchange does; the first one computes so many times as long, then waits.
-
-    Not yet run on a GPU.
-    """
+    """A second stream works for a while, as an exchange does; the first one computes so many times as long, and then
+    waits."""
     cycles = 100_000_000
     for _ in range(2):  # the first time warms up
         traffic, measured = Traffic(on_cuda=True), [torch.cuda.Event(enable_timing=True) for _ in range(2)]

@@ -1,4 +1,4 @@
-"""Two GPUs against one: every kind of exchange, over NCCL. Not yet run: it needs two CUDA devices."""
+"""Two GPUs against one: every kind of exchange, over NCCL."""
 
 from __future__ import annotations
 

@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from parallel.wire.channel import Channel, ChannelClosed
+from parallel.wire.channel import Channel, ChannelBlocked, ChannelClosed
 
 Pair = tuple[Channel, Channel]
 
@@ -139,3 +139,22 @@ def test_only_plain_data_can_be_sent(pair: Pair):
         host.send({"x": object()})
     host.send({"x": 1})  # nothing of the refused ones has been sent
     assert worker.receive() == ({"x": 1}, [])
+
+
+def test_a_receiver_that_reads_nothing_does_not_hold_the_sender_for_ever():
+    ours, theirs = socket.socketpair()
+    with theirs:
+        channel = Channel(ours, send_timeout_s=0.1)
+        with pytest.raises(ChannelBlocked):
+            channel.send({"padding": " " * (8 << 20)})
+        channel.close()
+
+
+def test_a_time_limit_of_sending_is_none_of_receiving():
+    ours, theirs = socket.socketpair()
+    channel, other = Channel(ours, send_timeout_s=0.01), Channel(theirs)
+    late = threading.Timer(0.2, lambda: other.send({"late": True}))
+    late.start()
+    assert channel.receive() == ({"late": True}, [])
+    channel.close()
+    other.close()

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import product
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from parallel.wire.control import MAX_RANKS, ControlPage
+from parallel.worker.run_ahead import MOST
 
 FINISHED = "finished"
 
@@ -65,7 +67,7 @@ class Simulation:
     data=st.data(),
     world=st.integers(1, 5),
     blocks=st.integers(1, 6),
-    run_ahead=st.integers(0, 2),
+    run_ahead=st.integers(0, MOST),
     order=st.lists(st.integers(0, 4), max_size=40),
 )
 @settings(max_examples=400)
@@ -88,6 +90,39 @@ def test_all_ranks_stop_before_the_same_block(
     assert len(set(ranks.outcome)) == 1
     if isinstance(stopped := ranks.outcome[0], int):  # Cancel is prompt: at most one block and the run-ahead more
         assert stopped <= progress + 1 + run_ahead
+
+
+@pytest.mark.parametrize("run_ahead", range(4))
+@pytest.mark.parametrize("leader", [0, 1])
+def test_every_interleaving_of_two_ranks_stops_alike(page: ControlPage, leader: int, run_ahead: int):
+    """Exhaustive: every order of the two ranks' moves, with Cancel before each of them."""
+    blocks = 4
+    for choices in product(range(2), repeat=2 * blocks + 1):
+        if sum(choices) not in (blocks, blocks + 1):
+            continue  # a rank makes at most `blocks` moves and one that ends it
+        for cancel_before in range(len(choices)):
+            page.reset(2)
+            ranks = Simulation(page, world=2, leader=leader, blocks=blocks, run_ahead=run_ahead)
+            for number, choice in enumerate(choices):
+                if number == cancel_before:
+                    page.request_cancel()
+                if ranks.can_move(choice):
+                    ranks.move(choice)
+            ranks.run_to_the_end()
+            assert None not in ranks.outcome
+            assert len(set(ranks.outcome)) == 1
+
+
+def test_ranks_that_run_ahead_unequally_do_not_stop_alike(page: ControlPage):
+    """Why the number is agreed: a rank that is further ahead than the leader says passes the block it names."""
+    page.reset(2)
+    ranks = Simulation(page, world=2, blocks=9, run_ahead=2)
+    for _ in range(3):
+        ranks.move(1)  # it may: nothing is known of block 0 yet
+    page.request_cancel()
+    assert page.should_stop(0, group=0, leader=True, run_ahead=0) is False
+    assert page.should_stop(1, group=0, leader=True, run_ahead=0) is True
+    assert ranks.next_block[1] > 1
 
 
 @given(blocks=st.tuples(st.integers(1, 6), st.integers(1, 6)), order=st.lists(st.integers(0, 5), max_size=40))

@@ -122,31 +122,66 @@ def test_auto_never_takes_an_8_bit_kernel(monkeypatch: pytest.MonkeyPatch):
         assert isinstance(select("auto", device), Sdpa)
 
 
-def test_auto_goes_on_without_cudnn_where_it_promises_a_kernel_and_has_none(monkeypatch: pytest.MonkeyPatch):
-    """PyTorch asks cuDNN beforehand, which may still find no plan."""
-    q, k, v = torch.randn(3, 1, 2, 5, 8)
-    expected = F.scaled_dot_product_attention(q, k, v)
-    tried = []
+def auto_that_fails_once(monkeypatch: pytest.MonkeyPatch, error: Exception) -> tuple[Auto, list[int]]:
+    """`Auto` as on a GPU of capability 9.0, whose first call raises; and a list that grows with each call of SDPA."""
+    calls: list[int] = []
 
     def attention(*tensors: torch.Tensor) -> torch.Tensor:
-        tried.append(tensors)
-        if len(tried) == 1:
-            raise RuntimeError("cuDNN Frontend error: No execution plans support the graph.")
+        calls.append(1)
+        if len(calls) == 1:
+            raise error
         return original(*tensors)
 
     original = F.scaled_dot_product_attention
-    kernel = Auto([SDPBackend.CUDNN_ATTENTION, SDPBackend.MATH])
     monkeypatch.setattr(F, "scaled_dot_product_attention", attention)
+    return Auto([SDPBackend.CUDNN_ATTENTION, SDPBackend.MATH]), calls
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "cuDNN Frontend error: [cudnn_frontend] Error: No execution plans support the graph.",
+        "cuDNN Frontend error: [cudnn_frontend] Error: No valid execution plans built.",
+        "cuDNN Frontend error: No valid engine configs for Matmul_MUL_GEN_INDEX_GEN_INDEX_CMP_GE_",
+        "cuDNN error: CUDNN_STATUS_NOT_SUPPORTED. This error may appear if you passed in a non-contiguous input.",
+    ],
+)
+def test_auto_goes_on_without_cudnn_where_it_promises_a_kernel_and_has_none(monkeypatch: pytest.MonkeyPatch, text: str):
+    """PyTorch asks cuDNN beforehand, which may still find no plan."""
+    q, k, v = torch.randn(3, 1, 2, 5, 8)
+    expected = F.scaled_dot_product_attention(q, k, v)
+    kernel, calls = auto_that_fails_once(monkeypatch, RuntimeError(text))
     for _ in range(2):
         assert torch.allclose(kernel(q, k, v), expected)
-    assert len(tried) == 3, "cuDNN was asked again"
-    with pytest.raises(RuntimeError, match="of another kind"):
-        monkeypatch.setattr(F, "scaled_dot_product_attention", _fails)
-        kernel(q, k, v)
+    assert len(calls) == 3, "cuDNN was asked again"
 
 
-def _fails(*_: torch.Tensor) -> torch.Tensor:
-    raise RuntimeError("of another kind")
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("CUDA error: an illegal memory access was encountered"),
+        RuntimeError("CUDA error: unspecified launch failure"),
+        RuntimeError("cuDNN Frontend error: CUDNN_STATUS_EXECUTION_FAILED"),
+        RuntimeError("cuDNN error: CUDNN_STATUS_INTERNAL_ERROR"),
+        RuntimeError("Expected mha_graph->execute(handle, variant_pack, workspace_ptr.get()).is_good() to be true"),
+        RuntimeError("NCCL error: unhandled cuda error, CUDNN_STATUS_NOT_INITIALIZED"),
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+    ],
+    ids=str,
+)
+def test_auto_raises_any_other_error(monkeypatch: pytest.MonkeyPatch, error: Exception):
+    kernel, calls = auto_that_fails_once(monkeypatch, error)
+    with pytest.raises(type(error)) as caught:
+        kernel(*torch.randn(3, 1, 2, 5, 8))
+    assert caught.value is error
+    assert len(calls) == 1
+
+
+def test_a_failure_without_cudnn_is_raised(monkeypatch: pytest.MonkeyPatch):
+    error = RuntimeError("cuDNN Frontend error: [cudnn_frontend] Error: No execution plans support the graph.")
+    auto_that_fails_once(monkeypatch, error)
+    with pytest.raises(RuntimeError, match="No execution plans"):
+        Auto([SDPBackend.MATH])(*torch.randn(3, 1, 2, 5, 8))
 
 
 @pytest.mark.parametrize("name", ["flash", "cudnn"])

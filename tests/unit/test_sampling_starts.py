@@ -35,7 +35,7 @@ def worker(monkeypatch: pytest.MonkeyPatch, others: OtherRanks, *, cancelled: bo
         if cancelled:
             raise StepCancelled("stopped before block 3")
 
-    for name, value in {"_conditioned": None, "_mesh": None, "_check": None}.items():
+    for name, value in {"_conditioned": None, "_mesh": None, "_check": 0.0}.items():
         monkeypatch.setattr(made, name, lambda *_, value=value, **__: value, raising=False)
     monkeypatch.setattr(made, "_compiled", compiled)
     monkeypatch.setattr(loop, "Agreement", lambda *_: others)

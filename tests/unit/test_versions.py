@@ -12,7 +12,7 @@ import pytest
 
 from parallel.doctor import examine
 from parallel.errors import UnsupportedError
-from parallel.versions import OLDEST_COMFYUI, OLDEST_TORCH, require
+from parallel.versions import OLDEST_COMFYUI, OLDEST_TORCH, conflicts, require
 
 ROOT = Path(__file__).parents[2]
 
@@ -33,15 +33,24 @@ def test_too_old(found: str, oldest: str):
         require("it", found, oldest)
 
 
-@pytest.mark.parametrize(
-    ("name", "old"), [("torch", "2.8.0+cu128"), ("diffusers", "0.39.0"), ("transformers", "4.57.6")]
-)
+@pytest.mark.parametrize(("name", "old"), [("torch", "2.8.0+cu128"), ("diffusers", "0.38.0")])
 def test_the_doctor_finds_what_is_too_old(monkeypatch: pytest.MonkeyPatch, name: str, old: str):
     version = importlib.metadata.version
     monkeypatch.setattr(importlib.metadata, "version", lambda other: old if other == name else version(other))
     result, text = examine("cpu,cpu")
     assert not result["ok"] and result["reason"].startswith(f"{name} is {old}; Sequence Parallel needs ")
     assert text == f"FAIL libraries: {result['reason']}"
+
+
+def test_the_doctor_finds_packages_that_do_not_fit_together(monkeypatch: pytest.MonkeyPatch):
+    assert list(conflicts()) == []
+    version = importlib.metadata.version
+    monkeypatch.setattr(
+        importlib.metadata, "version", lambda name: "0.36.2" if name.startswith("huggingface") else version(name)
+    )
+    result, text = examine("cpu,cpu")
+    assert not result["ok"]
+    assert re.match(r"FAIL libraries: diffusers \S+ needs huggingface[-_]hub\S+, and 0\.36\.2 is installed", text)
 
 
 def test_readme_and_registry_say_the_same():

@@ -1,6 +1,10 @@
 """Test-only nodes: what text encoders, VAEs and CLIP vision models give, without any of these models."""
 
 import copy
+import json
+import os
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -278,11 +282,30 @@ class SPTestModelSize:
         return {"ui": {"bytes": [model.model_size()]}}
 
 
+class SPTestWorkersBoot:
+    """From now on workers are started by another script than the pack's own; empty: by that again."""
+
+    CATEGORY = "testing"
+    RETURN_TYPES = ()
+    OUTPUT_NODE = True
+    FUNCTION = "set"
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict:
+        return {"required": {"script": ("STRING", {"default": ""}), "environment": ("STRING", {"default": "{}"})}}
+
+    def set(self, script: str, environment: str) -> tuple:
+        (module,) = (m for name, m in list(sys.modules.items()) if name.endswith(".parallel.host.process"))
+        module._BOOT = Path(script) if script else Path(module.__file__).parents[1] / "worker" / "boot.py"
+        os.environ.update(json.loads(environment))
+        return ()
+
+
 NODE_CLASS_MAPPINGS = {
     node.__name__: node
     for node in (
         SPTestConditioning, SPTestLatent, SPTestVAE, SPTestCLIPVisionOutput, SPTestNoClip, SPTestControlNet,
         SPTestRandomVAE, SPTestTiledVAE, SPTestVideoLatent, SPTestImageAsLatent, SPTestFlatLatent, SPTestAttention,
-        SPTestModelSize,
+        SPTestModelSize, SPTestWorkersBoot,
     )
 }  # fmt: skip

@@ -1,0 +1,252 @@
+"""Compares a joint attention with an exact reference on sampled rows, at the length at which it runs.
+
+The self-check of a family runs a small step, so it meets neither chunks of heads in flight nor a kernel's path for long
+sequences nor offsets above 2^31. Here the first real attention of each kind is checked where it happens. The reference
+uses neither the exchange nor the kernel: every rank gets the sampled rows of q by an all-reduce, attends them in fp64
+to the keys it owns, and the partial softmax sums are merged over the ranks by their maximum:
+
+    q rows [B, H, n, D] → over own keys: m [B, H, n], Σ p, Σ p·v, Σ p²·v²  → all-reduce max of m, sum of the rest
+
+Cost: n rows of attention in fp64 (n = 8 + 2 per rank), a few tens of MB, four small all-reduces and one host
+synchronization; once per kind of attention.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ..errors import UnsupportedError
+from ..mesh import Mesh
+from ..plan import AttentionPlan, Range, SequencePlan
+from .joint import JointAttention
+
+T = TypeVar("T")
+Kind = tuple[object, ...]
+"""Of attention: all that selects code in the exchange or the kernel. The same on all ranks of a sequence."""
+
+_SPREAD = 8
+"""Sampled rows that are spread over the whole sequence, besides the first and last row of each rank."""
+_KEYS_AT_ONCE = 1024
+"""Keys per block of the reference: 25 MB each for k and v of 24 heads of 128 channels in fp64."""
+_ALLOWED = {torch.bfloat16: 2.0**-6, torch.float16: 2.0**-8, torch.float32: 1e-4}
+_ALLOWED_TF32 = 2.0**-6
+_ALLOWED_8_BIT = 0.3
+_TINY = 1e-30
+_LOWEST = -1e30
+"""A masked score: finite, and its exponential is zero beside any that is not masked."""
+
+
+def allowed_error(kernel: str, dtype: torch.dtype, device: torch.device) -> float:
+    """Largest error of a row, see `row_errors`, that rounding explains.
+
+    Exact kernels round the probabilities to the dtype before they multiply by v, and the result once; a ring also
+    rounds each chunk's result. Each of these contributes at most one unit roundoff u to the error (u = 2^-8 in
+    bfloat16, 2^-11 in float16; scores and sums are fp32). Four of them are allowed in bfloat16, and eight in float16,
+    whose probabilities underflow below 6e-8 of the row's largest. In practice 0.6 u is seen. In fp32 the scores' own
+    rounding dominates, |score| · sqrt(D) · 2^-24; with TF32 products u is 2^-11, again multiplied by the score.
+    `sage` quantizes q, k and P to 8 bits; what it is allowed is an estimate, which lets a wrong exchange through as
+    little as the others do (that makes errors near 1), but not a few percent.
+    """
+    if kernel == "sage":
+        return _ALLOWED_8_BIT
+    if dtype == torch.float32 and device.type == "cuda" and _tf32():
+        return _ALLOWED_TF32
+    return _ALLOWED[dtype]
+
+
+def sampled_rows(tokens: Sequence[Range]) -> list[int]:
+    """Queries whose attention is compared: each rank's first and last one, and some in between.
+
+    Args:
+        tokens: of each rank, in the order of the whole; a rank may have none.
+    """
+    total = tokens[-1][1]
+    edges = {token for start, stop in tokens for token in (start, stop - 1) if start < stop}
+    return sorted(edges | {i * (total - 1) // (_SPREAD - 1) for i in range(_SPREAD)})
+
+
+class RowCheck:
+    """Compares the first attention of each kind. Collective over the ranks of a sequence: all must check the same one.
+
+    Args:
+        mesh: of the sequence.
+        kernel: name of what computes.
+        is_known: whether a kind needs no check; the same answer on all ranks of the sequence.
+        passed: called with the kind of each attention that passed, on all ranks of the sequence alike.
+    """
+
+    def __init__(self, mesh: Mesh, kernel: str, is_known: Callable[[Kind], bool], passed: Callable[[Kind], None]):
+        self._mesh, self._kernel = mesh, kernel
+        self._is_known, self._passed = is_known, passed
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        plan: SequencePlan | AttentionPlan,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        mask: Tensor | None = None,
+    ) -> None:
+        """Checks `out`, the attention of this rank's queries [B, H, Q_r, D] with the keys of all ranks, of which k and
+        v [B, G, K_r, D] are this rank's.
+
+        Args:
+            mask: of the whole attention, see `row_errors`.
+
+        Raises:
+            UnsupportedError: a row differs by more than `allowed_error`, or is not finite though the inputs are; on all
+                ranks of the sequence alike.
+        """
+        kind = (plan, self._mesh.degrees, q.shape[0], q.shape[3], q.dtype, mask is None)
+        if self._is_known(kind):
+            return
+        allowed = allowed_error(self._kernel, q.dtype, q.device)
+        q, k, v, out = (x.detach() for x in (q, k, v, out))
+        errors, finite = row_errors(q, k, v, out, plan, self._mesh, mask)
+        worst = errors.max() if errors.numel() else q.new_zeros((), dtype=torch.float64)
+        verdict = torch.stack((worst.nan_to_num(nan=torch.inf), (~finite).to(worst)))
+        self._mesh.reduce(verdict, dist.ReduceOp.MAX)
+        error, unusable = verdict.tolist()
+        if unusable:  # a model that overflows does so on one device, too; a later step may be checked
+            return
+        if not error <= allowed:
+            raise UnsupportedError(self._complaint(plan, q, error, allowed))
+        self._passed(kind)
+
+    def _complaint(self, plan: SequencePlan | AttentionPlan, q: Tensor, error: float, allowed: float) -> str:
+        degrees = self._mesh.degrees
+        choices = [] if self._kernel == "sdpa" else ["attention sdpa"]
+        choices += ["ulysses_degree 1"] * (degrees.ulysses > 1) + ["ring_degree 1"] * (degrees.ring > 1)
+        return (
+            f"attention {self._kernel!r} failed its check at {plan.token_ranges[-1][1]} tokens"
+            f" ({plan.heads} heads of {q.shape[3]} channels in {str(q.dtype).removeprefix('torch.')}, split as"
+            f" {degrees}): sampled rows differ by {error:.2g} (relative; allowed {allowed:.2g}) from exact attention."
+            f" Use {' or '.join(choices) or 'another size'}, and please report this with your GPU and your version of"
+            f" torch ({torch.__version__})."
+        )
+
+
+class CheckedAttention:
+    """A `JointAttention` whose calls are checked.
+
+    Args:
+        attention: what is checked.
+        plan: its split.
+        check: of the ranks that share the sequence.
+    """
+
+    def __init__(self, attention: JointAttention, plan: SequencePlan, check: RowCheck):
+        self._attention, self._plan, self._check = attention, plan, check
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return self._checked(q, k, v, self._attention(q, k, v))
+
+    def with_work(self, q: Tensor, k: Tensor, v: Tensor, work: Callable[[], T]) -> tuple[Tensor, T]:
+        out, result = self._attention.with_work(q, k, v, work)
+        return self._checked(q, k, v, out), result
+
+    def start(self, q: Tensor, k: Tensor, v: Tensor) -> Callable[[], Tensor]:
+        finish = self._attention.start(q, k, v)
+        return lambda: self._checked(q, k, v, finish())
+
+    def _checked(self, q: Tensor, k: Tensor, v: Tensor, out: Tensor) -> Tensor:
+        self._check(self._plan, *(x.transpose(1, 2) for x in (q, k, v, out)))
+        return out
+
+
+def row_errors(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    plan: SequencePlan | AttentionPlan,
+    mesh: Mesh,
+    mask: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Compares sampled rows of an attention with their exact values. Collective over the ranks of the sequence.
+
+    Args:
+        q, out: of this rank's queries, [B, H, Q_r, D].
+        k, v: of this rank's keys, [B, G, K_r, D].
+        mask: of the whole attention, boolean or to be added to the scores, [.., 1 or H, 1 or Q, K], with tokens in the
+            order of the ranks.
+
+    Returns:
+        ‖out − exact‖ / max(‖exact‖, ‖noise‖) of each sampled row of this rank, [B, H, rows], norms over the channels.
+        The noise is that of probabilities with independent relative errors of 1, sqrt(Σ p²·v²): where large values
+        cancel it exceeds the result. And whether all exact rows are finite.
+    """
+    rows = sampled_rows(plan.token_ranges)
+    start, stop = plan.token_ranges[mesh.sp_rank]
+    own = [i for i, row in enumerate(rows) if start <= row < stop]
+    local = torch.tensor([rows[i] - start for i in own], dtype=torch.int64, device=q.device)
+    batch, heads, _, dim = q.shape
+    queries = torch.zeros(batch, heads, len(rows), dim, dtype=torch.float64, device=q.device)
+    queries[:, :, own] = q[:, :, local].double()
+    mesh.reduce(queries, dist.ReduceOp.SUM)  # exact: one rank alone adds to each row
+    first, last = plan.key_ranges[mesh.sp_rank]
+    bias = None if mask is None else _bias(mask, rows, slice(first, last))
+    exact, noise = _reference(queries * dim**-0.5, k, v, mesh, bias)
+    finite = exact.isfinite().all()
+    exact, noise = exact[:, :, own], noise[:, :, own]
+    difference = (out[:, :, local].double() - exact).norm(dim=-1)
+    return difference / torch.maximum(exact.norm(dim=-1), noise.norm(dim=-1)).clamp_min(_TINY), finite
+
+
+def _bias(mask: Tensor, rows: list[int], keys: slice) -> Tensor:
+    """What is added to the scores of the rows with these keys, fp64 and finite: a rank's keys may be masked as a whole,
+    and its largest score must not be −∞."""
+    if mask.ndim == 3:
+        mask = mask[:, None]
+    mask = mask[..., keys]
+    mask = mask[..., rows, :] if mask.shape[-2] > 1 else mask
+    if mask.dtype == torch.bool:
+        return torch.zeros(mask.shape, dtype=torch.float64, device=mask.device).masked_fill_(~mask, _LOWEST)
+    return mask.double().clamp(min=_LOWEST)
+
+
+def _reference(queries: Tensor, k: Tensor, v: Tensor, mesh: Mesh, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Attention of scaled queries [B, H, n, D] to the keys of all ranks, and its noise, see `row_errors`."""
+    shape, dim = queries.shape, v.shape[3]
+    repeats = shape[1] // k.shape[1]
+    largest = queries.new_full(shape[:-1], _LOWEST)
+    sums = queries.new_zeros(*shape[:-1], 1 + 2 * dim)  # Σ p, Σ p·v, Σ p²·v²
+    for at, (keys, values) in enumerate(zip(k.split(_KEYS_AT_ONCE, 2), v.split(_KEYS_AT_ONCE, 2), strict=True)):
+        if not keys.shape[2]:  # a rank may have none
+            continue
+        keys, values = (x.double().repeat_interleave(repeats, dim=1) for x in (keys, values))
+        scores = queries @ keys.transpose(2, 3)
+        if bias is not None:
+            scores += bias[..., at * _KEYS_AT_ONCE :][..., : keys.shape[2]]
+        new = torch.maximum(largest, scores.amax(-1))
+        _rescale(sums, largest, new)
+        p = (scores - new[..., None]).exp_()
+        sums += torch.cat((p.sum(-1, keepdim=True), p @ values, p.square() @ values.square()), dim=-1)
+        largest = new
+    own = largest.clone()
+    mesh.reduce(largest, dist.ReduceOp.MAX)
+    _rescale(sums, own, largest)
+    mesh.reduce(sums, dist.ReduceOp.SUM)
+    total, weighted, squares = sums.split((1, dim, dim), dim=-1)
+    return weighted / total, squares.sqrt() / total
+
+
+def _rescale(sums: Tensor, before: Tensor, after: Tensor) -> None:
+    """Makes sums relative to the maximum `before` relative to `after`."""
+    factor = (before - after).exp_()[..., None]
+    dim = (sums.shape[-1] - 1) // 2
+    sums[..., : 1 + dim] *= factor
+    sums[..., 1 + dim :] *= factor.square()
+
+
+def _tf32() -> bool:
+    """Whether fp32 products may be computed in TF32 on CUDA, by either of torch's ways to say so."""
+    precision = getattr(torch.backends.cuda.matmul, "fp32_precision", None)
+    return precision == "tf32" if precision is not None else bool(torch.backends.cuda.matmul.allow_tf32)

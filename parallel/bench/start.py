@@ -1,0 +1,91 @@
+"""`python -m parallel bench start`: how long workers take to start and to load their first model, phase by phase."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from functools import partial
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+
+from ..config import Layout, SequenceParallelConfig, resolve
+from ..demo.checkpoint import write_tiny_hunyuan_video
+from ..errors import ConfigError
+from ..host.group import WorkerGroup
+from ..host.recipe import Recipe, inspect
+from ..host.remote_model import RemoteModel
+
+_WAYS = ("overlapped", "in_turn")
+"""Libraries imported while the ranks meet, as for ComfyUI; and imported by the first load."""
+
+
+def bench_start(devices: str, rounds: int) -> tuple[dict[str, Any], str]:
+    """Starts workers, loads a tiny HunyuanVideo and takes one step, both ways in turn.
+
+    Args:
+        devices: as in SP Config; `auto` is every GPU, or two CPU workers.
+        rounds: how often each way.
+
+    Returns:
+        `world`, `device`, `rounds`, `torch`, and for each of `overlapped` and `in_turn` medians in seconds: `total` of
+        wall time, `start` and `load` by phase (`GroupFigures`). The same as text.
+    """
+    if rounds < 1:
+        raise ConfigError(f"rounds is {rounds}; allowed are 1 or more")
+    if devices == "auto" and not torch.cuda.is_available():
+        devices = "cpu,cpu"
+    config = SequenceParallelConfig(devices=devices)
+    layout = resolve(config)
+    with tempfile.TemporaryDirectory(prefix="sequence-parallel-bench-") as folder:
+        path = Path(folder) / "tiny.safetensors"
+        write_tiny_hunyuan_video(path, heads=2, depth=1, depth_single=1)
+        recipe = Recipe(path=str(path), weight_dtype=torch.float32, compute_dtype=torch.float32, config=config)
+        run = partial(_first_step, recipe, layout)
+        runs = [{way: run(ahead=way == "overlapped") for way in _WAYS} for _ in range(rounds)]
+    result: dict[str, Any] = {
+        "world": layout.world_size,
+        "device": layout.device_type,
+        "rounds": rounds,
+        "torch": torch.__version__,
+    }
+    for way in _WAYS:
+        of_way = [each[way] for each in runs]
+        result[way] = {
+            "total": round(median(each["total"] for each in of_way), 3),
+            **{part: _medians([each[part] for each in of_way]) for part in ("start", "load")},
+        }
+    return result, _text(result)
+
+
+def _first_step(recipe: Recipe, layout: Layout, *, ahead: bool) -> dict[str, Any]:
+    """From nothing to the first prediction."""
+    inspected = inspect(recipe.path)
+    began = time.perf_counter()
+    group = WorkerGroup(layout, threads=1, family=inspected.adapter.family if ahead else None)
+    try:
+        group.start()
+        model = RemoteModel(recipe, inspected, group)
+        model.ensure_loaded()
+        inputs = inspected.adapter.example(inspected.model_config, layout.world_size, recipe.compute_dtype)
+        model.step(inputs.pop("x"), inputs.pop("timestep"), inputs)
+        total = time.perf_counter() - began
+        return {"total": total, "start": dict(group.figures.start), "load": dict(group.figures.load)}
+    finally:
+        group.stop()
+
+
+def _medians(phases: list[dict[str, float]]) -> dict[str, float]:
+    return {name: round(median(each[name] for each in phases), 3) for name in phases[0]}
+
+
+def _text(result: dict[str, Any]) -> str:
+    phases = [(part, name) for part in ("start", "load") for name in result["overlapped"][part]]
+    rows = [("seconds, median", *(way.replace("_", " ") for way in _WAYS))]
+    rows += [(f"{part}: {name}", *(f"{result[way][part][name]:.2f}" for way in _WAYS)) for part, name in phases]
+    rows += [("until the first step", *(f"{result[way]['total']:.2f}" for way in _WAYS))]
+    lines = [f"{name:24} {first:>12} {second:>12}" for name, first, second in rows]
+    lines.append(f"{result['world']} workers on {result['device']}, one thread each, {result['rounds']} rounds")
+    return "\n".join(lines)

@@ -1,0 +1,135 @@
+"""When silent ranks count as stuck: by the longest silence that the same work has shown in this group before.
+
+A false alarm costs a prompt that would have come to its end, so everything here errs on the side of waiting.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
+
+from ..wire.channel import Message
+from .process import WorkerProcess
+from .process_state import HALTED, in_words, state
+
+LONGEST_S = 600.0
+"""Patience with work of unknown speed, and the most there is. A rank that compiles gives signs of life."""
+SHORTEST_S = 60.0
+"""The least patience: other programs may slow a machine down many times over."""
+FACTOR = 10.0
+"""Times the longest silence measured."""
+HALTED_S = 10.0
+"""A process that is stopped or has ended for so long is stuck, however much patience is left."""
+_LOOK_S = 1.0
+"""Between two looks at the states of the processes, and the most that one look adds to a silence: when this process
+has been suspended itself, with its workers perhaps, nobody has been silent meanwhile."""
+_KEPT = 64
+"""Kinds of work whose silences are remembered."""
+
+
+def work_of(operation: str, message: Message) -> Hashable | None:
+    """Equal for operations that may be silent equally long: the same model under the same degrees, on sizes alike.
+
+    None for those whose silences depend on more than their sizes, such as reading files: they are not measured.
+    """
+    if operation == "step":
+        sizes = [request["x"]["shape"] for request in message.get("requests", ())]
+    elif operation == "sample":
+        at_once = max((len(each["network"]) for each in message["program"] if "network" in each), default=0)
+        sizes = [message["size"], at_once]
+    elif operation == "tile":
+        sizes = message["shape"]
+    else:
+        return None
+    names = ("model", "degrees", "compile", "vae", "direction")
+    return operation, json.dumps([*(message.get(name) for name in names), sizes])
+
+
+class Pace:
+    """The longest silence of each kind of work in one group, in seconds."""
+
+    def __init__(self) -> None:
+        self._longest: dict[Hashable, float] = {}
+
+    def measured(self, work: Hashable | None, silence: float) -> None:
+        if work is not None:
+            self._longest[work] = max(silence, self._longest.pop(work, 0.0))
+            while len(self._longest) > _KEPT:
+                del self._longest[next(iter(self._longest))]
+
+    def patience(self, work: Hashable | None) -> float:
+        """Seconds of silence after which a rank that does this work counts as stuck."""
+        longest = self._longest.get(work)
+        return LONGEST_S if longest is None else min(LONGEST_S, max(SHORTEST_S, FACTOR * longest))
+
+
+@dataclass(frozen=True, slots=True)
+class Stuck:
+    """Workers that do not go on, and how one can tell."""
+
+    workers: Sequence[WorkerProcess]
+    reason: str
+
+
+class Watch:
+    """Follows the signs of life during one operation.
+
+    Args:
+        patience: seconds, asked at each look.
+        clock: `time.monotonic`.
+    """
+
+    def __init__(self, patience: Callable[[], float], clock: Callable[[], float] = time.monotonic):
+        self.longest = 0.0
+        """Seconds of the longest silence so far that a sign of life has ended."""
+        self._patience = patience
+        self._clock = clock
+        self._looked = clock()
+        self._silence = 0.0
+        self._signs: object = None
+        self._halted: dict[int, float] = {}
+        """Rank → seconds for which its process has been found halted at every look."""
+        self._since_states = 0.0
+
+    def look(self, silent: Sequence[WorkerProcess], beats: tuple[int, ...]) -> Stuck | None:
+        """To be called several times a second.
+
+        Args:
+            silent: those that have still to answer.
+            beats: signs of life of all ranks, see `ControlPage.beats`.
+
+        Returns:
+            Those of `silent` that count as stuck, when there are some.
+        """
+        passed = min(self._clock() - self._looked, _LOOK_S)
+        self._looked = self._clock()
+        self._silence += passed
+        signs = (beats, len(silent))
+        if signs != self._signs:
+            if self._signs is not None:
+                self.longest = max(self.longest, self._silence)
+            self._signs, self._silence = signs, 0.0
+        self._since_states += passed
+        if self._since_states >= _LOOK_S and (stuck := self._halted_ones(silent)) is not None:
+            return stuck
+        if not silent or self._silence <= self._patience():
+            return None
+        # Peers of the one that hangs wait for it, some as early as it hangs itself.
+        least = min(beats[worker.rank] for worker in silent)
+        behind = [worker for worker in silent if beats[worker.rank] == least]
+        states = " and ".join(in_words(state(worker.process.pid)) for worker in behind)
+        return Stuck(behind, f"no sign of life for {self._silence:.0f} s ({states})")
+
+    def _halted_ones(self, silent: Sequence[WorkerProcess]) -> Stuck | None:
+        passed, self._since_states = self._since_states, 0.0
+        found = {worker.rank: state(worker.process.pid) for worker in silent}
+        self._halted = {
+            rank: self._halted.get(rank, -passed) + passed for rank, letter in found.items() if letter in HALTED
+        }
+        workers = [worker for worker in silent if self._halted.get(worker.rank, 0.0) >= HALTED_S]
+        if not workers:
+            return None
+        words = in_words(found[workers[0].rank])
+        return Stuck(workers, f"for {self._halted[workers[0].rank]:.0f} s the process has been in {words}")

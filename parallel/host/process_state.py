@@ -1,0 +1,34 @@
+"""In which state the kernel has a process (Linux, proc(5)), in words for a message."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+HALTED = frozenset("TZX")
+"""Stopped by a signal, or ended: such a process does not go on by itself. A debugger's stop ("t") does not count."""
+ENDED = "X"
+
+_WORDS = {
+    "R": "it is running",
+    "S": "it is asleep, waiting for something",
+    "D": "it waits in the kernel and cannot be interrupted",
+    "T": "a signal (SIGSTOP) has stopped it; SIGCONT would let it go on",
+    "t": "a debugger has stopped it",
+    "Z": "it has ended, but something that it started still holds its connection",
+    "X": "it has ended",
+}
+
+
+def state(pid: int) -> str:
+    """The state of the process's main thread: a letter of proc(5); `ENDED` where there is no such process, "?" where
+    the system does not say."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return ENDED if Path("/proc/self/stat").exists() else "?"
+    return stat.rpartition(")")[2].split()[0]
+
+
+def in_words(letter: str) -> str:
+    """As in "state D: it waits in the kernel and cannot be interrupted"."""
+    return f"state {letter}: {_WORDS[letter]}" if letter in _WORDS else f"state {letter}"

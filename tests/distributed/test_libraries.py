@@ -1,0 +1,32 @@
+"""Packages that diffusers imports where they are installed are nobody's to hide: tests/requirements.txt has peft."""
+
+from __future__ import annotations
+
+import importlib.metadata
+from pathlib import Path
+
+import pytest
+
+from parallel.config import SequenceParallelConfig, resolve
+from parallel.host import process
+from parallel.host.group import WorkerGroup
+from parallel.host.remote_model import RemoteModel
+from tests.distributed.tiny_models import TinyModels, recipe_of
+
+
+@pytest.mark.parametrize("ahead", [True, False], ids=["imported_while_meeting", "imported_by_the_load"])
+def test_a_worker_with_a_model_has_transformers_and_peft_as_they_are(
+    tiny_models: TinyModels, monkeypatch: pytest.MonkeyPatch, ahead: bool
+) -> None:
+    monkeypatch.setattr(process, "_BOOT", Path(__file__).with_name("reporting_boot.py"))
+    group = WorkerGroup(resolve(SequenceParallelConfig(devices="cpu")), 1, "hunyuan_video" if ahead else None)
+    group.start()
+    try:
+        RemoteModel(recipe_of(tiny_models.path(), "cpu"), group=group).ensure_loaded()
+        (facts,) = group.call("echo", {})
+    finally:
+        group.stop()
+    assert facts["hidden"] == []
+    assert facts["transformers"] == importlib.metadata.version("transformers")
+    assert facts["pretrained"]
+    assert facts["lora"], "diffusers cannot use peft"
