@@ -66,6 +66,7 @@ def load_planned_model(
             config=config,
             nbytes=bytes_of(parameters),
             heads=_heads(detected),
+            unet_config=dict(detected.model_config.unet_config),
         )
     )
     model.diffusion_model = NetworkProxy(remote, network, parameters)

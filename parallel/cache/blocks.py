@@ -12,7 +12,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Hashable, Mapping
 from dataclasses import dataclass, field
 from math import inf
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -25,6 +25,8 @@ Blocks = Generator[Tensor, None, None]
 """Runs a block at each `next`, and yields the hidden states [B, S_r, hidden] of this rank's tokens."""
 Probe = Callable[[], Tensor]
 """The blocks' input as the timestep modulates it, [B, …] of this rank's tokens."""
+Tensors = tuple[Tensor, ...]
+"""What a cache compares, or adds: of each stream of the latent's tokens (e.g. video and audio) a tensor [B, …]."""
 Total = Callable[[Tensor], None]
 """Adds a tensor up, in place, over the ranks that share the sequence."""
 
@@ -52,25 +54,31 @@ class _Remembered:
 
     inputs: Hashable
     """What must be the same again: sizes and split."""
-    compared: Tensor
-    change: Tensor
+    compared: Tensors
+    change: Tensors
     """What the blocks that may be skipped have added, [B, S_r, hidden]."""
     timings: list[tuple[Mark, Mark]]
     """Of these blocks, whenever they were computed."""
     in_a_row: int = 0
     """Hits since then."""
     distances: list[float] = field(default_factory=list)
-    """Of each sample's output since then, estimated."""
+    """Of each sample's output since then, estimated; of several streams one after the other."""
 
 
 class BlockCache(ABC):
     """The memory of one sampling on one rank.
+
+    Attributes:
+        after_first: whether the first block always runs, and what it adds decides about the others; else an input of
+            the first block decides about all.
 
     Args:
         threshold: relative change below which blocks are skipped. Each sample of a pass is judged by itself, and the
             pass skips only if all of them may.
         device: this rank's.
     """
+
+    after_first: ClassVar[bool]
 
     def __init__(self, threshold: float, device: torch.device):
         self._threshold = threshold
@@ -94,44 +102,81 @@ class BlockCache(ABC):
         self._active = active
         self.tally = Tally()
 
-    def run(
-        self, key: Hashable, inputs: Hashable, hidden: Tensor, blocks: Blocks, probe: Probe, total: Total
-    ) -> Tensor:
-        """hidden [B, S_r, hidden] before the first block → after the last.
+    def enter(self, key: Hashable, inputs: Hashable, total: Total) -> Pass | None:
+        """One more pass; None where this step may not skip: its passes are only counted.
 
         Args:
             key: names the pass among those of a step.
             inputs: see `_Remembered.inputs`.
         """
         self.tally.passes += 1
-        if not self._active:
+        return Pass(self, key, inputs, total) if self._active else None
+
+    def run(
+        self, key: Hashable, inputs: Hashable, hidden: Tensor, blocks: Blocks, probe: Probe, total: Total
+    ) -> Tensor:
+        """hidden [B, S_r, hidden] before the first block → after the last; for the arguments see `enter`."""
+        entered = self.enter(key, inputs, total)
+        if entered is None:
             return last_of(blocks, hidden)
-        hidden, compared = self._start(hidden, blocks, probe)
-        known = self._remembered.get(key)
-        if known is not None and known.inputs != inputs:
-            known = None
-        if known is not None and self._may_skip(known, compared, total):
+        if self.after_first:
+            first = next(blocks)
+            compared, hidden = first - hidden, first
+        else:
+            compared = probe()
+        if (change := entered.change((compared,))) is not None:
             blocks.close()
-            self.tally.hits += 1
-            # The fastest: a first run may have included compilation.
-            self.tally.skipped_s += min(seconds_between(*timing) for timing in known.timings)
-            return hidden + known.change
-        timings = known.timings if known is not None else []
-        self._remembered.pop(key, None)
-        known = None  # its tensors are not to take memory beside the blocks' own
-        began = mark(self._device)
+            return hidden + change[0]
         last = last_of(blocks, hidden)
-        timings.append((began, mark(self._device)))
-        self._remembered[key] = _Remembered(inputs, compared, last - hidden, timings)
+        entered.computed((last - hidden,))
         return last
 
     @abstractmethod
-    def _start(self, hidden: Tensor, blocks: Blocks, probe: Probe) -> tuple[Tensor, Tensor]:
-        """The hidden states from which on blocks may be skipped, and what to compare with that of an earlier step."""
-
-    @abstractmethod
-    def _may_skip(self, known: _Remembered, compared: Tensor, total: Total) -> bool:
+    def _may_skip(self, known: _Remembered, compared: Tensors, total: Total) -> bool:
         """The same answer on all ranks that share the sequence."""
+
+
+class Pass:
+    """One run through a network's blocks that may skip them; made by `BlockCache.enter`."""
+
+    def __init__(self, cache: BlockCache, key: Hashable, inputs: Hashable, total: Total):
+        self._cache, self._key, self._inputs, self._total = cache, key, inputs, total
+        self._compared: Tensors = ()
+        self._timings: list[tuple[Mark, Mark]] = []
+        self._began: Mark = 0.0
+
+    @property
+    def after_first(self) -> bool:
+        """See `BlockCache.after_first`."""
+        return self._cache.after_first
+
+    def change(self, compared: Tensors) -> Tensors | None:
+        """What to add in place of the blocks that may be skipped; None where they are to be computed.
+
+        All ranks that share the sequence call, and get the same answer.
+
+        Args:
+            compared: what the first block has added, or the modulated input: of tokens that this rank owns.
+        """
+        cache = self._cache
+        known = cache._remembered.get(self._key)
+        if known is not None and known.inputs != self._inputs:
+            known = None
+        if known is not None and cache._may_skip(known, compared, self._total):
+            cache.tally.hits += 1
+            # The fastest: a first run may have included compilation.
+            cache.tally.skipped_s += min(seconds_between(*timing) for timing in known.timings)
+            return known.change
+        self._timings = known.timings if known is not None else []
+        cache._remembered.pop(self._key, None)
+        known = None  # its tensors are not to take memory beside the blocks' own
+        self._compared, self._began = compared, mark(cache._device)
+        return None
+
+    def computed(self, change: Tensors) -> None:
+        """Remembers what the blocks have added that could have been skipped."""
+        self._timings.append((self._began, mark(self._cache._device)))
+        self._cache._remembered[self._key] = _Remembered(self._inputs, self._compared, change, self._timings)
 
 
 class FirstBlockCache(BlockCache):
@@ -142,15 +187,13 @@ class FirstBlockCache(BlockCache):
         most_in_a_row: hits after which a pass is computed whatever has changed; 0 is no limit.
     """
 
+    after_first: ClassVar[bool] = True
+
     def __init__(self, threshold: float, device: torch.device, *, most_in_a_row: int):
         super().__init__(threshold, device)
         self._most_in_a_row = most_in_a_row or inf
 
-    def _start(self, hidden: Tensor, blocks: Blocks, probe: Probe) -> tuple[Tensor, Tensor]:
-        first = next(blocks)
-        return first, first - hidden
-
-    def _may_skip(self, known: _Remembered, compared: Tensor, total: Total) -> bool:
+    def _may_skip(self, known: _Remembered, compared: Tensors, total: Total) -> bool:
         if known.in_a_row >= self._most_in_a_row:
             return False
         known.in_a_row += 1  # of no account in case of a miss: that remembers anew
@@ -165,14 +208,13 @@ class TeaCache(BlockCache):
         coefficients: of the polynomial that makes the estimate, highest degree first.
     """
 
+    after_first: ClassVar[bool] = False
+
     def __init__(self, threshold: float, device: torch.device, *, coefficients: list[float]):
         super().__init__(threshold, device)
         self._coefficients = coefficients
 
-    def _start(self, hidden: Tensor, blocks: Blocks, probe: Probe) -> tuple[Tensor, Tensor]:
-        return hidden, probe()
-
-    def _may_skip(self, known: _Remembered, compared: Tensor, total: Total) -> bool:
+    def _may_skip(self, known: _Remembered, compared: Tensors, total: Total) -> bool:
         estimates = [self._estimate(change) for change in relative_changes(compared, known.compared, total)]
         known.compared = compared
         known.distances = [a + b for a, b in zip(known.distances or [0.0] * len(estimates), estimates, strict=True)]
@@ -201,9 +243,20 @@ class StepPasses:
 
     def run(self, plan: SequencePlan, hidden: Tensor, blocks: Blocks, probe: Probe) -> Tensor:
         """See `BlockCache.run`."""
+        return self._cache.run(*self._next(plan, hidden.shape[0]), hidden, blocks, probe, self._total)
+
+    def enter(self, split: Hashable) -> Pass | None:
+        """Of a network that runs its blocks itself, see `BlockCache.enter`.
+
+        Args:
+            split: who owns which tokens, and other sizes; alike on all ranks that share the sequence.
+        """
+        return self._cache.enter(*self._next(split), self._total)
+
+    def _next(self, *inputs: Hashable) -> tuple[Hashable, Hashable]:
+        """Key and inputs of the next pass."""
         key, self._count = (self._request, self._count), self._count + 1
-        inputs = (self._shape, plan, hidden.shape[0])
-        return self._cache.run(key, inputs, hidden, blocks, probe, self._total)
+        return key, (self._shape, *inputs)
 
 
 def last_of(blocks: Blocks, hidden: Tensor) -> Tensor:
@@ -220,13 +273,14 @@ def block_cache(rule: Mapping[str, Any], device: torch.device) -> BlockCache:
     return kinds[arguments.pop("kind")](arguments.pop("threshold"), device, **arguments)
 
 
-def relative_changes(new: Tensor, old: Tensor, total: Total) -> list[float]:
-    """Σ|new − old| / Σ|old| of each sample [B, …] over the tokens of all ranks: one sum of [2, B] numbers.
+def relative_changes(new: Tensors, old: Tensors, total: Total) -> list[float]:
+    """Σ|new − old| / Σ|old| of each sample [B, …] of each stream, over the tokens of all ranks: one sum of [2, ΣB]
+    numbers.
 
     A sample without any size changes infinitely.
     """
-    parts = ((new - old).abs_(), old.abs())
-    sums = torch.stack([part.flatten(1).sum(1, dtype=torch.float32) for part in parts])
+    parts = ([(a - b).abs_() for a, b in zip(new, old, strict=True)], [b.abs() for b in old])
+    sums = torch.stack([torch.cat([x.flatten(1).sum(1, dtype=torch.float32) for x in part]) for part in parts])
     total(sums)
     changes, sizes = sums.tolist()
     return [change / size if size else inf for change, size in zip(changes, sizes, strict=True)]

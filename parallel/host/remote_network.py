@@ -47,6 +47,8 @@ class NetworkRecipe:
     """Of the weights."""
     heads: int
     """Of its attention; of several kinds the fewest."""
+    unet_config: Mapping[str, Any]
+    """What ComfyUI's detection has found."""
 
     def to_json(self) -> dict[str, Any]:
         dtype = None if self.weight_dtype is None else str(self.weight_dtype).removeprefix("torch.")

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ..errors import NoPlanError
+from ..split.chain import Chain
 from ..split.rules import Before, Behind, Frames, Grid, Grouped, Guides, Ranges, Residuals, Segment, Tokens, Trimmed
 from ..split.sites import Plan, Site
 
@@ -208,6 +209,34 @@ PLANS: Mapping[str, Plan | Callable[[Any], Plan]] = {
     "WanModel": WAN,
 }
 """Class → plan, or what makes it of a model."""
+
+_FLUX_CHAIN = Chain(
+    blocks={"double_blocks": "img txt", "single_blocks": "x"},
+    hidden="img",
+    leave="final_layer.x",
+    modulated="img_attn.qkv",
+)
+_COSMOS_CHAIN = Chain(blocks={"blocks": "x_B_T_H_W_D"}, hidden="x_B_T_H_W_D")
+_WAN_CHAIN = Chain(blocks={"blocks": "x"}, hidden="x", leave="head.x", modulated="e")
+CHAINS: Mapping[str, Chain] = {
+    "Anima": _COSMOS_CHAIN,
+    "Chroma": _FLUX_CHAIN,
+    "Flux": _FLUX_CHAIN,
+    "HunyuanVideo": replace(_FLUX_CHAIN, leave=""),
+    "Kandinsky5": Chain(blocks={"visual_transformer_blocks": "visual_embed"}, hidden="visual_embed"),
+    "LTXAVModel": Chain(blocks={"transformer_blocks": "x"}, hidden="x"),
+    "LTXVModel": Chain(blocks={"transformer_blocks": "x"}, hidden="x", modulated="attn1"),
+    "MiniMaxH3Model": Chain(blocks={"blocks": "x"}, hidden="x", leave="final_layer.x"),
+    "MiniTrainDIT": _COSMOS_CHAIN,
+    "NextDiT": Chain(blocks={"layers": "x"}, hidden="x", leave="final_layer.x"),
+    "QwenImageTransformer2DModel": Chain(
+        blocks={"transformer_blocks": "encoder_hidden_states hidden_states"}, hidden="hidden_states"
+    ),
+    "SingleStreamDiT": Chain(blocks={"blocks": "x"}, hidden="x", leave="last.x"),
+    "VaceWanModel": replace(_WAN_CHAIN, beside={"vace_blocks": "c c"}),
+    "WanModel": _WAN_CHAIN,
+}
+"""Class → what caches between steps may skip; a class that is not here has none."""
 
 
 @dataclass(frozen=True, slots=True)

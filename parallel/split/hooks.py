@@ -58,6 +58,11 @@ class Split:
             self.remove()
             raise
 
+    @property
+    def streams(self) -> Streams:
+        """Of the forward pass that runs."""
+        return self._streams
+
     def remove(self) -> None:
         """Gives the model back as it was."""
         for handle in self._handles:
@@ -94,7 +99,8 @@ class Split:
             self._handles.append(modules[-1].register_forward_hook(_Joined(site.join, lambda: self._streams, path)))
 
     def _enter(self, module: nn.Module, args: Any) -> None:
-        self.ranks.enter_block()
+        if not self._streams.skipping:
+            self.ranks.enter_block()
 
     def _submodule(self, module: nn.Module, path: str, where: str) -> nn.Module:
         try:

@@ -46,7 +46,8 @@ class Route:
 
     def expect(self) -> None:
         """The module begins: in this forward pass one of its kind is to attend, see `Streams.routed`."""
-        self._current().routed.setdefault(self._kind, False)
+        if not self._current().skipping:
+            self._current().routed.setdefault(self._kind, False)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, compute: Compute) -> Tensor:
         """q [B, H, Q_r, D], k and v [B, G, K_r, D] of this rank's tokens → [B, H, Q_r, D]; all ranks call.

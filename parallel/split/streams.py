@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
@@ -59,12 +59,14 @@ class Streams:
     Attributes:
         notes: what a rule keeps from cut to join.
         routed: kind of attention → whether one of this kind has been exchanged.
+        skipping: whether a cache skips the blocks that come next: their hooks run, and they do not.
     """
 
     def __init__(self, ranks: SequenceRanks):
         self.ranks = ranks
         self.notes: dict[str, Any] = {}
         self.routed: dict[str, bool] = {}
+        self.skipping = False
         self._streams: dict[str, Stream] = {}
         self._made: dict[Any, tuple[Any, weakref.ref[Tensor]]] = {}
         self._indices: dict[Any, Tensor] = {}
@@ -78,6 +80,10 @@ class Streams:
         enough = 1 if count >= self.ranks.size else 0
         owned = shares(count, self.ranks.weights, minimum=enough)
         self._streams[name] = Stream(total, None if kept is None else kept.cpu(), tuple(accumulate(owned, initial=0)))
+
+    def described(self) -> Hashable:
+        """Tokens of each stream known so far, and who owns how many; the same on all ranks."""
+        return tuple((name, stream.total, stream.starts) for name, stream in self._streams.items())
 
     def total(self, names: Sequence[str]) -> int:
         """Tokens of the whole streams, padding included."""

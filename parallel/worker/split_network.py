@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ..cache.blocks import BlockCache, StepPasses, block_cache
+from ..cache.hooked import cached_blocks
 from ..comfyui.start import prepare
 from ..errors import CheckpointError, UnsupportedError
-from ..plans.comfyui import plan_of
+from ..plans.comfyui import CHAINS, plan_of
 from ..split import SequenceRanks, Split
 from ..wire.trees import Tree, restore
 
@@ -47,16 +50,28 @@ class SplitNetwork:
         self.attention: str = library.attention_name()
         """What its attention computes with, by the names of `attention.kernels`."""
         self._device = device
-        self._split = Split(self._network, plan_of(self._network), SequenceRanks((1.0,)))
+        self._plan = plan_of(self._network)
+        self._split = Split(self._network, self._plan, SequenceRanks((1.0,)))
         self._held: dict[str, Tensor] = {}
         self._replaced: dict[str, Tensor] = {}
+        self._caches: dict[int, BlockCache] = {}
 
     def close(self) -> None:
         """Before it goes."""
         self._split.remove()
 
+    def cache(self, sampling: int, rule: Mapping[str, Any]) -> BlockCache:
+        """What the sampling of this number remembers, with the rule of its first step."""
+        if sampling not in self._caches:
+            self._caches[sampling] = block_cache(rule, self._device)
+        return self._caches[sampling]
+
     def forget_cache(self, sampling: int | None = None) -> None:
-        """It remembers nothing between steps."""
+        """Frees what a sampling remembers, or what all of them do."""
+        if sampling is None:
+            self._caches.clear()
+        else:
+            self._caches.pop(sampling, None)
 
     def hold(self, key: str, tensor: Tensor) -> None:
         """Keeps a copy of what stays the same from step to step."""
@@ -99,6 +114,7 @@ class SplitNetwork:
         held: Mapping[str, str],
         read: Callable[[str], Tensor],
         ranks: SequenceRanks,
+        passes: StepPasses | None = None,
     ) -> Any:
         """Calls the network, or one of its methods, as ComfyUI would; all ranks of the sequence call alike.
 
@@ -108,6 +124,7 @@ class SplitNetwork:
             held: tensor's name there → key under which it is held.
             read: any other tensor, on this rank's device.
             ranks: that share the sequence.
+            passes: of this call, if it may skip blocks; for `forward` only.
 
         Returns:
             The whole result, on every rank.
@@ -115,4 +132,11 @@ class SplitNetwork:
         given = restore(arguments, lambda name: self._held[held[name]] if name in held else read(name))
         self._split.ranks = ranks
         function = self._network if method == "forward" else getattr(self._network, method)
-        return function(*given["args"], **given["named"])
+        with self._skipping(passes):
+            return function(*given["args"], **given["named"])
+
+    def _skipping(self, passes: StepPasses | None) -> AbstractContextManager[None]:
+        if passes is None:
+            return nullcontext()
+        chain = CHAINS[type(self._network).__name__]
+        return cached_blocks(self._network, self._plan, chain, self._split, passes)

@@ -219,7 +219,7 @@ def test_what_is_no_number_is_computed():
 
 def test_relative_changes_of_bf16_are_summed_in_fp32():
     old = torch.ones(1, 100_000, dtype=torch.bfloat16)
-    assert relative_changes(old * 1.5, old, alone) == [0.5]
+    assert relative_changes((old * 1.5,), (old,), alone) == [0.5]
 
 
 def test_teacache_adds_up_estimates_of_every_step():

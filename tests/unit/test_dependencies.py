@@ -11,6 +11,7 @@ import pytest
 ENGINE = Path(__file__).parents[2] / "parallel"
 ALLOWED = {
     "attention": {"config", "errors", "mesh", "plan"},
+    "cache": {"degrees", "errors", "plan", "split"},
     "split": {"attention", "errors", "plan"},
     "plans": {"errors", "split"},
     "comfyui": {"checkpoints", "errors", "vae"},

@@ -1,0 +1,55 @@
+"""As what TeaCache's published polynomials know ComfyUI's networks: family and configuration by diffusers' names."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+Known = tuple[str, dict[str, Any]]
+"""Family and configuration, as `cache.coefficients` takes them."""
+
+
+def _wan(config: Mapping[str, Any]) -> Known:
+    return "wan", {
+        "num_attention_heads": config["num_heads"],
+        "in_channels": config["in_dim"],
+        "out_channels": config["out_dim"],
+        "image_dim": 1280 if config["model_type"] == "i2v" else None,
+    }
+
+
+def _ltxv(config: Mapping[str, Any]) -> Known:
+    return "ltxv", {
+        "num_layers": config["num_layers"],
+        "causal_temporal_positioning": config.get("causal_temporal_positioning", False),
+    }
+
+
+def _flux(config: Mapping[str, Any]) -> Known:
+    """FLUX.1: FLUX.2 and others of this class take no pooled text."""
+    return "flux" if config.get("image_model") == "flux" and config.get(
+        "vec_in_dim"
+    ) else "this model of the class Flux", {}
+
+
+def _hunyuan_video(config: Mapping[str, Any]) -> Known:
+    """The first one, likewise."""
+    return "hunyuan_video" if config.get("vec_in_dim") else "this model of the class HunyuanVideo", {}
+
+
+_NETWORKS: Mapping[str, Callable[[Mapping[str, Any]], Known]] = {
+    "Flux": _flux,
+    "HunyuanVideo": _hunyuan_video,
+    "LTXVModel": _ltxv,
+    "WanModel": _wan,
+}
+
+
+def known_as(network: str, config: Mapping[str, Any]) -> Known:
+    """What to ask `cache.coefficients` for; it refuses a class that is not known by its name.
+
+    Args:
+        network: ComfyUI's class.
+        config: what its detection has found.
+    """
+    return _NETWORKS[network](config) if network in _NETWORKS else (network, {})
