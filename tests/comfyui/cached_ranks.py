@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -27,8 +28,8 @@ from parallel.split import SequenceRanks, Split
 
 CPU = torch.device("cpu")
 NEVER, ALWAYS = 0.0, 1e9
-PLAIN = ("Wan VACE", "FLUX, ControlNet", "HunyuanVideo, padded", "LTX-2.3, kept frame, batch 2")
-STRADDLING = ("Wan", "LTX-2.3")
+PLAIN = ("FLUX, ControlNet", "LTX-2.3")
+STRADDLING = ("LTX-2.3", "Wan")
 """Cases in which the ranks of a sequence would decide differently."""
 
 Step = Callable[[StepPasses | None], Tensor]
@@ -258,10 +259,14 @@ def main(rank: int, world: int, store: str, results: str, comfyui: str, which: s
         found[name] = {split: facts(network, case.inputs, view, sequence_total) for split, view in views.items()}
         if which == "every":
             found[name]["one rank"] = facts(network, case.inputs, SequenceRanks((1.0,)), lambda sums: None)
-    for name in STRADDLING:
-        case = CASES[name]
-        network = network_of(case.supported, case.config(case.heads[0]))
-        found[f"{name}, unequal change"] = straddling(network, case.inputs, views["Ulysses"], sequence_total)
+        if name in STRADDLING:
+            found[f"{name}, unequal change"] = straddling(network, case.inputs, views["Ulysses"], sequence_total)
+    if rank == 0:
+        from tests.comfyui.cache_against_adapters import against_adapters
+
+        with TemporaryDirectory() as folder:
+            families = ["wan", "flux"] if which == "plain" else ["hunyuan_video"]
+            found["adapters"] = against_adapters(Path(folder), families)
     Path(results).write_text(json.dumps(found))
     dist.destroy_process_group()
 
