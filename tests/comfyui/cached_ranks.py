@@ -75,9 +75,9 @@ class Steps:
 
 
 @contextmanager
-def watched(network: nn.Module, replace: list[Tensor] | None = None) -> Iterator[dict[str, list[Tensor]]]:
-    """The hidden states after the first block, and where they leave the blocks; there they are replaced by the sum of
-    those after the first block and of `replace`. With plain hooks, and every block runs."""
+def watched(network: nn.Module, kind: str, replace: list[Tensor] | None = None) -> Iterator[dict[str, list[Tensor]]]:
+    """The hidden states from which on a cache may skip blocks, and where they leave; there they are replaced by the sum
+    of the former and of `replace`. With plain hooks, and every block runs."""
     chain = CHAINS[type(network).__name__]
     seen: dict[str, list[Tensor]] = {}
     lists = [list(network.get_submodule(path).children()) for path in chain.blocks]
@@ -89,6 +89,10 @@ def watched(network: nn.Module, replace: list[Tensor] | None = None) -> Iterator
 
     def first(module: nn.Module, args: Any, result: Any) -> None:
         value = result if len(returned[0]) == 1 else result[returned[0].index(chain.hidden)]
+        seen["first"] = [x.clone() for x in parts(value)]
+
+    def before_first(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        value = kwargs[chain.hidden] if chain.hidden in kwargs else args[0]
         seen["first"] = [x.clone() for x in parts(value)]
 
     def leaving(value: Any) -> None:
@@ -109,7 +113,10 @@ def watched(network: nn.Module, replace: list[Tensor] | None = None) -> Iterator
     def before_exit(module: nn.Module, args: Any) -> None:
         leaving(args[0])
 
-    handles = [blocks[0].register_forward_hook(first)]
+    if kind == "teacache":
+        handles = [blocks[0].register_forward_pre_hook(before_first, with_kwargs=True)]
+    else:
+        handles = [blocks[0].register_forward_hook(first)]
     if chain.leave:
         handles.append(network.get_submodule(chain.leave.rpartition(".")[0]).register_forward_pre_hook(before_exit))
     else:
@@ -125,16 +132,16 @@ def value_has_no_batch(network: nn.Module) -> bool:
     return type(network).__name__ == "MiniMaxH3Model"
 
 
-def expected(steps: Steps, network: nn.Module, amounts: Sequence[float]) -> tuple[list[Tensor], Tensor]:
-    """Results when all steps but the first skip all blocks but the first, by one rank without a cache; and the last
-    one's when nothing is added for the others."""
-    with watched(network) as seen:
+def expected(steps: Steps, network: nn.Module, kind: str, amounts: Sequence[float]) -> tuple[list[Tensor], Tensor]:
+    """Results when all steps but the first skip what a cache may skip, by one rank without a cache; and the last one's
+    when nothing is added for the skipped blocks."""
+    with watched(network, kind) as seen:
         results = [steps.run(amounts[0])]
     change = [a - b for a, b in zip(seen["last"], seen["first"], strict=True)]
     for amount in amounts[1:]:
-        with watched(network, change):
+        with watched(network, kind, change):
             results.append(steps.run(amount))
-    with watched(network, [torch.zeros_like(x) for x in change]):
+    with watched(network, kind, [torch.zeros_like(x) for x in change]):
         nothing = steps.run(amounts[-1])
     return results, nothing
 
@@ -150,8 +157,8 @@ def counted(network: nn.Module) -> Iterator[list[int]]:
     handles = []
     for path in [*chain.blocks, *chain.beside]:
         for block in network.get_submodule(path).children():
-            inner = next(m for m in block.modules() if isinstance(m, nn.Linear))
-            handles.append(inner.register_forward_pre_hook(add))
+            last = [module for module in block.modules() if isinstance(module, nn.Linear)][-1]
+            handles.append(last.register_forward_pre_hook(add))
     try:
         yield runs
     finally:
@@ -165,7 +172,9 @@ def difference(found: Tensor, reference: Tensor) -> float:
     return float((found - reference).abs().max() / reference.abs().max())
 
 
-def facts(network: nn.Module, inputs: Callable[[Any], Any], view: SequenceRanks, total: Total) -> dict[str, Any]:
+def facts(
+    network: nn.Module, inputs: Callable[[Any], Any], view: SequenceRanks, total: Total, kind: str = "first_block"
+) -> dict[str, Any]:
     """What a cache does in a network split so:
 
     `zero`: whether a threshold of 0 changes a bit of a step under the same split.
@@ -176,12 +185,12 @@ def facts(network: nn.Module, inputs: Callable[[Any], Any], view: SequenceRanks,
     """
     amounts = (0.0, 0.03, 0.06)
     alone = Steps(network, inputs, None, total)
-    references, nothing = expected(alone, network, amounts)
+    references, nothing = expected(alone, network, kind, amounts)
     computed = alone.run(amounts[-1])
     split = Split(network, plan_of(network), view)
     try:
         steps = Steps(network, inputs, split, total)
-        never, always = block_cache(rule(NEVER), CPU), block_cache(rule(ALWAYS), CPU)
+        never, always = block_cache(rule(NEVER, kind), CPU), block_cache(rule(ALWAYS, kind), CPU)
         plain = [steps.run(amount) for amount in amounts[:2]]
         zero = all(torch.equal(steps.run(a, never), b) for a, b in zip(amounts[:2], plain, strict=True))
         results, hits, blocks = [], [], []
@@ -256,9 +265,13 @@ def main(rank: int, world: int, store: str, results: str, comfyui: str, which: s
     for name in CASES if which == "every" else PLAIN:
         case = CASES[name]
         network = network_of(case.supported, case.config(case.heads[0]))
-        found[name] = {split: facts(network, case.inputs, view, sequence_total) for split, view in views.items()}
-        if which == "every":
-            found[name]["one rank"] = facts(network, case.inputs, SequenceRanks((1.0,)), lambda sums: None)
+        kinds = ["first_block", "teacache"] if CHAINS[type(network).__name__].modulated else ["first_block"]
+        for kind in kinds:
+            told = found[f"{name}, {kind}"] = {
+                split: facts(network, case.inputs, view, sequence_total, kind) for split, view in views.items()
+            }
+            if which == "every":
+                told["one rank"] = facts(network, case.inputs, SequenceRanks((1.0,)), lambda sums: None, kind)
         if name in STRADDLING:
             found[f"{name}, unequal change"] = straddling(network, case.inputs, views["Ulysses"], sequence_total)
     if rank == 0:

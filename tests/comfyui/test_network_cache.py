@@ -39,7 +39,8 @@ def assert_right(ranks: list[Results], splits: set[str]) -> None:
                 case = f"{name}, {split}, rank {rank}: {facts}"
                 assert facts["zero"], f"a threshold of 0 changes the result: {case}"
                 assert facts["hits"] == [0, 1, 1], case
-                assert facts["blocks"][0] > 1 and facts["blocks"][1:] == [1, 1], f"only the first block runs: {case}"
+                computed = 0 if name.endswith("teacache") else 1
+                assert facts["blocks"][0] > 1 and facts["blocks"][1:] == [computed] * 2, case
                 assert facts["skipped"] <= ALLOWED, case
                 assert facts["shown"] > SHOWN, f"a case that would not show a wrong residual: {case}"
                 assert not facts["left"] and facts["after"], f"the cache has left something behind: {case}"
