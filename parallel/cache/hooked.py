@@ -101,7 +101,7 @@ class _Call:
         if not self._entered:
             raise self._astray(f"did not run {next(iter(self._lists), 'its blocks')}")
         if self._pass is not None and not self._left:
-            raise self._astray(f"did not come by {self._chain.leave or 'the last block'}")
+            raise self._astray(f"left its blocks without passing {self._chain.leave or 'the last one'}")
 
     # --- what replaces the forwards -------------------------------------------------------------------------------
 
@@ -128,6 +128,8 @@ class _Call:
             if not entered.after_first:
                 compared = self._modulated(module, given, args, kwargs)
                 self._decide(entered, (compared,), hidden)
+                if self._split.streams.skipping:
+                    self._split.streams.expect_nothing()
                 return inner(*args, **kwargs)
             before = [x.clone() for x in hidden]
             result = inner(*args, **kwargs)

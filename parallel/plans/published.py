@@ -11,16 +11,16 @@ Known = tuple[str, dict[str, Any]]
 
 def _wan(config: Mapping[str, Any]) -> Known:
     return "wan", {
-        "num_attention_heads": config["num_heads"],
-        "in_channels": config["in_dim"],
-        "out_channels": config["out_dim"],
-        "image_dim": 1280 if config["model_type"] == "i2v" else None,
+        "num_attention_heads": config.get("num_heads"),
+        "in_channels": config.get("in_dim"),
+        "out_channels": config.get("out_dim"),
+        "image_dim": 1280 if config.get("model_type") == "i2v" else None,
     }
 
 
 def _ltxv(config: Mapping[str, Any]) -> Known:
     return "ltxv", {
-        "num_layers": config["num_layers"],
+        "num_layers": config.get("num_layers"),
         "causal_temporal_positioning": config.get("causal_temporal_positioning", False),
     }
 

@@ -74,6 +74,10 @@ class Streams:
     def __contains__(self, name: str) -> bool:
         return name in self._streams
 
+    def expect_nothing(self) -> None:
+        """The block whose hooks have run is skipped: what it has announced to attend will not."""
+        self.routed = {kind: done for kind, done in self.routed.items() if done}
+
     def define(self, name: str, total: int, kept: Tensor | None = None) -> None:
         """Splits a stream of `total` tokens, or only those at the positions `kept`, over the ranks."""
         count = total if kept is None else len(kept)
