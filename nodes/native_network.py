@@ -66,6 +66,7 @@ def load_planned_model(
             config=config,
             nbytes=bytes_of(parameters),
             heads=_heads(detected),
+            channels=model.latent_format.latent_channels,
         )
     )
     model.diffusion_model = NetworkProxy(remote, network, parameters)

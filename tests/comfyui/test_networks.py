@@ -30,6 +30,7 @@ pytestmark = pytest.mark.comfyui
 TOLERANCE = 1e-4
 """Relative, after the steps of a sampling with CFG, which amplify the 1e-6 of one call (see `test_split`)."""
 ONE, TWO, RING = Swapped("cpu"), Swapped("cpu,cpu"), Swapped("cpu,cpu", ring_degree=2)
+CFG, DP = Swapped("cpu,cpu", cfg_degree=2), Swapped("cpu,cpu", dp_degree=2)
 THREE = Swapped("cpu*4,cpu*2,cpu")
 HYBRID = Swapped("cpu,cpu,cpu,cpu", ulysses_degree=2, ring_degree=2)
 
@@ -129,12 +130,30 @@ def test_easy_cache_skips_the_same_steps(server: ComfyServer, reference: Referen
     assert relative_difference(sample(server, setting, TWO), reference(setting)) <= TOLERANCE
 
 
-def test_sampler_sp_samples_step_by_step_and_says_so(server: ComfyServer, reference: Reference) -> None:
+def told_by_sampler(server: ComfyServer, start: int) -> str:
+    return " ".join(event.data["bytes"].decode(errors="replace") for event in server.events("binary 3", since=start))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_sampler_sp_samples_in_the_workers(server: ComfyServer, reference: Reference, name: str) -> None:
+    """Also where the latent has several parts."""
     start = server.mark()
-    latent = sample(server, replace(_KREA2, chain="sp_sampler"), TWO)
-    assert relative_difference(latent, reference(_KREA2)) <= TOLERANCE
-    told = [event.data["bytes"].decode(errors="replace") for event in server.events("binary 3", since=start)]
-    assert any("sampled step by step, as by KSampler" in text and "SingleStreamDiT" in text for text in told), told
+    latent = sample(server, replace(CASES[name], chain="sp_sampler"), TWO)
+    assert relative_difference(latent, reference(CASES[name])) <= TOLERANCE
+    assert "in the workers" in told_by_sampler(server, start)
+
+
+@pytest.mark.parametrize("chain", ["ksampler", "sp_sampler"])
+@pytest.mark.parametrize("name", ["h3", "krea_2_reference"])
+def test_cond_and_uncond_side_by_side(server: ComfyServer, reference: Reference, name: str, chain: str) -> None:
+    """They have prompts of unequal lengths."""
+    latent = sample(server, replace(CASES[name], chain=chain), CFG)
+    assert relative_difference(latent, reference(CASES[name])) <= TOLERANCE
+
+
+def test_a_batch_side_by_side(server: ComfyServer, reference: Reference) -> None:
+    batch = replace(_KREA2, batch=2, cfg=1.0)
+    assert relative_difference(sample(server, batch, DP), reference(batch)) <= TOLERANCE
 
 
 def test_a_lora_on_two_workers(server: ComfyServer, reference: Reference) -> None:
@@ -221,9 +240,7 @@ def test_nodes_that_such_networks_do_not_have_yet_are_refused_by_name(server: Co
     refused(server, replace(_KREA2, model_nodes=(node,)), UNUSED, patterns)
 
 
-@pytest.mark.parametrize(
-    ("knob", "value"), [("cfg_degree", 2), ("dp_degree", 2), ("weights", "shard"), ("weights", "offload")]
-)
+@pytest.mark.parametrize(("knob", "value"), [("weights", "shard"), ("weights", "offload")])
 def test_knobs_that_such_networks_do_not_have_yet_are_refused(server: ComfyServer, knob: str, value: object) -> None:
     refused(server, _KREA2, replace(TWO, **{knob: value}), [rf"{knob} is '?{value}'?; allowed for SingleStreamDiT"])
 
