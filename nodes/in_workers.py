@@ -127,7 +127,7 @@ def _recorded(
         UnsupportedError: it cannot be sampled at all.
     """
     if noise.is_nested or latent_image is None:
-        raise NotRecordable("the latent has several parts")
+        raise NotRecordable("the latent is in several parts that are not packed")
     poll = comfy.model_management.throw_exception_if_processing_interrupted
 
     def report(*shown: Any) -> None:

@@ -67,6 +67,7 @@ def load_planned_model(
             nbytes=bytes_of(parameters),
             heads=_heads(detected),
             unet_config=dict(detected.model_config.unet_config),
+            channels=model.latent_format.latent_channels,
         )
     )
     model.diffusion_model = NetworkProxy(remote, network, parameters)

@@ -112,7 +112,7 @@ def _has_side_effects(model_options: dict[str, Any]) -> bool:
 
 
 def _same(a: StepRequest, b: StepRequest) -> bool:
-    if a.conditioning.keys() != b.conditioning.keys():
+    if a.conditioning.keys() != b.conditioning.keys() or (a.arguments, a.parts) != (b.arguments, b.parts):
         return False
     pairs = [(a.x, b.x), (a.timestep, b.timestep), *((a.conditioning[n], b.conditioning[n]) for n in a.conditioning)]
     return all(p.shape == q.shape and p.dtype == q.dtype and torch.equal(p, q) for p, q in pairs)

@@ -12,18 +12,26 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..cache.settings import CacheSettings
+from ..compilation.settings import CompileSettings
 from ..config import SequenceParallelConfig, resolve
 from ..degrees import Degrees
 from ..errors import ConfigError, UnsupportedError, WorkerError
+from ..plan import share_of
 from ..wire.shared import TensorRef, lay_out
 from ..wire.trees import flatten, restore
-from . import running
+from . import network_cache, running
+from .cached_sampling import CachedSampling
 from .group import Poll, Progress, WorkerGroup
-from .sent_conditioning import SentConditioning
+from .remote_transformer import RemoteTransformer
+from .sampling import SEGMENT
+from .step_request import StepRequest
 
 log = logging.getLogger("sequence_parallel")
 
 _MODELS = itertools.count(1)
+_ROOM = 1 << 20
+"""Bytes for a method's results; more are collected by a second message."""
 
 Replace = Callable[[str], Tensor]
 """Name of a weight → what the workers are to use, of its shape."""
@@ -49,6 +57,8 @@ class NetworkRecipe:
     """Of its attention; of several kinds the fewest."""
     unet_config: Mapping[str, Any]
     """What ComfyUI's detection has found."""
+    channels: int
+    """Of the latent."""
 
     def to_json(self) -> dict[str, Any]:
         dtype = None if self.weight_dtype is None else str(self.weight_dtype).removeprefix("torch.")
@@ -56,7 +66,7 @@ class NetworkRecipe:
         return {**named, "weight_dtype": dtype}
 
 
-class RemoteNetwork:
+class RemoteNetwork(RemoteTransformer):
     """A network that computes in the workers. Its weights may come and go: `ensure_loaded` brings them back.
 
     Args:
@@ -66,29 +76,22 @@ class RemoteNetwork:
         ConfigError: the configuration asks for what such a network does not have yet.
     """
 
+    output_dtype = torch.float32
+    """Holds whatever the network computes in; ComfyUI converts its predictions to it next."""
+
     def __init__(self, recipe: NetworkRecipe):
+        super().__init__(f"network-{next(_MODELS)}")
         self.recipe = recipe
-        self.name = f"network-{next(_MODELS)}"
         self.nbytes = 0
         """Bytes of weights that one worker has on its device; 0 when not loaded."""
         self._layout = resolve(recipe.config)
-        self._group: WorkerGroup | None = None
         self._generation = 0
         self._version: Hashable = None
         self._replaced: set[str] = set()
-        self._conditioning = SentConditioning(self.name)
-        self._told_degrees: Degrees | None = None
-        self._reason = ""
-        self._refuse(recipe.config)
-
-    def _refuse(self, config: SequenceParallelConfig) -> None:
-        if config.weights not in ("auto", "replicate"):
+        if recipe.config.weights not in ("auto", "replicate"):
             raise ConfigError(
-                f"weights is {config.weights!r}; allowed for {self.recipe.network} are auto and replicate so far"
+                f"weights is {recipe.config.weights!r}; allowed for {recipe.network} are auto and replicate so far"
             )
-        for knob in ("cfg_degree", "dp_degree"):
-            if (value := getattr(config, knob)) > 1:
-                raise ConfigError(f"{knob} is {value}; allowed for {self.recipe.network} are 0 and 1 so far")
 
     @property
     def loaded(self) -> bool:
@@ -100,15 +103,35 @@ class RemoteNetwork:
         """The workers that it was last loaded in."""
         return self._group
 
-    def degrees(self, conditions: int = 1) -> Degrees:
-        """How a call is split: all ranks share its sequence. A change is logged."""
-        degrees, self._reason = self._layout.degrees.choose(conditions=1, heads=self.recipe.heads, sharded=False)
-        if degrees.groups > 1:
-            degrees = Degrees(ring=degrees.ring, ulysses=self._layout.world_size // degrees.ring)
-        if degrees != self._told_degrees:
-            self._told_degrees = degrees
-            log.info("plan of %s on %s: %s", self.recipe.network, self._layout.describe(), degrees)
-        return degrees
+    @property
+    def heads(self) -> int:
+        return self.recipe.heads
+
+    @property
+    def sharded(self) -> bool:
+        return False
+
+    def check_request(self, request: StepRequest, degrees: Degrees) -> None:
+        """What the inputs must be, the plan's rules say where they cut them; a short sequence is no reason."""
+
+    def output_shape(self, request: StepRequest) -> tuple[int, ...]:
+        """The latent's, without channels that ComfyUI has put behind it."""
+        batch, channels, *rest = request.x.shape
+        return batch, channels if request.parts else min(channels, self.recipe.channels), *rest
+
+    def work(self) -> Hashable:
+        return self.recipe.path, self.recipe.weight_dtype
+
+    def _chosen(self, conditions: int, requests: Sequence[StepRequest]) -> tuple[Degrees, str]:
+        """Batch groups only where they need not take apart what may be no batch."""
+        degrees, reason = super()._chosen(conditions, requests)
+        batches = [len(request.x) for request in requests]
+        for group in range(degrees.groups if requests else 0):
+            for request, rows in zip(requests, share_of(batches, group, degrees.groups), strict=True):
+                if 0 < rows.stop - rows.start < len(request.x) and (name := _indivisible(request)):
+                    degrees = Degrees(ring=degrees.ring, ulysses=self._layout.world_size // degrees.ring)
+                    return degrees, f"{name} cannot be taken apart by samples"
+        return degrees, reason
 
     def expected_bytes(self, fp8: Any = None) -> int:
         """Of weights on one worker's device when they are loaded."""
@@ -151,15 +174,13 @@ class RemoteNetwork:
             f"FP8 Quantize (SP) cannot quantise {self.recipe.network} yet; use a quantised file, or an fp8 weight_dtype"
         )
 
-    def check_cache(self, settings: Any) -> None:
-        """Refuses every cache between blocks: nothing says yet which of a block's results it may leave as they are.
+    def cache_message(self, cache: CachedSampling, sigma: float, request: StepRequest) -> dict[str, Any]:
+        return network_cache.cache_message(cache, sigma, self.recipe.network, self.recipe.unet_config, request.shapes)
 
-        Raises:
-            UnsupportedError: always.
-        """
-        raise UnsupportedError(f"{settings.name} cannot skip blocks of {self.recipe.network} yet; use EasyCache")
+    def check_cache(self, settings: CacheSettings) -> None:
+        network_cache.check_cache(settings, self.recipe.network, self.recipe.unet_config)
 
-    def check_compile(self, settings: Any) -> None:
+    def check_compile(self, settings: CompileSettings) -> None:
         """Refuses compiled blocks: hooks and the exchange would break their graphs.
 
         Raises:
@@ -207,35 +228,28 @@ class RemoteNetwork:
                 on_progress(done + 1, len(names))
         self._version = version
 
-    def call(
-        self, method: str, args: Sequence[Any], named: Mapping[str, Any], *, changing: int = 0, poll: Poll | None = None
-    ) -> Any:
-        """The network's result, on the device of the first tensor.
+    def call(self, method: str, args: Sequence[Any], named: Mapping[str, Any], *, poll: Poll | None = None) -> Any:
+        """The result of one of the network's methods that needs weights, on the device of the first tensor.
 
         Args:
-            method: `forward`, or one that needs weights.
+            method: one of those that the plans' module lists.
             args, named: nests of tensors and plain data.
-            changing: how many of `args` are other ones at every call; the rest travels only when it changes.
             poll: see `WorkerGroup.call`.
 
         Raises:
             NotPlain: something cannot travel; before any work.
             WorkerError: a worker failed; the weights are gone unless `loaded` still says otherwise.
         """
-        passing: dict[str, Tensor] = {}
-        staying: dict[str, Tensor] = {}
-        first = [flatten(value, str(i), passing) for i, value in enumerate(args[:changing])]
-        rest = [flatten(value, str(i), staying) for i, value in enumerate(args[changing:], changing)]
-        tree = {"dict": {"args": {"list": first + rest}, "named": flatten(dict(named), "named", staying)}}
-        group, degrees = self._group, self.degrees()
+        tensors: dict[str, Tensor] = {}
+        first = [flatten(value, str(i), tensors) for i, value in enumerate(args)]
+        tree = {"dict": {"args": {"list": first}, "named": flatten(dict(named), "named", tensors)}}
+        group, degrees = self._group, self.degrees(1)
         assert group is not None, "call ensure_loaded first"
+        if degrees.groups > 1:
+            degrees = Degrees(ring=degrees.ring, ulysses=self._layout.world_size // degrees.ring)
         group.settle(poll)
-        refs, size = lay_out("call", [(tensor.shape, tensor.dtype) for tensor in passing.values()])
-        segment = group.memory.segment("call", size)
-        for tensor, ref in zip(passing.values(), refs, strict=True):
-            segment.tensor(ref).copy_(tensor)
-        (keys,), put, drop = self._conditioning.update([staying], group)
-        room = max(2 * size, 1 << 20)
+        (keys,), put, drop = self._conditioning.update([tensors], group)
+        room = _ROOM
         results = group.memory.segment("call-results", room)
         message = {
             "model": self.name,
@@ -243,7 +257,6 @@ class RemoteNetwork:
             "degrees": asdict(degrees),
             "arguments": tree,
             "held": keys,
-            "passing": {name: ref.to_json() for name, ref in zip(passing, refs, strict=True)},
             "put": put,
             "drop": drop,
             "room": {"segment": "call-results", "size": room},
@@ -257,25 +270,10 @@ class RemoteNetwork:
         except BaseException:
             self._conditioning.clear()
             raise
-        self._note(group, degrees, passing, told)
-        device = next(iter((passing | staying).values())).device
+        device = next(iter(tensors.values())).device
         refs = [TensorRef.from_json(ref) for ref in told[0]["out"]]
-        tensors = {str(i): results.tensor(ref).clone().to(device) for i, ref in enumerate(refs)}
-        return restore(told[0]["structure"], tensors.__getitem__)
-
-    def _note(
-        self, group: WorkerGroup, degrees: Degrees, passing: Mapping[str, Tensor], told: Sequence[Mapping[str, Any]]
-    ) -> None:
-        """For those who watch."""
-        if passing:
-            sizes = tuple((name, tuple(tensor.shape)) for name, tensor in passing.items())
-            work = (self.recipe.path, self.recipe.weight_dtype, group.layout.attention, sizes)
-            group.figures.stepped(work, degrees, self._reason, told, None)
-
-    def rest(self) -> None:
-        """After a sampling, without waiting: GPUs get back what its activations took."""
-        if self._group is not None and self.loaded and self._layout.device_type == "cuda":
-            self._group.post("rest", {})
+        found = {str(i): results.tensor(ref).clone().to(device) for i, ref in enumerate(refs)}
+        return restore(told[0]["structure"], found.__getitem__)
 
     def unload(self) -> None:
         """Frees the weights in the workers; the processes stay."""
@@ -285,7 +283,9 @@ class RemoteNetwork:
         if group is not None and was_loaded:
             group.figures.dropped(self.name)
             try:
-                group.call("unload", {"model": self.name, "drop": []})
+                # A sampling that was cancelled has left its noise.
+                group.call("unload", {"model": self.name, "drop": [SEGMENT]})
+                group.memory.drop(SEGMENT)
             except WorkerError as error:  # the weights have gone with the workers
                 log.warning("%s", error)
 
@@ -295,6 +295,19 @@ class RemoteNetwork:
             self._group.figures.dropped(self.name)
             self._group.post("unload", {"model": self.name, "drop": []})
         self._group, self._generation = None, 0
+
+
+def _indivisible(request: StepRequest) -> str:
+    """The first tensor that may be of other things than the samples; empty if there is none.
+
+    Tensors in lists are conditioning, with samples first, as all that ComfyUI concatenates for a batch; in a dictionary
+    they are what a model makes of itself.
+    """
+    for name, tensor in request.conditioning.items():
+        in_dictionary = any(not part.isdigit() for part in name.split(".")[1:])
+        if tensor.ndim and len(tensor) not in ((1,) if in_dictionary else (1, len(request.x))):
+            return name
+    return ""
 
 
 def bytes_of(tensors: Mapping[str, Tensor]) -> int:

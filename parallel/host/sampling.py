@@ -47,6 +47,7 @@ class Sent:
         memory: of the group.
         with_previews: whether somebody wants to look.
         interval_s: least seconds between two looks; 0: at every step.
+        output_dtype: of predictions; None: of the network's latent.
     """
 
     def __init__(
@@ -57,8 +58,10 @@ class Sent:
         *,
         with_previews: bool,
         interval_s: float = 0.0,
+        output_dtype: torch.dtype | None = None,
     ):
         self._program = program
+        self._output_dtype = output_dtype
         self._interval_s = interval_s
         self._of_network = list(degrees)
         self.degrees = list(dict.fromkeys(degrees))
@@ -111,7 +114,7 @@ class Sent:
                         "latents": list(each.latents),
                         "results": list(each.results),
                         "conditioning": next(keys_left),
-                        "label": each.request.label,
+                        **each.request.plain(),
                     }
                     for place, each in zip(places, instruction.passes, strict=True)
                 ]
@@ -188,7 +191,10 @@ class Sent:
         x = each.request.x
         key = (slot, tuple(x.shape), x.dtype, id(each.concat))
         if key not in self._places:
-            self._places[key] = (self._room(x.shape, x.dtype), self._room(each.output_shape, x.dtype))
+            self._places[key] = (
+                self._room(x.shape, x.dtype),
+                self._room(each.output_shape, self._output_dtype or x.dtype),
+            )
         timestep = each.request.timestep
         if id(timestep) not in self._timesteps:  # the recorder has one tensor for each value
             self._timesteps[id(timestep)] = self._copied(timestep)

@@ -12,6 +12,8 @@ All of a sampling's control flow must be decided by sigmas; the few samplers tha
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
+from itertools import accumulate
 from math import isfinite, prod
 from typing import Any
 
@@ -90,6 +92,95 @@ class RecordedLatent(Tensor):
         return result
 
 
+class RecordedPart(Tensor):
+    """A range of the elements of each sample of a packed latent, in a shape of its own: one of the parts that a network
+    takes and gives. Nothing can be calculated with it.
+    """
+
+    whole: RecordedLatent
+    start: int
+    stop: int
+
+    @staticmethod
+    def __new__(cls, whole: RecordedLatent, start: int, stop: int, shape: Sequence[int]) -> RecordedPart:
+        made = Tensor._make_wrapper_subclass(cls, tuple(shape), dtype=whole.dtype, device=whole.device)
+        made.whole, made.start, made.stop = whole, start, stop
+        return made
+
+    def __repr__(self, **_: Any) -> str:  # type: ignore[override]
+        return f"RecordedPart({self.start}:{self.stop}, shape={tuple(self.shape)}, dtype={self.dtype})"
+
+    @classmethod
+    def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        with torch._C.DisableTorchFunctionSubclass():
+            return function(*args, **(kwargs or {}))
+
+    @classmethod
+    def __torch_dispatch__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
+        packet, first = function.overloadpacket, args[0]
+        if packet is _aten.cat:
+            dim = args[1] if len(args) > 1 else (kwargs or {}).get("dim", 0)
+            if dim in (2, -1) and all(isinstance(part, cls) and part.ndim == 3 for part in first):
+                return _whole_of(first)
+        elif packet is _aten.slice and first.ndim == 3 and args[1] == 2:
+            start, stop, step = (*args[2:], None, None, None)[:3]
+            start, stop = min(start or 0, first.shape[2]), min(first.shape[2] if stop is None else stop, first.shape[2])
+            if step not in (None, 1):
+                raise NotRecordable("the sampler takes a part of the latent apart")
+            return cls(first.whole, first.start + start, first.start + stop, (*first.shape[:2], stop - start))
+        elif packet in (_aten.view, _aten._unsafe_view, _aten.reshape, _aten.alias, _aten.detach):
+            shape = torch.empty(first.shape, device="meta").reshape(args[1]).shape if len(args) > 1 else first.shape
+            if shape[0] == first.shape[0]:
+                return cls(first.whole, first.start, first.stop, shape)
+        raise NotRecordable(f"the sampler applies {packet} to a part of the latent")
+
+
+def _whole_of(parts: Sequence[RecordedPart]) -> RecordedLatent:
+    """The packed latent that these parts are, one after the other.
+
+    Raises:
+        NotRecordable: they are not.
+    """
+    whole, end = parts[0].whole, 0
+    for part in parts:
+        if part.start != end or part.whole is not whole:
+            raise NotRecordable("the sampler joins parts of latents in another way than they were cut")
+        end = part.stop
+    if end != whole.shape[-1]:
+        raise NotRecordable("the sampler leaves a part of the latent out")
+    return whole
+
+
+def packed(parts: Sequence[Tensor]) -> tuple[Tensor, tuple[tuple[int, ...], ...]]:
+    """The parts of a latent [B, C, …] as one [B, 1, N], which may be recorded, and their shapes without the batch.
+
+    A single one is the latent itself, and has no parts.
+    """
+    if len(parts) == 1:
+        return parts[0], ()
+    shapes = tuple(tuple(part.shape[1:]) for part in parts)
+    if isinstance(parts[0], RecordedPart):
+        return _whole_of(parts), shapes  # type: ignore[arg-type]
+    return torch.cat([part.reshape(len(part), 1, -1) for part in parts], dim=2), shapes
+
+
+def in_parts(latent: RecordedLatent, shapes: Sequence[Sequence[int]]) -> list[RecordedPart]:
+    """The reverse of `packed`."""
+    ends = list(accumulate(map(prod, shapes)))
+    return [
+        RecordedPart(latent, end - prod(shape), end, (latent.shape[0], *shape))
+        for shape, end in zip(shapes, ends, strict=True)
+    ]
+
+
+def recorder_of(x: Any) -> Recorder | None:
+    """Of a latent, or of the parts of one, as a network gets it; None: it has data."""
+    first = x[0] if isinstance(x, list | tuple) else x
+    if isinstance(first, RecordedPart):
+        return first.whole.recorder
+    return first.recorder if isinstance(first, RecordedLatent) else None
+
+
 class _Stack:
     """Latents that were stacked along `dim` in order to be added up with factors."""
 
@@ -150,11 +241,11 @@ class Recorder:
         results = tuple(self._number() for _ in latents)
         self._predictions |= set(results)
         made = Pass(
-            StepRequest(
-                torch.empty(x.shape, dtype=x.dtype, device="meta"),
-                self.known(request.timestep),
-                {name: self.known(tensor) for name, tensor in request.conditioning.items()},
-                request.label,
+            replace(
+                request,
+                x=torch.empty(x.shape, dtype=x.dtype, device="meta"),
+                timestep=self.known(request.timestep),
+                conditioning={name: self.known(tensor) for name, tensor in request.conditioning.items()},
             ),
             latents,
             None if x._concat is None else self.known(x._concat),
@@ -486,6 +577,15 @@ def _cat(tensors: Sequence[Tensor], dim: int = 0) -> RecordedLatent:
     raise NotRecordable("the sampler joins the latent with other tensors")
 
 
+def _slice(a: RecordedLatent, dim: int = 0, start: int | None = None, stop: int | None = None, step: int = 1) -> Any:
+    """Of a packed latent, whose parts are one behind the other; such a latent has one channel."""
+    if (a.ndim, dim, step, a.shape[1]) != (3, 2, 1, 1) or a._concat is not None:
+        raise NotRecordable("the sampler takes the latent apart")
+    length = a.shape[2]
+    first, last = min(start or 0, length), min(length if stop is None else stop, length)
+    return RecordedPart(a, first, last, (a.shape[0], 1, last - first))
+
+
 def _split(a: RecordedLatent, size: int, dim: int = 0) -> list[RecordedLatent]:
     batch = a.recorder.program.shape[0]
     if dim != 0 or size % batch or a._concat is not None:
@@ -527,4 +627,5 @@ _HANDLERS: dict[Any, Callable[..., Any]] = {
     _aten.new_empty: _new(torch.empty),
     _aten.cat: _cat,
     _aten.split: _split,
+    _aten.slice: _slice,
 }

@@ -53,6 +53,7 @@ from .phases import Phases
 from .ranks import ParallelContext, Ranks, SoloContext, join
 from .resident import Progress, ResidentModel
 from .sampling import Agreement, Sampling
+from .split_network import SplitNetwork
 
 _PR_SET_PDEATHSIG = 1
 _PROGRESS_INTERVAL_S = 0.1
@@ -239,6 +240,7 @@ class Worker:
     def _weights(self, message: Message) -> dict[str, Any]:
         """Puts tensors in the place of the checkpoint's, and the checkpoint's back in theirs."""
         model = self._model(message["model"])
+        assert isinstance(model, ResidentModel)
         model.forget_cache()
         with torch.no_grad():
             for name, ref in message["put"].items():
@@ -273,6 +275,7 @@ class Worker:
             context.compiler = blocks
             cache = None
             if (wanted := message["cache"]) is not None:
+                assert isinstance(model, ResidentModel), "the host refuses"
                 cache = model.cache(wanted["sampling"], wanted["rule"])
                 cache.begin_step(mesh.degrees, wanted["active"])
             self._run_requests(model, message["requests"], mesh, context, cache)
@@ -302,6 +305,7 @@ class Worker:
             context.compiler = compilers[which]
             cache = None
             if (wanted := message["cache"]) is not None:
+                assert isinstance(model, ResidentModel), "the host refuses"
                 cache = model.cache(wanted["sampling"], wanted["rule"])
                 cache.begin_step(mesh.degrees, instruction["active"])
             began = time.perf_counter()
@@ -357,7 +361,7 @@ class Worker:
             self._ranks.total(mesh, Traffic())
         return mesh
 
-    def _conditioned(self, message: Message) -> ResidentModel:
+    def _conditioned(self, message: Message) -> ResidentModel | SplitNetwork:
         """The model of a message, with the conditioning that comes along."""
         model = self._model(message["model"])
         model.drop_conditioning(message["drop"])
@@ -365,14 +369,14 @@ class Worker:
             model.put_conditioning(key, self._tensor(ref))
         return model
 
-    def _model(self, name: str) -> ResidentModel:
+    def _model(self, name: str) -> ResidentModel | SplitNetwork:
         if name not in self._models:
             raise EngineError(f"the workers do not have {name} any more: queue the prompt again")
         return self._models[name]
 
     def _run_requests(
         self,
-        model: ResidentModel,
+        model: ResidentModel | SplitNetwork,
         requests: list[dict[str, Any]],
         mesh: Mesh,
         context: ParallelContext,
@@ -383,10 +387,15 @@ class Worker:
         batches = [request["x"]["shape"][0] for request in requests]
         for request, rows in zip(requests, share_of(batches, mesh.group, mesh.degrees.groups), strict=True):
             if rows.stop > rows.start:
-                x, timestep, out = (self._tensor(request[name]) for name in ("x", "timestep", "out"))
                 if cache is not None and total is not None:
                     samples = (request["label"], rows.start, rows.stop)
-                    context.cache = StepPasses(cache, samples, tuple(x.shape), total)
+                    context.cache = StepPasses(cache, samples, tuple(request["x"]["shape"]), total)
+                if isinstance(model, SplitNetwork):
+                    work = (id(model), rows.stop - rows.start, tuple(request["x"]["shape"]))
+                    sequence = self._ranks.sequence(mesh, context, model.attention, work)
+                    model.step(request, rows, self._tensor, sequence, context.cache)
+                    continue
+                x, timestep, out = (self._tensor(request[name]) for name in ("x", "timestep", "out"))
                 model.step(x, timestep, request["conditioning"], rows, out, context)
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
@@ -473,12 +482,16 @@ class Worker:
 
     # --- parts --------------------------------------------------------------------------------------------------
 
-    def _check(self, model: ResidentModel, mesh: Mesh) -> float:
+    def _check(self, model: ResidentModel | SplitNetwork, mesh: Mesh) -> float:
         """Split against alone, before the first step of a family in a dtype and mesh; all ranks are here together.
+
+        A network's attention is checked where it runs (`attention.row_check`), and its hooks check what they cut.
 
         Returns:
             The seconds it took; 0 where it had been done.
         """
+        if isinstance(model, SplitNetwork):
+            return 0.0
         key = (model.adapter.family, model.compute_dtype, model.scheme, mesh.degrees)
         if mesh.degrees.sp == 1 or key in self._checked:
             return 0.0
@@ -489,7 +502,9 @@ class Worker:
         self._checked.add(key)
         return time.perf_counter() - began
 
-    def _compiled(self, model: ResidentModel, wanted: dict[str, Any] | None, mesh: Mesh) -> CompiledBlocks | None:
+    def _compiled(
+        self, model: ResidentModel | SplitNetwork, wanted: dict[str, Any] | None, mesh: Mesh
+    ) -> CompiledBlocks | None:
         """The compiler of the model's blocks, which are compared with uncompiled ones before their first step.
 
         That is of use with dynamic sizes only: else what is compiled for the small step is for nothing else. Whether it
@@ -497,6 +512,7 @@ class Worker:
         """
         if wanted is None:
             return None
+        assert isinstance(model, ResidentModel), "the host refuses"
         control, settings = self._control, CompileSettings(**wanted)
         assert control is not None
         blocks = model.compiled(settings, lambda: control.beat(self._rank))

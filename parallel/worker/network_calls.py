@@ -1,4 +1,4 @@
-"""The operations of a worker on networks of ComfyUI's own classes."""
+"""What a worker does with networks of ComfyUI's own classes, beside steps and samplings."""
 
 from __future__ import annotations
 
@@ -68,23 +68,20 @@ class NetworkCalls:
         return {}
 
     def _call(self, message: Message) -> dict[str, Any]:
-        """Runs this rank's part of a call. All ranks have the whole result, and each writes its share of it."""
+        """Runs this rank's part of a method. All ranks have the whole result, and each writes its share of it."""
         network = self._network(message)
-        network.drop(message["drop"])
+        network.drop_conditioning(message["drop"])
         for key, ref in message["put"].items():
-            network.hold(key, self._tensor_at(ref))
+            network.put_conditioning(key, self._tensor_at(ref))
         mesh = self._ranks.mesh(Degrees(**message["degrees"]))
         context = ParallelContext(self._ranks, mesh, self._control())
-        shapes = sorted(tuple(ref["shape"]) for ref in message["passing"].values())
-        work = (message["model"], message["method"], tuple(shapes))
-        ranks: SequenceRanks = self._ranks.sequence(mesh, context, network.attention, work)
+        ranks: SequenceRanks = self._ranks.sequence(mesh, context, network.attention, message["method"])
         began = time.perf_counter()
         with torch.no_grad():
             result = network.call(
                 message["method"],
                 message["arguments"],
                 message["held"],
-                lambda name: self._tensor_at(message["passing"][name]).to(self._device, copy=True),
                 ranks,
             )
             found: dict[str, Tensor] = {}

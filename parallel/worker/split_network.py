@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from math import prod
 from typing import Any
 
 import torch
@@ -14,10 +15,13 @@ from ..cache.blocks import BlockCache, StepPasses, block_cache
 from ..cache.hooked import cached_blocks
 from ..comfyui.start import prepare
 from ..errors import CheckpointError, UnsupportedError
+from ..plan import ranges, shares
 from ..plans.comfyui import CHAINS, plan_of
 from ..split import SequenceRanks, Split
 from ..wire.trees import Tree, restore
 
+TensorAt = Callable[[dict[str, Any]], Tensor]
+"""Place in shared memory → tensor."""
 Progress = Callable[[int, int], None]
 """Called with bytes done and bytes in total; may raise StepCancelled."""
 
@@ -73,12 +77,12 @@ class SplitNetwork:
         else:
             self._caches.pop(sampling, None)
 
-    def hold(self, key: str, tensor: Tensor) -> None:
+    def put_conditioning(self, key: str, tensor: Tensor) -> None:
         """Keeps a copy of what stays the same from step to step."""
         self._held[key] = tensor.to(self._device, copy=True)
 
-    def drop(self, keys: list[str]) -> None:
-        """Forgets what `hold` has kept under these keys."""
+    def drop_conditioning(self, keys: Iterable[str]) -> None:
+        """Forgets what has been kept under these keys."""
         for key in keys:
             self._held.pop(key, None)
 
@@ -107,29 +111,66 @@ class SplitNetwork:
             raise CheckpointError(f"the network has no weight {name!r}")
         return module, leaf
 
-    def call(
+    def step(
         self,
-        method: str,
-        arguments: Tree,
-        held: Mapping[str, str],
-        read: Callable[[str], Tensor],
+        request: Mapping[str, Any],
+        rows: slice,
+        tensor_at: TensorAt,
         ranks: SequenceRanks,
         passes: StepPasses | None = None,
-    ) -> Any:
-        """Calls the network, or one of its methods, as ComfyUI would; all ranks of the sequence call alike.
+    ) -> None:
+        """Runs the network on some samples, and writes this rank's share of the prediction.
 
         Args:
-            method: `forward`, or one of those that the plans' module lists.
+            request: see `host.step_request.StepRequest.plain`; `x`, `timestep` and `out` are places.
+            rows: the samples, of those of x, out, and whatever else has as many.
+            tensor_at: finds tensors in shared memory.
+            ranks: that share the sequence.
+            passes: of this request, if a cache may skip blocks.
+
+        Raises:
+            UnsupportedError: the prediction has another shape than the latent.
+        """
+        x, timestep, out = (tensor_at(request[name]) for name in ("x", "timestep", "out"))
+        latent = dict(_unpacked(x[rows].to(self._device, copy=True), request["parts"]))
+        other = {name: self._held[key] for name, key in request["conditioning"].items()}
+        other["timestep"] = timestep.to(self._device, copy=True)
+
+        def tensor(name: str) -> Tensor:
+            if name in latent:
+                return latent[name]
+            value = other[name]
+            return value[rows] if value.ndim and len(value) == len(x) else value
+
+        result = self._run("forward", restore(request["arguments"], tensor), ranks, passes)
+        if not isinstance(result, Tensor):
+            result = result[0] if len(result) == 1 else torch.cat([part.flatten(1) for part in result], 1)[:, None]
+        mine = out[rows]
+        if result.shape != mine.shape:
+            raise UnsupportedError(
+                f"{type(self._network).__name__} gives a result of {list(result.shape)} where {list(mine.shape)} was"
+                " expected"
+            )
+        first, last = ranges(shares(mine.numel(), [1.0] * ranks.size))[ranks.rank]
+        mine.view(-1)[first:last].copy_(result.reshape(-1)[first:last])
+
+    def call(self, method: str, arguments: Tree, held: Mapping[str, str], ranks: SequenceRanks) -> Any:
+        """Calls one of the network's methods; all ranks of the sequence call alike.
+
+        Args:
+            method: one of those that the plans' module lists.
             arguments: of the call, in order and by name.
             held: tensor's name there → key under which it is held.
-            read: any other tensor, on this rank's device.
             ranks: that share the sequence.
-            passes: of this call, if it may skip blocks; for `forward` only.
 
         Returns:
             The whole result, on every rank.
         """
-        given = restore(arguments, lambda name: self._held[held[name]] if name in held else read(name))
+        return self._run(method, restore(arguments, lambda name: self._held[held[name]]), ranks)
+
+    def _run(
+        self, method: str, given: Mapping[str, Any], ranks: SequenceRanks, passes: StepPasses | None = None
+    ) -> Any:
         self._split.ranks = ranks
         function = self._network if method == "forward" else getattr(self._network, method)
         with self._skipping(passes):
@@ -140,3 +181,15 @@ class SplitNetwork:
             return nullcontext()
         chain = CHAINS[type(self._network).__name__]
         return cached_blocks(self._network, self._plan, chain, self._split, passes)
+
+
+def _unpacked(x: Tensor, parts: Sequence[Sequence[int]]) -> Iterator[tuple[str, Tensor]]:
+    """The latent by name, or its parts, as ComfyUI's `unpack_latents` cuts them."""
+    if not parts:
+        yield "x", x
+        return
+    start = 0
+    for number, shape in enumerate(parts):
+        stop = start + prod(shape)
+        yield f"x.{number}", x[:, :, start:stop].reshape(len(x), *shape)
+        start = stop

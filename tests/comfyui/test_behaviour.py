@@ -140,7 +140,9 @@ def faults(server: ComfyServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("kind", "kept"), [(OUT_OF_MEMORY, True), (BROKEN, False)])
+@pytest.mark.parametrize(
+    ("kind", "kept"), [pytest.param(OUT_OF_MEMORY, True, marks=pytest.mark.extended), (BROKEN, False)]
+)
 def test_a_failure_of_all_workers_is_told_once_and_the_next_prompt_works(
     server: ComfyServer, faults: Faults, kind: str, kept: bool
 ) -> None:
@@ -205,7 +207,7 @@ def test_a_killed_server_leaves_nothing(start_server: ServerFactory) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("how", [pytest.param(signal.SIGINT, marks=pytest.mark.extended), signal.SIGTERM])
 def test_a_stopped_server_leaves_nothing(start_server: ServerFactory, how: signal.Signals) -> None:
     """Ctrl-C, and what service managers send; the workers are idle."""
     shared_before = shared_memory_files()

@@ -27,9 +27,11 @@ from tests.comfyui.server import ComfyServer
 
 pytestmark = pytest.mark.comfyui
 
+WHOLE = {"start_percent": 0.0, "end_percent": 1.0}
 TOLERANCE = 1e-4
 """Relative, after the steps of a sampling with CFG, which amplify the 1e-6 of one call (see `test_split`)."""
 ONE, TWO, RING = Swapped("cpu"), Swapped("cpu,cpu"), Swapped("cpu,cpu", ring_degree=2)
+CFG, DP = Swapped("cpu,cpu", cfg_degree=2), Swapped("cpu,cpu", dp_degree=2)
 THREE = Swapped("cpu*4,cpu*2,cpu")
 HYBRID = Swapped("cpu,cpu,cpu,cpu", ulysses_degree=2, ring_degree=2)
 
@@ -129,12 +131,48 @@ def test_easy_cache_skips_the_same_steps(server: ComfyServer, reference: Referen
     assert relative_difference(sample(server, setting, TWO), reference(setting)) <= TOLERANCE
 
 
-def test_sampler_sp_samples_step_by_step_and_says_so(server: ComfyServer, reference: Reference) -> None:
+def told_by_sampler(server: ComfyServer, start: int) -> str:
+    return " ".join(event.data["bytes"].decode(errors="replace") for event in server.events("binary 3", since=start))
+
+
+def test_first_block_cache_skips_and_tells(server: ComfyServer) -> None:
+    """The same with both samplers: three of five steps, since the first and each after two hits are computed."""
+    cache = model_node("SPFirstBlockCache", residual_diff_threshold=1e9, max_consecutive_hits=2, **WHOLE)
+    setting = replace(_KREA2, steps=5)
+    plain = sample(server, setting, TWO)
+    latents = []
+    for chain in (setting.chain, "sp_sampler"):
+        start = server.mark()
+        latents.append(sample(server, replace(setting, model_nodes=(cache,), chain=chain), TWO))
+        told = told_by_sampler(server, start)
+        found = re.search(r"First Block Cache \(SP\): skipped the blocks in (\d+) of (\d+)", told)
+        assert found, told
+        hits, passes = int(found[1]), int(found[2])
+        assert passes % 5 == 0 and hits == passes // 5 * 3, told
+    assert relative_difference(latents[0], plain) > 1e-3
+    assert relative_difference(latents[1], latents[0]) <= TOLERANCE
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_sampler_sp_samples_in_the_workers(server: ComfyServer, reference: Reference, name: str) -> None:
+    """Also where the latent has several parts."""
     start = server.mark()
-    latent = sample(server, replace(_KREA2, chain="sp_sampler"), TWO)
-    assert relative_difference(latent, reference(_KREA2)) <= TOLERANCE
-    told = [event.data["bytes"].decode(errors="replace") for event in server.events("binary 3", since=start)]
-    assert any("sampled step by step, as by KSampler" in text and "SingleStreamDiT" in text for text in told), told
+    latent = sample(server, replace(CASES[name], chain="sp_sampler"), TWO)
+    assert relative_difference(latent, reference(CASES[name])) <= TOLERANCE
+    assert "in the workers" in told_by_sampler(server, start)
+
+
+@pytest.mark.parametrize("chain", ["ksampler", "sp_sampler"])
+@pytest.mark.parametrize("name", ["h3", "krea_2_reference"])
+def test_cond_and_uncond_side_by_side(server: ComfyServer, reference: Reference, name: str, chain: str) -> None:
+    """They have prompts of unequal lengths."""
+    latent = sample(server, replace(CASES[name], chain=chain), CFG)
+    assert relative_difference(latent, reference(CASES[name])) <= TOLERANCE
+
+
+def test_a_batch_side_by_side(server: ComfyServer, reference: Reference) -> None:
+    batch = replace(_KREA2, batch=2, cfg=1.0)
+    assert relative_difference(sample(server, batch, DP), reference(batch)) <= TOLERANCE
 
 
 def test_a_lora_on_two_workers(server: ComfyServer, reference: Reference) -> None:
@@ -181,12 +219,7 @@ def _working(server: ComfyServer, before: dict) -> list:
     return [worker for worker in server.workers() if worker.cpu_seconds > before.get(worker, 0.0) + 0.2]
 
 
-WHOLE = {"start_percent": 0.0, "end_percent": 1.0}
 NODES = {
-    "first_block_cache": (
-        model_node("SPFirstBlockCache", residual_diff_threshold=0.1, max_consecutive_hits=0, **WHOLE),
-        ["First Block Cache", "SingleStreamDiT", "EasyCache"],
-    ),
     "teacache": (model_node("SPTeaCache", rel_l1_thresh=0.1, **WHOLE), ["TeaCache", "SingleStreamDiT"]),
     "compile": (model_node("SPTorchCompile", mode="default", dynamic=True), ["Torch Compile", "SingleStreamDiT"]),
     "fp8": (
@@ -221,9 +254,7 @@ def test_nodes_that_such_networks_do_not_have_yet_are_refused_by_name(server: Co
     refused(server, replace(_KREA2, model_nodes=(node,)), UNUSED, patterns)
 
 
-@pytest.mark.parametrize(
-    ("knob", "value"), [("cfg_degree", 2), ("dp_degree", 2), ("weights", "shard"), ("weights", "offload")]
-)
+@pytest.mark.parametrize(("knob", "value"), [("weights", "shard"), ("weights", "offload")])
 def test_knobs_that_such_networks_do_not_have_yet_are_refused(server: ComfyServer, knob: str, value: object) -> None:
     refused(server, _KREA2, replace(TWO, **{knob: value}), [rf"{knob} is '?{value}'?; allowed for SingleStreamDiT"])
 

@@ -48,23 +48,24 @@ def case(
 
 
 TABLE = [
-    case("wan_2_1", DECODE, [1, 16, 5, 13, 18], ["cpu", TWO, THREE, UNEQUAL], WIDE),
-    case("wan_2_1", DECODE, [2, 16, 3, 11, 18], [TWO]),
-    case("wan_2_1", DECODE, [1, 16, 2, 8, 8], [TWO]),  # one tile
-    case("wan_2_1", DECODE, [1, 16, 2, 16, 24], [TWO, THREE], APART),
-    case("wan_2_1", ENCODE, [17, 104, 152, 3], [TWO, THREE], WIDE),
+    case("wan_2_1", DECODE, [1, 16, 3, 11, 18], ["cpu", TWO, UNEQUAL], WIDE),
+    case("wan_2_1", DECODE, [2, 16, 2, 8, 8], [TWO]),  # one tile
     case("wan_2_1", ENCODE, [9, 72, 56, 3], [TWO], SMALL, ANY_NODE),
-    case("wan_2_1", DECODE, [2, 16, 3, 11, 18], [TWO], SMALL, ANY_NODE),
     case("wan_2_1", ENCODE, [5, 64, 48, 3], [TWO], SMALL, ONE_TILE),
-    case("wan_2_1", DECODE, [2, 16, 2, 8, 7], [TWO], SMALL, ONE_TILE),
     case("flux", DECODE, [2, 16, 9, 13], [TWO]),
-    case("flux", DECODE, [1, 16, 9, 13], [TWO], SMALL, ANY_NODE),
     case("flux", ENCODE, [2, 64, 56, 3], [TWO], SMALL, ONE_TILE),
-    case("hunyuan_video", DECODE, [1, 16, 3, 8, 9], [TWO]),  # it has one size only, and takes seconds a tile
 ]
 LARGE = [
+    case("wan_2_1", DECODE, [1, 16, 5, 13, 18], ["cpu", TWO, THREE, UNEQUAL], WIDE),
+    case("wan_2_1", DECODE, [2, 16, 3, 11, 18], [TWO]),
+    case("wan_2_1", DECODE, [1, 16, 2, 16, 24], [TWO, THREE], APART),
+    case("wan_2_1", DECODE, [2, 16, 3, 11, 18], [TWO], SMALL, ANY_NODE),
+    case("wan_2_1", DECODE, [2, 16, 2, 8, 7], [TWO], SMALL, ONE_TILE),
+    case("wan_2_1", ENCODE, [17, 104, 152, 3], [TWO, THREE], WIDE),
+    case("flux", DECODE, [1, 16, 9, 13], [TWO], SMALL, ANY_NODE),
     case("flux", DECODE, [2, 16, 9, 13], [THREE]),
     case("flux", ENCODE, [2, 76, 100, 3], [TWO]),
+    case("hunyuan_video", DECODE, [1, 16, 3, 8, 9], [TWO]),  # it has one size only, and takes seconds a tile
     case("hunyuan_video", ENCODE, [9, 72, 64, 3], [TWO]),
     case("cogvideox", DECODE, [1, 16, 3, 8, 9], [TWO]),
     case("cogvideox", ENCODE, [9, 72, 64, 3], [TWO]),
@@ -87,7 +88,7 @@ def compared(installation: Installation) -> dict[str, list[dict]]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["wan_2_1", "flux", "hunyuan_video"])
+@pytest.mark.parametrize("kind", ["wan_2_1", "flux"])
 @pytest.mark.timeout(900)  # for what all of them share
 def test_the_result_is_the_native_one_bit_for_bit(compared: dict[str, list[dict]], kind: str) -> None:
     check([case for case in TABLE if case["kind"] == kind], compared[kind])

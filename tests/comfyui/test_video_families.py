@@ -64,9 +64,18 @@ CASES = {
     "hunyuan_15_i2v_cfg": (replace(_IMAGE, cfg=4.0), CFG_AND_RING),
     "cogvideox_15_i2v_cfg": (replace(_COG_15, cfg=4.0), HYBRID),
 }
+PLAIN = (
+    "hunyuan_15_cfg_unequal_prompts",
+    "cogvideox_15_i2v_batch_2",
+    "cogvideox_sampler_in_the_workers",
+    "hunyuan_15_i2v_cfg",
+)
+"""The plain run has these; the others, and their LoRAs, are extended."""
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    "name", [name if name in PLAIN else pytest.param(name, marks=pytest.mark.extended) for name in CASES]
+)
 def test_same_latent(server: ComfyServer, reference: Reference, name: str) -> None:
     setting, swapped = CASES[name]
     expected = reference(replace(setting, chain="ksampler"))
@@ -99,6 +108,7 @@ def lora(name: str) -> tuple[ModelNode, ...]:
     return (model_node("LoraLoaderModelOnly", lora_name=f"{name}.safetensors", strength_model=0.8),)
 
 
+@pytest.mark.extended
 @pytest.mark.parametrize(
     ("name", "base"),
     [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from math import prod
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from parallel.host.step_request import StepRequest
 from parallel.sampling.program import Evaluate, Network, Program, Terms
-from parallel.sampling.recording import NotRecordable, RecordedLatent, Recorder
+from parallel.sampling.recording import NotRecordable, RecordedLatent, Recorder, in_parts, packed
 
 SHAPE = (2, 3, 4)
 CPU = torch.device("cpu")
@@ -248,3 +249,51 @@ def test_passes_run_together_unless_one_needs_the_other():
     third = predict(first, 0.5)
     program = here.finish(first + second + third)
     assert [len(network.passes) for network in program.networks] == [2, 1]
+
+
+def unpacked(latent: Tensor, shapes: list[tuple[int, ...]]) -> list[Tensor]:
+    """As ComfyUI's `unpack_latents`."""
+    parts = []
+    for shape in shapes:
+        cut = prod(shape[1:])
+        part, latent = latent[:, :, :cut], latent[:, :, cut:]
+        parts.append(part.reshape([part.shape[0], *shape[1:]]))
+    return parts
+
+
+def test_a_packed_latent_goes_through_a_network_in_parts():
+    shapes = [(1, 2, 3), (1, 4, 1)]
+    recorder = Recorder((1, 1, 10), CPU, most_bytes=2**20)
+    x = recorder.given(random(1, 1, 1, 10)) * 2.0
+    latent, parts = packed(unpacked(x.to(torch.bfloat16), shapes))
+    assert (tuple(latent.shape), latent.dtype, parts) == ((1, 1, 10), torch.bfloat16, ((2, 3), (4, 1)))
+    request = StepRequest(latent, torch.ones(1), {}, parts=parts)
+    prediction = recorder.network(request, latent.shape, conditions=frozenset({0}), sigma=1.0)
+    given = in_parts(prediction, parts)
+    assert [tuple(part.shape) for part in given] == shapes
+    joined = torch.cat([part.reshape(part.shape[0], 1, -1) for part in given], dim=-1)
+    program = recorder.finish(x - joined.float())
+    (network,) = program.networks
+    assert network.passes[0].request.parts == parts
+    assert [numbers for _, numbers in program.result] == [network.passes[0].latents, network.passes[0].results]
+
+
+def test_parts_are_joined_as_they_were_cut_or_not_recorded():
+    recorder = Recorder((1, 1, 10), CPU, most_bytes=2**20)
+    first, second = unpacked(recorder.given(random(1, 1, 1, 10)), [(1, 6), (1, 4)])
+    with pytest.raises(NotRecordable, match="another way than they were cut"):
+        packed([second, first])
+    with pytest.raises(NotRecordable, match="leaves a part of the latent out"):
+        torch.cat([first.reshape(1, 1, -1)], dim=-1)
+    with pytest.raises(NotRecordable, match=r"applies aten\.mul to a part"):
+        first * 2
+
+
+def test_real_parts_are_packed_as_comfyui_does():
+    parts = [random(1, 2, 3, 4), random(2, 2, 5)]
+    latent, shapes = packed(parts)
+    assert torch.equal(latent, torch.cat([part.reshape(2, 1, -1) for part in parts], dim=-1))
+    assert all(
+        torch.equal(a, b) for a, b in zip(unpacked(latent, [(0, *shape) for shape in shapes]), parts, strict=True)
+    )
+    assert packed(parts[:1]) == (parts[0], ())
