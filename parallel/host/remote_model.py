@@ -37,7 +37,7 @@ class RemoteModel(RemoteWeights):
         self.last_step: list[dict[str, Any]] = []
         """What each rank said of the last step: `seconds` and the counters of `attention.traffic.Traffic`; with a cache
         also `cache`: `passes`, `hits` and `skipped_s` (`cache.blocks.Tally`), with compiled blocks `compile`
-        (`compilation.blocks.Tally`)."""
+        (`compilation.compiler.Tally`)."""
         self._told_degrees: Degrees | None = None
         self._reason = ""
         self._conditioning = SentConditioning(self.name)
