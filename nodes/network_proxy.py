@@ -12,10 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from ..parallel.errors import WorkerOutOfMemoryError
+from ..parallel.host.compiled_sampling import CompiledSampling
 from ..parallel.host.remote_network import RemoteNetwork
 from ..parallel.plans.comfyui import METHODS, plan_of, takes_control
 from ..parallel.sampling.recording import NotRecordable, RecordedLatent
 from ..parallel.wire.trees import NotPlain
+from .cached_call import compiled_sampling
 from .options import travelling
 from .proxy import add_parameters
 from .refusals import refuse_transformer_options, refuse_value
@@ -103,9 +105,12 @@ class NetworkProxy(nn.Module):
                 named[name] = {key: value for key, value in named[name].items() if key != part}
         named = {name: value for name, value in named.items() if value is not None}
         named["transformer_options"] = travelling(transformer_options)
-        return self._remotely("forward", x, timestep, changing=_CHANGING, **named)
+        compiled = compiled_sampling(transformer_options)
+        return self._remotely("forward", x, timestep, changing=_CHANGING, compiled=compiled, **named)
 
-    def _remotely(self, method: str, *args: Any, changing: int = 0, **named: Any) -> Any:
+    def _remotely(
+        self, method: str, *args: Any, changing: int = 0, compiled: CompiledSampling | None = None, **named: Any
+    ) -> Any:
         try:
             self.bring_weights()
             return self.remote.call(
@@ -113,6 +118,7 @@ class NetworkProxy(nn.Module):
                 args,
                 named,
                 changing=changing,
+                compiled=compiled,
                 poll=comfy.model_management.throw_exception_if_processing_interrupted,
             )
         except NotPlain as error:

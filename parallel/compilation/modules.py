@@ -1,4 +1,4 @@
-"""Compiles the repeated blocks of a network under a split plan: one graph for each class of block, which all of it share.
+"""Compiles the repeated blocks of a network under a split plan: all blocks of a class share one graph.
 
 Each rank compiles on its own, and may fall back on its own. Nothing needs to be agreed: attention is one operator to
 the compiler (`split.in_graph`), so what the ranks exchange, and in which order, is the same with compiled blocks and

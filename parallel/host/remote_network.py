@@ -12,12 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..compilation.settings import CompileSettings
 from ..config import SequenceParallelConfig, resolve
 from ..degrees import Degrees
 from ..errors import ConfigError, UnsupportedError, WorkerError
 from ..wire.shared import TensorRef, lay_out
 from ..wire.trees import flatten, restore
 from . import running
+from .compiled_sampling import CompiledSampling
 from .group import Poll, Progress, WorkerGroup
 from .sent_conditioning import SentConditioning
 
@@ -157,13 +159,8 @@ class RemoteNetwork:
         """
         raise UnsupportedError(f"{settings.name} cannot skip blocks of {self.recipe.network} yet; use EasyCache")
 
-    def check_compile(self, settings: Any) -> None:
-        """Refuses compiled blocks: hooks and the exchange would break their graphs.
-
-        Raises:
-            UnsupportedError: always.
-        """
-        raise UnsupportedError(f"{settings.name} cannot compile {self.recipe.network} yet; remove the node")
+    def check_compile(self, settings: CompileSettings) -> None:
+        """The blocks of every class with a split plan can be compiled, or run as they are."""
 
     def replace_weights(
         self,
@@ -206,7 +203,14 @@ class RemoteNetwork:
         self._version = version
 
     def call(
-        self, method: str, args: Sequence[Any], named: Mapping[str, Any], *, changing: int = 0, poll: Poll | None = None
+        self,
+        method: str,
+        args: Sequence[Any],
+        named: Mapping[str, Any],
+        *,
+        changing: int = 0,
+        compiled: CompiledSampling | None = None,
+        poll: Poll | None = None,
     ) -> Any:
         """The network's result, on the device of the first tensor.
 
@@ -214,6 +218,7 @@ class RemoteNetwork:
             method: `forward`, or one that needs weights.
             args, named: nests of tensors and plain data.
             changing: how many of `args` are other ones at every call; the rest travels only when it changes.
+            compiled: the sampling that this call is part of, if its blocks are to be compiled.
             poll: see `WorkerGroup.call`.
 
         Raises:
@@ -244,10 +249,13 @@ class RemoteNetwork:
             "passing": {name: ref.to_json() for name, ref in zip(passing, refs, strict=True)},
             "put": put,
             "drop": drop,
+            "compile": None if compiled is None else compiled.settings.to_json(),
             "room": {"segment": "call-results", "size": room},
         }
         try:
             told = group.call("network call", message, poll=poll)
+            if compiled is not None:
+                compiled.count(told)
             if (needed := told[0]["needed"]) > room:
                 results = group.memory.segment("call-results", needed)
                 message = {"model": self.name, "room": {"segment": "call-results", "size": needed}}

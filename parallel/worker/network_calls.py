@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, MutableMapping
+from dataclasses import asdict
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..compilation.settings import CompileSettings
 from ..degrees import Degrees
 from ..split import SequenceRanks
 from ..wire.channel import Message
@@ -78,6 +80,10 @@ class NetworkCalls:
         shapes = sorted(tuple(ref["shape"]) for ref in message["passing"].values())
         work = (message["model"], message["method"], tuple(shapes))
         ranks: SequenceRanks = self._ranks.sequence(mesh, context, network.attention, work)
+        compiler = None
+        if (wanted := message.get("compile")) is not None:
+            control, rank = self._control(), self._ranks.rank
+            compiler = network.compiled(CompileSettings(**wanted), lambda: control.beat(rank))
         began = time.perf_counter()
         with torch.no_grad():
             result = network.call(
@@ -86,6 +92,7 @@ class NetworkCalls:
                 message["held"],
                 lambda name: self._tensor_at(message["passing"][name]).to(self._device, copy=True),
                 ranks,
+                compiler,
             )
             found: dict[str, Tensor] = {}
             structure = flatten(result, "", found)
@@ -100,6 +107,7 @@ class NetworkCalls:
         return {
             "seconds": time.perf_counter() - began,
             **context.traffic.to_json(),
+            **({} if compiler is None else {"compile": asdict(compiler.take_tally())}),
             "structure": _numbered(structure, numbers),
             "needed": needed,
             "out": out,

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from ..comfyui.start import prepare
+from ..compilation.settings import CompileSettings
 from ..errors import CheckpointError, UnsupportedError
 from ..plans.comfyui import plan_of
 from ..split import SequenceRanks, Split
 from ..wire.trees import Tree, restore
+
+if TYPE_CHECKING:
+    from ..compilation.modules import CompiledModules
 
 Progress = Callable[[int, int], None]
 """Called with bytes done and bytes in total; may raise StepCancelled."""
@@ -50,6 +55,7 @@ class SplitNetwork:
         self._split = Split(self._network, plan_of(self._network), SequenceRanks((1.0,)))
         self._held: dict[str, Tensor] = {}
         self._replaced: dict[str, Tensor] = {}
+        self._compilers: dict[CompileSettings, CompiledModules] = {}
 
     def close(self) -> None:
         """Before it goes."""
@@ -57,6 +63,18 @@ class SplitNetwork:
 
     def forget_cache(self, sampling: int | None = None) -> None:
         """It remembers nothing between steps."""
+
+    def compiled(self, settings: CompileSettings, sign_of_life: Callable[[], None]) -> CompiledModules:
+        """The compiler of this network's blocks, kept as long as the network: MODELs that share it can want different
+        ones.
+
+        See `Compiler` for the arguments.
+        """
+        if settings not in self._compilers:
+            from ..compilation.modules import CompiledModules  # takes a second, and is rarely wanted
+
+            self._compilers[settings] = CompiledModules(settings, sign_of_life)
+        return self._compilers[settings]
 
     def hold(self, key: str, tensor: Tensor) -> None:
         """Keeps a copy of what stays the same from step to step."""
@@ -99,6 +117,7 @@ class SplitNetwork:
         held: Mapping[str, str],
         read: Callable[[str], Tensor],
         ranks: SequenceRanks,
+        compiler: CompiledModules | None = None,
     ) -> Any:
         """Calls the network, or one of its methods, as ComfyUI would; all ranks of the sequence call alike.
 
@@ -108,6 +127,7 @@ class SplitNetwork:
             held: tensor's name there → key under which it is held.
             read: any other tensor, on this rank's device.
             ranks: that share the sequence.
+            compiler: of the blocks, if they are to run compiled; each rank's own affair.
 
         Returns:
             The whole result, on every rank.
@@ -115,4 +135,5 @@ class SplitNetwork:
         given = restore(arguments, lambda name: self._held[held[name]] if name in held else read(name))
         self._split.ranks = ranks
         function = self._network if method == "forward" else getattr(self._network, method)
-        return function(*given["args"], **given["named"])
+        with contextlib.nullcontext() if compiler is None else compiler.on(self._split.blocks):
+            return function(*given["args"], **given["named"])
