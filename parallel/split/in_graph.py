@@ -113,7 +113,7 @@ def _(order: Tensor, site: int) -> None:
 _hows: list[How] = []
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # no stub
+@torch.compiler.assume_constant_result
 def _number(function: Callable[..., Tensor], named: tuple[tuple[str, Any], ...]) -> int:
     """Of a way of calling; it is a constant of the graph."""
     how = (function, named)

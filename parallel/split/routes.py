@@ -116,7 +116,7 @@ def named_attention(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, bool, dict[str, Any]]:
     """What ComfyUI's attention is called with → q [B, H, Q, D], k, v [B, G, K, D], the mask, whether heads are to stay
     apart in the result, and the rest by name."""
-    named = dict(zip(("q", "k", "v", "heads", "mask", "attn_precision"), args, strict=False)) | kwargs
+    named = {**dict(zip(("q", "k", "v", "heads", "mask", "attn_precision"), args, strict=False)), **kwargs}
     q, k, v, heads = (named.pop(name) for name in ("q", "k", "v", "heads"))
     if not named.pop("skip_reshape", False):
         dim = q.shape[-1] // heads
