@@ -40,12 +40,17 @@ whole step of the format."""
 
 
 class CompiledModules(Compiler):
-    """The compiler of a split network's blocks on one rank, for one set of settings. It is in force inside `on`."""
+    """The compiler of a split network's blocks on one rank, for one set of settings. It is in force inside `on`.
 
-    def __init__(self, settings: CompileSettings, sign_of_life: Callable[[], None]):
+    Args:
+        settings, sign_of_life: see `Compiler`.
+        device: of the blocks.
+    """
+
+    def __init__(self, settings: CompileSettings, sign_of_life: Callable[[], None], device: torch.device):
         super().__init__(settings, sign_of_life)
         self._compared: set[Any] = set()
-        self._override = InGraph()
+        self._override = InGraph(device)
 
     @contextmanager
     def on(self, blocks: Sequence[Block]) -> Iterator[None]:

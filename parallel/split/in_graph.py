@@ -123,12 +123,16 @@ def _number(function: Callable[..., Tensor], named: tuple[tuple[str, Any], ...])
 
 
 class InGraph(OverrideInGraph):
-    """ComfyUI's attention override inside a compiled block. One object for all blocks, or each would be compiled."""
+    """ComfyUI's attention override inside a compiled block. One object for all blocks, or each would be compiled.
 
-    def __init__(self) -> None:
+    Args:
+        device: of the blocks.
+    """
+
+    def __init__(self, device: torch.device):
         self._site = 0
         self._attended = False
-        self._order = torch.zeros(1)
+        self._order = torch.zeros(1, device=device)
 
     def enter(self, site: int) -> None:
         """A module with a site of its own begins."""

@@ -73,7 +73,7 @@ class SplitNetwork:
         if settings not in self._compilers:
             from ..compilation.modules import CompiledModules  # takes a second, and is rarely wanted
 
-            self._compilers[settings] = CompiledModules(settings, sign_of_life)
+            self._compilers[settings] = CompiledModules(settings, sign_of_life, self._device)
         return self._compilers[settings]
 
     def hold(self, key: str, tensor: Tensor) -> None:

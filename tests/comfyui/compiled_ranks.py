@@ -61,7 +61,7 @@ def main(rank: int, world: int, store: str, results: str, comfyui: str, backend:
         (x, timestep, *rest), named = case.inputs(network)
         ranks = SequenceRanks((2.0, 1.0)[:world], rank, ulysses=dist.group.WORLD if world > 1 else None)
         split = Split(network, plan_of(network), ranks)
-        compiler = CompiledModules(CompileSettings(), lambda: None)
+        compiler = CompiledModules(CompileSettings(), lambda: None, torch.device("cpu"))
 
         def step(number: int) -> Tensor:
             options = {"sigmas": torch.tensor([1 - number / 10]), "cond_or_uncond": [0, 1][: 1 + number % 2]}

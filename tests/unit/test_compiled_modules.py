@@ -95,10 +95,10 @@ class Deaf(SequenceRanks):
 
 
 def compile_by(backend: Any) -> Callable[..., Any]:
-    def compiler(function: Callable[..., Any], **named: Any) -> Any:
+    def by(function: Callable[..., Any], **named: Any) -> Any:
         return _torch_compile(function, **{**named, "options": None}, backend=backend)
 
-    return compiler
+    return by
 
 
 @pytest.fixture(autouse=True)
@@ -114,6 +114,10 @@ def network() -> Model:
     return Model().requires_grad_(False)
 
 
+def compiler() -> CompiledModules:
+    return CompiledModules(CompileSettings(), lambda: None, torch.device("cpu"))
+
+
 def run(network: Model, *, size: int = 9, step: int = 0, **options: Any) -> Tensor:
     x = torch.randn(1, size, 16, generator=torch.Generator().manual_seed(size))
     return network(x, torch.full((1, 1, 1), 1.0 + step), {"sigmas": torch.tensor([step]), **options})
@@ -127,7 +131,7 @@ def both(network: Model, blocks: CompiledModules, split: Split, **inputs: Any) -
 
 def test_all_blocks_and_steps_and_sizes_share_a_graph(network: Model):
     split = Split(network, PLAN, Deaf((1.0, 1.0)))
-    blocks = CompiledModules(CompileSettings(), lambda: None)
+    blocks = compiler()
     for step in range(4):
         both(network, blocks, split, step=step)
     both(network, blocks, split, size=14)
@@ -140,7 +144,7 @@ def test_all_blocks_and_steps_and_sizes_share_a_graph(network: Model):
 def test_nothing_is_left_in_the_network(network: Model):
     split = Split(network, PLAN, Deaf((1.0, 1.0)))
     before = [dict(vars(module)) for module in network.modules()]
-    blocks = CompiledModules(CompileSettings(), lambda: None)
+    blocks = compiler()
     with pytest.raises(ZeroDivisionError), blocks.on(split.blocks):
         run(network)
         raise ZeroDivisionError
@@ -161,14 +165,14 @@ def test_the_first_block_of_a_kind_runs_with_the_others_and_the_compiled_one_bes
     split = Split(network, PLAN, Counting((1.0, 1.0)))
     run(network)
     alone = list(exchanged)
-    with CompiledModules(CompileSettings(), lambda: None).on(split.blocks):
+    with compiler().on(split.blocks):
         run(network)
     assert exchanged == alone * 2 and len(alone) == 3
 
 
 def test_a_module_that_does_not_attend_is_noticed_in_a_graph_too(network: Model):
     split = Split(network, PLAN, Deaf((1.0, 1.0)))
-    blocks = CompiledModules(CompileSettings(), lambda: None)
+    blocks = compiler()
     for _ in range(2):  # compared with the uncompiled block; compiled
         told = pytest.raises(PlanError, match=r"the attention of Model\.blocks\.attn did not go the way")
         with told, blocks.on(split.blocks):
@@ -182,7 +186,7 @@ def test_a_block_that_cannot_be_compiled_runs_as_it_is(network: Model, monkeypat
 
     monkeypatch.setattr(torch, "compile", compile_by(failing))
     split = Split(network, PLAN, Deaf((1.0, 1.0)))
-    blocks = CompiledModules(CompileSettings(), lambda: None)
+    blocks = compiler()
     both(network, blocks, split)
     assert blocks.take_tally().failure == "OSError: no compiler here"
     monkeypatch.setattr(modules_module.CompiledModules, "_run", None)
@@ -201,7 +205,7 @@ def test_a_block_that_cannot_be_compiled_runs_as_it_is(network: Model, monkeypat
 def test_compiled_blocks_that_disagree_are_not_used(
     network: Model, monkeypatch: pytest.MonkeyPatch, where: str, message: str
 ):
-    def compiler(function: Callable[..., Any], **_: Any) -> Callable[..., Any]:
+    def by(function: Callable[..., Any], **_: Any) -> Callable[..., Any]:
         def wrong(block: Block, x: Tensor, vec: Any, transformer_options: dict[str, Any]) -> Tensor:
             if where == "attention":
                 return x
@@ -217,9 +221,9 @@ def test_compiled_blocks_that_disagree_are_not_used(
 
         return wrong
 
-    monkeypatch.setattr(torch, "compile", compiler)
+    monkeypatch.setattr(torch, "compile", by)
     split = Split(network, PLAN, Deaf((1.0, 1.0)))
-    blocks = CompiledModules(CompileSettings(), lambda: None)
+    blocks = compiler()
     both(network, blocks, split)
     assert message in blocks.failure
 
@@ -227,7 +231,7 @@ def test_compiled_blocks_that_disagree_are_not_used(
 def test_a_failure_inside_an_attention_is_not_covered_up(network: Model):
     """The other ranks are in it: running the block again would leave them waiting."""
     split = Split(network, PLAN, Deaf((1.0, 1.0)))
-    blocks = CompiledModules(CompileSettings(), lambda: None)
+    blocks = compiler()
     both(network, blocks, split)
     with pytest.raises(RuntimeError, match="a peer is gone"), blocks.on(split.blocks):
         run(network, broken=True)
@@ -237,7 +241,7 @@ def test_a_failure_inside_an_attention_is_not_covered_up(network: Model):
 
 def test_a_step_in_other_sizes_of_one_is_compared_again(network: Model, caplog: pytest.LogCaptureFixture):
     split = Split(network, PLAN, Deaf((1.0,)))
-    blocks = CompiledModules(CompileSettings(), lambda: None)
+    blocks = compiler()
     with caplog.at_level("INFO", logger="sequence_parallel"):
         counts = []
         for size in (9, 12, 1):
