@@ -181,12 +181,7 @@ class RemoteNetwork(RemoteTransformer):
         network_cache.check_cache(settings, self.recipe.network, self.recipe.unet_config)
 
     def check_compile(self, settings: CompileSettings) -> None:
-        """Refuses compiled blocks: hooks and the exchange would break their graphs.
-
-        Raises:
-            UnsupportedError: always.
-        """
-        raise UnsupportedError(f"{settings.name} cannot compile {self.recipe.network} yet; remove the node")
+        """The blocks of every class with a split plan can be compiled, or run as they are."""
 
     def replace_weights(
         self,

@@ -5,13 +5,14 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from .ranks import SequenceRanks
-from .routes import ThroughOptions
+from .routes import Route, ThroughOptions
 from .sites import Plan, PlanError, Rule, Site, applied
 from .streams import Names, Streams
 
@@ -20,8 +21,18 @@ class Routes(Protocol):
     """Puts a route into a module."""
 
     def install(
-        self, module: nn.Module, streams: tuple[Names, Names] | None, kind: str, where: str
-    ) -> list[RemovableHandle]: ...
+        self, module: nn.Module, streams: tuple[Names, Names] | None, kind: str, where: str, site: int
+    ) -> tuple[Route | None, list[RemovableHandle]]: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """One module of a list that the plan names."""
+
+    module: nn.Module
+    routes: tuple[Route | None, ...]
+    """Of its attention: the first one of the block itself, the others of its submodules, in the plan's order; None
+    where nothing is exchanged."""
 
 
 class Split:
@@ -49,6 +60,8 @@ class Split:
         self._streams = Streams(ranks)
         self._routes = routes(lambda: self._streams)
         self._handles: list[RemovableHandle] = []
+        self.blocks: list[Block] = []
+        """In the order of the plan and of its lists."""
         try:
             self._handles.append(model.register_forward_pre_hook(self._begin))
             for path, site in plan.items():
@@ -68,6 +81,7 @@ class Split:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+        self.blocks.clear()
 
     def _begin(self, module: nn.Module, args: Any) -> None:
         self._streams = Streams(self.ranks)
@@ -91,10 +105,17 @@ class Split:
             if site.cut or site.whole is not None:
                 cut = _Cut(each, site, lambda: self._streams, f"{where} ({type(each).__name__})")
                 self._handles.append(each.register_forward_pre_hook(cut, with_kwargs=True))
+            routes: list[Route | None] = [None]
             for name, streams in site.attention.items():
                 attention = self._submodule(each, name, where)
                 kind = ".".join(filter(None, (self._name, path, name)))
-                self._handles += self._routes.install(attention, streams, kind, f"{where}.{name}".rstrip("."))
+                number = len(routes) if name else 0
+                place = f"{where}.{name}".rstrip(".")
+                route, handles = self._routes.install(attention, streams, kind, place, number)
+                self._handles += handles
+                routes = [*routes, route] if name else [route, *routes[1:]]
+            if is_list:
+                self.blocks.append(Block(each, tuple(routes)))
         if site.join is not None and modules:
             self._handles.append(modules[-1].register_forward_hook(_Joined(site.join, lambda: self._streams, path)))
 

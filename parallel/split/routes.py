@@ -44,6 +44,11 @@ class Route:
         self._current, self._queries, self._keys = current, queries, keys
         self._kind, self._where = kind, where
 
+    @property
+    def alone(self) -> bool:
+        """Whether this rank has the whole sequence: there is nothing to exchange."""
+        return self._current().ranks.size == 1
+
     def expect(self) -> None:
         """The module begins: in this forward pass one of its kind is to attend, see `Streams.routed`."""
         if not self._current().skipping:
@@ -98,18 +103,38 @@ class ComfyRoute(Route):
     def __call__(self, function: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
         users = kwargs[OPTIONS].get(_USERS)
         function = function if users is None else partial(users, function)
-        named = dict(zip(("q", "k", "v", "heads", "mask", "attn_precision"), args, strict=False)) | kwargs
-        q, k, v, heads = (named.pop(name) for name in ("q", "k", "v", "heads"))
-        if not named.pop("skip_reshape", False):
-            dim = q.shape[-1] // heads
-            q, k, v = (x.unflatten(-1, (-1, dim)).transpose(1, 2) for x in (q, k, v))
-        stays_apart, mask = named.pop("skip_output_reshape", False), named.pop("mask", None)
+        q, k, v, mask, stays_apart, named = named_attention(args, kwargs)
 
         def compute(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
             return function(q, k, v, q.shape[1], mask=mask, skip_reshape=True, skip_output_reshape=True, **named)
 
         out = self.attend(q, k, v, mask, compute)
         return out if stays_apart else out.transpose(1, 2).flatten(2)
+
+
+def named_attention(
+    args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, bool, dict[str, Any]]:
+    """What ComfyUI's attention is called with → q [B, H, Q, D], k, v [B, G, K, D], the mask, whether heads are to stay
+    apart in the result, and the rest by name."""
+    named = {**dict(zip(("q", "k", "v", "heads", "mask", "attn_precision"), args, strict=False)), **kwargs}
+    q, k, v, heads = (named.pop(name) for name in ("q", "k", "v", "heads"))
+    if not named.pop("skip_reshape", False):
+        dim = q.shape[-1] // heads
+        q, k, v = (x.unflatten(-1, (-1, dim)).transpose(1, 2) for x in (q, k, v))
+    return q, k, v, named.pop("mask", None), named.pop("skip_output_reshape", False), named
+
+
+class OverrideInGraph:
+    """What a block that is compiled finds as the override. It learns from hooks which site's attention is next."""
+
+    def enter(self, site: int) -> None:
+        """A module begins that has a site of its own; the block's is 0."""
+        raise NotImplementedError
+
+    def leave(self) -> None:
+        """It ends."""
+        raise NotImplementedError
 
 
 class TorchRoute(Route, TorchFunctionMode):
@@ -142,27 +167,40 @@ class ThroughOptions:
         self._current = current
 
     def install(
-        self, module: nn.Module, streams: tuple[Names, Names] | None, kind: str, where: str
-    ) -> list[RemovableHandle]:
-        """Routes the attention of a module; without streams, leaves it as it was."""
+        self, module: nn.Module, streams: tuple[Names, Names] | None, kind: str, where: str, site: int
+    ) -> tuple[Route | None, list[RemovableHandle]]:
+        """Routes the attention of a module; without streams, leaves it as it was.
+
+        Args:
+            site: its number in the block that it is a part of; 0 is the block itself.
+        """
         route = None if streams is None else ComfyRoute(self._current, *streams, kind, where)
-        parameters = list(inspect.signature(type(module).forward).parameters)[1:]
-        place = parameters.index(OPTIONS) if OPTIONS in parameters else len(parameters)
+        place = place_of_options(module)
 
         def before(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+            options = args[place] if place < len(args) else kwargs.get(OPTIONS)
+            if site and (override := in_graph(options)) is not None:
+                return override.enter(site)
             if self._current().ranks.size == 1:
                 return None
-            options = args[place] if place < len(args) else kwargs.get(OPTIONS)
             if not isinstance(options, Mapping):
                 raise PlanError(f"{where} is given no {OPTIONS}: its attention cannot be routed")
-            options = _routed(options, route)
+            options = options_of(options, route)
             if route is not None:
                 route.expect()
             if place < len(args):
                 return (*args[:place], options, *args[place + 1 :]), kwargs
             return args, kwargs | {OPTIONS: options}
 
-        return [module.register_forward_pre_hook(before, with_kwargs=True)]
+        def after(module: nn.Module, args: Any, kwargs: dict[str, Any], out: Any) -> None:
+            options = args[place] if place < len(args) else kwargs.get(OPTIONS)
+            if (override := in_graph(options)) is not None:
+                override.leave()
+
+        handles = [module.register_forward_pre_hook(before, with_kwargs=True)]
+        if site:
+            handles.append(module.register_forward_hook(after, with_kwargs=True))
+        return route, handles
 
 
 class ThroughTorch:
@@ -172,11 +210,11 @@ class ThroughTorch:
         self._current = current
 
     def install(
-        self, module: nn.Module, streams: tuple[Names, Names] | None, kind: str, where: str
-    ) -> list[RemovableHandle]:
+        self, module: nn.Module, streams: tuple[Names, Names] | None, kind: str, where: str, site: int
+    ) -> tuple[Route | None, list[RemovableHandle]]:
         """Routes the attention of a module."""
         if streams is None:
-            return []
+            return None, []
         route, entered = TorchRoute(self._current, *streams, kind, where), [False]
 
         def before(module: nn.Module, args: Any) -> None:
@@ -190,13 +228,26 @@ class ThroughTorch:
                 entered[0] = False
                 route.__exit__(None, None, None)
 
-        return [
+        return route, [
             module.register_forward_pre_hook(before),
             module.register_forward_hook(after, always_call=True, prepend=True),
         ]
 
 
-def _routed(options: Mapping[str, Any], route: Route | None) -> dict[str, Any]:
+def place_of_options(module: nn.Module) -> int:
+    """Where in the order of its arguments a module takes the `transformer_options`."""
+    parameters = list(inspect.signature(type(module).forward).parameters)[1:]
+    return parameters.index(OPTIONS) if OPTIONS in parameters else len(parameters)
+
+
+def in_graph(options: Any) -> OverrideInGraph | None:
+    """The override of a block that is compiled, if that is where these options are."""
+    override = options.get(OVERRIDE) if isinstance(options, Mapping) else None
+    return override if isinstance(override, OverrideInGraph) else None
+
+
+def options_of(options: Mapping[str, Any], route: Route | None) -> dict[str, Any]:
+    """`transformer_options` for a module with this route; without one attention goes the user's way."""
     users = options[_USERS] if _USERS in options else options.get(OVERRIDE)
     rest = {name: value for name, value in options.items() if name not in (OVERRIDE, _USERS)}
     if route is None and users is None:

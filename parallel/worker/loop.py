@@ -19,7 +19,7 @@ from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -54,6 +54,9 @@ from .ranks import ParallelContext, Ranks, SoloContext, join
 from .resident import Progress, ResidentModel
 from .sampling import Agreement, Sampling
 from .split_network import SplitNetwork
+
+if TYPE_CHECKING:
+    from ..compilation.modules import CompiledModules
 
 _PR_SET_PDEATHSIG = 1
 _PROGRESS_INTERVAL_S = 0.1
@@ -272,13 +275,12 @@ class Worker:
             blocks = self._compiled(model, message["compile"], mesh)
             began = time.perf_counter()
             context = ParallelContext(self._ranks, mesh, self._control)
-            context.compiler = blocks
             cache = None
             if (wanted := message["cache"]) is not None:
                 assert isinstance(model, ResidentModel), "the host refuses"
                 cache = model.cache(wanted["sampling"], wanted["rule"])
                 cache.begin_step(mesh.degrees, wanted["active"])
-            self._run_requests(model, message["requests"], mesh, context, cache)
+            self._run_requests(model, message["requests"], mesh, context, cache, blocks)
         counted = {} if cache is None else {"cache": asdict(cache.tally)}
         if blocks is not None:
             counted["compile"] = asdict(blocks.take_tally())
@@ -302,14 +304,13 @@ class Worker:
             # Batch groups may have run unequal numbers of blocks; under the next degrees their ranks may be one group.
             context = ParallelContext(self._ranks, mesh, control, first_block=len(contexts) * _BLOCKS_OF_A_PASS)
             contexts.append(context)
-            context.compiler = compilers[which]
             cache = None
             if (wanted := message["cache"]) is not None:
                 assert isinstance(model, ResidentModel), "the host refuses"
                 cache = model.cache(wanted["sampling"], wanted["rule"])
                 cache.begin_step(mesh.degrees, instruction["active"])
             began = time.perf_counter()
-            self._run_requests(model, instruction["network"], mesh, context, cache)
+            self._run_requests(model, instruction["network"], mesh, context, cache, compilers[which])
             seconds[which] += time.perf_counter() - began
             if cache is not None:
                 tallies[which].add(cache.tally)
@@ -318,7 +319,7 @@ class Worker:
             self._channel.send({"event": "progress", "done": done, "total": total})
 
         agreement = Agreement(self._device, traffic)
-        compilers: list[CompiledBlocks | None] = []
+        compilers: list[CompiledBlocks | CompiledModules | None] = []
         with torch.no_grad():
             stopped, self_check_s = False, 0.0
             try:
@@ -381,8 +382,11 @@ class Worker:
         mesh: Mesh,
         context: ParallelContext,
         cache: BlockCache | None,
+        compiler: CompiledBlocks | CompiledModules | None,
     ) -> None:
         """This rank's part of requests that run side by side; the results lie in shared memory when it returns."""
+        if isinstance(compiler, CompiledBlocks):
+            context.compiler = compiler
         total = None if cache is None else self._ranks.total(mesh, context.traffic)
         batches = [request["x"]["shape"][0] for request in requests]
         for request, rows in zip(requests, share_of(batches, mesh.group, mesh.degrees.groups), strict=True):
@@ -393,7 +397,7 @@ class Worker:
                 if isinstance(model, SplitNetwork):
                     work = (id(model), rows.stop - rows.start, tuple(request["x"]["shape"]))
                     sequence = self._ranks.sequence(mesh, context, model.attention, work)
-                    model.step(request, rows, self._tensor, sequence, context.cache)
+                    model.step(request, rows, self._tensor, sequence, context.cache, compiler)
                     continue
                 x, timestep, out = (self._tensor(request[name]) for name in ("x", "timestep", "out"))
                 model.step(x, timestep, request["conditioning"], rows, out, context)
@@ -504,17 +508,19 @@ class Worker:
 
     def _compiled(
         self, model: ResidentModel | SplitNetwork, wanted: dict[str, Any] | None, mesh: Mesh
-    ) -> CompiledBlocks | None:
+    ) -> CompiledBlocks | CompiledModules | None:
         """The compiler of the model's blocks, which are compared with uncompiled ones before their first step.
 
-        That is of use with dynamic sizes only: else what is compiled for the small step is for nothing else. Whether it
-        is done is known to all ranks alike, whatever has become of a rank's compiler.
+        A network's are where they run. For the others that is of use with dynamic sizes only: else what is compiled for
+        the small step is for nothing else. Whether it is done is known to all ranks alike, whatever has become of a
+        rank's compiler.
         """
         if wanted is None:
             return None
-        assert isinstance(model, ResidentModel), "the host refuses"
         control, settings = self._control, CompileSettings(**wanted)
         assert control is not None
+        if isinstance(model, SplitNetwork):
+            return model.compiled(settings, lambda: control.beat(self._rank))
         blocks = model.compiled(settings, lambda: control.beat(self._rank))
         if settings.dynamic and mesh.degrees not in blocks.checked:
             compiled, uncompiled = (ParallelContext(self._ranks, mesh, control) for _ in range(2))

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import ExitStack
 from math import prod
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -14,11 +14,15 @@ from torch import Tensor, nn
 from ..cache.blocks import BlockCache, StepPasses, block_cache
 from ..cache.hooked import cached_blocks
 from ..comfyui.start import prepare
+from ..compilation.settings import CompileSettings
 from ..errors import CheckpointError, UnsupportedError
 from ..plan import ranges, shares
 from ..plans.comfyui import CHAINS, plan_of
 from ..split import SequenceRanks, Split
 from ..wire.trees import Tree, restore
+
+if TYPE_CHECKING:
+    from ..compilation.modules import CompiledModules
 
 TensorAt = Callable[[dict[str, Any]], Tensor]
 """Place in shared memory → tensor."""
@@ -59,6 +63,7 @@ class SplitNetwork:
         self._held: dict[str, Tensor] = {}
         self._replaced: dict[str, Tensor] = {}
         self._caches: dict[int, BlockCache] = {}
+        self._compilers: dict[CompileSettings, CompiledModules] = {}
 
     def close(self) -> None:
         """Before it goes."""
@@ -76,6 +81,18 @@ class SplitNetwork:
             self._caches.clear()
         else:
             self._caches.pop(sampling, None)
+
+    def compiled(self, settings: CompileSettings, sign_of_life: Callable[[], None]) -> CompiledModules:
+        """The compiler of this network's blocks, kept as long as the network: MODELs that share it can want different
+        ones.
+
+        See `Compiler` for the arguments.
+        """
+        if settings not in self._compilers:
+            from ..compilation.modules import CompiledModules  # takes a second, and is rarely wanted
+
+            self._compilers[settings] = CompiledModules(settings, sign_of_life, self._device)
+        return self._compilers[settings]
 
     def put_conditioning(self, key: str, tensor: Tensor) -> None:
         """Keeps a copy of what stays the same from step to step."""
@@ -118,6 +135,7 @@ class SplitNetwork:
         tensor_at: TensorAt,
         ranks: SequenceRanks,
         passes: StepPasses | None = None,
+        compiler: CompiledModules | None = None,
     ) -> None:
         """Runs the network on some samples, and writes this rank's share of the prediction.
 
@@ -127,6 +145,7 @@ class SplitNetwork:
             tensor_at: finds tensors in shared memory.
             ranks: that share the sequence.
             passes: of this request, if a cache may skip blocks.
+            compiler: of the blocks, if they are to run compiled; each rank's own affair.
 
         Raises:
             UnsupportedError: the prediction has another shape than the latent.
@@ -142,7 +161,7 @@ class SplitNetwork:
             value = other[name]
             return value[rows] if value.ndim and len(value) == len(x) else value
 
-        result = self._run("forward", restore(request["arguments"], tensor), ranks, passes)
+        result = self._run("forward", restore(request["arguments"], tensor), ranks, passes, compiler)
         if not isinstance(result, Tensor):
             result = result[0] if len(result) == 1 else torch.cat([part.flatten(1) for part in result], 1)[:, None]
         mine = out[rows]
@@ -169,18 +188,22 @@ class SplitNetwork:
         return self._run(method, restore(arguments, lambda name: self._held[held[name]]), ranks)
 
     def _run(
-        self, method: str, given: Mapping[str, Any], ranks: SequenceRanks, passes: StepPasses | None = None
+        self,
+        method: str,
+        given: Mapping[str, Any],
+        ranks: SequenceRanks,
+        passes: StepPasses | None = None,
+        compiler: CompiledModules | None = None,
     ) -> Any:
         self._split.ranks = ranks
         function = self._network if method == "forward" else getattr(self._network, method)
-        with self._skipping(passes):
+        name = type(self._network).__name__
+        with ExitStack() as during:
+            if compiler is not None:
+                during.enter_context(compiler.on(self._split.blocks))
+            if passes is not None:  # outside: what is skipped need not be compiled
+                during.enter_context(cached_blocks(self._network, self._plan, CHAINS[name], self._split, passes))
             return function(*given["args"], **given["named"])
-
-    def _skipping(self, passes: StepPasses | None) -> AbstractContextManager[None]:
-        if passes is None:
-            return nullcontext()
-        chain = CHAINS[type(self._network).__name__]
-        return cached_blocks(self._network, self._plan, chain, self._split, passes)
 
 
 def _unpacked(x: Tensor, parts: Sequence[Sequence[int]]) -> Iterator[tuple[str, Tensor]]:

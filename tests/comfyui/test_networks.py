@@ -1,6 +1,7 @@
 """Networks of ComfyUI's own classes in a live server: the native loader against the pack's, and what is refused."""
 
 import re
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -221,7 +222,6 @@ def _working(server: ComfyServer, before: dict) -> list:
 
 NODES = {
     "teacache": (model_node("SPTeaCache", rel_l1_thresh=0.1, **WHOLE), ["TeaCache", "SingleStreamDiT"]),
-    "compile": (model_node("SPTorchCompile", mode="default", dynamic=True), ["Torch Compile", "SingleStreamDiT"]),
     "fp8": (
         model_node("SPQuantizeFP8", scheme="auto", skip=""),
         ["FP8 Quantize", "SingleStreamDiT"],
@@ -273,6 +273,24 @@ def test_controlnet_is_refused_where_the_plan_has_no_residuals(server: ComfyServ
         return applied, latent
 
     refused(server, replace(_KREA2, arrange=arrange), UNUSED, ["ControlNet", "remove Apply ControlNet"])
+
+
+@pytest.mark.slow
+@pytest.mark.extended
+@pytest.mark.timeout(900)
+@pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler (g++)")
+def test_compiled_blocks_agree_and_are_kept(server: ComfyServer, reference: Reference) -> None:
+    compiled = replace(_KREA2, model_nodes=(model_node("SPTorchCompile", mode="default", dynamic=True),))
+    plain = sample(server, _KREA2, TWO)
+    mark = server.mark()
+    difference = relative_difference(sample(server, compiled, TWO), plain)
+    assert 0 < difference <= TOLERANCE, "0: nothing was compiled"
+    assert relative_difference(plain, reference(_KREA2)) <= TOLERANCE
+    sample(server, fresh(compiled), TWO)
+    texts = [event.data["bytes"].decode(errors="replace") for event in server.events("binary 3", since=mark)]
+    first, second = (text for text in texts if "Torch Compile (SP): " in text)
+    assert "1 kind of blocks, 1 graph compiled in " in first
+    assert second.endswith("1 kind of blocks, compiled before")
 
 
 # Last, since one worker is another group, which takes seconds to start.

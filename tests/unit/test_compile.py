@@ -18,7 +18,7 @@ from parallel.adapters.base import StepContext
 from parallel.adapters.registry import FAMILIES
 from parallel.attention.joint import JointAttention, Unexchanged
 from parallel.attention.kernels import Sdpa
-from parallel.compilation import blocks as blocks_module
+from parallel.compilation import compiler as compiler_module
 from parallel.compilation.blocks import CompiledBlocks
 from parallel.compilation.folder import VARIABLE, use_folder
 from parallel.compilation.settings import MODES, CompileSettings
@@ -204,7 +204,7 @@ def _attend(q: Tensor, attend: JointAttention) -> Tensor:
 
 def test_signs_of_life_during_a_compilation(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     monkeypatch.setenv(VARIABLE, str(tmp_path))
-    monkeypatch.setattr(blocks_module, "_SIGN_S", 0.01)
+    monkeypatch.setattr(compiler_module, "_SIGN_S", 0.01)
     signs: list[int] = []
 
     def slow_backend(graph: torch.fx.GraphModule, example: list[Tensor]) -> Any:

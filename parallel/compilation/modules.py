@@ -1,0 +1,226 @@
+"""Compiles the repeated blocks of a network under a split plan: all blocks of a class share one graph.
+
+Each rank compiles on its own, and may fall back on its own. Nothing needs to be agreed: attention is one operator to
+the compiler (`split.in_graph`), so what the ranks exchange, and in which order, is the same with compiled blocks and
+without. What cuts, joins, stops or caches sits around the blocks, outside of what is compiled.
+
+A compiled block is not used before it has been compared. The first time that a class of block meets tensors of a kind,
+it runs uncompiled, with the other ranks, and gives the result that counts. Then the compiled block runs on copies of
+the same inputs, and its attentions give what they gave before, so no other rank notices; what it hands to attention,
+and what it returns, must be the same within what rounding explains. So a compilation that fails leaves nothing behind.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..split.hooks import Block
+from ..split.in_graph import Calls, InGraph, running
+from ..split.routes import OPTIONS, OVERRIDE, place_of_options
+from .compiler import Compiler, describe, plain
+from .replay import Recorded, Replayed, difference
+from .settings import CompileSettings
+
+log = logging.getLogger("sequence_parallel")
+
+ALLOWED = {torch.float32: 1e-4, torch.bfloat16: 2.0**-5, torch.float16: 2.0**-7}
+"""‖compiled − uncompiled‖ / ‖uncompiled‖ of a block. The compiler keeps in fp32 what eager operators round each time:
+a dozen roundings, each of half an ulp (2^-9 in bfloat16), do not add up to this; a wrong formula does."""
+ALLOWED_QUANTIZED = 0.2
+"""Where activations are rounded to 4 or 8 bits, or products to TF32: a value that is rounded the other way is off by a
+whole step of the format."""
+
+
+class CompiledModules(Compiler):
+    """The compiler of a split network's blocks on one rank, for one set of settings. It is in force inside `on`.
+
+    Args:
+        settings, sign_of_life: see `Compiler`.
+        device: of the blocks.
+    """
+
+    def __init__(self, settings: CompileSettings, sign_of_life: Callable[[], None], device: torch.device):
+        super().__init__(settings, sign_of_life)
+        self._compared: set[Any] = set()
+        self._override = InGraph(device)
+
+    @contextmanager
+    def on(self, blocks: Sequence[Block]) -> Iterator[None]:
+        """Inside, these blocks run compiled. Their `forward` is replaced, so hooks stay outside; what others put in its
+        place afterwards (a cache) stays outside, too."""
+        replaced: list[nn.Module] = []
+        try:
+            for block in blocks if not self.failure else ():
+                assert "forward" not in vars(block.module), "compiled blocks go inside of what else replaces them"
+                block.module.forward = partial(self._run, block)
+                replaced.append(block.module)
+            yield
+        finally:
+            for module in replaced:
+                vars(module).pop("forward", None)
+
+    def _run(self, block: Block, /, *args: Any, **kwargs: Any) -> Any:
+        """The block's forward."""
+        kind: Any = type(block.module)
+        call = _Call.of(block.module, args, kwargs)
+        if self.failure or call is None:
+            return kind.forward(block.module, *args, **kwargs)
+        compiled = self._kind(kind)
+        signature = (kind, call.signature(self.settings.dynamic))
+        if signature not in self._compared:
+            self._compared.add(signature)
+            return self._compare(block, compiled, call)
+        calls = Calls(block.routes, call.options)
+        try:
+            with running(calls), self._watched(kind):
+                return self._with_override(compiled, block.module, call)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:
+            if calls.begun:  # peers are in this attention
+                raise
+            self._failed(error)
+        return kind.forward(block.module, *args, **kwargs)
+
+    def _kind(self, kind: Any) -> Callable[..., Any]:
+        if kind not in self._compiled:
+            self._compiled[kind] = self._compile(kind.forward)
+        return self._compiled[kind]
+
+    def _compare(self, block: Block, compiled: Callable[..., Any], call: _Call) -> Any:
+        """Runs the block uncompiled, and compiled beside it. Returns the uncompiled result."""
+        kind: Any = type(block.module)
+        copies = call.cloned()
+        recorded = Recorded(block.routes, call.options)
+        with running(recorded):
+            result = self._with_override(kind.forward, block.module, call)
+        replayed = Replayed(recorded)
+        try:
+            with running(replayed), self._watched(kind):
+                other = self._with_override(compiled, block.module, copies)
+            replayed.end()
+            self._judge(block.module, result, other, replayed.differences)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:
+            self._failed(error)
+        return result
+
+    def _judge(self, module: nn.Module, result: Any, other: Any, differences: Sequence[tuple[str, float]]) -> None:
+        """Gives up where anything differs by more than is allowed."""
+        expected, found = list(_tensors(result)), list(_tensors(other))
+        if [(x.shape, x.dtype) for x in expected] != [(x.shape, x.dtype) for x in found]:
+            raise TypeError(f"compiled, {type(module).__name__} returns other shapes or dtypes")
+        results = [("its result", difference(x, y)) for x, y in zip(found, expected, strict=True)]
+        where, worst = max([*differences, *results], key=lambda named: _size(named[1]), default=("", 0.0))
+        allowed = allowed_difference(module, expected)
+        log.info("%s: compiled, %s of %s differs by %.1g (relative; allowed %.1g)", self.settings.name, where,
+                 type(module).__name__, worst, allowed)  # fmt: skip
+        if not worst <= allowed:
+            raise ValueError(
+                f"compiled, {where} of {type(module).__name__} differs by {worst:.2g} (relative; allowed {allowed:.2g})"
+                " from the uncompiled one's"
+            )
+
+    def _with_override(self, function: Callable[..., Any], module: nn.Module, call: _Call) -> Any:
+        self._override.enter(0)
+        return call.run(function, module, self._override)
+
+    def _failed(self, error: Exception) -> None:
+        log.info("%s: the compiler failed", self.settings.name, exc_info=True)
+        self.give_up(describe(error))
+
+
+@dataclass(slots=True)
+class _Call:
+    """What a block is called with."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    place: int
+    """Of the options in `args`, or beyond."""
+
+    @classmethod
+    def of(cls, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Call | None:
+        """None where no options are given, so that attention cannot be put into a graph."""
+        call = cls(args, kwargs, place_of_options(module))
+        return call if isinstance(call.options, Mapping) else None
+
+    @property
+    def options(self) -> Any:
+        """Its `transformer_options`."""
+        return self.args[self.place] if self.place < len(self.args) else self.kwargs.get(OPTIONS)
+
+    def cloned(self) -> _Call:
+        """With copies of all tensors, since blocks may work in place."""
+        return self._mapped(lambda tensor: tensor.clone())
+
+    def run(self, function: Callable[..., Any], module: nn.Module, override: Any) -> Any:
+        """Calls a block's function with this override of attention."""
+        options = {**self.options, OVERRIDE: override}
+        made = self._mapped(plain)
+        if self.place < len(self.args):
+            args = (*made.args[: self.place], options, *made.args[self.place + 1 :])
+            return function(module, *args, **made.kwargs)
+        return function(module, *made.args, **(made.kwargs | {OPTIONS: options}))
+
+    def signature(self, dynamic: bool) -> Any:
+        """What a graph is made for: of dynamic sizes, only whether they are 0 or 1."""
+        named = {name: value for name, value in self.kwargs.items() if name != OPTIONS}
+        args = [value for i, value in enumerate(self.args) if i != self.place]
+        return _signature([args, sorted(named.items())], dynamic)
+
+    def _mapped(self, change: Callable[[Tensor], Tensor]) -> _Call:
+        args = tuple(arg if i == self.place else _mapped(arg, change) for i, arg in enumerate(self.args))
+        kwargs = {name: arg if name == OPTIONS else _mapped(arg, change) for name, arg in self.kwargs.items()}
+        return _Call(args, kwargs, self.place)
+
+
+def allowed_difference(module: nn.Module, results: Sequence[Tensor]) -> float:
+    """Of this block's compiled result from the uncompiled one."""
+    quantized = any(hasattr(parameter, "__tensor_flatten__") for parameter in module.parameters())
+    rounded = any(x.is_cuda for x in results) and torch.backends.cuda.matmul.allow_tf32
+    if quantized or rounded:
+        return ALLOWED_QUANTIZED
+    return max((ALLOWED[x.dtype] for x in results if x.dtype in ALLOWED), default=0.0)
+
+
+def _size(value: float) -> float:
+    """For comparison: what is not a number is larger than any."""
+    return value if value == value else float("inf")
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, tuple | list):
+        for item in value:
+            yield from _tensors(item)
+
+
+def _mapped(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """A nest of tuples and lists with its tensors changed."""
+    if isinstance(value, Tensor):
+        return change(value)
+    if type(value) in (tuple, list):
+        return type(value)(_mapped(item, change) for item in value)
+    return value
+
+
+def _signature(value: Any, dynamic: bool) -> Any:
+    if isinstance(value, Tensor):
+        sizes = tuple(min(size, 2) for size in value.shape) if dynamic else tuple(value.shape)
+        return value.dtype, value.device, sizes
+    if isinstance(value, tuple | list):
+        return tuple(_signature(item, dynamic) for item in value)
+    if value is None or isinstance(value, bool | str):
+        return value
+    return type(value)

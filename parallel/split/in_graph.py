@@ -1,0 +1,153 @@
+"""Attention of a split network as one operator, which a compiled block calls.
+
+To the compiler the operator is opaque: it compiles what lies before and behind the attention, and the attention itself,
+exchange and all, runs as it does without compilation, whatever computes it. So a block is one graph without a break,
+and every rank sends and receives the same in the same order, whether its blocks are compiled or not.
+
+What the operator is to do is not part of the graph, which all blocks of a kind share: only the number of the site in
+the block, and how the model called its attention. The rest is looked up in what the block that runs now was given.
+
+Imported only by workers that compile: an operator's name exists once in a process.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .routes import OVERRIDE, OverrideInGraph, Route, named_attention, options_of
+
+How = tuple[Callable[..., Tensor], tuple[tuple[str, Any], ...]]
+"""The model's attention function, and what it is given by name beside tensors: scale, precision."""
+
+
+class Calls:
+    """The attentions of one block while it runs.
+
+    Args:
+        routes: of its sites; None where nothing is exchanged.
+        options: the `transformer_options` that the block was given.
+
+    Attributes:
+        begun: one has started: other ranks are in it, so the block cannot be run again in another way.
+    """
+
+    def __init__(self, routes: Sequence[Route | None], options: Mapping[str, Any]):
+        self.begun = False
+        self._routes, self._options = routes, options
+
+    def expect(self, site: int) -> None:
+        """A module has begun, and will not attend in this block."""
+        if (route := self._route(site)) is not None:
+            route.expect()
+
+    def attend(self, site: int, how: How, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        """q [B, H, Q_r, D], k and v [B, G, K_r, D] → [B, Q_r, H, D], as it would be without compilation."""
+        self.begun = True
+        function, named = how
+        options = options_of(self._options, self._route(site))
+        arguments = {**dict(named), "mask": mask, "skip_reshape": True, "skip_output_reshape": True}
+        arguments["transformer_options"] = options
+        override = options.get(OVERRIDE)
+        out = (
+            function(q, k, v, q.shape[1], **arguments)
+            if override is None
+            else override(function, q, k, v, q.shape[1], **arguments)
+        )
+        assert out.dtype == q.dtype, f"attention of {q.dtype} gives {out.dtype}"
+        return out.transpose(1, 2).contiguous()
+
+    def _route(self, site: int) -> Route | None:
+        route = self._routes[site]
+        return None if route is None or route.alone else route
+
+
+_calls: Calls | None = None
+"""Of the block that runs now. An operator takes tensors and numbers only, and an object that changed from block to
+block would be a reason to compile again."""
+
+
+@contextmanager
+def running(calls: Calls) -> Iterator[None]:
+    """Inside, the operator stands for these attentions."""
+    global _calls
+    before, _calls = _calls, calls
+    try:
+        yield
+    finally:
+        _calls = before
+
+
+@torch.library.custom_op("sequence_parallel::attend", mutates_args=("order",))
+def attend(order: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, site: int, how: int) -> Tensor:
+    """q [B, H, Q_r, D], k and v [B, G, K_r, D] → [B, Q_r, H, D].
+
+    `order` is never read or written: all attentions are said to change it, so the compiler keeps their order, also of
+    those that do not depend on each other (video and audio). Ranks that exchanged in different orders would hang.
+    """
+    assert _calls is not None
+    return _calls.attend(site, _hows[how], q, k, v, mask)
+
+
+@attend.register_fake
+def _(order: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, site: int, how: int) -> Tensor:
+    return q.new_empty(q.shape[0], q.shape[2], q.shape[1], v.shape[3])
+
+
+@torch.library.custom_op("sequence_parallel::expect", mutates_args=("order",))
+def expect(order: Tensor, site: int) -> None:
+    """A routed module has begun, and does not attend in this block."""
+    assert _calls is not None
+    _calls.expect(site)
+
+
+@expect.register_fake
+def _(order: Tensor, site: int) -> None:
+    return None
+
+
+_hows: list[How] = []
+
+
+@torch.compiler.assume_constant_result
+def _number(function: Callable[..., Tensor], named: tuple[tuple[str, Any], ...]) -> int:
+    """Of a way of calling; it is a constant of the graph."""
+    how = (function, named)
+    if how not in _hows:
+        _hows.append(how)
+    return _hows.index(how)
+
+
+class InGraph(OverrideInGraph):
+    """ComfyUI's attention override inside a compiled block. One object for all blocks, or each would be compiled.
+
+    Args:
+        device: of the blocks.
+    """
+
+    def __init__(self, device: torch.device):
+        self._site = 0
+        self._attended = False
+        self._order = torch.zeros(1, device=device)
+
+    def enter(self, site: int) -> None:
+        """A module with a site of its own begins."""
+        self._site, self._attended = site, False
+
+    def leave(self) -> None:
+        """It ends. There are none inside each other."""
+        if not self._attended:
+            expect(self._order, self._site)
+        self._site = 0
+
+    def __call__(self, function: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
+        q, k, v, mask, stays_apart, named = named_attention(args, kwargs)
+        named.pop("transformer_options", None)
+        how = _number(function, tuple(sorted(named.items())))
+        self._attended = True
+        out = attend(self._order, q, k, v, mask, self._site, how)
+        return out.transpose(1, 2) if stays_apart else out.flatten(2)
