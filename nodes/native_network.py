@@ -20,9 +20,10 @@ from ..parallel.comfyui.detection import (
     scaled_over_all_tokens,
     shapes,
 )
+from ..parallel.comfyui.network import changed_dtypes
 from ..parallel.config import Layout, SequenceParallelConfig, resolve
 from ..parallel.errors import UnsupportedError
-from ..parallel.host.remote_network import NetworkRecipe, RemoteNetwork, bytes_of
+from ..parallel.host.remote_network import NetworkRecipe, RemoteNetwork
 from ..parallel.plans.comfyui import plan_of
 from ..parallel.vae.arguments import as_plain
 from .lora import patched_weight
@@ -56,6 +57,7 @@ def load_planned_model(
     plan_of(network)
     _refuse_scales(path, detected, layout)
     parameters = shapes(detected.named_as_in_the_network())
+    dtypes = changed_dtypes(parameters, network)
     remote = RemoteNetwork(
         NetworkRecipe(
             path=path,
@@ -64,7 +66,8 @@ def load_planned_model(
             comfyui=str(Path(comfy.sd.__file__).parent.parent),
             arguments=as_plain(vars(comfy.cli_args.args)),
             config=config,
-            nbytes=bytes_of(parameters),
+            nbytes=sum(t.numel() * dtypes.get(name, t.dtype).itemsize for name, t in parameters.items()),
+            in_the_file=sum(t.nbytes for name, t in parameters.items() if name not in dtypes),
             heads=_heads(detected),
         )
     )

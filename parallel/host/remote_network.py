@@ -6,7 +6,6 @@ import itertools
 import logging
 from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from math import prod
 from typing import Any
 
 import torch
@@ -15,10 +14,12 @@ from torch import Tensor
 from ..config import SequenceParallelConfig, resolve
 from ..degrees import Degrees
 from ..errors import ConfigError, UnsupportedError, WorkerError
+from ..placement import Placement
 from ..wire.shared import TensorRef, lay_out
 from ..wire.trees import flatten, restore
 from . import running
 from .group import Poll, Progress, WorkerGroup
+from .placing import Placing
 from .sent_conditioning import SentConditioning
 
 log = logging.getLogger("sequence_parallel")
@@ -44,7 +45,9 @@ class NetworkRecipe:
     """Its command line, see `vae.arguments.as_plain`."""
     config: SequenceParallelConfig
     nbytes: int
-    """Of the weights."""
+    """Of the weights, as the workers keep them."""
+    in_the_file: int
+    """How many of these are in the file as they are."""
     heads: int
     """Of its attention; of several kinds the fewest."""
 
@@ -69,7 +72,10 @@ class RemoteNetwork:
         self.name = f"network-{next(_MODELS)}"
         self.nbytes = 0
         """Bytes of weights that one worker has on its device; 0 when not loaded."""
+        self.placement: Placement | None = None
+        """Where the weights are, or were last, and why."""
         self._layout = resolve(recipe.config)
+        self._placing = Placing(recipe.config, self._layout)
         self._group: WorkerGroup | None = None
         self._generation = 0
         self._version: Hashable = None
@@ -80,10 +86,6 @@ class RemoteNetwork:
         self._refuse(recipe.config)
 
     def _refuse(self, config: SequenceParallelConfig) -> None:
-        if config.weights not in ("auto", "replicate"):
-            raise ConfigError(
-                f"weights is {config.weights!r}; allowed for {self.recipe.network} are auto and replicate so far"
-            )
         for knob in ("cfg_degree", "dp_degree"):
             if (value := getattr(config, knob)) > 1:
                 raise ConfigError(f"{knob} is {value}; allowed for {self.recipe.network} are 0 and 1 so far")
@@ -100,7 +102,8 @@ class RemoteNetwork:
 
     def degrees(self, conditions: int = 1) -> Degrees:
         """How a call is split: all ranks share its sequence. A change is logged."""
-        degrees, self._reason = self._layout.degrees.choose(conditions=1, heads=self.recipe.heads, sharded=False)
+        sharded = (self.placement.mode if self.placement else self.recipe.config.weights) == "shard"
+        degrees, self._reason = self._layout.degrees.choose(conditions=1, heads=self.recipe.heads, sharded=sharded)
         if degrees.groups > 1:
             degrees = Degrees(ring=degrees.ring, ulysses=self._layout.world_size // degrees.ring)
         if degrees != self._told_degrees:
@@ -110,7 +113,7 @@ class RemoteNetwork:
 
     def expected_bytes(self, fp8: Any = None) -> int:
         """Of weights on one worker's device when they are loaded."""
-        return self.nbytes or self.recipe.nbytes
+        return self.nbytes or self._placing.expected_bytes(self.recipe.nbytes)
 
     def ensure_loaded(self, poll: Poll | None = None, on_progress: Progress | None = None, *, fp8: Any = None) -> int:
         """Starts workers and loads the weights unless both have been done.
@@ -120,6 +123,7 @@ class RemoteNetwork:
 
         Raises:
             UnsupportedError: `fp8`, which such a network cannot be quantised with.
+            ConfigError: an offload needs more memory than the host has.
             WorkerError: loading failed.
         """
         if fp8 is not None:
@@ -128,15 +132,18 @@ class RemoteNetwork:
         if self.loaded and group is self._group:
             return self.nbytes
         self.unload()
+        placement = self._placing.settle(group, poll, self.recipe.nbytes, in_the_file=self.recipe.in_the_file)
         message = {"model": self.name, "source": self.recipe.to_json()}
-        results = group.call("load network", message, poll=poll, on_progress=on_progress)
+        with self._placing.message(placement, self.name, group, poll) as weights:
+            results = group.call("load network", message | {"weights": weights}, poll=poll, on_progress=on_progress)
         self._group, self._generation, self._version = group, group.generation, None
+        self.placement = placement
         self._replaced.clear()
         self._conditioning.clear()
         self.nbytes = max(result["nbytes"] for result in results)
         group.figures.holds(self.name, self.recipe.path, self.nbytes)
-        log.info("%s: %s, %.0f MiB of weights for each of %d workers", self.recipe.path, self.recipe.network,
-                 self.nbytes / 2**20, len(results))  # fmt: skip
+        log.info("%s: %s, weights %s (%s): %.0f MiB of weights for each of %d workers", self.recipe.path,
+                 self.recipe.network, placement.mode, placement.reason, self.nbytes / 2**20, len(results))  # fmt: skip
         return self.nbytes
 
     def select_fp8(self, fp8: Any) -> None:
@@ -293,8 +300,3 @@ class RemoteNetwork:
             self._group.figures.dropped(self.name)
             self._group.post("unload", {"model": self.name, "drop": []})
         self._group, self._generation = None, 0
-
-
-def bytes_of(tensors: Mapping[str, Tensor]) -> int:
-    """Of tensors that may be without data."""
-    return sum(prod(tensor.shape) * tensor.element_size() for tensor in tensors.values())

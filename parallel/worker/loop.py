@@ -120,7 +120,7 @@ class Worker:
             "tile": self._tile,
         }
         self._operations |= NetworkCalls(
-            self._ranks, device, self._models, self._tensor, self._page, self._load_progress
+            self._ranks, device, self._models, self._tensor, self._page, self._load_progress, self._segments.pop
         ).operations
         self._times = 1
 

@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..comfyui.start import prepare
-from ..errors import CheckpointError, UnsupportedError
+from ..errors import UnsupportedError
 from ..plans.comfyui import plan_of
 from ..split import SequenceRanks, Split
 from ..wire.trees import Tree, restore
-
-Progress = Callable[[int, int], None]
-"""Called with bytes done and bytes in total; may raise StepCancelled."""
+from .network_weights import MakeNetworkHome, NetworkHome, Progress, Replicated, by_block, planned_blocks
+from .packed import weights_of
 
 
 class SplitNetwork:
@@ -27,33 +26,51 @@ class SplitNetwork:
             class that the host's ComfyUI has found.
         device: where it runs.
         progress: called as weights arrive there.
+        home: where they go there.
 
     Raises:
         UnsupportedError: ComfyUI makes another network of it here, or it has no plan.
         PlanError: its class has changed.
     """
 
-    def __init__(self, source: Mapping[str, Any], device: torch.device, progress: Progress):
+    def __init__(
+        self,
+        source: Mapping[str, Any],
+        device: torch.device,
+        progress: Progress,
+        home: MakeNetworkHome = Replicated,
+    ):
         prepare(source["comfyui"], source["arguments"])
         library = importlib.import_module("..comfyui.network", __package__)
         dtype = None if source["weight_dtype"] is None else getattr(torch, source["weight_dtype"])
-        self._network: nn.Module = library.load_network(source["path"], dtype, device, progress)
+        self._file: Any = library.NetworkFile(source["path"], dtype, device)
+        self._network: nn.Module
+        self._network, dtypes = self._file.network()
         if type(self._network).__name__ != source["network"]:
             raise UnsupportedError(
                 f"{source['path']}: ComfyUI makes a {source['network']} of it, and the workers"
                 f" a {type(self._network).__name__}"
             )
-        self.nbytes: int = library.nbytes(self._network)
         self.attention: str = library.attention_name()
         """What its attention computes with, by the names of `attention.kernels`."""
         self._device = device
-        self._split = Split(self._network, plan_of(self._network), SequenceRanks((1.0,)))
+        plan = plan_of(self._network)
+        self._split = Split(self._network, plan, SequenceRanks((1.0,)))
+        for module in self._network.modules():
+            module._buffers.update({name: b if b is None else b.to(device) for name, b in module._buffers.items()})
+        weights = by_block(weights_of(self._network, dtypes), planned_blocks(self._network, plan))
+        self.home: NetworkHome = home(*weights, device, progress)
         self._held: dict[str, Tensor] = {}
-        self._replaced: dict[str, Tensor] = {}
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of weights on the device, between calls."""
+        return self.home.nbytes + sum(buffer.nbytes for buffer in self._network.buffers())
 
     def close(self) -> None:
         """Before it goes."""
         self._split.remove()
+        self.home.close()
 
     def forget_cache(self, sampling: int | None = None) -> None:
         """It remembers nothing between steps."""
@@ -68,29 +85,19 @@ class SplitNetwork:
             self._held.pop(key, None)
 
     def put_weight(self, name: str, tensor: Tensor) -> None:
-        """Replaces a weight, by the network's name, by a copy of another tensor of its shape; keeps the file's.
+        """Replaces a weight, by the network's name, by a copy of another tensor of its shape.
 
         Raises:
-            CheckpointError: there is no such weight.
+            CheckpointError: there is no such weight, or it is a quantised one.
         """
-        module, leaf = self._place(name)
-        current = module._parameters[leaf]
-        assert current is not None and current.shape == tensor.shape, name
-        self._replaced.setdefault(name, current.data)
-        module._parameters[leaf] = nn.Parameter(tensor.to(self._device, copy=True), requires_grad=False)
+        self.home.put(name, tensor.clone())
 
-    def restore_weight(self, name: str) -> None:
-        """Undoes `put_weight`."""
-        module, leaf = self._place(name)
-        if name in self._replaced:
-            module._parameters[leaf] = nn.Parameter(self._replaced.pop(name), requires_grad=False)
-
-    def _place(self, name: str) -> tuple[nn.Module, str]:
-        path, _, leaf = name.rpartition(".")
-        module = self._network.get_submodule(path)
-        if leaf not in module._parameters:
-            raise CheckpointError(f"the network has no weight {name!r}")
-        return module, leaf
+    def restore_weights(self, names: Sequence[str]) -> None:
+        """Undoes `put_weight`: reads the file's again."""
+        if names:
+            tensors = self._file.tensors()
+            for name in names:
+                self.home.put(name, tensors[name])
 
     def call(
         self,
@@ -115,4 +122,5 @@ class SplitNetwork:
         given = restore(arguments, lambda name: self._held[held[name]] if name in held else read(name))
         self._split.ranks = ranks
         function = self._network if method == "forward" else getattr(self._network, method)
-        return function(*given["args"], **given["named"])
+        with self.home.in_use(ranks.traffic):
+            return function(*given["args"], **given["named"])
