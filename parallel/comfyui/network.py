@@ -70,6 +70,10 @@ def changed_dtypes(tensors: Mapping[str, Tensor], network: nn.Module) -> dict[st
         network: without weights, on any device.
     """
     wanted = {name: tensor.dtype for name, tensor in [*network.named_parameters(), *network.named_buffers()]}
+    for path, module in network.named_modules():  # in ComfyUI's own process some make their parameters when they load
+        for leaf in ("weight", "bias"):
+            if (later := getattr(module, f"{leaf}_comfy_model_dtype", None)) is not None:
+                wanted.setdefault(f"{path}.{leaf}", later)
     quantised = quantised_layers(tensors)
     found = {}
     for name, tensor in tensors.items():

@@ -15,16 +15,9 @@ from ..config import resolve
 from ..errors import WorkerError
 from ..placement import Placement
 from ..quantise.selection import Selection, select
-from ..quantise.settings import (
-    FP8Choice,
-    FP8Report,
-    FP8Settings,
-    choose_scheme,
-    likely_scheme,
-    refuse_devices,
-)
+from ..quantise.settings import FP8Report, FP8Settings, likely_scheme, refuse_devices
 from ..wire.shared import lay_out
-from . import running, status
+from . import quantising, running, status
 from .group import Poll, Progress, WorkerGroup
 from .placing import Placing
 from .recipe import Inspected, Recipe, inspect, weight_bytes
@@ -104,7 +97,7 @@ class RemoteWeights:
         group = self._own_group or running.acquire(self.recipe.config, poll, family=family)
         if self.loaded and group is self._group and fp8 == self._fp8:
             return self.nbytes
-        choice = None if fp8 is None else _choose_scheme(fp8, group, poll)
+        choice = quantising.choose(fp8, group, poll)
         self.unload()  # what is loaded otherwise makes room for this
         placement = self._placing.settle(group, poll, self._whole_bytes(fp8))
         message = {
@@ -129,17 +122,8 @@ class RemoteWeights:
             else f"on each of {len(results)} workers",
             status.phases_text(group.figures.load),
         )  # fmt: skip
-        self.fp8_report = None if choice is None else self._report(choice, placement, **results[0]["fp8"])
+        self.fp8_report = quantising.report(choice, results[0]["fp8"], self._placing, placement, self.nbytes)
         return self.nbytes
-
-    def _report(self, choice: FP8Choice, placement: Placement, *, saved: int, **counts: int) -> FP8Report:
-        return FP8Report(
-            scheme=choice.scheme,
-            reason=choice.reason,
-            bytes_before=self.nbytes + self._placing.bytes_on_device(placement, saved),
-            bytes_after=self.nbytes,
-            **counts,
-        )
 
     def select_fp8(self, fp8: FP8Settings) -> Selection:
         """What `fp8` will do to this model, told without workers.
@@ -269,12 +253,6 @@ class RemoteWeights:
 
     def _forgotten(self) -> None:
         """What else the workers had of this model has gone with its weights."""
-
-
-def _choose_scheme(fp8: FP8Settings, group: WorkerGroup, poll: Poll | None) -> FP8Choice:
-    """The scheme for all ranks, by what each says of its device."""
-    found = [result["support"] for result in group.call("fp8 support", {}, poll=poll)]
-    return choose_scheme(fp8, group.layout, found)
 
 
 def _batches(sizes: Mapping[str, int]) -> Iterator[list[str]]:

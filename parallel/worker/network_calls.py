@@ -61,9 +61,9 @@ class NetworkCalls:
             old.close()
         with torch.no_grad():
             home = make_home(message["weights"], self._ranks, self._take)
-            network = SplitNetwork(message["source"], self._device, self._progress(), home)
+            network = SplitNetwork(message["source"], self._device, self._progress(), home, message["fp8"])
         self._models[message["model"]] = network
-        return {"nbytes": network.nbytes}
+        return {"nbytes": network.nbytes, "fp8": network.fp8_report}
 
     def _weights(self, message: Message) -> dict[str, Any]:
         network = self._network(message)

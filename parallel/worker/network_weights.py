@@ -152,12 +152,6 @@ class Order:
         return following if following < self._count else None
 
 
-def planned_blocks(network: nn.Module, plan: Iterable[str]) -> list[nn.Module]:
-    """The modules of the lists that a plan names, in its order."""
-    lists = [module for path in plan if isinstance(module := network.get_submodule(path), nn.ModuleList)]
-    return list(dict.fromkeys(block for each in lists for block in each))
-
-
 def by_block(
     weights: Sequence[Weight], blocks: Sequence[nn.Module]
 ) -> tuple[list[Weight], dict[nn.Module, list[Weight]]]:

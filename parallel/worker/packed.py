@@ -34,16 +34,18 @@ class Weight:
     def __init__(self, name: str, module: nn.Module, leaf: str, dtype: torch.dtype | None = None):
         self.name = name
         self.module = module
-        self._leaf = leaf
-        self._dtype = dtype or self.value.dtype
-        self.form: Form = [(self.value.shape, self._dtype)]
+        self.leaf = leaf
+        value = module._parameters[leaf]
+        assert value is not None, name
+        self.dtype, self.shape = dtype or value.dtype, value.shape
+        self.form: Form = [(self.shape, self.dtype)]
+        self._value: Tensor | None = value
 
     @property
     def value(self) -> Tensor:
-        """As it is in the module."""
-        parameter = self.module._parameters[self._leaf]
-        assert parameter is not None, self.name
-        return parameter
+        """The file's, until something is installed."""
+        assert self._value is not None, self.name
+        return self._value
 
     @property
     def nbytes(self) -> int:
@@ -55,13 +57,19 @@ class Weight:
         Raises:
             CheckpointError: the weight has another shape.
         """
-        if value.shape != (shape := self.form[0][0]):
-            raise CheckpointError(f"the weight {self.name} has the shape {list(shape)}, received {list(value.shape)}")
-        return [value.to(self._dtype)]
+        if value.shape != self.shape:
+            raise CheckpointError(
+                f"the weight {self.name} has the shape {list(self.shape)}, received {list(value.shape)}"
+            )
+        return [value.to(self.dtype)]
 
     def install(self, pieces: Sequence[Tensor]) -> None:
         """Makes the parameter of these, which it then shares memory with."""
-        self.module._parameters[self._leaf] = nn.Parameter(pieces[0], requires_grad=False)
+        self._value = None
+        self._install(pieces)
+
+    def _install(self, pieces: Sequence[Tensor]) -> None:
+        self.module._parameters[self.leaf] = nn.Parameter(pieces[0], requires_grad=False)
 
     def clear(self) -> None:
         """Lets go of the values: to compute with them is an error from here on, not a wrong result."""
@@ -74,7 +82,7 @@ class QuantisedWeight(Weight):
     def __init__(self, name: str, module: nn.Module, leaf: str):
         super().__init__(name, module, leaf)
         value: Any = self.value
-        self._class, self._shape, self._stride = type(value), value.shape, value.stride()
+        self._class, self._stride = type(value), value.stride()
         self._inner, self._rest = value.__tensor_flatten__()
         self.form = [(piece.shape, piece.dtype) for piece in self.pieces(value)]
 
@@ -84,11 +92,11 @@ class QuantisedWeight(Weight):
         names, _ = value.__tensor_flatten__()  # type: ignore[attr-defined]
         return [getattr(value, name) for name in names]
 
-    def install(self, pieces: Sequence[Tensor]) -> None:
+    def _install(self, pieces: Sequence[Tensor]) -> None:
         inner = dict(zip(self._inner, pieces, strict=True))
-        tensor = self._class.__tensor_unflatten__(inner, self._rest, self._shape, self._stride)
+        tensor = self._class.__tensor_unflatten__(inner, self._rest, self.shape, self._stride)
         tensor._is_param = True  # what nn.Parameter does with a tensor of another class, after copying its scales
-        self.module._parameters[self._leaf] = tensor
+        self.module._parameters[self.leaf] = tensor
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,9 +12,12 @@ from torch import Tensor, nn
 from ..comfyui.start import prepare
 from ..errors import UnsupportedError
 from ..plans.comfyui import plan_of
+from ..quantise.selection import Selection
 from ..split import SequenceRanks, Split
+from ..split.blocks import planned_blocks
 from ..wire.trees import Tree, restore
-from .network_weights import MakeNetworkHome, NetworkHome, Progress, Replicated, by_block, planned_blocks
+from .network_fp8 import quantise
+from .network_weights import MakeNetworkHome, NetworkHome, Progress, Replicated, by_block
 from .packed import weights_of
 
 
@@ -27,10 +30,12 @@ class SplitNetwork:
         device: where it runs.
         progress: called as weights arrive there.
         home: where they go there.
+        fp8: `scheme` and `skip` of `quantise.settings.FP8Choice`, if linear layers of the blocks are to be quantised.
 
     Raises:
         UnsupportedError: ComfyUI makes another network of it here, or it has no plan.
         PlanError: its class has changed.
+        ConfigError: `skip` has a pattern that means no layer.
     """
 
     def __init__(
@@ -39,6 +44,7 @@ class SplitNetwork:
         device: torch.device,
         progress: Progress,
         home: MakeNetworkHome = Replicated,
+        fp8: Mapping[str, Any] | None = None,
     ):
         prepare(source["comfyui"], source["arguments"])
         library = importlib.import_module("..comfyui.network", __package__)
@@ -58,14 +64,23 @@ class SplitNetwork:
         self._split = Split(self._network, plan, SequenceRanks((1.0,)))
         for module in self._network.modules():
             module._buffers.update({name: b if b is None else b.to(device) for name, b in module._buffers.items()})
-        weights = by_block(weights_of(self._network, dtypes), planned_blocks(self._network, plan))
-        self.home: NetworkHome = home(*weights, device, progress)
+        weights = weights_of(self._network, dtypes)
+        self._selection: Selection | None = None
+        if fp8 is not None:
+            weights, self._selection = quantise(self._network, list(plan), weights, fp8, device)
+        rest, blocks = by_block(weights, planned_blocks(self._network, plan))
+        self.home: NetworkHome = home(rest, blocks, device, progress)
         self._held: dict[str, Tensor] = {}
 
     @property
     def nbytes(self) -> int:
         """Bytes of weights on the device, between calls."""
         return self.home.nbytes + sum(buffer.nbytes for buffer in self._network.buffers())
+
+    @property
+    def fp8_report(self) -> dict[str, int] | None:
+        """What has been quantised: the counts of `quantise.settings.FP8Report`, and what a copy saves in bytes."""
+        return None if self._selection is None else self._selection.counts
 
     def close(self) -> None:
         """Before it goes."""

@@ -23,11 +23,12 @@ from torch import Tensor
 from parallel.comfyui.start import prepare
 from parallel.plans.comfyui import plan_of
 from parallel.split import SequenceRanks
+from parallel.split.blocks import planned_blocks
 from parallel.wire.shared import Segment
 from parallel.wire.trees import flatten
 from parallel.worker.network_offloaded import Offloaded
 from parallel.worker.network_sharded import Sharded
-from parallel.worker.network_weights import Replicated, planned_blocks
+from parallel.worker.network_weights import Replicated
 from parallel.worker.split_network import SplitNetwork
 from tests.comfyui.quantised_networks import quantised
 
@@ -46,15 +47,23 @@ class File:
     """Of the file's other tensors."""
     weight_dtype: str | None = None
     """As chosen in the loader."""
+    scheme: str | None = None
+    """Of FP8 Quantize (SP)."""
+
+    @property
+    def fp8(self) -> dict[str, Any] | None:
+        return None if self.scheme is None else {"scheme": self.scheme, "skip": []}
 
 
 def file_of(name: str) -> File:
-    """`CASE`, or `CASE; FORMAT`, or `CASE; in DTYPE`, or `CASE; as WEIGHT_DTYPE`."""
+    """`CASE`, or `CASE; FORMAT`, or `CASE; in DTYPE`, or `CASE; as WEIGHT_DTYPE`, or `CASE; FP8 SCHEME`."""
     case, _, more = name.partition("; ")
     if more.startswith("in "):
         return File(case, dtype=getattr(torch, more[3:]))
     if more.startswith("as "):
         return File(case, weight_dtype=more[3:])
+    if more.startswith("FP8 "):
+        return File(case, scheme=more[4:])
     return File(case, form=more)
 
 
@@ -74,7 +83,11 @@ def some_weights(network: SplitNetwork, tensors: dict[str, Tensor]) -> list[str]
     """One of the last block, and one of none, that are not quantised; and of the first block's, the one in the most
     parts."""
     blocks = planned_blocks(network._network, plan_of(network._network))
-    plain = {id(p): name for name, p in network._network.named_parameters() if type(p.data) is Tensor and p.ndim}
+    plain = {
+        id(p): name
+        for name, p in network._network.named_parameters()
+        if type(p.data) is Tensor and p.ndim and name in tensors
+    }
     inside = [[plain[id(p)] for p in block.parameters() if id(p) in plain] for block in blocks]
     rest = [name for name in plain.values() if not any(name in names for names in inside)]
     return [max(names, key=lambda name: tensors[name].numel()) for names in (inside[0], inside[-1], rest)]
@@ -182,7 +195,7 @@ def main(rank: int, world: int, store: str, results: str, comfyui: str, folder: 
         changed: dict[str, Tensor] = {}
         found[name] = {}
         for mode, home in homes.items():
-            network = SplitNetwork(source, torch.device("cpu"), lambda done, total: None, home)
+            network = SplitNetwork(source, torch.device("cpu"), lambda done, total: None, home, file.fp8)
             dist.barrier()
             run = Run(network, case, ranks)
             if mode == "replicate":
@@ -196,8 +209,14 @@ def main(rank: int, world: int, store: str, results: str, comfyui: str, folder: 
             told = told_of(run, expected, changed)
             told["changes"] = not torch.equal(*expected)
             told["blocks"] = len(planned_blocks(network._network, plan_of(network._network)))
+            told["fp8"] = network.fp8_report
             found[name][mode] = told
             network.close()
+        if file.fp8:
+            network = SplitNetwork(source, torch.device("cpu"), lambda done, total: None)
+            exact = Run(network, case, ranks)()
+            found[name]["replicate"]["rounding"] = float((expected[0] - exact).norm() / exact.norm())
+            found[name]["replicate"]["nbytes without"] = network.nbytes
         dist.barrier()
     Path(results).write_text(json.dumps(found))
     dist.barrier()

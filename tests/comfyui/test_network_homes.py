@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
+import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.comfyui.installation import Installation
+from tests.comfyui.installation import REPOSITORY, Installation
 from tests.comfyui.quantised_networks import FORMATS
 from tests.distributed.start_ranks import run_ranks
 
@@ -17,12 +19,11 @@ pytestmark = pytest.mark.comfyui
 PLAIN = ("MiniMax H3; int8_convrot",)
 """Each block has int8 values, fp32 scales and fp32 norms; and this network makes a list of its blocks first."""
 EVERY = (
-    "MiniMax H3",
-    "LTX-2.3, kept frame, batch 2", "LTXV", "Z-Image", "Wan, a timestep per frame", "Wan VACE", "FLUX, ControlNet",
-    "Chroma, masked", "HunyuanVideo, padded", "Krea 2", "Qwen-Image, padded, clean reference", "Kandinsky 5",
-    "Cosmos Predict 2", "Anima", "Krea 2; in bfloat16", "Krea 2; as float8_e4m3fn",
-    *(f"Krea 2; {form}" for form in FORMATS),
+    "MiniMax H3", "LTX-2.3, kept frame, batch 2", "Wan, a timestep per frame", "Wan VACE", "FLUX, ControlNet",
+    "HunyuanVideo, padded", "Krea 2", "Krea 2; in bfloat16", "Krea 2; as float8_e4m3fn",
+    *(f"Krea 2; {form}" for form in FORMATS), "Krea 2; FP8 weight_only", "MiniMax H3; FP8 weight_only",
 )  # fmt: skip
+"""Those that ComfyUI recognises by a tiny file."""
 
 Told = dict[str, dict[str, Any]]
 
@@ -68,6 +69,58 @@ def test_every_home_gives_the_same_bits(installation: Installation, tmp_path: Pa
 @pytest.mark.extended
 @pytest.mark.timeout(1200)
 def test_every_class_and_format_in_every_home(installation: Installation, tmp_path: Path) -> None:
+    """FP8 Quantize (SP), too, on which replaced weights are quantised as the file's are."""
     for told in told_of(installation, tmp_path, EVERY, timeout=1000):
         assert_same_bits(told, EVERY)
         assert_in_parts(told)
+        for name in (name for name in EVERY if "FP8" in name):
+            found = told[name]["replicate"]
+            assert 1e-3 < found["rounding"] < 0.05, name
+            assert found["fp8"]["layers"] >= 4 * found["blocks"] and found["fp8"]["skipped"] > 0
+            saved = found["nbytes without"] - found["nbytes"]
+            assert saved == found["fp8"]["saved"] > 0.3 * found["nbytes without"], name
+            assert all(home["fp8"] == found["fp8"] for home in told[name].values())
+
+
+@pytest.fixture(scope="module")
+def in_workers(installation: Installation, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Of two workers, see `network_memory`."""
+    command = [installation.python, "-m", "tests.comfyui.network_memory", installation.path]
+    folder = tmp_path_factory.mktemp("memory")
+    run = subprocess.run([*command, folder], cwd=REPOSITORY, capture_output=True, text=True, timeout=280)
+    assert run.returncode == 0, run.stderr[-4000:]
+    found: dict[str, Any] = json.loads(run.stdout.splitlines()[-1])
+    return found
+
+
+@pytest.mark.extended
+def test_replicated_weights_stay_in_the_mapped_file(in_workers: dict[str, Any]) -> None:
+    whole, told = in_workers["whole"], in_workers["replicate"]
+    assert 0.99 * whole <= told["nbytes"] <= whole
+    assert max(*told["loading"], *told["rest"]) <= 0.1 * whole
+    assert told["copies"] == 0
+
+
+@pytest.mark.extended
+def test_a_sharded_worker_never_holds_more_than_its_part(in_workers: dict[str, Any]) -> None:
+    whole, told = in_workers["whole"], in_workers["shard"]
+    assert told["nbytes"] <= 0.51 * whole
+    assert max(*told["loading"], *told["rest"]) <= 0.6 * whole
+    assert min(told["rest"]) >= 0.45 * whole, "the weights have not been seen"
+
+
+@pytest.mark.extended
+def test_offloaded_weights_are_in_memory_once(in_workers: dict[str, Any]) -> None:
+    whole, told = in_workers["whole"], in_workers["offload"]
+    assert 0.99 * whole <= told["copies"] <= 1.01 * whole
+    assert sum(told["loading"]) <= 0.2 * whole and sum(told["rest"]) <= 0.1 * whole
+    assert told["left"] == 0
+
+
+@pytest.mark.extended
+def test_auto_decides_by_free_memory_and_says_why(in_workers: dict[str, Any]) -> None:
+    """A mapped file costs nothing; what is cast costs each worker a copy."""
+    told = in_workers["auto"]
+    assert re.fullmatch(r"replicate: auto: all workers use [\d.]+ GiB where the file is mapped", told["mapped"])
+    assert re.fullmatch(r"offload: auto: 2 × [\d.]+ GiB do not fit in [\d.]+ GiB of memory, .*", told["cast"])
+    assert "needs 1.05e+06 GiB of host memory for its copy" in told["too large"]

@@ -143,6 +143,27 @@ def test_a_lora_on_two_workers(server: ComfyServer, reference: Reference) -> Non
     assert relative_difference(sample(server, patched, TWO), reference(patched)) <= TOLERANCE
 
 
+@pytest.mark.parametrize("weights", ["shard", "offload"])
+def test_sharded_and_offloaded_weights_have_the_bits_of_replicated_ones(server: ComfyServer, weights: str) -> None:
+    swapped = replace(TWO, weights=weights)
+    for setting in (_KREA2, replace(_KREA2, model_nodes=(lora(0.8),))):
+        mark = len(server.log())
+        latent = sample(server, fresh(setting), swapped)
+        assert f"SingleStreamDiT, weights {weights} (as asked)" in server.log()[mark:]
+        assert torch.equal(latent, sample(server, fresh(setting), replace(TWO, weights="replicate")))
+
+
+def test_fp8_is_close_and_told(server: ComfyServer, reference: Reference) -> None:
+    fp8 = model_node("SPQuantizeFP8", scheme="auto", skip="blocks.1")
+    plain, start = sample(server, _KREA2, TWO), server.mark()
+    latent = sample(server, replace(_KREA2, model_nodes=(fp8,)), TWO)
+    assert 1e-4 < (latent - plain).norm() / plain.norm() < 0.1
+    told = [event.data["bytes"].decode(errors="replace") for event in server.events("binary 3", since=start)]
+    pattern = r"FP8 Quantize \(SP\): weight_only .*: 16 layers quantised, \d+ left as they are by the skip list"
+    assert any(re.search(pattern, text) for text in told), told
+    assert torch.equal(sample(server, fresh(_KREA2), TWO), plain)
+
+
 LONG = replace(_VACE, width=256, height=384, length=33, steps=50)
 
 
@@ -189,10 +210,6 @@ NODES = {
     ),
     "teacache": (model_node("SPTeaCache", rel_l1_thresh=0.1, **WHOLE), ["TeaCache", "SingleStreamDiT"]),
     "compile": (model_node("SPTorchCompile", mode="default", dynamic=True), ["Torch Compile", "SingleStreamDiT"]),
-    "fp8": (
-        model_node("SPQuantizeFP8", scheme="auto", skip=""),
-        ["FP8 Quantize", "SingleStreamDiT"],
-    ),
     "skip_layers": (
         model_node(
             "SkipLayerGuidanceDiT",
@@ -221,9 +238,7 @@ def test_nodes_that_such_networks_do_not_have_yet_are_refused_by_name(server: Co
     refused(server, replace(_KREA2, model_nodes=(node,)), UNUSED, patterns)
 
 
-@pytest.mark.parametrize(
-    ("knob", "value"), [("cfg_degree", 2), ("dp_degree", 2), ("weights", "shard"), ("weights", "offload")]
-)
+@pytest.mark.parametrize(("knob", "value"), [("cfg_degree", 2), ("dp_degree", 2)])
 def test_knobs_that_such_networks_do_not_have_yet_are_refused(server: ComfyServer, knob: str, value: object) -> None:
     refused(server, _KREA2, replace(TWO, **{knob: value}), [rf"{knob} is '?{value}'?; allowed for SingleStreamDiT"])
 
