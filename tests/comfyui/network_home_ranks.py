@@ -26,6 +26,7 @@ from parallel.split import SequenceRanks
 from parallel.split.blocks import planned_blocks
 from parallel.wire.shared import Segment
 from parallel.wire.trees import flatten
+from parallel.worker.fp8_linear import quantised as quantised_linear
 from parallel.worker.network_offloaded import Offloaded
 from parallel.worker.network_sharded import Sharded
 from parallel.worker.network_weights import Replicated
@@ -212,11 +213,18 @@ def main(rank: int, world: int, store: str, results: str, comfyui: str, folder: 
             told["fp8"] = network.fp8_report
             found[name][mode] = told
             network.close()
-        if file.fp8:
+        if file.scheme:
+            told, selection = found[name]["replicate"], network._selection
             network = SplitNetwork(source, torch.device("cpu"), lambda done, total: None)
-            exact = Run(network, case, ranks)()
-            found[name]["replicate"]["rounding"] = float((expected[0] - exact).norm() / exact.norm())
-            found[name]["replicate"]["nbytes without"] = network.nbytes
+            run = Run(network, case, ranks)
+            exact = run()
+            told["rounding"] = float((expected[0] - exact).norm() / exact.norm())
+            told["nbytes without"] = network.nbytes
+            tensors = network._file.tensors()
+            for weight in selection.weights:
+                values, scale = quantised_linear(file.scheme, tensors[weight])
+                network.put_weight(weight, values.float() * scale)
+            told["only weights are rounded"] = torch.equal(run(), expected[0])
         dist.barrier()
     Path(results).write_text(json.dumps(found))
     dist.barrier()

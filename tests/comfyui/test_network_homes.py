@@ -75,7 +75,7 @@ def test_every_class_and_format_in_every_home(installation: Installation, tmp_pa
         assert_in_parts(told)
         for name in (name for name in EVERY if "FP8" in name):
             found = told[name]["replicate"]
-            assert 1e-3 < found["rounding"] < 0.05, name
+            assert found["rounding"] > 1e-3 and found["only weights are rounded"], name
             assert found["fp8"]["layers"] >= 4 * found["blocks"] and found["fp8"]["skipped"] > 0
             saved = found["nbytes without"] - found["nbytes"]
             assert saved == found["fp8"]["saved"] > 0.3 * found["nbytes without"], name
