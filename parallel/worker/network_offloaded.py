@@ -47,12 +47,13 @@ class Offloaded(NetworkHome):
         for weight in told(self._units.weights, progress):
             self.put(weight.name, weight.value)
             weight.clear()
-        cargo = [_Cargo(unit, host) for unit, host in zip(self._units.all, self._hosts, strict=True)]
-        for each in cargo:
-            each.leave()
         if device.type == "cuda":
+            cargo = [_Cargo(unit, host) for unit, host in zip(self._units.all, self._hosts, strict=True)]
             self._passing = Passing(cargo[:-1], cargo[-1], device)
             self._copy.lock(device)
+        else:
+            for unit, host in zip(self._units.all, self._hosts, strict=True):
+                unit.land(host)
 
     def put(self, name: str, value: Tensor) -> None:
         if self._passing is not None:
@@ -90,5 +91,5 @@ class _Cargo:
         self._unit.land(device)
 
     def leave(self) -> None:
-        """To compute with them on the device is an error, not a wrong result."""
-        self._unit.land(self.host)
+        """To meta, not to host memory, from where ComfyUI's layers would fetch them at each use."""
+        self._unit.leave()

@@ -143,7 +143,7 @@ def test_a_lora_on_two_workers(server: ComfyServer, reference: Reference) -> Non
     assert relative_difference(sample(server, patched, TWO), reference(patched)) <= TOLERANCE
 
 
-@pytest.mark.parametrize("weights", ["shard", "offload"])
+@pytest.mark.parametrize("weights", ["shard", pytest.param("offload", marks=pytest.mark.extended)])
 def test_sharded_and_offloaded_weights_have_the_bits_of_replicated_ones(server: ComfyServer, weights: str) -> None:
     """With a LoRA, of which each worker gets its part."""
     setting, mark = fresh(_KREA2, model_nodes=(lora(0.8),)), len(server.log())
