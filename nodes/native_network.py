@@ -16,17 +16,22 @@ from ..parallel.comfyui.detection import (
     Detected,
     computes_in_nvfp4,
     detect,
+    quantised_as,
     quantised_layers,
     scaled_over_all_tokens,
     shapes,
 )
+from ..parallel.comfyui.network import changed_dtypes
 from ..parallel.config import Layout, SequenceParallelConfig, resolve
 from ..parallel.errors import UnsupportedError
-from ..parallel.host.remote_network import NetworkRecipe, RemoteNetwork, bytes_of
+from ..parallel.host.remote_network import NetworkRecipe, RemoteNetwork
 from ..parallel.plans.comfyui import plan_of
+from ..parallel.quantise.networks import linear_layers
 from ..parallel.vae.arguments import as_plain
+from .attached_fp8 import attached_fp8
 from .lora import patched_weight
 from .network_proxy import NetworkProxy
+from .node_text import tell
 from .refusals import refuse
 from .residency import progress_bar
 from .shell_patcher import SequenceParallelPatcher
@@ -53,9 +58,12 @@ def load_planned_model(
     detected = detect(path, weight_dtype, device)
     model = detected.model_config.get_model(dict(detected.state), "", device=torch.device("meta"))
     network = model.diffusion_model
-    plan_of(network)
+    plan = plan_of(network)
     _refuse_scales(path, detected, layout)
     parameters = shapes(detected.named_as_in_the_network())
+    changed = changed_dtypes(parameters, network)
+    dtypes = {name: changed.get(name, tensor.dtype) for name, tensor in parameters.items()}
+    quantised = quantised_as(detected.state)
     remote = RemoteNetwork(
         NetworkRecipe(
             path=path,
@@ -64,10 +72,13 @@ def load_planned_model(
             comfyui=str(Path(comfy.sd.__file__).parent.parent),
             arguments=as_plain(vars(comfy.cli_args.args)),
             config=config,
-            nbytes=bytes_of(parameters),
+            nbytes=sum(tensor.numel() * dtypes[name].itemsize for name, tensor in parameters.items()),
+            in_the_file=sum(tensor.nbytes for name, tensor in parameters.items() if name not in changed),
             heads=_heads(detected),
             unet_config=dict(detected.model_config.unet_config),
             channels=model.latent_format.latent_channels,
+            linear=() if quantised else tuple(linear_layers(network, plan, dtypes)),
+            quantised=quantised,
         )
     )
     model.diffusion_model = NetworkProxy(remote, network, parameters)
@@ -113,11 +124,14 @@ class PlannedPatcher(SequenceParallelPatcher):
         poll = comfy.model_management.throw_exception_if_processing_interrupted
         remote: Any = self.remote
         try:
-            remote.ensure_loaded(poll=poll, on_progress=progress_bar())
+            fp8 = attached_fp8(self)
+            remote.ensure_loaded(poll=poll, on_progress=progress_bar(), fp8=None if fp8 is None else fp8.settings)
             names = [self._checkpoint_name(key) for key in self.patches]
             remote.replace_weights(
                 self.patches_uuid if names else None, names, self._patched(names), poll=poll, on_progress=progress_bar()
             )
+            if fp8 is not None:
+                tell(fp8.node_id, str(remote.fp8_report))
         except BaseException:
             self.detach()  # what has been loaded so far does not count as loaded
             raise

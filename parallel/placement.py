@@ -97,7 +97,9 @@ def bytes_on_device(mode: str, nbytes: int, sharing: int, device_type: str) -> i
     return nbytes
 
 
-def choose(nbytes: int, devices: Sequence[Memory], host: Memory, *, sharing: int, device_type: str) -> Placement:
+def choose(
+    nbytes: int, devices: Sequence[Memory], host: Memory, *, sharing: int, device_type: str, in_the_file: int = 0
+) -> Placement:
     """What `auto` means.
 
     Replicate where every device has room; else shard, if that makes room; else offload. CPU workers have one memory
@@ -108,11 +110,15 @@ def choose(nbytes: int, devices: Sequence[Memory], host: Memory, *, sharing: int
         devices: of each rank.
         host: the machine's.
         sharing: ranks of a sequence if the weights are sharded.
+        in_the_file: bytes that CPU workers use where the file is mapped, in one copy that the system can drop.
     """
     needed = _gib(nbytes)
     if device_type == "cpu":
-        copies = f"{len(devices)} × {needed}"
-        if nbytes * len(devices) <= host.for_weights:
+        own = nbytes - in_the_file
+        if not own:
+            return Placement(mode="replicate", reason=f"auto: all workers use {needed} where the file is mapped")
+        copies = f"{len(devices)} × {_gib(own)}"
+        if own * len(devices) <= host.for_weights:
             return Placement(mode="replicate", reason=f"auto: {copies} fit in memory")
         reason = f"auto: {copies} do not fit in {_gib(host.for_weights)} of memory, so all workers use one copy"
         return Placement(mode="offload", reason=reason)

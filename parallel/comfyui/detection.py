@@ -83,6 +83,22 @@ _QUANTISED = "comfy_quant"
 """ComfyUI's name for the tensor that says how a layer is quantised, in JSON."""
 
 
+def quantised_as(state: Mapping[str, Tensor]) -> str:
+    """The formats of a file's quantised layers; empty where there are none.
+
+    Args:
+        state: with its data.
+    """
+    layers = quantised_layers(state)
+    return ", ".join(sorted({str(_description(state, layer).get("format")) for layer in layers}))
+
+
+def _description(state: Mapping[str, Tensor], layer: str) -> dict[str, Any]:
+    """What the file says of a quantised layer."""
+    described: dict[str, Any] = json.loads(state[f"{layer}{_QUANTISED}"].numpy().tobytes())
+    return described
+
+
 def scaled_over_all_tokens(state: Mapping[str, Tensor]) -> list[str]:
     """Layers that divide their input by the largest value of all tokens, of which a worker has only some.
 
@@ -91,7 +107,7 @@ def scaled_over_all_tokens(state: Mapping[str, Tensor]) -> list[str]:
     """
     found = []
     for layer in sorted(quantised_layers(state)):
-        described = json.loads(state[f"{layer}{_QUANTISED}"].numpy().tobytes())
+        described = _description(state, layer)
         if described.get("format") != "nvfp4" or described.get("full_precision_matrix_mult"):
             continue
         if f"{layer}input_scale" not in state:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Mapping
 
 import comfy.ldm.modules.attention
 import torch
@@ -13,27 +13,45 @@ from .detection import Detected, detect, quantised_layers
 
 log = logging.getLogger("sequence_parallel.worker")
 
-Progress = Callable[[int, int], None]
-"""Called with bytes done and bytes in total; may raise to stop."""
 
+class NetworkFile:
+    """A network's file, mapped.
 
-def load_network(path: str, weight_dtype: torch.dtype | None, device: torch.device, progress: Progress) -> nn.Module:
-    """The network of a file on `device`, with ComfyUI's own operations.
+    Args:
+        path: a safetensors file.
+        weight_dtype: what the user chose; None leaves it to ComfyUI.
+        device: that the network will run on.
 
-    On a CPU its weights stay in the mapped file, which all workers share; only those whose dtype ComfyUI changes are
-    copied.
+    Raises:
+        NoPlanError: ComfyUI does not recognise the file, or not how it is quantised.
     """
-    detected = detect(path, weight_dtype, device)
-    network = _empty(detected)
-    tensors = _as_kept(detected, network)
-    missing, unexpected = network.load_state_dict(tensors, strict=False, assign=True)
-    if missing:
-        log.warning("%s lacks %d tensors, e.g. %s", path, len(missing), ", ".join(missing[:3]))
-    if unexpected:
-        log.warning("%s has %d tensors too many, e.g. %s", path, len(unexpected), ", ".join(unexpected[:3]))
-    network.requires_grad_(False)
-    _move(network, device, progress)
-    return network
+
+    def __init__(self, path: str, weight_dtype: torch.dtype | None, device: torch.device):
+        self._path = path
+        self._detected = detect(path, weight_dtype, device)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """By the network's names; mapped, but for those that ComfyUI makes of several of the file's."""
+        return self._detected.named_as_in_the_network()
+
+    def network(self) -> tuple[nn.Module, dict[str, torch.dtype]]:
+        """ComfyUI's network, with its own operations. Its parameters are the file's tensors, where they are mapped.
+
+        Returns:
+            The network; name of a parameter → dtype in which ComfyUI keeps it, where that is not the file's.
+        """
+        network = _empty(self._detected)
+        tensors = self.tensors()
+        parameters = {name for name, _ in network.named_parameters()}
+        dtypes = changed_dtypes(tensors, network)
+        for name in dtypes.keys() - parameters:  # buffers, which are few and small
+            tensors[name] = tensors[name].to(dtypes.pop(name))
+        missing, unexpected = network.load_state_dict(tensors, strict=False, assign=True)
+        if missing:
+            log.warning("%s lacks %d tensors, e.g. %s", self._path, len(missing), ", ".join(missing[:3]))
+        if unexpected:
+            log.warning("%s has %d tensors too many, e.g. %s", self._path, len(unexpected), ", ".join(unexpected[:3]))
+        return network.requires_grad_(False), dtypes
 
 
 def _empty(detected: Detected) -> nn.Module:
@@ -43,45 +61,29 @@ def _empty(detected: Detected) -> nn.Module:
     return network
 
 
-def _as_kept(detected: Detected, network: nn.Module) -> dict[str, Tensor]:
-    """The file's tensors, in the dtypes that the network was made with: assigned, they would keep the file's."""
+def changed_dtypes(tensors: Mapping[str, Tensor], network: nn.Module) -> dict[str, torch.dtype]:
+    """Tensors of a file that ComfyUI keeps in other dtypes: those that the network was made with. Assigned as they are,
+    they would keep the file's.
+
+    Args:
+        tensors: the file's, by the network's names; they need no data.
+        network: without weights, on any device.
+    """
     wanted = {name: tensor.dtype for name, tensor in [*network.named_parameters(), *network.named_buffers()]}
-    tensors = detected.named_as_in_the_network()
+    for path, module in network.named_modules():  # in ComfyUI's own process some make their parameters when they load
+        for leaf in ("weight", "bias"):
+            if (later := getattr(module, f"{leaf}_comfy_model_dtype", None)) is not None:
+                wanted.setdefault(f"{path}.{leaf}", later)
     quantised = quantised_layers(tensors)
-    kept = {}
+    found = {}
     for name, tensor in tensors.items():
         dtype = wanted.get(name, tensor.dtype)
-        layer = name[: name.rfind(".") + 1]
-        plain = layer not in quantised and tensor.is_floating_point()
-        kept[name] = tensor.to(dtype) if plain and tensor.dtype != dtype else tensor
-    return kept
-
-
-def _move(network: nn.Module, device: torch.device, progress: Progress) -> None:
-    total = nbytes(network)
-    done = 0
-    for module in network.modules():
-        own = sum(_nbytes(t) for t in [*module._parameters.values(), *module._buffers.values()] if t is not None)
-        if device.type != "cpu":
-            module._apply(lambda tensor: tensor.to(device), recurse=False)
-        done += own
-        if own:
-            progress(done, total)
+        plain = name[: name.rfind(".") + 1] not in quantised and tensor.is_floating_point()
+        if plain and tensor.dtype != dtype:
+            found[name] = dtype
+    return found
 
 
 def attention_name() -> str:
     """Of the attention function that ComfyUI has chosen: `sage` computes with 8 bits, all others exactly."""
     return "sage" if "sage" in comfy.ldm.modules.attention.optimized_attention.__name__ else "sdpa"
-
-
-def nbytes(network: nn.Module) -> int:
-    """Of its weights."""
-    return sum(_nbytes(tensor) for tensor in [*network.parameters(), *network.buffers()])
-
-
-def _nbytes(tensor: Tensor) -> int:
-    """Of a quantised tensor, what it stores and its scales."""
-    inner = getattr(tensor, "__tensor_flatten__", None)
-    if inner is None:
-        return tensor.nbytes
-    return sum(getattr(tensor, name).nbytes for name in inner()[0])

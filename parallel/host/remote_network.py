@@ -6,7 +6,6 @@ import itertools
 import logging
 from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from math import prod
 from typing import Any
 
 import torch
@@ -16,13 +15,17 @@ from ..cache.settings import CacheSettings
 from ..compilation.settings import CompileSettings
 from ..config import SequenceParallelConfig, resolve
 from ..degrees import Degrees
-from ..errors import ConfigError, UnsupportedError, WorkerError
+from ..errors import UnsupportedError, WorkerError
+from ..placement import Placement
 from ..plan import share_of
+from ..quantise.selection import LinearLayer, Selection, select_layers
+from ..quantise.settings import NODE, FP8Report, FP8Settings, likely_scheme, refuse_devices
 from ..wire.shared import TensorRef, lay_out
 from ..wire.trees import flatten, restore
-from . import network_cache, running
+from . import network_cache, quantising, running
 from .cached_sampling import CachedSampling
 from .group import Poll, Progress, WorkerGroup
+from .placing import Placing
 from .remote_transformer import RemoteTransformer
 from .sampling import SEGMENT
 from .step_request import StepRequest
@@ -52,13 +55,19 @@ class NetworkRecipe:
     """Its command line, see `vae.arguments.as_plain`."""
     config: SequenceParallelConfig
     nbytes: int
-    """Of the weights."""
+    """Of the weights, as the workers keep them."""
+    in_the_file: int
+    """How many of these are in the file as they are."""
     heads: int
     """Of its attention; of several kinds the fewest."""
     unet_config: Mapping[str, Any]
     """What ComfyUI's detection has found."""
     channels: int
     """Of the latent."""
+    linear: tuple[LinearLayer, ...]
+    """Its linear layers, for FP8; none of a file that is quantised."""
+    quantised: str = ""
+    """How the file is quantised."""
 
     def to_json(self) -> dict[str, Any]:
         dtype = None if self.weight_dtype is None else str(self.weight_dtype).removeprefix("torch.")
@@ -84,14 +93,16 @@ class RemoteNetwork(RemoteTransformer):
         self.recipe = recipe
         self.nbytes = 0
         """Bytes of weights that one worker has on its device; 0 when not loaded."""
+        self.placement: Placement | None = None
+        """Where the weights are, or were last, and why."""
+        self.fp8_report: FP8Report | None = None
+        """What has been quantised, of the weights that were loaded last."""
+        self._fp8: FP8Settings | None = None
         self._layout = resolve(recipe.config)
+        self._placing = Placing(recipe.config, self._layout)
         self._generation = 0
         self._version: Hashable = None
         self._replaced: set[str] = set()
-        if recipe.config.weights not in ("auto", "replicate"):
-            raise ConfigError(
-                f"weights is {recipe.config.weights!r}; allowed for {recipe.network} are auto and replicate so far"
-            )
 
     @property
     def loaded(self) -> bool:
@@ -109,7 +120,7 @@ class RemoteNetwork(RemoteTransformer):
 
     @property
     def sharded(self) -> bool:
-        return False
+        return (self.placement.mode if self.placement else self.recipe.config.weights) == "shard"
 
     def check_request(self, request: StepRequest, degrees: Degrees) -> None:
         """What the inputs must be, the plan's rules say where they cut them; a short sequence is no reason."""
@@ -120,7 +131,7 @@ class RemoteNetwork(RemoteTransformer):
         return batch, channels if request.parts else min(channels, self.recipe.channels), *rest
 
     def work(self) -> Hashable:
-        return self.recipe.path, self.recipe.weight_dtype
+        return self.recipe.path, self.recipe.weight_dtype, self._fp8
 
     def _chosen(self, conditions: int, requests: Sequence[StepRequest]) -> tuple[Degrees, str]:
         """Batch groups only where they need not take apart what may be no batch."""
@@ -133,46 +144,75 @@ class RemoteNetwork(RemoteTransformer):
                     return degrees, f"{name} cannot be taken apart by samples"
         return degrees, reason
 
-    def expected_bytes(self, fp8: Any = None) -> int:
-        """Of weights on one worker's device when they are loaded."""
-        return self.nbytes or self.recipe.nbytes
+    def expected_bytes(self, fp8: FP8Settings | None = None) -> int:
+        """Of weights on one worker's device when they are loaded; under `auto` as much as it may be."""
+        if self.loaded and fp8 == self._fp8:
+            return self.nbytes
+        return self._placing.expected_bytes(self._whole_bytes(fp8))
 
-    def ensure_loaded(self, poll: Poll | None = None, on_progress: Progress | None = None, *, fp8: Any = None) -> int:
+    def _whole_bytes(self, fp8: FP8Settings | None) -> int:
+        """Of a whole copy of the weights."""
+        return self.recipe.nbytes - (0 if fp8 is None else self.select_fp8(fp8).saved)
+
+    def ensure_loaded(
+        self, poll: Poll | None = None, on_progress: Progress | None = None, *, fp8: FP8Settings | None = None
+    ) -> int:
         """Starts workers and loads the weights unless both have been done.
+
+        Args:
+            poll: see `WorkerGroup.call`.
+            on_progress: told in bytes.
+            fp8: quantises them on the way; other settings than those in place load them anew.
 
         Returns:
             Bytes of weights on one worker.
 
         Raises:
-            UnsupportedError: `fp8`, which such a network cannot be quantised with.
+            UnsupportedError: `fp8`, and the file is quantised.
+            ConfigError: an offload needs more memory than the host has, or the devices cannot do what `fp8` asks for.
             WorkerError: loading failed.
         """
-        if fp8 is not None:
-            self.select_fp8(fp8)
+        nbytes = self._whole_bytes(fp8)
         group = running.acquire(self.recipe.config, poll)
-        if self.loaded and group is self._group:
+        if self.loaded and group is self._group and fp8 == self._fp8:
             return self.nbytes
+        choice = quantising.choose(fp8, group, poll)
         self.unload()
-        message = {"model": self.name, "source": self.recipe.to_json()}
-        results = group.call("load network", message, poll=poll, on_progress=on_progress)
+        in_the_file = self.recipe.in_the_file if fp8 is None else 0
+        placement = self._placing.settle(group, poll, nbytes, in_the_file=in_the_file)
+        message = {
+            "model": self.name,
+            "source": self.recipe.to_json(),
+            "fp8": None if choice is None else choice.to_json(),
+        }
+        with self._placing.message(placement, self.name, group, poll) as weights:
+            results = group.call("load network", message | {"weights": weights}, poll=poll, on_progress=on_progress)
         self._group, self._generation, self._version = group, group.generation, None
+        self.placement, self._fp8 = placement, fp8
         self._replaced.clear()
         self._conditioning.clear()
         self.nbytes = max(result["nbytes"] for result in results)
+        self.fp8_report = quantising.report(choice, results[0]["fp8"], self._placing, placement, self.nbytes)
         group.figures.holds(self.name, self.recipe.path, self.nbytes)
-        log.info("%s: %s, %.0f MiB of weights for each of %d workers", self.recipe.path, self.recipe.network,
-                 self.nbytes / 2**20, len(results))  # fmt: skip
+        log.info("%s: %s, weights %s (%s): %.0f MiB of weights for each of %d workers", self.recipe.path,
+                 self.recipe.network, placement.mode, placement.reason, self.nbytes / 2**20, len(results))  # fmt: skip
         return self.nbytes
 
-    def select_fp8(self, fp8: Any) -> None:
-        """Refuses to quantise: the file's own format is what ComfyUI's layers compute in.
+    def select_fp8(self, fp8: FP8Settings) -> Selection:
+        """What `fp8` will do to this network, told without workers.
 
         Raises:
-            UnsupportedError: always.
+            UnsupportedError: the file is quantised: its own format is what ComfyUI's layers compute in.
+            ConfigError: the devices cannot do it, or `skip` has a pattern that means no layer.
         """
-        raise UnsupportedError(
-            f"FP8 Quantize (SP) cannot quantise {self.recipe.network} yet; use a quantised file, or an fp8 weight_dtype"
-        )
+        if self.recipe.quantised:
+            raise UnsupportedError(
+                f"{NODE} cannot quantise {self.recipe.network} of {self.recipe.path}: the file is quantised"
+                f" already ({self.recipe.quantised}); remove the node, or use a bf16 or fp16 file"
+            )
+        refuse_devices(fp8, self._layout)
+        scheme = likely_scheme(fp8, self._layout)
+        return select_layers(self.recipe.linear, scheme=scheme, skip=fp8.patterns)
 
     def cache_message(self, cache: CachedSampling, sigma: float, request: StepRequest) -> dict[str, Any]:
         return network_cache.cache_message(cache, sigma, self.recipe.network, self.recipe.unet_config, request.shapes)
@@ -303,8 +343,3 @@ def _indivisible(request: StepRequest) -> str:
         if tensor.ndim and len(tensor) not in ((1,) if in_dictionary else (1, len(request.x))):
             return name
     return ""
-
-
-def bytes_of(tensors: Mapping[str, Tensor]) -> int:
-    """Of tensors that may be without data."""
-    return sum(prod(tensor.shape) * tensor.element_size() for tensor in tensors.values())

@@ -6,7 +6,6 @@ import itertools
 import logging
 from collections.abc import Callable, Collection, Hashable, Iterator, Mapping
 from math import prod
-from typing import Any
 
 import torch
 
@@ -14,19 +13,13 @@ from ..adapters.native import NativeTensors
 from ..checkpoints.source import Stored
 from ..config import resolve
 from ..errors import WorkerError
-from ..placement import Memory, Placement, bytes_on_device, check_host_memory, choose
+from ..placement import Placement
 from ..quantise.selection import Selection, select
-from ..quantise.settings import (
-    FP8Choice,
-    FP8Report,
-    FP8Settings,
-    choose_scheme,
-    likely_scheme,
-    refuse_devices,
-)
+from ..quantise.settings import FP8Report, FP8Settings, likely_scheme, refuse_devices
 from ..wire.shared import lay_out
-from . import running, status
+from . import quantising, running, status
 from .group import Poll, Progress, WorkerGroup
+from .placing import Placing
 from .recipe import Inspected, Recipe, inspect, weight_bytes
 from .sampling import SEGMENT
 
@@ -63,6 +56,7 @@ class RemoteWeights:
         self.fp8_report: FP8Report | None = None
         """What has been quantised, of the weights that were loaded last."""
         self._layout = resolve(recipe.config)
+        self._placing = Placing(recipe.config, self._layout)
         self._own_group = group
         self._group: WorkerGroup | None = None
         self._generation = 0
@@ -103,25 +97,16 @@ class RemoteWeights:
         group = self._own_group or running.acquire(self.recipe.config, poll, family=family)
         if self.loaded and group is self._group and fp8 == self._fp8:
             return self.nbytes
-        choice = None if fp8 is None else _choose_scheme(fp8, group, poll)
+        choice = quantising.choose(fp8, group, poll)
         self.unload()  # what is loaded otherwise makes room for this
-        placement = self._place(group, poll, fp8)
-        weights: dict[str, Any] = {"mode": placement.mode, "sharing": self._layout.degrees.sharing}
-        if placement.mode == "offload":
-            weights["segment"] = f"{self.name}-weights"
-            group.settle(poll)
-            group.memory.segment(weights["segment"], 0)  # the workers know how much they need
+        placement = self._placing.settle(group, poll, self._whole_bytes(fp8))
         message = {
             "model": self.name,
             "recipe": self.recipe.to_json(),
-            "weights": weights,
             "fp8": None if choice is None else choice.to_json(),
         }
-        try:
-            results = group.call("load", message, poll=poll, on_progress=on_progress)
-        finally:
-            if "segment" in weights:  # it belongs to the workers now
-                group.memory.drop(weights["segment"])
+        with self._placing.message(placement, self.name, group, poll) as weights:
+            results = group.call("load", message | {"weights": weights}, poll=poll, on_progress=on_progress)
         self._group, self._generation, self.placement, self._fp8 = group, group.generation, placement, fp8
         self._forgotten()
         self._version = None
@@ -137,18 +122,8 @@ class RemoteWeights:
             else f"on each of {len(results)} workers",
             status.phases_text(group.figures.load),
         )  # fmt: skip
-        self.fp8_report = None if choice is None else self._report(choice, placement, **results[0]["fp8"])
+        self.fp8_report = quantising.report(choice, results[0]["fp8"], self._placing, placement, self.nbytes)
         return self.nbytes
-
-    def _report(self, choice: FP8Choice, placement: Placement, *, saved: int, **counts: int) -> FP8Report:
-        degrees, device_type = self._layout.degrees, self._layout.device_type
-        return FP8Report(
-            scheme=choice.scheme,
-            reason=choice.reason,
-            bytes_before=self.nbytes + bytes_on_device(placement.mode, saved, degrees.sharing, device_type),
-            bytes_after=self.nbytes,
-            **counts,
-        )
 
     def select_fp8(self, fp8: FP8Settings) -> Selection:
         """What `fp8` will do to this model, told without workers.
@@ -174,36 +149,11 @@ class RemoteWeights:
         saved = 0 if fp8 is None else self.select_fp8(fp8).saved
         return weight_bytes(self.inspected, self.recipe) - saved
 
-    def _place(self, group: WorkerGroup, poll: Poll | None, fp8: FP8Settings | None) -> Placement:
-        """Settles where the weights go; asks the workers for their free memory only if that matters."""
-        asked = self.recipe.config.weights
-        if asked in ("replicate", "shard"):
-            return Placement(mode=asked, reason="as asked")
-        told = group.call("free memory", {}, poll=poll)
-        host, nbytes = Memory(**told[0]["host"]), self._whole_bytes(fp8)
-        placement = Placement(mode=asked, reason="as asked")
-        if asked == "auto":
-            placement = choose(
-                nbytes,
-                [Memory(**rank["device"]) for rank in told],
-                host,
-                sharing=self._layout.degrees.sharing,
-                device_type=self._layout.device_type,
-            )
-        if placement.mode == "offload":
-            check_host_memory(nbytes, host, placement.reason)
-        return placement
-
     def expected_bytes(self, fp8: FP8Settings | None = None) -> int:
         """Of weights on one worker's device when they are loaded; under `auto` as much as it may be."""
         if self.loaded and fp8 == self._fp8:
             return self.nbytes
-        return bytes_on_device(
-            self.recipe.config.weights,
-            self._whole_bytes(fp8),
-            self._layout.degrees.sharing,
-            self._layout.device_type,
-        )
+        return self._placing.expected_bytes(self._whole_bytes(fp8))
 
     def replace_weights(
         self,
@@ -303,12 +253,6 @@ class RemoteWeights:
 
     def _forgotten(self) -> None:
         """What else the workers had of this model has gone with its weights."""
-
-
-def _choose_scheme(fp8: FP8Settings, group: WorkerGroup, poll: Poll | None) -> FP8Choice:
-    """The scheme for all ranks, by what each says of its device."""
-    found = [result["support"] for result in group.call("fp8 support", {}, poll=poll)]
-    return choose_scheme(fp8, group.layout, found)
 
 
 def _batches(sizes: Mapping[str, int]) -> Iterator[list[str]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from math import prod
@@ -46,6 +46,12 @@ class Selection:
     saved: int
     """Bytes by which the weights become less."""
 
+    @property
+    def counts(self) -> dict[str, int]:
+        """Of layers, by the names of `settings.FP8Report`; and `saved`."""
+        layers = {"layers": len(self.weights), "already": self.already, "skipped": self.skipped, "unfit": self.unfit}
+        return {**layers, "saved": self.saved}
+
 
 def select(
     source: Source,
@@ -69,26 +75,52 @@ def select(
     Raises:
         ConfigError: a pattern means no layer.
     """
+    layers = []
+    for name, target, shape, fixed in _linear_layers(adapter, tensors):
+        is_fp8 = f"{name}.weight" in source.scales or (storage in FP8 and not source.scales)
+        stays = fixed or any(matches(name, pattern) for pattern in adapter.not_quantised)
+        layers.append(LinearLayer(name, target, shape, 1 if is_fp8 else compute.itemsize, is_fp8=is_fp8, stays=stays))
+    return select_layers(layers, scheme=scheme, skip=skip)
+
+
+@dataclass(frozen=True, slots=True)
+class LinearLayer:
+    """What decides about a layer."""
+
+    name: str
+    """The checkpoint's."""
+    target: str
+    """The model's."""
+    shape: tuple[int, int]
+    """Of its weight."""
+    itemsize: int
+    """Bytes in which each of its values is kept."""
+    is_fp8: bool
+    stays: bool
+    """Embedders, modulations and the last layer."""
+
+
+def select_layers(layers: Iterable[LinearLayer], *, scheme: str, skip: Sequence[str]) -> Selection:
+    """As `select`, of layers that are known."""
     dynamic = scheme in DYNAMIC
     weights: dict[str, tuple[int, int]] = {}
     already = skipped = unfit = saved = 0
     used: set[str] = set()
     names: list[str] = []
-    for layer, target, shape, fixed in _linear_layers(adapter, tensors):
-        names += {layer, target}
-        mine = {pattern for pattern in skip if matches(layer, pattern) or matches(target, pattern)}
+    for layer in layers:
+        names += {layer.name, layer.target}
+        mine = {pattern for pattern in skip if matches(layer.name, pattern) or matches(layer.target, pattern)}
         used |= mine
-        is_fp8 = f"{layer}.weight" in source.scales or (storage in FP8 and not source.scales)
-        if fixed or mine or any(matches(layer, pattern) for pattern in adapter.not_quantised):
+        if layer.stays or mine:
             skipped += 1
-        elif is_fp8 and not dynamic:
+        elif layer.is_fp8 and not dynamic:
             already += 1
-        elif dynamic and any(side % _MULTIPLE for side in shape):
+        elif dynamic and any(side % _MULTIPLE for side in layer.shape):
             unfit += 1
         else:
-            weights[f"{target}.weight"] = shape
-            scales = 1 if scheme == "dynamic_tensorwise" else shape[0]
-            saved += prod(shape) * ((1 if is_fp8 else compute.itemsize) - 1) - 4 * scales
+            weights[f"{layer.target}.weight"] = layer.shape
+            scales = 1 if scheme == "dynamic_tensorwise" else layer.shape[0]
+            saved += prod(layer.shape) * (layer.itemsize - 1) - 4 * scales
     for pattern in skip:
         if pattern not in used:
             near = ", ".join(difflib.get_close_matches(pattern, sorted(set(names)), 3, 0))

@@ -124,7 +124,7 @@ class Worker:
             "tile": self._tile,
         }
         self._operations |= NetworkCalls(
-            self._ranks, device, self._models, self._tensor, self._page, self._load_progress
+            self._ranks, device, self._models, self._tensor, self._page, self._load_progress, self._segments.pop
         ).operations
         self._times = 1
 
@@ -397,7 +397,8 @@ class Worker:
                 if isinstance(model, SplitNetwork):
                     work = (id(model), rows.stop - rows.start, tuple(request["x"]["shape"]))
                     sequence = self._ranks.sequence(mesh, context, model.attention, work)
-                    model.step(request, rows, self._tensor, sequence, context.cache, compiler)
+                    modules = None if isinstance(compiler, CompiledBlocks) else compiler
+                    model.step(request, rows, self._tensor, sequence, context.cache, modules)
                     continue
                 x, timestep, out = (self._tensor(request[name]) for name in ("x", "timestep", "out"))
                 model.step(x, timestep, request["conditioning"], rows, out, context)

@@ -13,10 +13,12 @@ from ..degrees import Degrees
 from ..split import SequenceRanks
 from ..wire.channel import Message
 from ..wire.control import ControlPage
-from ..wire.shared import TensorRef, lay_out
+from ..wire.shared import Segment, TensorRef, lay_out
 from ..wire.trees import flatten
+from .network_homes import make_home
+from .network_weights import Progress
 from .ranks import ParallelContext, Ranks
-from .split_network import Progress, SplitNetwork
+from .split_network import SplitNetwork
 
 
 class NetworkCalls:
@@ -29,6 +31,7 @@ class NetworkCalls:
         tensor_at: the tensor of a reference in shared memory.
         control: the page by which a call can be stopped.
         progress: makes what is told how far loading has come.
+        take: a segment of shared memory by its name; who asks for it owns it from then on.
     """
 
     def __init__(
@@ -39,7 +42,9 @@ class NetworkCalls:
         tensor_at: Callable[[dict[str, Any]], Tensor],
         control: Callable[[], ControlPage],
         progress: Callable[[], Progress],
+        take: Callable[[str], Segment],
     ):
+        self._take = take
         self._ranks, self._device, self._models = ranks, device, models
         self._tensor_at, self._control, self._progress = tensor_at, control, progress
         self._uncollected: dict[str, list[Tensor]] = {}
@@ -55,16 +60,16 @@ class NetworkCalls:
         if (old := self._models.pop(message["model"], None)) is not None:
             old.close()
         with torch.no_grad():
-            network = SplitNetwork(message["source"], self._device, self._progress())
+            home = make_home(message["weights"], self._ranks, self._take)
+            network = SplitNetwork(message["source"], self._device, self._progress(), home, message["fp8"])
         self._models[message["model"]] = network
-        return {"nbytes": network.nbytes}
+        return {"nbytes": network.nbytes, "fp8": network.fp8_report}
 
     def _weights(self, message: Message) -> dict[str, Any]:
         network = self._network(message)
         for name, ref in message["put"].items():
             network.put_weight(name, self._tensor_at(ref))
-        for name in message["restore"]:
-            network.restore_weight(name)
+        network.restore_weights(message["restore"])
         return {}
 
     def _call(self, message: Message) -> dict[str, Any]:

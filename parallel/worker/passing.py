@@ -5,6 +5,9 @@ The order of copies and blocks is tested with streams that are simulated (`tests
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Protocol
+
 import torch
 from torch import Tensor, cuda, nn
 
@@ -12,8 +15,21 @@ _SLOTS = 2
 """Blocks that have room on the device: one runs, one arrives."""
 
 
+class Travelling(Protocol):
+    """Parameters that travel together."""
+
+    host: Tensor
+    """[n] uint8, their bytes in host memory."""
+
+    def land(self, device: Tensor) -> None:
+        """The parameters are these bytes of the device, [≥ n] uint8, from here on."""
+
+    def leave(self) -> None:
+        """The parameters are host memory again: to compute with them on the device is an error, not a wrong result."""
+
+
 class Cargo:
-    """Parameters that travel together.
+    """Parameters of one dtype each.
 
     Args:
         host: [n] uint8, their bytes in host memory.
@@ -25,12 +41,10 @@ class Cargo:
         self._parameters = [(parameter, parameter.data, offset) for parameter, offset in parameters]
 
     def land(self, device: Tensor) -> None:
-        """The parameters are these bytes of the device, [≥ n] uint8, from here on."""
         for parameter, home, offset in self._parameters:
             parameter.data = device[offset : offset + home.nbytes].view(home.dtype).view(home.shape)
 
     def leave(self) -> None:
-        """The parameters are host memory again: to compute with them on the device is an error, not a wrong result."""
         for parameter, home, _ in self._parameters:
             parameter.data = home
 
@@ -46,7 +60,7 @@ class Passing:
         rest: what is needed at any time of a step, and stays.
     """
 
-    def __init__(self, blocks: list[Cargo], rest: Cargo, device: torch.device):
+    def __init__(self, blocks: Sequence[Travelling], rest: Travelling, device: torch.device):
         self._blocks, self._rest, self._device = blocks, rest, device
         room = max((len(block.host) for block in blocks), default=0)
         self._slots = [torch.empty(room, dtype=torch.uint8, device=device) for _ in range(_SLOTS)]
@@ -79,14 +93,18 @@ class Passing:
         self._rest.land(self._stay)
         self._current = True
 
-    def bring(self, index: int) -> None:
-        """Block `index` is about to be launched, behind those before it."""
+    def bring(self, index: int, following: int | None = None) -> None:
+        """Block `index` is about to be launched, behind those before it.
+
+        Args:
+            following: that will probably be launched next; by default the one behind it in the list.
+        """
         if index not in self._slot_of:
             self._fetch(index, 1 - self._used)
         self._used = self._slot_of[index]
         cuda.current_stream(self._device).wait_event(self._arrived[index])
         self._blocks[index].land(self._slots[self._used])
-        following = (index + 1) % len(self._blocks)
+        following = (index + 1) % len(self._blocks) if following is None else following
         if following not in self._slot_of:
             self._fetch(following, 1 - self._used)
 

@@ -106,13 +106,9 @@ class ResidentModel:
         return self.home.nbytes
 
     @property
-    def fp8_report(self) -> dict[str, Any] | None:
+    def fp8_report(self) -> dict[str, int] | None:
         """What has been quantised: the counts of `quantise.settings.FP8Report`, and what a copy saves in bytes."""
-        if self.scheme is None:
-            return None
-        of = self._selection
-        counts = {"layers": len(of.weights), "already": of.already, "skipped": of.skipped, "unfit": of.unfit}
-        return {**counts, "saved": of.saved}
+        return None if self.scheme is None else self._selection.counts
 
     def set_parameter(self, name: str, part: Tensor, scale: float | None) -> None:
         """Sets this rank's share of a parameter of the diffusers model to a copy of `part` × `scale`.

@@ -24,4 +24,5 @@ class ScaledLinear(nn.Linear):
     """Of a file's tensor, as a plain number: no cast of the module rounds it; or of each row, a parameter [N, 1]."""
 
     def forward(self, input: Tensor) -> Tensor:
-        return F.linear(input, self.weight.to(input.dtype).mul_(self.scale), self.bias)
+        bias = None if self.bias is None else self.bias.to(input.dtype)
+        return F.linear(input, self.weight.to(input.dtype).mul_(self.scale), bias)

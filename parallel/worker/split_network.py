@@ -15,19 +15,22 @@ from ..cache.blocks import BlockCache, StepPasses, block_cache
 from ..cache.hooked import cached_blocks
 from ..comfyui.start import prepare
 from ..compilation.settings import CompileSettings
-from ..errors import CheckpointError, UnsupportedError
+from ..errors import UnsupportedError
 from ..plan import ranges, shares
 from ..plans.comfyui import CHAINS, plan_of
+from ..quantise.selection import Selection
 from ..split import SequenceRanks, Split
+from ..split.blocks import planned_blocks
 from ..wire.trees import Tree, restore
+from .network_fp8 import quantise
+from .network_weights import MakeNetworkHome, NetworkHome, Progress, Replicated, by_block
+from .packed import weights_of
 
 if TYPE_CHECKING:
     from ..compilation.modules import CompiledModules
 
 TensorAt = Callable[[dict[str, Any]], Tensor]
 """Place in shared memory → tensor."""
-Progress = Callable[[int, int], None]
-"""Called with bytes done and bytes in total; may raise StepCancelled."""
 
 
 class SplitNetwork:
@@ -38,36 +41,65 @@ class SplitNetwork:
             class that the host's ComfyUI has found.
         device: where it runs.
         progress: called as weights arrive there.
+        home: where they go there.
+        fp8: `scheme` and `skip` of `quantise.settings.FP8Choice`, if linear layers of the blocks are to be quantised.
 
     Raises:
         UnsupportedError: ComfyUI makes another network of it here, or it has no plan.
         PlanError: its class has changed.
+        ConfigError: `skip` has a pattern that means no layer.
     """
 
-    def __init__(self, source: Mapping[str, Any], device: torch.device, progress: Progress):
+    def __init__(
+        self,
+        source: Mapping[str, Any],
+        device: torch.device,
+        progress: Progress,
+        home: MakeNetworkHome = Replicated,
+        fp8: Mapping[str, Any] | None = None,
+    ):
         prepare(source["comfyui"], source["arguments"])
         library = importlib.import_module("..comfyui.network", __package__)
         dtype = None if source["weight_dtype"] is None else getattr(torch, source["weight_dtype"])
-        self._network: nn.Module = library.load_network(source["path"], dtype, device, progress)
+        self._file: Any = library.NetworkFile(source["path"], dtype, device)
+        self._network: nn.Module
+        self._network, dtypes = self._file.network()
         if type(self._network).__name__ != source["network"]:
             raise UnsupportedError(
                 f"{source['path']}: ComfyUI makes a {source['network']} of it, and the workers"
                 f" a {type(self._network).__name__}"
             )
-        self.nbytes: int = library.nbytes(self._network)
         self.attention: str = library.attention_name()
         """What its attention computes with, by the names of `attention.kernels`."""
         self._device = device
-        self._plan = plan_of(self._network)
-        self._split = Split(self._network, self._plan, SequenceRanks((1.0,)))
+        plan = self._plan = plan_of(self._network)
+        self._split = Split(self._network, plan, SequenceRanks((1.0,)))
+        for module in self._network.modules():
+            module._buffers.update({name: b if b is None else b.to(device) for name, b in module._buffers.items()})
+        weights = weights_of(self._network, dtypes)
+        self._selection: Selection | None = None
+        if fp8 is not None:
+            weights, self._selection = quantise(self._network, list(plan), weights, fp8, device)
+        rest, blocks = by_block(weights, planned_blocks(self._network, plan))
+        self.home: NetworkHome = home(rest, blocks, device, progress)
         self._held: dict[str, Tensor] = {}
-        self._replaced: dict[str, Tensor] = {}
         self._caches: dict[int, BlockCache] = {}
         self._compilers: dict[CompileSettings, CompiledModules] = {}
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of weights on the device, between calls."""
+        return self.home.nbytes + sum(buffer.nbytes for buffer in self._network.buffers())
+
+    @property
+    def fp8_report(self) -> dict[str, int] | None:
+        """What has been quantised: the counts of `quantise.settings.FP8Report`, and what a copy saves in bytes."""
+        return None if self._selection is None else self._selection.counts
 
     def close(self) -> None:
         """Before it goes."""
         self._split.remove()
+        self.home.close()
 
     def cache(self, sampling: int, rule: Mapping[str, Any]) -> BlockCache:
         """What the sampling of this number remembers, with the rule of its first step."""
@@ -104,29 +136,19 @@ class SplitNetwork:
             self._held.pop(key, None)
 
     def put_weight(self, name: str, tensor: Tensor) -> None:
-        """Replaces a weight, by the network's name, by a copy of another tensor of its shape; keeps the file's.
+        """Replaces a weight, by the network's name, by a copy of another tensor of its shape.
 
         Raises:
-            CheckpointError: there is no such weight.
+            CheckpointError: there is no such weight, or it is a quantised one.
         """
-        module, leaf = self._place(name)
-        current = module._parameters[leaf]
-        assert current is not None and current.shape == tensor.shape, name
-        self._replaced.setdefault(name, current.data)
-        module._parameters[leaf] = nn.Parameter(tensor.to(self._device, copy=True), requires_grad=False)
+        self.home.put(name, tensor.clone())
 
-    def restore_weight(self, name: str) -> None:
-        """Undoes `put_weight`."""
-        module, leaf = self._place(name)
-        if name in self._replaced:
-            module._parameters[leaf] = nn.Parameter(self._replaced.pop(name), requires_grad=False)
-
-    def _place(self, name: str) -> tuple[nn.Module, str]:
-        path, _, leaf = name.rpartition(".")
-        module = self._network.get_submodule(path)
-        if leaf not in module._parameters:
-            raise CheckpointError(f"the network has no weight {name!r}")
-        return module, leaf
+    def restore_weights(self, names: Sequence[str]) -> None:
+        """Undoes `put_weight`: reads the file's again."""
+        if names:
+            tensors = self._file.tensors()
+            for name in names:
+                self.home.put(name, tensors[name])
 
     def step(
         self,
@@ -199,6 +221,7 @@ class SplitNetwork:
         function = self._network if method == "forward" else getattr(self._network, method)
         name = type(self._network).__name__
         with ExitStack() as during:
+            during.enter_context(self.home.in_use(ranks.traffic))
             if compiler is not None:
                 during.enter_context(compiler.on(self._split.blocks))
             if passes is not None:  # outside: what is skipped need not be compiled

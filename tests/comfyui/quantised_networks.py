@@ -3,7 +3,8 @@
     python quantised_networks.py COMFYUI REPOSITORY FOLDER [DEVICES …]
 
 Prints one line of JSON: {file: {devices: relative difference, "sensitivity": …, "rounding": of the weights, "lora":
-difference on one worker or message, "DEVICES with nvfp4": message if devices that compute in nvfp4 are refused}}.
+difference on one worker or message, "fp8": layers that FP8 Quantize (SP) would leave in fp8 or message, "DEVICES with
+nvfp4": message if devices that compute in nvfp4 are refused}}.
 """
 
 from __future__ import annotations
@@ -85,6 +86,7 @@ def main(comfyui: str, repository: str, folder: Path, devices: list[str]) -> Non
 
     load_native_model = importlib.import_module("pack.nodes.native_model").load_native_model
     config = importlib.import_module("pack.parallel.config").SequenceParallelConfig
+    fp8_settings = importlib.import_module("pack.parallel.quantise.settings").FP8Settings
     errors = importlib.import_module("pack.parallel.errors")
     torch.set_grad_enabled(False)
     torch.set_num_threads(len(os.sched_getaffinity(0)))  # as one worker has
@@ -153,6 +155,10 @@ def main(comfyui: str, repository: str, folder: Path, devices: list[str]) -> Non
             comfy.model_management.load_models_gpu([model])
             results[name][each] = off(run(model, file.case), native[name])
             if each == devices[0]:
+                try:
+                    results[name]["fp8"] = model.remote.select_fp8(fp8_settings()).already
+                except errors.UnsupportedError as error:
+                    results[name]["fp8"] = str(error)
                 try:
                     results[name]["lora"] = off(run(patch(model, file.patched), file.case), with_lora[name])
                 except errors.UnsupportedError as error:

@@ -182,6 +182,27 @@ def test_a_lora_on_two_workers(server: ComfyServer, reference: Reference) -> Non
     assert relative_difference(sample(server, patched, TWO), reference(patched)) <= TOLERANCE
 
 
+@pytest.mark.parametrize("weights", ["shard", pytest.param("offload", marks=pytest.mark.extended)])
+def test_sharded_and_offloaded_weights_have_the_bits_of_replicated_ones(server: ComfyServer, weights: str) -> None:
+    """With a LoRA, of which each worker gets its part."""
+    setting, mark = fresh(_KREA2, model_nodes=(lora(0.8),)), len(server.log())
+    latent = sample(server, setting, replace(TWO, weights=weights))
+    assert f"SingleStreamDiT, weights {weights} (as asked)" in server.log()[mark:]
+    assert torch.equal(latent, sample(server, setting, replace(TWO, weights="replicate")))
+
+
+def test_fp8_is_told_and_leaves_no_trace(server: ComfyServer) -> None:
+    """What it computes: `test_network_homes`."""
+    setting = replace(_KREA2, cfg=1.0, steps=2)
+    fp8 = model_node("SPQuantizeFP8", scheme="auto", skip="blocks.1")
+    plain, start = sample(server, setting, TWO), server.mark()
+    assert relative_difference(sample(server, replace(setting, model_nodes=(fp8,)), TWO), plain) > 1e-3
+    told = [event.data["bytes"].decode(errors="replace") for event in server.events("binary 3", since=start)]
+    pattern = r"FP8 Quantize \(SP\): weight_only .*: 16 layers quantised, \d+ left as they are by the skip list"
+    assert any(re.search(pattern, text) for text in told), told
+    assert torch.equal(sample(server, replace(setting, model_nodes=(lora(0.0),)), TWO), plain)
+
+
 LONG = replace(_VACE, width=256, height=384, length=33, steps=50)
 
 
@@ -222,10 +243,6 @@ def _working(server: ComfyServer, before: dict) -> list:
 
 NODES = {
     "teacache": (model_node("SPTeaCache", rel_l1_thresh=0.1, **WHOLE), ["TeaCache", "SingleStreamDiT"]),
-    "fp8": (
-        model_node("SPQuantizeFP8", scheme="auto", skip=""),
-        ["FP8 Quantize", "SingleStreamDiT"],
-    ),
     "skip_layers": (
         model_node(
             "SkipLayerGuidanceDiT",
@@ -252,11 +269,6 @@ def refused(server: ComfyServer, setting: Setting, swapped: Swapped, patterns: l
 def test_nodes_that_such_networks_do_not_have_yet_are_refused_by_name(server: ComfyServer, name: str) -> None:
     node, patterns = NODES[name]
     refused(server, replace(_KREA2, model_nodes=(node,)), UNUSED, patterns)
-
-
-@pytest.mark.parametrize(("knob", "value"), [("weights", "shard"), ("weights", "offload")])
-def test_knobs_that_such_networks_do_not_have_yet_are_refused(server: ComfyServer, knob: str, value: object) -> None:
-    refused(server, _KREA2, replace(TWO, **{knob: value}), [rf"{knob} is '?{value}'?; allowed for SingleStreamDiT"])
 
 
 def test_controlnet_is_refused_where_the_plan_has_no_residuals(server: ComfyServer) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -58,6 +59,15 @@ def test_a_lora_on_quantised_layers_is_refused_and_native_on_others(results: dic
             assert told["lora"] == 0, f"{name}: {told['lora']}"
         else:
             assert "a LoRA on a quantised file of this model" in str(told["lora"]), f"{name}: {told['lora']}"
+
+
+@pytest.mark.slow
+def test_files_that_are_quantised_are_not_quantised_again(results: dict[str, dict[str, Any]]) -> None:
+    for name, told in results.items():
+        if name in ("krea2 bfloat16", "krea2 as fp8_e4m3fn"):
+            assert told["fp8"] == (24 if "fp8" in name else 0), name
+        else:
+            assert re.search(r"FP8 Quantize .* quantised already \((int8|float8|nvfp4|mxfp8)", str(told["fp8"])), name
 
 
 @pytest.mark.slow

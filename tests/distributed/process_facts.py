@@ -62,6 +62,18 @@ def memory(pid: int, kind: str) -> int:
     raise OSError(f"process {pid} has no memory")  # it has ended
 
 
+def weight_copies(pids: Iterable[int]) -> int:
+    """Bytes of the memory files of weights that these processes map, each file once."""
+    sizes: dict[str, int] = {}
+    for pid in pids:
+        for line in Path(f"/proc/{pid}/maps").read_text().splitlines():
+            span, _, _, _, inode, *name = line.split()
+            if "weights" in "".join(name):
+                start, stop = (int(end, 16) for end in span.split("-"))
+                sizes[inode] = stop - start
+    return sum(sizes.values())
+
+
 class MemoryPeaks:
     """Largest `memory` of some processes during a `with` block, sampled every few milliseconds."""
 

@@ -26,7 +26,7 @@ from parallel.host.step_request import StepRequest
 from parallel.placement import Placement
 from parallel.worker.free_memory import host_memory
 from tests.distributed.devices import kind
-from tests.distributed.process_facts import MemoryPeaks, memory
+from tests.distributed.process_facts import MemoryPeaks, memory, weight_copies
 from tests.distributed.start_ranks import run_ranks
 from tests.distributed.tiny_models import (
     Inputs,
@@ -259,31 +259,19 @@ def test_a_sharded_worker_never_holds_more_than_its_part(idle: WorkerGroup, larg
 def test_offloaded_weights_are_in_memory_once(idle: WorkerGroup, large: Path):
     whole, everyone = large.stat().st_size, [os.getpid(), *idle.pids]
     before = {pid: memory(pid, "Anon") for pid in everyone}
-    shared_before = copies(idle.pids)
+    shared_before = weight_copies(idle.pids)
     recipe = recipe_of(large, TWO)
     model = RemoteModel(replace(recipe, config=replace(recipe.config, weights="offload")), group=idle)
     with MemoryPeaks(everyone) as loading:
         model.ensure_loaded()
     model.step(*PADDED.make())
     for when, own in (("while loading", loading.peak), ("after a step", {p: memory(p, "Anon") for p in everyone})):
-        used = sum(max(0, own[pid] - before[pid]) for pid in everyone) + copies(idle.pids) - shared_before
+        used = sum(max(0, own[pid] - before[pid]) for pid in everyone) + weight_copies(idle.pids) - shared_before
         print(f"{used / MB:.0f} MB for a file of {whole / MB:.0f} MB {when}")
         assert used <= 1.2 * whole
-    assert copies(idle.pids) - shared_before >= 0.99 * whole, "the copy has not been seen"
+    assert weight_copies(idle.pids) - shared_before >= 0.99 * whole, "the copy has not been seen"
     model.unload()
-    assert copies(idle.pids) == shared_before
-
-
-def copies(pids: list[int]) -> int:
-    """Bytes of the memory files of weights that these processes map, each file once."""
-    sizes: dict[str, int] = {}
-    for pid in pids:
-        for line in Path(f"/proc/{pid}/maps").read_text().splitlines():
-            span, _, _, _, inode, *name = line.split()
-            if "weights" in "".join(name):
-                start, stop = (int(end, 16) for end in span.split("-"))
-                sizes[inode] = stop - start
-    return sum(sizes.values())
+    assert weight_copies(idle.pids) == shared_before
 
 
 # --- whole models ---------------------------------------------------------------------------------------------------

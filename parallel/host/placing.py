@@ -1,0 +1,81 @@
+"""Settles where a model's weights go, with the workers that are to have them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from ..config import Layout, SequenceParallelConfig
+from ..placement import Memory, Placement, bytes_on_device, check_host_memory, choose
+from .group import Poll, WorkerGroup
+
+
+class Placing:
+    """Of the weights of one configuration.
+
+    Args:
+        config: what the user asks for.
+        layout: what it means.
+    """
+
+    def __init__(self, config: SequenceParallelConfig, layout: Layout):
+        self._asked = config.weights
+        self._sharing, self._device_type = layout.degrees.sharing, layout.device_type
+
+    def settle(self, group: WorkerGroup, poll: Poll | None, nbytes: int, *, in_the_file: int = 0) -> Placement:
+        """Asks the workers for their free memory only if that matters.
+
+        Args:
+            nbytes: of a whole copy of the weights.
+            in_the_file: how many of these CPU workers use where the file is mapped.
+
+        Raises:
+            ConfigError: an offload needs more memory than the host has.
+        """
+        placement = Placement(mode=self._asked, reason="as asked")
+        if self._asked in ("replicate", "shard"):
+            return placement
+        answers = group.call("free memory", {}, poll=poll)
+        host = Memory(**answers[0]["host"])
+        if self._asked == "auto":
+            placement = choose(
+                nbytes,
+                [Memory(**answer["device"]) for answer in answers],
+                host,
+                sharing=self._sharing,
+                device_type=self._device_type,
+                in_the_file=in_the_file,
+            )
+        if placement.mode == "offload":
+            check_host_memory(nbytes, host, placement.reason)
+        return placement
+
+    @contextmanager
+    def message(
+        self, placement: Placement, model: str, group: WorkerGroup, poll: Poll | None
+    ) -> Iterator[dict[str, Any]]:
+        """What the workers are told of a placement, inside the `with` block in which they load.
+
+        Args:
+            model: name of what they load.
+        """
+        message: dict[str, Any] = {"mode": placement.mode, "sharing": self._sharing}
+        if placement.mode != "offload":
+            yield message
+            return
+        segment = f"{model}-weights"
+        group.settle(poll)
+        group.memory.segment(segment, 0)  # the workers know how much they need
+        try:
+            yield {**message, "segment": segment}
+        finally:
+            group.memory.drop(segment)  # it belongs to the workers now
+
+    def expected_bytes(self, nbytes: int) -> int:
+        """Of weights on one worker's device when they are loaded; under `auto` as much as it may be."""
+        return bytes_on_device(self._asked, nbytes, self._sharing, self._device_type)
+
+    def bytes_on_device(self, placement: Placement, nbytes: int) -> int:
+        """As `expected_bytes`, where it is settled."""
+        return bytes_on_device(placement.mode, nbytes, self._sharing, self._device_type)

@@ -1,0 +1,13 @@
+"""The blocks of a network: what a plan's lists hold."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from torch import nn
+
+
+def planned_blocks(network: nn.Module, plan: Iterable[str]) -> list[nn.Module]:
+    """The modules of the lists that a plan names, in its order."""
+    lists = [module for path in plan if isinstance(module := network.get_submodule(path), nn.ModuleList)]
+    return list(dict.fromkeys(block for each in lists for block in each))

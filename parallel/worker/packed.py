@@ -1,0 +1,167 @@
+"""Weights of any dtype, quantised or not, one after the other in a run of bytes.
+
+So they can be cut at any byte, gathered, and copied as one, whatever is in them. A quantised tensor is a wrapper around
+plain ones (`torch.utils._python_dispatch.is_traceable_wrapper_subclass`): its values and its scales.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from ..errors import CheckpointError
+from ..wire.shared import ALIGNMENT
+
+Form = list[tuple[torch.Size, torch.dtype]]
+"""Of the plain tensors that a weight is stored as."""
+
+
+class Weight:
+    """A parameter in its module, now with the file's values.
+
+    Args:
+        name: that the network has for it.
+        module, leaf: where it is.
+        dtype: in which it is kept; by default its own.
+    """
+
+    def __init__(self, name: str, module: nn.Module, leaf: str, dtype: torch.dtype | None = None):
+        self.name = name
+        self.module = module
+        self.leaf = leaf
+        value = module._parameters[leaf]
+        assert value is not None, name
+        self.dtype, self.shape = dtype or value.dtype, value.shape
+        self.form: Form = [(self.shape, self.dtype)]
+        self._value: Tensor | None = value
+
+    @property
+    def value(self) -> Tensor:
+        """The file's, until something is installed."""
+        assert self._value is not None, self.name
+        return self._value
+
+    @property
+    def nbytes(self) -> int:
+        return sum(prod(shape) * dtype.itemsize for shape, dtype in self.form)
+
+    def pieces(self, value: Tensor) -> list[Tensor]:
+        """What is stored of a value, one for each of `form`; parts of the value itself where nothing changes.
+
+        Raises:
+            CheckpointError: the weight has another shape.
+        """
+        if value.shape != self.shape:
+            raise CheckpointError(
+                f"the weight {self.name} has the shape {list(self.shape)}, received {list(value.shape)}"
+            )
+        return [value.to(self.dtype)]
+
+    def install(self, pieces: Sequence[Tensor]) -> None:
+        """Makes the parameter of these, which it then shares memory with."""
+        self._value = None
+        self._install(pieces)
+
+    def _install(self, pieces: Sequence[Tensor]) -> None:
+        self.module._parameters[self.leaf] = nn.Parameter(pieces[0], requires_grad=False)
+
+    def clear(self) -> None:
+        """Lets go of the values: to compute with them is an error from here on, not a wrong result."""
+        self.install([torch.empty(shape, dtype=dtype, device="meta") for shape, dtype in self.form])
+
+
+class QuantisedWeight(Weight):
+    """A parameter that the file has quantised. Only its own values fit it."""
+
+    def __init__(self, name: str, module: nn.Module, leaf: str):
+        super().__init__(name, module, leaf)
+        value: Any = self.value
+        self._class, self._stride = type(value), value.stride()
+        self._inner, self._rest = value.__tensor_flatten__()
+        self.form = [(piece.shape, piece.dtype) for piece in self.pieces(value)]
+
+    def pieces(self, value: Tensor) -> list[Tensor]:
+        if type(value) is not self._class:
+            raise CheckpointError(f"the weight {self.name} is quantised, and is given a {value.dtype} tensor")
+        names, _ = value.__tensor_flatten__()  # type: ignore[attr-defined]
+        return [getattr(value, name) for name in names]
+
+    def _install(self, pieces: Sequence[Tensor]) -> None:
+        inner = dict(zip(self._inner, pieces, strict=True))
+        tensor = self._class.__tensor_unflatten__(inner, self._rest, self.shape, self._stride)
+        tensor._is_param = True  # what nn.Parameter does with a tensor of another class, after copying its scales
+        self.module._parameters[self.leaf] = tensor
+
+
+@dataclass(frozen=True, slots=True)
+class _Place:
+    """Of a plain tensor among the bytes."""
+
+    offset: int
+    shape: torch.Size
+    dtype: torch.dtype
+
+    @property
+    def nbytes(self) -> int:
+        return prod(self.shape) * self.dtype.itemsize
+
+    def of(self, data: Tensor) -> Tensor:
+        return data[self.offset : self.offset + self.nbytes].view(self.dtype).view(self.shape)
+
+
+class Packed:
+    """Weights that travel together."""
+
+    def __init__(self, weights: Sequence[Weight]):
+        self.weights = tuple(weights)
+        self.size = 0
+        """In bytes."""
+        self._places: dict[str, list[_Place]] = {}
+        for weight in weights:
+            self._places[weight.name] = places = []
+            for shape, dtype in weight.form:
+                places.append(_Place(self.size, shape, dtype))
+                self.size += -(-places[-1].nbytes // ALIGNMENT) * ALIGNMENT
+
+    def write(self, weight: Weight, value: Tensor, data: Tensor, first: int = 0) -> None:
+        """Copies what of a weight lies in `data`, [n] uint8: the bytes from `first` on."""
+        for piece, place in zip(weight.pieces(value), self._places[weight.name], strict=True):
+            start, stop = max(place.offset, first), min(place.offset + place.nbytes, first + len(data))
+            if start < stop:
+                flat = piece.contiguous().reshape(-1).view(torch.uint8)
+                data[start - first : stop - first].copy_(flat[start - place.offset : stop - place.offset])
+
+    def land(self, data: Tensor) -> None:
+        """The parameters are these bytes, [≥ size] uint8, from here on."""
+        for weight in self.weights:
+            weight.install([place.of(data) for place in self._places[weight.name]])
+
+    def leave(self) -> None:
+        """The parameters have no data until they land again."""
+        for weight in self.weights:
+            weight.clear()
+
+
+def weights_of(network: nn.Module, dtypes: Mapping[str, torch.dtype]) -> list[Weight]:
+    """All parameters of a network.
+
+    Args:
+        dtypes: name → dtype to keep it in, of those that are to be cast.
+    """
+    found: list[Weight] = []
+    for path, module in network.named_modules():
+        for leaf, parameter in module._parameters.items():
+            if parameter is None:
+                continue
+            name = f"{path}.{leaf}".lstrip(".")
+            if is_traceable_wrapper_subclass(parameter):
+                found.append(QuantisedWeight(name, module, leaf))
+            else:
+                found.append(Weight(name, module, leaf, dtypes.get(name)))
+    return found
