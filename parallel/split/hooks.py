@@ -76,12 +76,15 @@ class Split:
             )
 
     def _install(self, model: nn.Module, path: str, site: Site) -> None:
-        module = self._submodule(model, path, f"{self._name}")
+        path_of_list, within_each, below = path.partition(".*.")
+        module = self._submodule(model, path_of_list, f"{self._name}")
         is_list = isinstance(module, nn.ModuleList)
         modules = list(module) if isinstance(module, nn.ModuleList) else [module]
         for number, each in enumerate(modules):
-            where = f"{self._name}.{path}.{number}" if is_list else f"{self._name}.{path}".rstrip(".")
-            if is_list:
+            where = f"{self._name}.{path_of_list}.{number}" if is_list else f"{self._name}.{path}".rstrip(".")
+            if within_each:
+                each, where = self._submodule(each, below, where), f"{where}.{below}"
+            elif is_list:
                 self._handles.append(each.register_forward_pre_hook(self._enter))
             if site.cut or site.whole is not None:
                 cut = _Cut(each, site, lambda: self._streams, f"{where} ({type(each).__name__})")
@@ -90,6 +93,8 @@ class Split:
                 attention = self._submodule(each, name, where)
                 kind = ".".join(filter(None, (self._name, path, name)))
                 self._handles += self._routes.install(attention, streams, kind, f"{where}.{name}".rstrip("."))
+            if site.join_each is not None:
+                self._handles.append(each.register_forward_hook(_Joined(site.join_each, lambda: self._streams, where)))
         if site.join is not None and modules:
             self._handles.append(modules[-1].register_forward_hook(_Joined(site.join, lambda: self._streams, path)))
 
@@ -139,10 +144,12 @@ class _Cut:
         if streams.ranks.size == 1:
             return None
         new: dict[str, Any] = {}
+        streams.given = given
         for name, rule in self._rules.items():
             if given.get(name) is not None:
                 with _naming(self._where, name, given[name]):
                     new[name] = applied("cut", rule, given[name], streams)
+        streams.given = {}
         args = tuple(new.get(name, value) for name, value in zip(self._names, args, strict=False))
         return args, {name: new.get(name, value) for name, value in kwargs.items()}
 

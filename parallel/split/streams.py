@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
@@ -58,12 +58,14 @@ class Streams:
 
     Attributes:
         notes: what a rule keeps from cut to join.
+        given: arguments of the module whose arguments are being cut, as they came: for rules that depend on another.
         routed: kind of attention → whether one of this kind has been exchanged.
     """
 
     def __init__(self, ranks: SequenceRanks):
         self.ranks = ranks
-        self.notes: dict[str, Any] = {}
+        self.notes: dict[Any, Any] = {}
+        self.given: Mapping[str, Any] = {}
         self.routed: dict[str, bool] = {}
         self._streams: dict[str, Stream] = {}
         self._made: dict[Any, tuple[Any, weakref.ref[Tensor]]] = {}

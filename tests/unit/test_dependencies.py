@@ -13,7 +13,7 @@ ALLOWED = {
     "attention": {"config", "errors", "mesh", "plan"},
     "split": {"attention", "errors", "plan"},
     "plans": {"errors", "split"},
-    "comfyui": {"checkpoints", "errors", "vae"},
+    "comfyui": {"checkpoints", "errors", "plans", "vae"},
 }
 """Package → what of the engine it may import besides itself."""
 
