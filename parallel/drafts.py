@@ -12,6 +12,9 @@ import torch
 
 from .errors import ConfigError, NoPlanError
 
+ENOUGH = 6
+"""Tokens of a small latent, so that they are not mistaken for other sizes."""
+
 
 def draft(
     network: str, config: str = "", inputs: Sequence[str] = (), larger: Sequence[str] = ()
@@ -38,9 +41,17 @@ def draft(
             return trial.network_of_file(network, torch.device(device))
         return trial.network_of_class(network, settings, torch.device(device))
 
+    def drafted_of(made: Any) -> Draft:
+        """With larger latents where small ones are a few tokens, as pixels are."""
+        name = type(made).__name__
+        drafted = Draft(name, trial.Trial(made, given, grown).record())
+        if min((sizes[0] for sizes in drafted.streams.values()), default=ENOUGH) < ENOUGH:
+            drafted = Draft(name, trial.Trial(made, given, grown, times=8).record())
+        return drafted
+
     made = make("meta")
     try:
-        recorded = trial.Trial(made, given, grown).record()
+        drafted = drafted_of(made)
     except NotImplementedError as error:  # its shapes depend on values, which the meta device has not
         if (count := sum(each.numel() for each in made.parameters())) > trial.RUNS_ON_CPU:
             raise ConfigError(
@@ -48,8 +59,7 @@ def draft(
                 f" {trial.RUNS_ON_CPU}"
             ) from error
         made = make("cpu")
-        recorded = trial.Trial(made, given, grown).record()
-    drafted = Draft(type(made).__name__, recorded)
+        drafted = drafted_of(made)
     try:
         existing = written(plan_of(made))
     except NoPlanError:

@@ -87,6 +87,7 @@ class Trial:
             timestep and the text are tried.
         larger: what takes their place in the pass with the larger latent. Without it, rows and columns that are the
             latent's or a multiple, and frames before them, change with it.
+        times: rows and columns of latents that are not given, in multiples of `LATENTS`.
 
     A number that is the text's length changes with the text.
     """
@@ -96,7 +97,9 @@ class Trial:
         network: nn.Module,
         inputs: Mapping[str, Any] | None = None,
         larger: Mapping[str, Any] | None = None,
+        times: int = 1,
     ):
+        self._times = times
         self._network = network
         self._inputs, self._larger = dict(inputs or {}), dict(larger or {})
         self._device = next(iter(network.parameters())).device
@@ -134,7 +137,7 @@ class Trial:
             except Exception as error:
                 failed = f"{self._latent} {list(shape)}, {self._text} of width {width}: {type(error).__name__}: {error}"
                 continue
-            larger = (*shape[:2], *LATENTS[len(shape)][1])
+            larger = (*shape[:2], *self._sized(LATENTS[len(shape)][1]))
             if self._latent in self._inputs:
                 larger = (*shape[:2], *(3 * size for size in shape[2:]))
             larger = tuple(self._larger.get(self._latent, larger))
@@ -161,7 +164,10 @@ class Trial:
                 break
         sizes = [4, 5] if any(isinstance(module, nn.Conv2d) for module in self._network.modules()) else [5, 4]
         for dims, count in itertools.product([*sizes, 3], [*channels, 16, 4, 128]):
-            yield (1, count, *LATENTS[dims][0])
+            yield (1, count, *self._sized(LATENTS[dims][0]))
+
+    def _sized(self, sizes: tuple[int, ...]) -> tuple[int, ...]:
+        return (*sizes[:-2], *(self._times * size for size in sizes[-2:]))
 
     def _widths(self) -> Iterator[int]:
         """Of the text: what a linear layer or a norm takes."""

@@ -203,8 +203,8 @@ class Draft:
             if joined := self._rule([call.result for call in calls]):
                 rules = {name: self._rule([call.arguments.get(name) for call in calls]) for name in calls[0].arguments}
                 self.sites[path] = {
-                    "cut": {},
-                    "whole": list(rules),
+                    "cut": {name: rule for name, rule in rules.items() if rule.startswith("Grouped")},
+                    "whole": [name for name, rule in rules.items() if not rule.startswith("Grouped")],
                     "absent": list(calls[0].absent),
                     "attention": {},
                     "join": joined,
@@ -273,7 +273,8 @@ class Draft:
         lines = [f'{_variable((name,))} = ("{name}",)' for name in self.streams]
         used = {name for site in self.sites.values() for name in _used(site)}
         for name in sorted(name for name in used if len(name.rstrip("0123456789")) > 1):
-            lines.append(f"{name} = ({', '.join(f'*{each}' for each in re.findall('[A-Z][0-9]*', name))})")
+            parts = ", ".join(f"*{each}" for each in re.findall("[A-Z][0-9]*", name))
+            lines.append(f"{name} = ({parts})  # or the reverse, as `forward` has it")
         lines += [f"{_constant(self.network)}: Plan = {{"]
         for path, site in self.sites.items():
             lines.append(f'    "{path}": Site(')
