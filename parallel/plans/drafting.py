@@ -191,8 +191,8 @@ class Draft:
             return
         lists = list(self.sites)
         for number, path in enumerate(lists[:-1]):
-            behind = {name for later in lists[number + 1 :] for name in _used(self.sites[later])}
-            if not _used(self.sites[path]) & behind:
+            taken = {name for later in lists[number + 1 :] for name in _used(self.sites[later])}
+            if not _used(self.sites[path]) & taken:
                 first = next(part.first for part in self._parts if part.path == path)
                 self.sites[path]["join"] = self._rule([recording.calls[first].result for recording in self.passes])
         paths = list(self.passes[0].calls)

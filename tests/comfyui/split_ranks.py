@@ -149,11 +149,10 @@ def main(rank: int, world: int, store: str, results: str, comfyui: str, which: s
                 turn = next(itertools.islice(itertools.cycle(SPLITS), number, None))
                 chosen = {split: view for split, view in ranks.items() if split in (turn, "2 × 2")}
             found[f"{name}; {heads} heads"] = told = compare(network, run, chosen)
-            if name in ONE_OF_EACH_CLASS:
-                if (view := ranks["Ulysses 2"]) is not None:
-                    told["without exchange"] = without_exchange(network, run, view)
-                if rank == 3:
-                    told["renamed"] = dict(renamed_arguments(network))
+            if name in ONE_OF_EACH_CLASS and (view := ranks["Ulysses 2"]) is not None:
+                told["without exchange"] = without_exchange(network, run, view)
+            if rank == 3:
+                told["renamed"] = dict(renamed_arguments(network))
     Path(results).write_text(json.dumps(found))
     dist.destroy_process_group()
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -88,15 +87,3 @@ def test_the_text_shows_modules_shapes_and_attention_and_ends_with_what_exists(d
 def test_what_is_missing_is_named(drafts: dict[str, Any]):
     assert "the class is 'NoSuchModel', which is not in" in drafts["NoSuchModel"]["error"]
     assert "needs num_tokens, too" in drafts["OmniGen2Transformer2DModel"]["error"]
-
-
-def test_a_folder_that_is_not_comfyui_is_named(tmp_path: Path, installation: Installation):
-    found = subprocess.run(
-        [installation.python, "-m", "parallel", "plan", "Flux"],
-        cwd=REPOSITORY,
-        env={**os.environ, "COMFYUI_PATH": str(tmp_path)},
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
-    assert found.returncode == 1 and f"COMFYUI_PATH is '{tmp_path}'" in found.stderr
