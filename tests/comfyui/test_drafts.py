@@ -12,7 +12,7 @@ import pytest
 from parallel.plans.comfyui import PLANS
 from tests.comfyui.installation import REPOSITORY, Installation
 
-pytestmark = pytest.mark.comfyui
+pytestmark = [pytest.mark.comfyui, pytest.mark.slow, pytest.mark.timeout(600)]
 
 
 @pytest.fixture(scope="module")
@@ -23,7 +23,7 @@ def drafts(installation: Installation) -> dict[str, Any]:
         env={**os.environ, "COMFYUI_PATH": str(installation.path), "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=600,
     )
     assert found.returncode == 0, found.stderr
     drafted: dict[str, Any] = json.loads(found.stdout.splitlines()[-1])
