@@ -1,4 +1,4 @@
-"""Front door of the engine: `python -m parallel demo|doctor|bench|families`."""
+"""Front door of the engine: `python -m parallel demo|doctor|bench|families|plan`."""
 
 from __future__ import annotations
 
@@ -46,6 +46,15 @@ def main(arguments: list[str] | None = None) -> int:
     bench.add_argument("--layers", default="8+8", help="dual- and single-stream blocks (step only, default 8+8)")
     bench.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
 
+    plan = commands.add_parser("plan", parents=[common], help="draft a split plan of a class of ComfyUI's")
+    plan.add_argument("network", help="a network's class in ComfyUI, e.g. Flux, or a safetensors file")
+    plan.add_argument("--config", default="", help="arguments of its constructor: JSON, or a file of it")
+    for name, text in (
+        ("input", "of its forward; [1,16,10,14] is a tensor's shape"),
+        ("larger", "what an input is with a larger latent"),
+    ):
+        plan.add_argument(f"--{name}", action="append", default=[], metavar="NAME=JSON", help=text)
+
     options = parser.parse_args(arguments)
     logging.basicConfig(
         level=logging.DEBUG if options.verbose else logging.WARNING, format="%(message)s", stream=sys.stderr
@@ -76,6 +85,10 @@ def _run(options: argparse.Namespace) -> tuple[dict[str, Any], str, int]:
 
         text = f"{as_markdown()}\n{networks_as_markdown()}".rstrip()
         return {"families": families(), "networks": networks()}, text, 0
+    if options.command == "plan":
+        from .drafts import draft
+
+        return (*draft(options.network, options.config, options.input, options.larger), 0)
     from .doctor import examine
 
     result, text = examine(options.devices)

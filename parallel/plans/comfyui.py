@@ -8,11 +8,27 @@ from typing import Any
 
 from ..errors import NoPlanError
 from ..split.chain import Chain
-from ..split.rules import Before, Behind, Frames, Grid, Grouped, Guides, Ranges, Residuals, Segment, Tokens, Trimmed
+from ..split.rules import (
+    Before,
+    Behind,
+    Cropped,
+    Frames,
+    Grid,
+    Grouped,
+    Guides,
+    OwnGroups,
+    Ranges,
+    Residuals,
+    Segment,
+    Tokens,
+    Trimmed,
+    WholeGroups,
+)
 from ..split.sites import Plan, Site
 
 A, I, J, T, V = ("audio",), ("image",), ("joint",), ("text",), ("video",)  # noqa: E741
-TI = (*T, *I)
+R = ("reference",)
+TI, IT, TV, VT = (*T, *I), (*I, *T), (*T, *V), (*V, *T)
 CONTROL = Site(cut={"control": Residuals(Tokens(I))})
 
 MINIMAX_H3: Plan = {
@@ -86,6 +102,35 @@ _WAN = Site(
 )
 WAN: Plan = {"blocks": _WAN, "head": Site(cut={"e": Grouped("video", 3)}, whole="x", join=Tokens(V))}
 WAN_VACE: Plan = {**WAN, "vace_blocks": replace(_WAN, cut={"c": Tokens(V), **_WAN.cut})}
+WAN_ANIMATE: Plan = {  # a face's motion, for the tokens of its frame
+    **WAN,
+    "face_adapter.fuser_blocks": Site(
+        cut={"motion_vec": OwnGroups("video"), "x": WholeGroups("video")}, whole="", join_each=WholeGroups("video")
+    ),
+}
+WAN_HUMO: Plan = {  # 16 tokens of sound, for those of their frame
+    **WAN,
+    "blocks": replace(_WAN, whole="context context_img_len? audio"),
+    "blocks.*.audio_cross_attn_wrapper": Site(
+        cut={"audio": OwnGroups("video", 16), "x": WholeGroups("video")}, whole="", join_each=WholeGroups("video")
+    ),
+}
+_SOUND = Site(  # for the tokens of its frame, with references behind
+    cut={
+        "audio_emb": OwnGroups("video", until="seq_len"),
+        "audio_emb_global": OwnGroups("video", until="seq_len"),
+        "x": WholeGroups("video"),
+        "seq_len": WholeGroups("video"),
+    },
+    whole="block_id scale?",
+    join_each=WholeGroups("video"),
+)
+WAN_S2V: Plan = {
+    "blocks": replace(_WAN, cut={**_WAN.cut, "e": Grouped("video", 4, cut_off=True)}),
+    "audio_injector": _SOUND,
+    "head": Site(cut={"e": Grouped("video", 3, cut_off=True)}, whole="x", join=Tokens(V)),
+}
+WAN_DANCER: Plan = {**WAN, "music_injector": _SOUND, "head_global": WAN["head"]}
 
 FLUX: Plan = {  # Chroma, too
     "": CONTROL,
@@ -109,6 +154,11 @@ FLUX: Plan = {  # Chroma, too
         attention={"": (TI, TI)},
     ),
     "final_layer": Site(cut={"modulation_dims?": Ranges(I)}, whole="x vec", join=Tokens(I)),
+}
+
+CHROMA_RADIANCE: Plan = {
+    **{name: site for name, site in FLUX.items() if name != "final_layer"},
+    "single_blocks": replace(FLUX["single_blocks"], join=Behind("text", Tokens(I))),  # pixels follow
 }
 
 HUNYUAN_VIDEO: Plan = {
@@ -141,6 +191,128 @@ HUNYUAN_VIDEO: Plan = {
 HUNYUAN_VIDEO_15: Plan = {
     "": CONTROL,
     "double_blocks": replace(HUNYUAN_VIDEO["double_blocks"], join=(Tokens(I), None)),
+}
+
+AURA_FLOW: Plan = {
+    "double_layers": Site(cut={"c": Tokens(T), "x": Tokens(I)}, whole="global_cond", attention={"": (TI, TI)}),
+    "single_layers": Site(cut={"cx": Tokens(TI)}, whole="global_cond", attention={"": (TI, TI)}),
+    "final_linear": Site(join=Tokens(I)),
+}
+
+COGVIDEOX: Plan = {
+    "blocks": Site(
+        cut={
+            "hidden_states": Tokens(V),
+            "encoder_hidden_states": Tokens(T),
+            "image_rotary_emb": (Tokens(V, 0), Tokens(V, 0)),
+        },
+        whole="temb",
+        attention={"": (TV, TV)},
+    ),
+    "proj_out": Site(join=Tokens(V)),
+}
+
+ERNIE_IMAGE: Plan = {
+    "layers": Site(
+        cut={"x": Tokens(J), "rotary_pos_emb": Tokens(J)},
+        whole="temb",
+        attention={"self_attention": (J, J)},
+    ),
+    "final_linear": Site(join=Tokens(J)),
+}
+
+_HIDREAM = Site(whole="adaln_input", attention={"": (IT, IT)})
+HIDREAM: Plan = {  # between the blocks the model puts another text behind the first: there the text is whole
+    "double_stream_blocks": replace(
+        _HIDREAM,
+        cut={"image_tokens": Tokens(I), "text_tokens": Tokens(T), "rope": Tokens(IT)},
+        join_each=(None, Tokens(T)),
+    ),
+    "single_stream_blocks": replace(
+        _HIDREAM,
+        cut={"image_tokens": Behind("image", Tokens(T)), "rope": Tokens(IT)},
+        join_each=Behind("image", Tokens(T)),
+    ),
+    "final_layer": Site(join=Tokens(I)),
+}
+
+_LENS = {
+    "hidden_states": Tokens(I),
+    "attention_mask": Trimmed(IT, stays_whole=False),
+    "encoder_hidden_states": Tokens(T),
+}
+LENS: Plan = {
+    "transformer_blocks": Site(
+        cut={**_LENS, "freqs_cis": Tokens(IT, 2)},
+        whole="temb",
+        attention={"": (IT, IT)},
+    ),
+    "proj_out": Site(join=Tokens(I)),
+}
+
+MOCHI: Plan = {
+    "blocks": Site(
+        cut={
+            "x": Tokens(V),
+            "crop_y": Cropped("text", of="y"),
+            "y": Tokens(T),
+            "rope_cos": Tokens(V, 0),
+            "rope_sin": Tokens(V, 0),
+        },
+        whole="c",
+        attention={"": (VT, VT)},
+    ),
+    "final_layer": Site(join=Tokens(V)),
+}
+
+
+def _omnigen2(streams: tuple[str, ...], join: Any = None) -> Site:
+    return Site(
+        cut={"hidden_states": Tokens(streams), "image_rotary_emb": Tokens(streams)},
+        whole="attention_mask temb",
+        attention={"": (streams, streams)},
+        join=join,
+    )
+
+
+OMNIGEN2: Plan = {
+    "noise_refiner": _omnigen2(I, Tokens(I)),
+    "ref_image_refiner": _omnigen2(R, Tokens(R)),
+    "layers": _omnigen2(J),
+    "norm_out": Site(join=Tokens(J)),
+}
+
+M = ("images",)
+TM = (*T, *M)
+BOOGU: Plan = {
+    "noise_refiner": OMNIGEN2["noise_refiner"],
+    "ref_image_refiner": OMNIGEN2["ref_image_refiner"],
+    "double_stream_layers": Site(
+        cut={
+            "img_hidden_states": Tokens(M),  # references and noise
+            "instruct_hidden_states": Tokens(T),
+            "joint_rotary_emb": Tokens(TM),
+            "img_rotary_emb": Tokens(M),
+        },
+        whole="temb joint_attention_mask img_attention_mask",
+        attention={"img_instruct_attn.processor": (TM, TM), "img_self_attn": (M, M)},
+    ),
+    "single_stream_layers": _omnigen2(TM),
+    "norm_out": Site(join=Tokens(TM)),
+}
+
+IDEOGRAM4: Plan = {
+    "layers": Site(cut={"x": Tokens(J), "freqs_cis": Tokens(J)}, whole="attn_mask adaln_input", attention={"": (J, J)}),
+    "final_layer": Site(join=Tokens(J)),
+}
+
+JOY_IMAGE: Plan = {
+    "double_blocks": Site(
+        cut={"hidden_states": Tokens(I), "encoder_hidden_states": Tokens(T), "image_rotary_emb": Tokens(I)},
+        whole="temb",
+        attention={"": (IT, IT)},
+        join=(Tokens(I), None),  # here, since the model cuts references off by their whole length
+    ),
 }
 
 KREA2: Plan = {
@@ -194,19 +366,38 @@ COSMOS_PREDICT2: Plan = {  # Anima, too
 
 PLANS: Mapping[str, Plan | Callable[[Any], Plan]] = {
     "Anima": COSMOS_PREDICT2,
+    "AnimateWanModel": WAN_ANIMATE,
+    "AsymmDiTJoint": MOCHI,
+    "BooguTransformer2DModel": BOOGU,
+    "CameraWanModel": WAN,
     "Chroma": FLUX,
+    "ChromaRadiance": CHROMA_RADIANCE,
+    "CogVideoXTransformer3DModel": COGVIDEOX,
+    "ErnieImageModel": ERNIE_IMAGE,
     "Flux": FLUX,
+    "HiDreamImageTransformer2DModel": HIDREAM,
+    "HumoWanModel": WAN_HUMO,
     "HunyuanVideo": lambda model: HUNYUAN_VIDEO if len(model.single_blocks) else HUNYUAN_VIDEO_15,
+    "Ideogram4Transformer2DModel": IDEOGRAM4,
+    "JoyImageTransformer3DModel": JOY_IMAGE,
     "Kandinsky5": KANDINSKY5,
     "LTXAVModel": LTX2,
     "LTXVModel": LTXV,
+    "LensTransformer2DModel": LENS,
+    "MMDiT": AURA_FLOW,
+    "MageFlowTransformer2DModel": QWEN_IMAGE,
     "MiniMaxH3Model": MINIMAX_H3,
     "MiniTrainDIT": COSMOS_PREDICT2,
     "NextDiT": LUMINA,
+    "OmniGen2Transformer2DModel": OMNIGEN2,
     "QwenImageTransformer2DModel": QWEN_IMAGE,
     "SingleStreamDiT": KREA2,
+    "SCAIL2WanModel": WAN,
+    "SCAILWanModel": WAN,
     "VaceWanModel": WAN_VACE,
+    "WanDancerModel": WAN_DANCER,
     "WanModel": WAN,
+    "WanModel_S2V": WAN_S2V,
 }
 """Class → plan, or what makes it of a model."""
 
@@ -256,7 +447,24 @@ DESCRIBED: Mapping[str, Described] = {
     "NextDiT": Described("Z-Image, Omni, Lumina 2", ("T2I", "edit"), _SAMPLED),
     "SingleStreamDiT": Described("Krea 2", ("T2I", "edit"), _SAMPLED),
     "VaceWanModel": Described("Wan 2.1 VACE", ("T2V", "I2V", "edit"), _SAMPLED),
+    "AnimateWanModel": Described("Wan 2.2 Animate", ("I2V",), _CALLED),
+    "WanModel_S2V": Described("Wan 2.2 S2V", ("I2V",), _CALLED),
+    "HumoWanModel": Described("HuMo", ("T2V", "I2V"), _CALLED),
+    "CameraWanModel": Described("Wan 2.1, 2.2 Fun Camera", ("I2V",), _CALLED),
+    "SCAILWanModel": Described("SCAIL", ("I2V",), _CALLED),
+    "SCAIL2WanModel": Described("SCAIL-2", ("I2V",), _CALLED),
+    "WanDancerModel": Described("WanDancer", ("I2V",), _CALLED),
+    "HiDreamImageTransformer2DModel": Described("HiDream I1, E1", ("T2I", "edit"), _CALLED),
+    "OmniGen2Transformer2DModel": Described("OmniGen2", ("T2I", "edit"), _CALLED),
+    "ErnieImageModel": Described("ERNIE-Image", ("T2I",), _CALLED),
+    "Ideogram4Transformer2DModel": Described("Ideogram 4", ("T2I",), _CALLED),
+    "JoyImageTransformer3DModel": Described("JoyImage", ("T2I", "edit"), _CALLED),
+    "BooguTransformer2DModel": Described("Boogu", ("T2I", "edit"), _CALLED),
+    "MageFlowTransformer2DModel": Described("Mage-Flow", ("T2I", "edit"), _CALLED),
+    "LensTransformer2DModel": Described("Lens", ("T2I",), _CALLED),
+    "MMDiT": Described("AuraFlow", ("T2I",), _CALLED),
     "Chroma": Described("Chroma", ("T2I",), _CALLED),
+    "ChromaRadiance": Described("Chroma Radiance", ("T2I",), _CALLED),
     "Kandinsky5": Described("Kandinsky 5", ("T2V", "T2I"), _CALLED),
     "MiniTrainDIT": Described("Cosmos Predict 2", ("T2I", "I2V"), _CALLED),
     "Anima": Described("Anima", ("T2I",), _CALLED),

@@ -9,5 +9,6 @@ from torch import nn
 
 def planned_blocks(network: nn.Module, plan: Iterable[str]) -> list[nn.Module]:
     """The modules of the lists that a plan names, in its order."""
-    lists = [module for path in plan if isinstance(module := network.get_submodule(path), nn.ModuleList)]
+    paths = dict.fromkeys(path.partition(".*.")[0] for path in plan)
+    lists = [module for path in paths if isinstance(module := network.get_submodule(path), nn.ModuleList)]
     return list(dict.fromkeys(block for each in lists for block in each))

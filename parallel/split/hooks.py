@@ -61,7 +61,9 @@ class Split:
         self._routes = routes(lambda: self._streams)
         self._handles: list[RemovableHandle] = []
         self.blocks: list[Block] = []
-        """In the order of the plan and of its lists."""
+        """Those that can be compiled, in the order of the plan and of its lists."""
+        self._reached_into = {path.partition(".*.")[0] for path in plan if ".*." in path}
+        """Lists whose blocks have sites inside: their hooks do more than a compiled block can take along."""
         try:
             self._handles.append(model.register_forward_pre_hook(self._begin))
             for path, site in plan.items():
@@ -95,12 +97,15 @@ class Split:
             )
 
     def _install(self, model: nn.Module, path: str, site: Site) -> None:
-        module = self._submodule(model, path, f"{self._name}")
+        path_of_list, within_each, below = path.partition(".*.")
+        module = self._submodule(model, path_of_list, f"{self._name}")
         is_list = isinstance(module, nn.ModuleList)
         modules = list(module) if isinstance(module, nn.ModuleList) else [module]
         for number, each in enumerate(modules):
-            where = f"{self._name}.{path}.{number}" if is_list else f"{self._name}.{path}".rstrip(".")
-            if is_list:
+            where = f"{self._name}.{path_of_list}.{number}" if is_list else f"{self._name}.{path}".rstrip(".")
+            if within_each:
+                each, where = self._submodule(each, below, where), f"{where}.{below}"
+            elif is_list:
                 self._handles.append(each.register_forward_pre_hook(self._enter))
             if site.cut or site.whole is not None:
                 cut = _Cut(each, site, lambda: self._streams, f"{where} ({type(each).__name__})")
@@ -114,8 +119,10 @@ class Split:
                 route, handles = self._routes.install(attention, streams, kind, place, number)
                 self._handles += handles
                 routes = [*routes, route] if name else [route, *routes[1:]]
-            if is_list:
+            if is_list and not within_each and path not in self._reached_into:
                 self.blocks.append(Block(each, tuple(routes)))
+            if site.join_each is not None:
+                self._handles.append(each.register_forward_hook(_Joined(site.join_each, lambda: self._streams, where)))
         if site.join is not None and modules:
             self._handles.append(modules[-1].register_forward_hook(_Joined(site.join, lambda: self._streams, path)))
 
@@ -166,10 +173,12 @@ class _Cut:
         if streams.ranks.size == 1:
             return None
         new: dict[str, Any] = {}
+        streams.given = given
         for name, rule in self._rules.items():
             if given.get(name) is not None:
                 with _naming(self._where, name, given[name]):
                     new[name] = applied("cut", rule, given[name], streams)
+        streams.given = {}
         args = tuple(new.get(name, value) for name, value in zip(self._names, args, strict=False))
         return args, {name: new.get(name, value) for name, value in kwargs.items()}
 

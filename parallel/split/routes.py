@@ -8,6 +8,7 @@ global behind.
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
@@ -27,6 +28,8 @@ OVERRIDE = "optimized_attention_override"
 """ComfyUI's name, since September 2025, for a function that is called in place of its attention."""
 _USERS = "sequence_parallel_users_override"
 """Where the user's own override waits, to compute what this one gathers."""
+ATTENTION = "optimized_attention"
+"""ComfyUI's name for its attention function, which models import."""
 
 
 class Route:
@@ -176,6 +179,13 @@ class ThroughOptions:
         """
         route = None if streams is None else ComfyRoute(self._current, *streams, kind, where)
         place = place_of_options(module)
+        taken = inspect.signature(type(module).forward).parameters
+        if route is not None and OPTIONS not in taken and all(p.kind is not p.VAR_KEYWORD for p in taken.values()):
+            named = _ThroughName(self._current, route, module, where)
+            return route, [
+                module.register_forward_pre_hook(named.before),
+                module.register_forward_hook(named.after, always_call=True, prepend=True),
+            ]
 
         def before(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
             options = args[place] if place < len(args) else kwargs.get(OPTIONS)
@@ -201,6 +211,33 @@ class ThroughOptions:
         if site:
             handles.append(module.register_forward_hook(after, with_kwargs=True))
         return route, handles
+
+
+class _ThroughName:
+    """Routes of ComfyUI's modules that take no `transformer_options`: while one runs, the attention function that its
+    Python module has imported is the routed one."""
+
+    def __init__(self, current: Callable[[], Streams], route: ComfyRoute, module: nn.Module, where: str):
+        self._current, self._route, self._where = current, route, where
+        self._globals = vars(sys.modules[type(module).__module__])
+        self._original: Any = None
+
+    def before(self, module: nn.Module, args: Any) -> None:
+        if self._current().ranks.size == 1:
+            return
+        if ATTENTION not in self._globals:
+            raise PlanError(f"{self._where} takes no {OPTIONS}, nor knows {ATTENTION}: its attention cannot be routed")
+        self._route.expect()
+        self._original = original = self._globals[ATTENTION]
+
+        def routed(*args: Any, **kwargs: Any) -> Tensor:
+            return self._route(original, *args, **{OPTIONS: {}} | kwargs)
+
+        self._globals[ATTENTION] = routed
+
+    def after(self, module: nn.Module, args: Any, out: Any) -> None:
+        if self._original is not None:
+            self._globals[ATTENTION], self._original = self._original, None
 
 
 class ThroughTorch:

@@ -99,10 +99,14 @@ class Grouped:
 
     Groups become values per token: a rank's tokens may begin and end within a group, and models guess the tokens of a
     group from lengths.
+
+    Args:
+        cut_off: the tokens may end within a group, whose length is the next whole number then.
     """
 
     stream: str
     ndim: int
+    cut_off: bool = False
 
     def cut(self, value: Tensor, streams: Streams) -> Tensor:
         """[B, G, …] → [B, S_r, …]."""
@@ -110,14 +114,63 @@ class Grouped:
         if groups == 1:
             return value
         total = streams.total((self.stream,))
-        if total % groups:
+        if total % groups and not self.cut_off:
             raise PlanError(f"{groups} groups along dim 1 do not divide the {total} tokens of {self.stream}")
-        each = total // groups
+        each = -(-total // groups)
 
         def expanded() -> Tensor:
             return value.index_select(1, streams.mine((self.stream,), value.device) // each)
 
         return streams.once((self, self.stream), value, expanded)
+
+
+@dataclass(frozen=True)
+class OwnGroups:
+    """A tensor with `entries` rows along dim 1 for each group of as many tokens of `stream` (a frame's sound): those of
+    the groups that this rank has tokens of.
+
+    Args:
+        until: another argument, the number of tokens at the start that are in groups; none: all are.
+    """
+
+    stream: str
+    entries: int = 1
+    until: str = ""
+
+    def cut(self, value: Tensor, streams: Streams) -> Tensor:
+        """[B, G · entries, …] → [B, G_r · entries, …], at least one group."""
+        total = streams.given[self.until] if self.until else streams.total((self.stream,))
+        groups, rest = divmod(value.shape[1], self.entries)
+        if rest or groups < 1 or total % groups:
+            raise PlanError(f"dim 1 is not {self.entries} rows for each of some groups of {total} tokens")
+        each = total // groups
+        index = streams.mine((self.stream,))
+        count = int((index < total).sum())
+        start = int(index[0]) if count else 0
+        first, last = start // each, (start + max(count, 1) - 1) // each + 1
+        streams.notes[WholeGroups(self.stream)] = start - first * each, count, last * each - start - count
+        return value[:, first * self.entries : last * self.entries]
+
+
+@dataclass(frozen=True)
+class WholeGroups:
+    """This rank's tokens of `stream`, [B, S_r, D], in the groups of `OwnGroups`, which is cut before it: zeros stand
+    for the others' tokens of a group. A number of tokens becomes how many these are."""
+
+    stream: str
+
+    def cut(self, value: Tensor | int, streams: Streams) -> Tensor | int:
+        """[B, S_r, D] → [B, G_r · tokens of a group, …]; tokens behind the groups stay behind."""
+        before, count, behind = streams.notes[self]
+        if isinstance(value, int):
+            return before + count + behind
+        grouped, rest = value[:, :count], value[:, count:]
+        return torch.cat([F.pad(grouped, (0, 0, before, behind)), rest], dim=1)
+
+    def join(self, value: Tensor, streams: Streams) -> Tensor:
+        """The reverse."""
+        before, count, behind = streams.notes[self]
+        return torch.cat([value[:, before : before + count], value[:, before + count + behind :]], dim=1)
 
 
 @dataclass(frozen=True)
@@ -155,15 +208,18 @@ class Trimmed:
     padding is dropped, and the mask with it. It stands before the rule that would give the text its length.
 
     Exact, since attention without a mask does not care about the order of keys. A mask that weighs, that differs in a
-    batch or leaves out others, stays a mask.
+    batch or leaves out others, stays a mask: whole, or cut where the model compares its length with the tokens'.
     """
 
     streams: Names
     text: str = "text"
+    stays_whole: bool = True
 
     def cut(self, value: Tensor, streams: Streams) -> Tensor | None:
-        """[…, S] → None, or as it is."""
-        return None if streams.once(self, value, lambda: self._trims(value, streams)) else value
+        """[…, S] → None, as it is, or […, S_r]."""
+        if streams.once(self, value, lambda: self._trims(value, streams)):
+            return None
+        return value if self.stays_whole else Tokens(self.streams, value.ndim - 1).cut(value, streams)
 
     def _trims(self, value: Tensor, streams: Streams) -> bool:
         rows = value.reshape(-1, value.shape[-1])
@@ -182,12 +238,33 @@ class Trimmed:
 
 
 @dataclass(frozen=True)
+class Cropped:
+    """A number: the model uses as many tokens of a stream, which has its length from another argument. The rest is
+    dropped. It stands before the rule of that argument."""
+
+    stream: str
+    of: str
+
+    def cut(self, value: int, streams: Streams) -> int:
+        """→ how many this rank has."""
+        if self.stream not in streams:
+            total = streams.given[self.of].shape[1]
+            streams.define(self.stream, total, None if value >= total else torch.arange(value))
+        return streams.local((self.stream,))
+
+
+@dataclass(frozen=True)
 class Behind:
-    """A result that begins with this rank's tokens of `stream`, which the model will cut off by their number; what
-    follows is joined by `rule`."""
+    """A tensor that begins with this rank's tokens of `stream`, by whose number the model will cut them off; `rule` is
+    for what follows."""
 
     stream: str
     rule: Tokens
+
+    def cut(self, value: Tensor, streams: Streams) -> Tensor:
+        """[B, T_r + S, …] → [B, T_r + S_r, …]."""
+        here = streams.local((self.stream,))
+        return torch.cat([value[:, :here], self.rule.cut(value[:, here:], streams)], dim=1)
 
     def join(self, value: Tensor, streams: Streams) -> Tensor:
         """[B, T_r + S_r, …] → [B, T_r + S, …]."""

@@ -57,10 +57,13 @@ class Site:
     """Submodule ("": all of it) → streams of its queries and of its keys, or LOCAL."""
     join: Rule = None
     """For what leaves the module; of a list: its last module."""
+    join_each: Rule = None
+    """For what leaves each module of a list: where the model takes whole tokens between the blocks."""
 
 
 Plan: TypeAlias = Mapping[str, Site]
-"""Path of a module or list of modules ("" is the model) → what happens there."""
+"""Path of a module or list of modules ("" is the model) → what happens there. "list.*.name" is that submodule of each
+module of a list."""
 
 
 def applied(what: str, rule: Rule, value: Any, streams: Streams) -> Any:

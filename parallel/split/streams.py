@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
@@ -58,13 +58,15 @@ class Streams:
 
     Attributes:
         notes: what a rule keeps from cut to join.
+        given: arguments of the module whose arguments are being cut, as they came: for rules that depend on another.
         routed: kind of attention → whether one of this kind has been exchanged.
         skipping: whether a cache skips the blocks that come next: their hooks run, and they do not.
     """
 
     def __init__(self, ranks: SequenceRanks):
         self.ranks = ranks
-        self.notes: dict[str, Any] = {}
+        self.notes: dict[Any, Any] = {}
+        self.given: Mapping[str, Any] = {}
         self.routed: dict[str, bool] = {}
         self.skipping = False
         self._streams: dict[str, Stream] = {}

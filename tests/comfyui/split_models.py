@@ -98,6 +98,118 @@ def wan_vace(heads: int) -> dict[str, Any]:
     return wan(heads, model_type="vace", vace_layers=2, vace_in_dim=96)
 
 
+def wan_kind(kind: str, **more: Any) -> Callable[[int], dict[str, Any]]:
+    """Of a class of its own."""
+    return lambda heads: wan(heads, model_type=kind, **more)
+
+
+def animate(heads: int) -> dict[str, Any]:
+    return wan(heads, model_type="animate", in_dim=36, num_layers=5)
+
+
+def aura_flow(heads: int) -> dict[str, Any]:
+    return {
+        "in_channels": 4, "out_channels": 4, "cond_seq_dim": 48, "patch_size": 2, "n_double_layers": 2, "n_layers": 4,
+        "dim": 64 * heads, "n_heads": heads, "global_conddim": 64 * heads, "max_seq": 256,
+    }  # fmt: skip
+
+
+def cogvideox(heads: int, **more: Any) -> dict[str, Any]:
+    return {
+        "image_model": "cogvideox", "num_attention_heads": heads, "attention_head_dim": 64, "in_channels": 16,
+        "out_channels": 16, "time_embed_dim": 64, "text_embed_dim": 48, "num_layers": 2, "patch_size": 2,
+        "use_rotary_positional_embeddings": True, "sample_height": 6, "sample_width": 10, "sample_frames": 9,
+        "max_text_seq_length": 9,
+    } | more  # fmt: skip
+
+
+def ernie(heads: int) -> dict[str, Any]:
+    return {
+        "image_model": "ernie", "hidden_size": 128 * heads, "num_attention_heads": heads, "num_layers": 3,
+        "ffn_hidden_size": 128, "in_channels": 16, "out_channels": 16, "text_in_dim": 48,
+    }  # fmt: skip
+
+
+def hidream(heads: int) -> dict[str, Any]:
+    return {
+        "image_model": "hidream", "attention_head_dim": 128, "axes_dims_rope": [64, 32, 32],
+        "caption_channels": [48, 40], "max_resolution": [128, 128], "in_channels": 16, "out_channels": 16,
+        "llama_layers": [0, 1, 1, 2], "num_attention_heads": heads, "num_routed_experts": 2, "num_activated_experts": 1,
+        "num_layers": 2, "num_single_layers": 2, "patch_size": 2, "text_emb_dim": 32,
+    }  # fmt: skip
+
+
+def boogu(heads: int) -> dict[str, Any]:
+    return {
+        "image_model": "boogu", "hidden_size": 120 * heads, "num_layers": 2, "num_double_stream_layers": 2,
+        "num_refiner_layers": 1, "num_attention_heads": heads, "num_kv_heads": 1 if heads % 2 else 2,
+        "instruction_feat_dim": 48,
+    }  # fmt: skip
+
+
+def chroma_radiance(heads: int) -> dict[str, Any]:
+    return chroma(heads) | {
+        "image_model": "chroma_radiance", "in_channels": 3, "out_channels": 3, "patch_size": 16,
+        "nerf_hidden_size": 16, "nerf_mlp_ratio": 4, "nerf_depth": 2, "nerf_max_freqs": 8, "nerf_tile_size": 512,
+        "nerf_final_head_type": "conv", "nerf_embedder_dtype": torch.float32, "use_x0": True,
+        "use_sequential_txt_ids": False,
+    }  # fmt: skip
+
+
+def ideogram4(heads: int) -> dict[str, Any]:
+    return {
+        "image_model": "ideogram4", "in_channels": 16, "num_layers": 3, "num_attention_heads": heads,
+        "attention_head_dim": 128, "intermediate_size": 128, "adaln_dim": 32, "llm_features_dim": 48,
+        "mrope_section": [24, 20, 20],
+    }  # fmt: skip
+
+
+def joy_image(heads: int) -> dict[str, Any]:
+    return {
+        "image_model": "joyimage", "hidden_size": 128 * heads, "num_attention_heads": heads, "text_dim": 48,
+        "num_layers": 2,
+    }  # fmt: skip
+
+
+def mage_flow(heads: int) -> dict[str, Any]:
+    return {
+        "image_model": "mage_flow", "in_channels": 16, "out_channels": 16, "num_layers": 2,
+        "num_attention_heads": heads, "joint_attention_dim": 48,
+    }  # fmt: skip
+
+
+def ovis(heads: int) -> dict[str, Any]:
+    return flux(
+        heads, vec_in_dim=None, guidance_embed=False, yak_mlp=True, txt_norm=True, txt_ids_dims=[1, 2],
+        context_in_dim=48,
+    )  # fmt: skip
+
+
+def lens(heads: int) -> dict[str, Any]:
+    return {
+        "image_model": "lens", "in_channels": 16, "out_channels": 4, "num_layers": 2, "attention_head_dim": 64,
+        "num_attention_heads": heads, "enc_hidden_dim": 24, "selected_layer_index": [1, 2],
+    }  # fmt: skip
+
+
+def mochi(heads: int) -> dict[str, Any]:
+    return {
+        "image_model": "mochi_preview", "depth": 2, "patch_size": 2, "num_heads": heads, "hidden_size_x": 128 * heads,
+        "hidden_size_y": 64, "mlp_ratio_x": 12288 / (128 * heads), "mlp_ratio_y": 4.0, "learn_sigma": False,
+        "in_channels": 12, "qk_norm": True, "qkv_bias": False, "out_bias": True, "attn_drop": 0.0,
+        "patch_embed_bias": True, "posenc_preserve_area": True, "timestep_mlp_bias": True, "attend_to_padding": False,
+        "timestep_scale": 1000.0, "use_t5": True, "t5_feat_dim": 48, "t5_token_length": 9, "rope_theta": 10000.0,
+    }  # fmt: skip
+
+
+def omnigen2(heads: int) -> dict[str, Any]:
+    return {
+        "image_model": "omnigen2", "patch_size": 2, "in_channels": 16, "hidden_size": 96 * heads, "num_layers": 2,
+        "num_refiner_layers": 1, "num_attention_heads": heads, "num_kv_heads": 1 if heads % 2 else 2,
+        "text_feat_dim": 48,
+    }  # fmt: skip
+
+
 def minimax_h3(heads: int, **more: Any) -> dict[str, Any]:
     return {
         "image_model": "minimax_h3", "num_layers": 3, "token_refiner_num_layers": 2, "hidden_size": 256,
@@ -223,9 +335,23 @@ def hunyuan_call(*, padding: int = 0, reference: bool = False, image: bool = Fal
     return call((1, 16, 3, 6, 10), [600.0], (1, 11, 64), **more)
 
 
-def wan_call(*, batch: int = 1, t: Any = None, channels: int = 16, **named: Any) -> Callable[[Any], Call]:
+def wan_call(
+    *, batch: int = 1, t: Any = None, channels: int = 16, size: tuple[int, int] = (6, 10), **named: Any
+) -> Callable[[Any], Call]:
     t = [600.0] * batch if t is None else t
-    return call((batch, channels, 3, 6, 10), t, (batch, 9, 4096), **named)
+    return call((batch, channels, 3, *size), t, (batch, 9, 4096), **named)
+
+
+def animate_call(*, face: bool = True, **named: Any) -> Callable[[Any], Call]:
+    """With a pose and a face. What takes the face from pixels stands in: it takes 512 × 512 of them."""
+
+    def make(network: Any) -> Call:
+        network.motion_encoder.get_motion = lambda pixels: random(len(pixels), 512, seed=9)
+        conditions = {"clip_fea": (1, 257, 1280), "pose_latents": (1, 16, 2, 6, 10)}
+        args, more = wan_call(channels=36, **conditions | named)(network)
+        return args, more | ({"face_pixel_values": torch.zeros(len(args[0]), 3, 5, 1, 1)} if face else {})
+
+    return make
 
 
 def h3_call(*, conditions: str = "", masks: bool = False, text: int = 7) -> Callable[[Any], Call]:
@@ -314,6 +440,10 @@ def qwen_control(network: Any) -> Call:
     return args, {**named, "control": {"input": residuals}}
 
 
+_IMAGE = {"channels": 36, "clip_fea": (1, 257, 1280)}
+_S2V = wan_kind("s2v", audio_dim=48, audio_inject_layers=[0, 1])
+_HEARD = {"audio_embed": (1, 25, 48, 12)}
+_HUMO_HEARD = {"audio_embed": (1, 3, 8, 5, 1280)}
 _SIX_OF_NINE = torch.tensor([[1] * 6 + [0] * 3])
 _MASKED = torch.tensor([[[True] * 5 + [False] * 2 + [True] * 35]])
 _OMNI = {"ref_latents": [random(1, 16, 6, 8, seed=4)], "ref_contexts": [random(1, 5, 48), random(1, 3, 48, seed=5)]}
@@ -374,6 +504,159 @@ CASES: dict[str, Case] = {
         config=wan_vace,
         inputs=wan_call(vace_context=(1, 2, 96, 3, 6, 10), vace_strength=[0.7, 1.0]),
     ),
+    "Wan Fun, reference": Case(
+        supported="WAN21_FunControl2V",
+        config=lambda heads: wan(heads, in_dim=48, in_dim_ref_conv=16),
+        inputs=wan_call(channels=48, reference_latent=(1, 16, 6, 10)),
+    ),
+    "Wan Camera": Case(
+        supported="WAN21_Camera",
+        config=wan_kind("camera", in_dim=32),
+        inputs=wan_call(camera_conditions=(1, 24, 3, 48, 80), **_IMAGE | {"channels": 32}),
+    ),
+    "Wan Animate": Case(supported="WAN22_Animate", config=animate, inputs=animate_call()),
+    "Wan Animate, no face": Case(supported="WAN22_Animate", config=animate, inputs=animate_call(face=False)),
+    "Wan Animate, batch 2": Case(
+        supported="WAN22_Animate",
+        config=animate,
+        inputs=animate_call(batch=2, clip_fea=(2, 257, 1280)),
+    ),
+    "Wan HuMo": Case(supported="WAN21_HuMo", config=wan_kind("humo"), inputs=wan_call(**_HUMO_HEARD)),
+    "Wan HuMo, reference": Case(
+        supported="WAN21_HuMo",
+        config=wan_kind("humo"),
+        inputs=wan_call(**_HUMO_HEARD, reference_latent=(1, 16, 1, 6, 10)),
+    ),
+    "Wan S2V, pose": Case(
+        supported="WAN22_S2V", config=_S2V, inputs=wan_call(**_HEARD, control_video=(1, 16, 3, 6, 10))
+    ),
+    "Wan S2V, reference": Case(
+        supported="WAN22_S2V", config=_S2V, inputs=wan_call(**_HEARD, reference_latent=(1, 16, 1, 6, 10))
+    ),
+    "Wan S2V, reference, motion": Case(
+        supported="WAN22_S2V",
+        config=_S2V,
+        inputs=wan_call(size=(8, 8), **_HEARD, reference_latent=(1, 16, 1, 8, 8), reference_motion=(1, 16, 19, 8, 8)),
+    ),
+    "WanDancer": Case(
+        supported="WAN22_WanDancer",
+        config=wan_kind("wandancer", in_dim=36, audio_inject_layers=[0, 1]),
+        inputs=wan_call(size=(8, 12), **_IMAGE, audio_embed=(1, 30, 35), clip_fea_ref=(1, 257, 1280)),
+    ),
+    "SCAIL, pose, reference": Case(
+        supported="WAN21_SCAIL",
+        config=wan_kind("scail", in_dim=20),
+        inputs=wan_call(
+            channels=20, clip_fea=(1, 257, 1280), pose_latents=(1, 20, 3, 2, 6), reference_latent=(1, 20, 1, 6, 10)
+        ),
+    ),
+    "SCAIL-2, pose, masks": Case(
+        supported="WAN21_SCAIL2",
+        config=wan_kind("scail2", in_dim=20),
+        inputs=wan_call(
+            channels=20,
+            clip_fea=(1, 257, 1280),
+            pose_latents=(1, 20, 3, 2, 6),
+            reference_latent=(1, 20, 1, 6, 10),
+            ref_mask_latents=(1, 28, 4, 6, 10),
+            sam_latents=(1, 28, 3, 2, 6),
+        ),
+    ),
+    "AuraFlow": Case(supported="AuraFlow", config=aura_flow, inputs=call((1, 4, 10, 14), [0.6], (1, 7, 48))),
+    "CogVideoX": Case(supported="CogVideoX_T2V", config=cogvideox, inputs=call((1, 16, 3, 6, 10), [600.0], (1, 9, 48))),
+    "CogVideoX, learned positions, batch 2": Case(
+        supported="CogVideoX_I2V",
+        config=lambda heads: cogvideox(
+            heads, in_channels=32, use_rotary_positional_embeddings=False, use_learned_positional_embeddings=True
+        ),
+        inputs=call((2, 32, 3, 6, 10), [600.0] * 2, (2, 9, 48)),
+        heads=(3,),  # its positions ask for a width that 3 divides
+    ),
+    "CogVideoX 1.5, image to video": Case(
+        supported="CogVideoX_I2V",
+        config=lambda heads: cogvideox(heads, in_channels=32, patch_size_t=2, ofs_embed_dim=64),
+        inputs=call((1, 32, 3, 6, 10), [600.0], (1, 9, 48), ofs=torch.tensor([2.0])),
+    ),
+    "ERNIE-Image": Case(supported="ErnieImage", config=ernie, inputs=call((1, 16, 5, 7), [600.0], (1, 7, 48))),
+    "ERNIE-Image, batch 2": Case(
+        supported="ErnieImage", config=ernie, inputs=call((2, 16, 5, 7), [600.0] * 2, (2, 2, 48))
+    ),
+    "HiDream": Case(
+        supported="HiDream",
+        config=hidream,
+        inputs=picture_call(5, 48, y=(1, 32), encoder_hidden_states_llama3=(1, 3, 7, 40)),
+    ),
+    "HiDream, batch 2": Case(
+        supported="HiDream",
+        config=hidream,
+        inputs=picture_call(1, 48, batch=2, y=(2, 32), encoder_hidden_states_llama3=(2, 3, 1, 40)),
+    ),
+    "Lens": Case(supported="Lens", config=lens, inputs=call((1, 16, 5, 7), [0.6], (1, 7, 48))),
+    "Lens, padded": Case(
+        supported="Lens",
+        config=lens,
+        inputs=call((1, 16, 5, 7), [0.6], (1, 7, 48), attention_mask=torch.tensor([[1] * 5 + [0] * 2])),
+    ),
+    "Lens, unequal texts": Case(
+        supported="Lens",
+        config=lens,
+        inputs=call((2, 16, 5, 7), [0.6] * 2, (2, 7, 48), attention_mask=torch.tensor([[1] * 5 + [0] * 2, [1] * 7])),
+    ),
+    "Mochi": Case(
+        supported="GenmoMochi",
+        config=mochi,
+        inputs=call((1, 12, 3, 6, 10), [0.6], (1, 9, 48), attention_mask=_SIX_OF_NINE, num_tokens=6),
+    ),
+    "Mochi, no padding, batch 2": Case(
+        supported="GenmoMochi",
+        config=mochi,
+        inputs=call((2, 12, 3, 6, 10), [0.6] * 2, (2, 9, 48), attention_mask=torch.ones(2, 9), num_tokens=9),
+    ),
+    "OmniGen2": Case(supported="Omnigen2", config=omnigen2, inputs=picture_call(7, 48, num_tokens=7)),
+    "OmniGen2, references": Case(
+        supported="Omnigen2",
+        config=omnigen2,
+        inputs=picture_call(7, 48, num_tokens=7, ref_latents=[random(1, 16, 6, 8), random(1, 16, 4, 2)]),
+    ),
+    "Boogu": Case(supported="Boogu", config=boogu, inputs=picture_call(7, 48, num_tokens=7)),
+    "Boogu, references": Case(
+        supported="Boogu",
+        config=boogu,
+        inputs=picture_call(2, 48, num_tokens=2, ref_latents=[random(1, 16, 6, 8), random(1, 16, 4, 2)]),
+    ),
+    "Chroma Radiance": Case(
+        supported="ChromaRadiance",
+        config=chroma_radiance,
+        inputs=call((1, 3, 80, 112), [0.6], (1, 7, 48), guidance=torch.tensor([0.0])),
+    ),
+    "Ideogram 4, padded": Case(
+        supported="Ideogram4",
+        config=ideogram4,
+        inputs=call((1, 16, 5, 7), [0.6], (1, 7, 48), attention_mask=torch.tensor([[0] * 2 + [1] * 5])),
+    ),
+    "Ideogram 4, no text": Case(
+        supported="Ideogram4",
+        config=ideogram4,
+        inputs=lambda network: ((random(1, 16, 5, 7), torch.tensor([0.6])), {"context": None}),
+    ),
+    "JoyImage": Case(supported="JoyImage", config=joy_image, inputs=picture_call(7, 48, frames=True)),
+    "JoyImage, references": Case(
+        supported="JoyImage",
+        config=joy_image,
+        inputs=picture_call(2, 48, frames=True, ref_latents=[random(1, 16, 1, 6, 8)]),
+    ),
+    "Mage-Flow, padded, reference": Case(
+        supported="MageFlow",
+        config=mage_flow,
+        inputs=call(
+            (1, 16, 5, 7),
+            [0.6],
+            (1, 7, 48),
+            attention_mask=torch.tensor([[1] * 5 + [0] * 2]),
+            ref_latents=[random(1, 16, 3, 4)],
+        ),
+    ),
+    "Ovis-Image": Case(supported="Flux", config=ovis, inputs=flux_call()),
     "FLUX": Case(supported="Flux", config=flux, inputs=flux_call()),
     "FLUX, 2 text tokens, batch 2": Case(supported="Flux", config=flux, inputs=flux_call(text=2, batch=2)),
     "FLUX, references": Case(supported="Flux", config=flux, inputs=flux_call(method="uxo")),
@@ -421,17 +704,27 @@ CASES: dict[str, Case] = {
 ONE_OF_EACH_CLASS = (
     "MiniMax H3, references, masks", "LTX-2.3, kept frame, batch 2", "LTXV", "Z-Image", "Wan, a timestep per frame",
     "Wan VACE", "FLUX, ControlNet", "Chroma, masked", "HunyuanVideo, padded", "Krea 2",
-    "Qwen-Image, padded, clean reference", "Kandinsky 5", "Cosmos Predict 2", "Anima",
+    "Qwen-Image, padded, clean reference", "Kandinsky 5", "Cosmos Predict 2", "Anima", "Wan Animate",
+    "Wan HuMo, reference", "Wan S2V, reference", "ERNIE-Image", "HiDream", "Lens, padded", "Mochi",
+    "OmniGen2, references",
 )  # fmt: skip
+"""For the plain run, but for classes all of whose rules another one has, too: the extended run has each."""
 
 
 # ---------------------------------------------------------------------------------------------------------- networks
 
 
+_PERIOD = 65537
+"""Values after which those of a large tensor repeat: a prime, so that no two rows are alike."""
+
+
 def weight(name: str, shape: torch.Size) -> Tensor:
     """A random value, by the tensor's name: results are of order 1, every input shows in them, and attention is
     peaked, so that a key left out or taken twice shows, too."""
-    values = torch.randn(shape, generator=torch.Generator().manual_seed(zlib.crc32(name.encode())))
+    count = math.prod(shape)
+    period = _PERIOD if count > 8 * _PERIOD else max(count, 1)
+    values = torch.randn(period, generator=torch.Generator().manual_seed(zlib.crc32(name.encode())))
+    values = values.repeat(-(-count // period))[:count].reshape(shape)
     last = name.rsplit(".", 1)[-1]
     if re.search(r"(q|k|query|key)_?norm\w*\.(weight|scale)$|norm_(added_)?[qk]\.(weight|scale)$", name):
         return 2 + 0.2 * values
@@ -447,6 +740,7 @@ def network_of(supported: str, config: dict[str, Any]) -> nn.Module:
     import comfy.supported_models
 
     model_config: Any = getattr(comfy.supported_models, supported)(dict(config))
+    model_config.unet_config.update(config)  # sizes that its detection takes for granted, too
     model_config.set_inference_dtype(torch.float32, None)
     network: nn.Module = model_config.get_model({}, device="cpu").diffusion_model
     network.load_state_dict({name: weight(name, tensor.shape) for name, tensor in network.state_dict().items()})

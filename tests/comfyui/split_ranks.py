@@ -1,8 +1,9 @@
 """One rank of the tests of the split plans, run with ComfyUI's Python as
 
-    python -m tests.comfyui.split_ranks RANK WORLD STORE RESULTS COMFYUI plain|every
+    python -m tests.comfyui.split_ranks RANK WORLD STORE RESULTS COMFYUI plain|every|PATTERN
 
 Compares ComfyUI's own networks under their plans with themselves alone, and writes `{case: {split: difference}}`.
+PATTERN is a regular expression for names of cases, which run under every split.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import inspect
 import itertools
 import json
+import re
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -86,8 +88,9 @@ def renamed_arguments(network: nn.Module) -> Iterator[tuple[str, str]]:
     """Renames each argument that the plan cuts, one at a time; yields its name and what the installation says."""
     plan = plan_of(network)
     for path, site in plan.items():
-        module = network.get_submodule(path)
+        module = network.get_submodule(path.partition(".*.")[0])
         target = module[0] if isinstance(module, nn.ModuleList) else module
+        target = target.get_submodule(path.partition(".*.")[2])
         parameters = inspect.signature(type(target).forward).parameters
         if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
             continue  # takes any name; what the plan does not know is refused when it is given
@@ -127,10 +130,14 @@ def main(rank: int, world: int, store: str, results: str, comfyui: str, which: s
     dist.init_process_group("gloo", store=dist.FileStore(store, world), rank=rank, world_size=world)
     ranks = views(rank)
     found: dict[str, Any] = {}
-    names = ONE_OF_EACH_CLASS if which == "plain" else CASES
+    names = (
+        ONE_OF_EACH_CLASS
+        if which == "plain"
+        else [name for name in CASES if which == "every" or re.search(which, name)]
+    )
     for number, name in enumerate(names):
         case = CASES[name]
-        for heads in case.heads if which == "every" else case.heads[number % 2 :][:1]:
+        for heads in case.heads if which != "plain" else case.heads[number % 2 :][:1]:
             network = network_of(case.supported, case.config(heads))
 
             def run(network: nn.Module = network, inputs: Callable[[Any], Any] = case.inputs) -> Tensor:
@@ -142,11 +149,10 @@ def main(rank: int, world: int, store: str, results: str, comfyui: str, which: s
                 turn = next(itertools.islice(itertools.cycle(SPLITS), number, None))
                 chosen = {split: view for split, view in ranks.items() if split in (turn, "2 × 2")}
             found[f"{name}; {heads} heads"] = told = compare(network, run, chosen)
-            if name in ONE_OF_EACH_CLASS:
-                if (view := ranks["Ulysses 2"]) is not None:
-                    told["without exchange"] = without_exchange(network, run, view)
-                if rank == 3:
-                    told["renamed"] = dict(renamed_arguments(network))
+            if name in ONE_OF_EACH_CLASS and (view := ranks["Ulysses 2"]) is not None:
+                told["without exchange"] = without_exchange(network, run, view)
+            if rank == 3:
+                told["renamed"] = dict(renamed_arguments(network))
     Path(results).write_text(json.dumps(found))
     dist.destroy_process_group()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,9 @@ pytestmark = pytest.mark.comfyui
 
 ALLOWED = 1e-5
 """Relative, in fp32. Sums of other orders differ by about 1e-6."""
-WRONG = 0.1
-"""What a plan without an exchange of keys is off by, at least."""
+WRONG = 0.01
+"""What a plan without an exchange of keys is off by, at least: as much where attention without norms hardly tells keys
+apart (AuraFlow, ERNIE-Image), else ten times that."""
 
 Results = dict[str, dict[str, Any]]
 
@@ -68,17 +70,27 @@ def test_these_cases_show_a_lost_exchange(plain: list[Results]) -> None:
 @pytest.mark.slow
 def test_a_renamed_argument_is_named(plain: list[Results]) -> None:
     """As a newer ComfyUI might rename it. Each one that is cut, of each class."""
-    renamed = {name: told["renamed"] for name, told in plain[3].items()}
-    assert all(renamed.values()) and sum(map(len, renamed.values())) > 60
+    assert assert_renamed_are_named(plain[3]) > 80
+
+
+def assert_renamed_are_named(found: Results) -> int:
+    """How many there are."""
+    renamed = {name: told["renamed"] for name, told in found.items()}
+    take_any_name = {name.partition(";")[0].partition(",")[0] for name, arguments in renamed.items() if not arguments}
+    assert take_any_name <= {"AuraFlow", "Mochi"}
     for name, arguments in renamed.items():
         for path, message in arguments.items():
             argument = path.rpartition(".")[2]
             assert f"has no argument '{argument}', which its plan names" in message, f"{name}: {path}: {message}"
+    return sum(map(len, renamed.values()))
 
 
 @pytest.mark.extended
 @pytest.mark.timeout(1800)
 def test_every_variant_under_every_split(installation: Installation, tmp_path: Path) -> None:
-    ranks = results_of(installation, tmp_path, "every")
-    assert len(ranks[0]) >= 70
+    """`SPLIT_CASES`, a regular expression, chooses some of them by name."""
+    chosen = os.environ.get("SPLIT_CASES", "")
+    ranks = results_of(installation, tmp_path, chosen or "every")
+    assert len(ranks[0]) >= (1 if chosen else 150)
     assert_alike(ranks, {"one rank", "Ulysses 2", "ring 2", "2 × 2", "3 unequal", "removed"})
+    assert_renamed_are_named(ranks[3])

@@ -14,7 +14,7 @@ ALLOWED = {
     "cache": {"degrees", "errors", "plan", "split"},
     "split": {"attention", "errors", "plan"},
     "plans": {"errors", "split"},
-    "comfyui": {"checkpoints", "errors", "vae"},
+    "comfyui": {"checkpoints", "errors", "plans", "vae"},
 }
 """Package → what of the engine it may import besides itself."""
 

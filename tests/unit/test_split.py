@@ -14,7 +14,19 @@ from parallel.parallelize import parallelize
 from parallel.plan import AttentionPlan
 from parallel.split import PlanError, SequenceRanks, Site, Split
 from parallel.split.routes import ThroughTorch
-from parallel.split.rules import Before, Grid, Grouped, Ranges, Residuals, Tokens, Trimmed
+from parallel.split.rules import (
+    Before,
+    Behind,
+    Cropped,
+    Grid,
+    Grouped,
+    OwnGroups,
+    Ranges,
+    Residuals,
+    Tokens,
+    Trimmed,
+    WholeGroups,
+)
 from parallel.split.streams import Streams
 
 T, I, TI = ("text",), ("image",), ("text", "image")  # noqa: E741
@@ -221,3 +233,142 @@ def test_parallelize_names_what_it_cannot_use(monkeypatch: pytest.MonkeyPatch):
         parallelize(Model(), Mesh())  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"weights is \[1, 0\]; expected 2 numbers above 0"):
         parallelize(Model(), Mesh(), weights=[1, 0])  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("weights", [(1.0, 1.0), (4.0, 2.0, 1.0), (1.0,) * 8])
+def test_a_group_is_whole_on_each_rank_that_has_some_of_it(weights: tuple[float, ...]):
+    """3 frames of 5 tokens with 2 rows each, and 2 references behind them: every token meets its own frame's rows."""
+    rows, hidden = torch.arange(1.0, 7).reshape(1, 6, 1), torch.zeros(1, 17, 1)
+    parts = []
+    for rank in range(len(weights)):
+        streams = streams_of(weights, rank, video=17)
+        streams.given = {"framed": 15}
+        mine = OwnGroups("video", 2, until="framed").cut(rows, streams)
+        x = WholeGroups("video").cut(Tokens(("video",)).cut(hidden, streams), streams)
+        framed = WholeGroups("video").cut(15, streams)
+        assert framed % 5 == 0 and mine.shape[1] == framed // 5 * 2
+        x[:, :framed] += mine.reshape(-1, 1, 2).sum(2).repeat_interleave(5, 0)
+        parts.append(streams.without_phantoms(WholeGroups("video").join(x, streams), ("video",), 1))
+    assert torch.cat(parts, 1).flatten().tolist() == [3] * 5 + [7] * 5 + [11] * 5 + [0] * 2
+
+
+def test_groups_that_do_not_divide_the_tokens_are_refused():
+    with pytest.raises(PlanError, match="dim 1 is not 1 rows for each of some groups of 17 tokens"):
+        OwnGroups("video").cut(torch.ones(1, 3, 1), streams_of((1, 1), 0, video=17))
+    with pytest.raises(PlanError, match="3 groups along dim 1 do not divide the 8 tokens"):
+        Grouped("video", 3).cut(torch.ones(1, 3, 1), streams_of((1, 1), 0, video=8))
+
+
+def test_the_last_group_may_be_cut_off():
+    """As Wan repeats its modulations: 3 rows for 8 tokens are 3 + 3 + 2."""
+    per_frame = torch.tensor([[[10.0], [20.0], [30.0]]])
+    parts = [Grouped("video", 3, cut_off=True).cut(per_frame, streams_of((1, 1), rank, video=8)) for rank in (0, 1)]
+    assert torch.cat(parts, 1).flatten().tolist() == [10] * 3 + [20] * 3 + [30] * 2
+
+
+def test_a_number_crops_a_stream():
+    streams = streams_of((1, 1), 1, image=4)
+    streams.given = {"y": torch.ones(1, 9, 1)}
+    assert Cropped("text", of="y").cut(5, streams) == 2
+    assert (streams.total(T), streams.counts(T)) == (9, (3, 2))
+    assert Tokens(T).cut(torch.arange(9.0).reshape(1, 9, 1), streams).flatten().tolist() == [3, 4]
+
+
+def test_what_is_behind_a_stream_is_cut_and_joined():
+    value = torch.cat([torch.full((1, 2, 1), 7.0), torch.arange(5.0).reshape(1, 5, 1)], 1)
+    streams = streams_of((1, 1), 0, image=4, text=5)
+    assert Behind("image", Tokens(T)).cut(value, streams).flatten().tolist() == [7, 7, 0, 1, 2]
+
+
+def test_a_mask_that_stays_is_cut_where_the_model_compares_its_length():
+    unlike = torch.tensor([[[[True] * 11]], [[[True] * 10 + [False]]]])
+    streams = streams_of((1, 1), 0, image=6)
+    assert Trimmed(TI, stays_whole=False).cut(unlike, streams).shape[-1] == streams.local(TI) == 6
+
+
+class Inner(nn.Module):
+    def forward(self, y: Tensor) -> Tensor:
+        return y + y.shape[1]
+
+
+class Outer(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = Inner()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x)
+
+
+class Stack(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList([Outer(), Outer()])
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+
+class Doubling(SequenceRanks):
+    """As if all ranks had what this one has."""
+
+    def gather(self, x: Tensor, dim: int, counts: Any) -> Tensor:
+        return torch.cat([x] * self.size, dim)
+
+
+def test_a_module_of_each_block_is_a_site_and_each_block_may_join():
+    """Two tokens are one on this rank; each inner module sees one, each block gives two."""
+    model = Stack()
+    plan = {"blocks": Site(join_each=Tokens(I)), "blocks.*.inner": Site(cut={"y": Tokens(I)}, whole="")}
+    split = Split(model, plan, Doubling((1, 1), 0))
+    assert model(torch.zeros(1, 2, 1)).flatten().tolist() == [2, 2]
+    split.remove()
+    assert model(torch.zeros(1, 2, 1)).flatten().tolist() == [4, 4]
+
+
+def optimized_attention(q: Tensor, k: Tensor, v: Tensor, heads: int, **named: Any) -> Tensor:
+    """As ComfyUI's models import it."""
+    named.pop("mask", None)
+    assert named.pop("skip_reshape") and named.pop("skip_output_reshape")
+    return F.scaled_dot_product_attention(q, k, v)
+
+
+class Optionless(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return optimized_attention(x, x, x, heads=1)
+
+
+class Attending(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList([Optionless()])
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.blocks[0](x)
+
+
+class Noted(SequenceRanks):
+    """Ranks whose attention is computed here, and counted."""
+
+    attended = 0
+
+    def attention(self, plan: Any) -> Any:
+        self.attended += 1
+        return lambda q, k, v, compute, mask: compute(q, k, v)
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_attention_of_modules_without_options_is_routed_while_they_run(fails: bool, monkeypatch: pytest.MonkeyPatch):
+    before = optimized_attention
+    ranks, model = Noted((1, 1), 0), Attending()
+    Split(model, {"blocks": Site(cut={"x": Tokens(I)}, attention={"": (I, I)})}, ranks)
+    if fails:
+        monkeypatch.setattr(ranks, "attention", lambda plan: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            model(torch.randn(1, 4, 8))
+    else:
+        assert model(torch.randn(1, 4, 8)).shape == (1, 2, 8)
+        assert ranks.attended == 1
+    assert optimized_attention is before

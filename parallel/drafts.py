@@ -1,0 +1,106 @@
+"""Drafts a split plan of a network of ComfyUI's: `python -m parallel plan CLASS`, with ComfyUI's Python."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+
+from .errors import ConfigError, NoPlanError
+
+ENOUGH = 6
+"""Tokens of a small latent, so that they are not mistaken for other sizes."""
+
+
+def draft(
+    network: str, config: str = "", inputs: Sequence[str] = (), larger: Sequence[str] = ()
+) -> tuple[dict[str, Any], str]:
+    """The modules of a network with what they are called with, a draft of its plan, and its plan if it has one.
+
+    Args:
+        network: name of a class in `comfy.ldm`, or a safetensors file.
+        config: arguments of the class's constructor, as JSON or a file of it; empty: its defaults.
+        inputs: of its forward, each as NAME=JSON.
+        larger: of the same, those that are others with a larger latent.
+
+    Raises:
+        ConfigError: ComfyUI, the class or an argument is not there or not enough.
+    """
+    settings = _config(config)
+    given, grown = (dict(_input(each) for each in some) for some in (inputs, larger))
+    trial = _trial()
+    from .plans.comfyui import plan_of
+    from .plans.drafting import Draft, written
+
+    def make(device: str) -> Any:
+        if network.endswith((".safetensors", ".sft")):
+            return trial.network_of_file(network, torch.device(device))
+        return trial.network_of_class(network, settings, torch.device(device))
+
+    def drafted_of(made: Any) -> Draft:
+        """With larger latents where small ones are a few tokens, as pixels are."""
+        name = type(made).__name__
+        drafted = Draft(name, trial.Trial(made, given, grown).record())
+        if min((sizes[0] for sizes in drafted.streams.values()), default=ENOUGH) < ENOUGH:
+            drafted = Draft(name, trial.Trial(made, given, grown, times=8).record())
+        return drafted
+
+    made = make("meta")
+    try:
+        drafted = drafted_of(made)
+    except NotImplementedError as error:  # its shapes depend on values, which the meta device has not
+        if (count := sum(each.numel() for each in made.parameters())) > trial.RUNS_ON_CPU:
+            raise ConfigError(
+                f"{network} runs on a CPU only ({error}), and has {count} parameters; give a config with at most"
+                f" {trial.RUNS_ON_CPU}"
+            ) from error
+        made = make("cpu")
+        drafted = drafted_of(made)
+    try:
+        existing = written(plan_of(made))
+    except NoPlanError:
+        existing = ""
+    text = [drafted.tree(), "", "A draft; see CONTRIBUTING, Add a model by a plan:", drafted.plan()]
+    if existing:
+        text += ["", f"{drafted.network} has this plan:", existing]
+    result = {"class": drafted.network, "streams": drafted.streams, "sites": drafted.sites, "plan": existing}
+    return result, "\n".join(text)
+
+
+def _trial() -> ModuleType:
+    """The module that imports ComfyUI."""
+    from .comfyui.start import find, prepare
+
+    folder = find()
+    try:
+        prepare(folder, {"cpu": True, "use_pytorch_cross_attention": True})
+        from .comfyui import trial
+    except ImportError as error:
+        raise ConfigError(f"ComfyUI at {folder} cannot be imported ({error}); run this with its Python") from error
+    return trial
+
+
+def _config(text: str) -> dict[str, Any]:
+    if not text:
+        return {}
+    try:
+        found = json.loads(text if text.lstrip().startswith("{") else Path(text).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"config is {text!r}; give a JSON object, or a file with one ({error})") from error
+    if not isinstance(found, dict):
+        raise ConfigError(f"config is {text!r}; give a JSON object")
+    return found
+
+
+def _input(text: str) -> tuple[str, Any]:
+    name, equals, value = text.partition("=")
+    try:
+        if equals and name:
+            return name, json.loads(value)
+    except ValueError:
+        pass
+    raise ConfigError(f"input is {text!r}; give NAME=JSON, e.g. x=[1,16,10,14] for a tensor's shape, or num_tokens=7")
