@@ -58,8 +58,7 @@ class Calls:
             if override is None
             else override(function, q, k, v, q.shape[1], **arguments)
         )
-        assert out.dtype == q.dtype, f"attention of {q.dtype} gives {out.dtype}"
-        return out.transpose(1, 2).contiguous()
+        return out.transpose(1, 2).to(q.dtype).contiguous()
 
     def _route(self, site: int) -> Route | None:
         route = self._routes[site]

@@ -12,7 +12,7 @@ import pytest
 from tests.comfyui.installation import Installation
 from tests.distributed.start_ranks import run_ranks
 
-pytestmark = [pytest.mark.comfyui, pytest.mark.slow, pytest.mark.timeout(1800)]
+pytestmark = [pytest.mark.comfyui, pytest.mark.slow, pytest.mark.extended, pytest.mark.timeout(1800)]
 
 GRAPHS = {
     "MiniMax H3, references, masks": 1,
@@ -61,7 +61,6 @@ def test_a_network_over_two_unequal_ranks(installation: Installation, tmp_path: 
         assert_compiled_once(told["Kandinsky 5"], 1, 0.0)
 
 
-@pytest.mark.extended
 @pytest.mark.parametrize("world", [1, 2])
 def test_every_class_is_compiled_once(installation: Installation, tmp_path: Path, world: int) -> None:
     for told in compiled(installation, tmp_path, world, "eager", *GRAPHS):
@@ -70,7 +69,6 @@ def test_every_class_is_compiled_once(installation: Installation, tmp_path: Path
             assert_compiled_once(told[name], graphs + (world == 1 and name.startswith("Wan")), 0.0)
 
 
-@pytest.mark.extended
 @pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler (g++)")
 def test_generated_code_agrees(installation: Installation, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "code"))
@@ -81,7 +79,6 @@ def test_generated_code_agrees(installation: Installation, tmp_path: Path, monke
             assert max(step["difference"] for step in told[name]["steps"][1:]) > 0, "nothing was compiled"
 
 
-@pytest.mark.extended
 def test_what_cannot_be_one_graph_runs_uncompiled_and_says_why(installation: Installation, tmp_path: Path) -> None:
     for told in compiled(installation, tmp_path, 2, "eager", "Z-Image Omni"):
         steps = told["Z-Image Omni"]["steps"]
