@@ -277,7 +277,6 @@ class Worker:
             context = ParallelContext(self._ranks, mesh, self._control)
             cache = None
             if (wanted := message["cache"]) is not None:
-                assert isinstance(model, ResidentModel), "the host refuses"
                 cache = model.cache(wanted["sampling"], wanted["rule"])
                 cache.begin_step(mesh.degrees, wanted["active"])
             self._run_requests(model, message["requests"], mesh, context, cache, blocks)
@@ -306,7 +305,6 @@ class Worker:
             contexts.append(context)
             cache = None
             if (wanted := message["cache"]) is not None:
-                assert isinstance(model, ResidentModel), "the host refuses"
                 cache = model.cache(wanted["sampling"], wanted["rule"])
                 cache.begin_step(mesh.degrees, instruction["active"])
             began = time.perf_counter()
