@@ -169,7 +169,18 @@ def ranks_of(case: Case) -> range:
 
 # --- out of memory ------------------------------------------------------------------------------------------------
 
-EVERYWHERE = [ONE, TWO, THREE, *((TWO, f"weights={mode}") for mode in ("shard", "offload"))]
+
+def extended(*values: object) -> object:
+    """Further cases of what the plain run shows with two workers."""
+    return pytest.param(*values, marks=pytest.mark.extended)
+
+
+EVERYWHERE = [
+    TWO,
+    extended(ONE),
+    extended(THREE),
+    *(extended((TWO, f"weights={mode}")) for mode in ("shard", "offload")),
+]
 SHARD, RING = (TWO, "weights=shard"), (TWO, "ring_degree=2")
 
 
@@ -185,8 +196,8 @@ def test_out_of_memory_on_all_keeps_the_workers_and_their_weights(case: Case, pa
     case.goes_on(pids)
 
 
-@pytest.mark.parametrize("layout", [TWO, SHARD, RING], indirect=True, ids=str)
-@pytest.mark.parametrize("place", ["before exchange", "after exchange"])
+@pytest.mark.parametrize("layout", [extended(TWO), extended(SHARD), RING], indirect=True, ids=str)
+@pytest.mark.parametrize("place", ["before exchange", extended("after exchange")])
 def test_out_of_memory_on_all_at_an_exchange_keeps_the_workers(case: Case, patient: None, place: str) -> None:
     pids = list(case.group.pids)
     case.faults.order(OUT_OF_MEMORY, ranks_of(case), place=place)
@@ -220,7 +231,7 @@ def test_a_cached_sampling_begins_anew_after_out_of_memory(case: Case, patient: 
     assert torch.equal(result, case.expected)
 
 
-@pytest.mark.parametrize("layout", [ONE, TWO], indirect=True)
+@pytest.mark.parametrize("layout", [extended(ONE), TWO], indirect=True)
 def test_out_of_memory_on_all_while_loading_keeps_the_workers(case: Case, patient: None) -> None:
     pids, ranks = list(case.group.pids), ranks_of(case)
     case.model.unload()
@@ -234,7 +245,7 @@ def test_out_of_memory_on_all_while_loading_keeps_the_workers(case: Case, patien
     assert case.group.pids == pids
 
 
-@pytest.mark.parametrize("layout", [TWO, THREE], indirect=True)
+@pytest.mark.parametrize("layout", [TWO, extended(THREE)], indirect=True)
 def test_out_of_memory_on_one_starts_anew(case: Case) -> None:
     pids = list(case.group.pids)
     case.faults.order(OUT_OF_MEMORY, [1])
@@ -245,7 +256,7 @@ def test_out_of_memory_on_one_starts_anew(case: Case) -> None:
     case.starts_anew(pids)
 
 
-@pytest.mark.parametrize("layout", [TWO, RING], indirect=True, ids=str)
+@pytest.mark.parametrize("layout", [TWO, extended(RING)], indirect=True, ids=str)
 def test_out_of_memory_on_both_sides_of_an_exchange_starts_anew(case: Case, patient: None) -> None:
     """Both reply at once; but one has launched an exchange that the other one has not."""
     pids = list(case.group.pids)
@@ -254,7 +265,7 @@ def test_out_of_memory_on_both_sides_of_an_exchange_starts_anew(case: Case, pati
     case.starts_anew(pids)
 
 
-@pytest.mark.parametrize("layout", [ONE, TWO], indirect=True)
+@pytest.mark.parametrize("layout", [extended(ONE), TWO], indirect=True)
 def test_out_of_memory_that_breaks_the_device_starts_anew(case: Case, patient: None) -> None:
     pids = list(case.group.pids)
     case.faults.order(AND_BROKEN, ranks_of(case))
@@ -275,7 +286,10 @@ def test_out_of_memory_that_leaves_the_device_hanging_starts_anew(case: Case, mo
 
 
 @pytest.mark.parametrize(
-    ("layout", "broken"), [(ONE, [0]), (TWO, [1]), (TWO, [0, 1]), (THREE, [2])], indirect=["layout"], ids=str
+    ("layout", "broken"),
+    [extended(ONE, [0]), (TWO, [1]), (TWO, [0, 1]), extended(THREE, [2])],
+    indirect=["layout"],
+    ids=str,
 )
 def test_a_broken_context_starts_anew(case: Case, broken: list[int]) -> None:
     pids = list(case.group.pids)
@@ -319,7 +333,7 @@ def test_a_task_that_breaks_the_context_ends_the_group(case: Case, kind: str, ke
 # --- workers that do not end --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("how", ["out of memory", "stopped by the user"])
+@pytest.mark.parametrize("how", ["out of memory", extended("stopped by the user")])
 def test_a_worker_that_cannot_be_ended_is_left_behind(
     how: str,
     faults: Faults,
