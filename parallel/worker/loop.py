@@ -275,7 +275,6 @@ class Worker:
             context.compiler = blocks
             cache = None
             if (wanted := message["cache"]) is not None:
-                assert isinstance(model, ResidentModel), "the host refuses"
                 cache = model.cache(wanted["sampling"], wanted["rule"])
                 cache.begin_step(mesh.degrees, wanted["active"])
             self._run_requests(model, message["requests"], mesh, context, cache)
@@ -305,7 +304,6 @@ class Worker:
             context.compiler = compilers[which]
             cache = None
             if (wanted := message["cache"]) is not None:
-                assert isinstance(model, ResidentModel), "the host refuses"
                 cache = model.cache(wanted["sampling"], wanted["rule"])
                 cache.begin_step(mesh.degrees, instruction["active"])
             began = time.perf_counter()
