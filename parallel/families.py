@@ -8,7 +8,7 @@ from typing import Any
 from .adapters.base import Adapter
 from .adapters.registry import FAMILIES
 from .cache.coefficients import PUBLISHED
-from .plans.comfyui import DESCRIBED, PLANS, takes_control
+from .plans.comfyui import CHAINS, DESCRIBED, PLANS, takes_control
 
 _TITLES = {
     "title": "family",
@@ -24,6 +24,8 @@ _NETWORK_TITLES = {
     "title": "model",
     "makes": "makes",
     "network": "ComfyUI's class",
+    "first_block_cache": "First Block Cache",
+    "compiled": "compiled",
     "controlnet": "ControlNet",
     "lora": "LoRA",
     "verified": "compared with ComfyUI's",
@@ -46,6 +48,8 @@ def networks() -> list[dict[str, Any]]:
                 "title": described.title,
                 "makes": list(described.makes),
                 "network": name,
+                "first_block_cache": "yes" if name in CHAINS else "no",
+                "compiled": "no" if any(".*." in path for path in plan) else "yes",
                 "controlnet": "yes" if takes_control(plan) else "no",
                 "lora": "yes",
                 "verified": described.verified,
