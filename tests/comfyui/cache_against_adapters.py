@@ -59,7 +59,7 @@ def of_network(network: Any, split: Split, inputs: dict[str, Tensor], cache: Blo
 def against_adapters(folder: Path, families: Iterable[str]) -> dict[str, Any]:
     """`{family and cache: {hits of each step by both, largest difference, how much skipping changes}}`, of tiny files
     that are written to `folder`."""
-    from parallel.comfyui.network import load_network
+    from parallel.comfyui.network import NetworkFile
 
     found: dict[str, Any] = {}
     for family in families:
@@ -67,7 +67,7 @@ def against_adapters(folder: Path, families: Iterable[str]) -> dict[str, Any]:
         WRITERS[family](path, **SIZES[family])
         recipe = {"path": str(path), "weight_dtype": "float32", "compute_dtype": "float32"}
         resident = ResidentModel(recipe, CPU, lambda done, total: None)
-        network = load_network(str(path), torch.float32, CPU, lambda done, total: None)
+        network = NetworkFile(str(path), torch.float32, CPU).network()[0]
         split = Split(network, plan_of(network), SequenceRanks((1.0,)))
         first = resident.adapter.example(resident.config, 2, torch.float32)
         for kind, threshold in THRESHOLDS.items():

@@ -139,7 +139,9 @@ class Run:
                 raise Stopped
 
         self._ranks.enter_block = enter_block
-        return flat(self.network.call("forward", self._arguments, {}, self._held.__getitem__, self._ranks))
+        for name, tensor in self._held.items():  # anew, since a network may work in place
+            self.network.put_conditioning(name, tensor)
+        return flat(self.network.call("forward", self._arguments, {name: name for name in self._held}, self._ranks))
 
 
 def told_of(run: Run, expected: list[Tensor], changed: dict[str, Tensor]) -> dict[str, Any]:

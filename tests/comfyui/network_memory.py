@@ -50,7 +50,7 @@ def main(comfyui: str, folder: Path) -> None:
         return RemoteNetwork(replace(recipe, **changes))
 
     def call(model: RemoteNetwork) -> None:
-        model.call("forward", args, {**named, "transformer_options": {}}, changing=2)
+        model.call("forward", args, {**named, "transformer_options": {}})
 
     told: dict[str, Any] = {"whole": whole, "auto": {}}
     for weights in ("replicate", "shard", "offload"):  # what comes later is weights only
