@@ -41,12 +41,6 @@ QWEN_IMAGE = "tiny_qwen_image.safetensors"
 QWEN_IMAGE_2511 = "tiny_qwen_image_2511.safetensors"
 FLUX2 = "tiny_flux2.safetensors"
 FLUX2_KLEIN = "tiny_flux2_klein.safetensors"  # scaled fp8
-WAN_RELATIVES = {
-    "wan_camera.safetensors": "control_adapter.conv.weight",
-    "wan_humo.safetensors": "audio_proj.audio_proj_glob_1.layer.bias",
-    "wan_s2v.safetensors": "casual_audio_encoder.encoder.final_linear.weight",
-}
-"""Name → the tensor by which ComfyUI tells this relative of Wan."""
 
 HUNYUAN_VIDEO_KINDS: dict[str, dict[str, Any]] = {
     "hunyuan_video_fp16.safetensors": {"dtype": torch.float16},
@@ -108,8 +102,6 @@ def write_model_files(models: Path) -> None:
     write_tiny_wan(folder / WAN_I2V, seed=1, in_channels=36, clip=True)
     write_tiny_wan(folder / WAN_22_I2V, seed=2, in_channels=36)
     write_tiny_wan(folder / WAN_22_5B, seed=3, in_channels=48, out_channels=48)
-    for name, marker in WAN_RELATIVES.items():
-        save_file(load_file(folder / "wan_comfy_quant.safetensors") | {marker: torch.zeros(1)}, folder / name)
     write_tiny_hunyuan_video_15(folder / HUNYUAN_15, prefix="model.diffusion_model.")
     write_tiny_hunyuan_video_15(folder / HUNYUAN_15_SCALED, scaled="comfy_quant")
     write_tiny_cogvideox(folder / COGVIDEOX)

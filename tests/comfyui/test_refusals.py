@@ -210,14 +210,6 @@ def test_saving_the_model_is_refused(server: ComfyServer, node: str) -> None:
     assert result.node_type == node
 
 
-@pytest.mark.parametrize("checkpoint", model_files.WAN_RELATIVES)
-def test_relatives_of_wan_are_refused_by_name(server: ComfyServer, checkpoint: str) -> None:
-    relative = checkpoint.removeprefix("wan_").removesuffix(".safetensors")
-    result = refusal(server, sampling_graph(Setting(checkpoint=checkpoint), UNUSED))
-    assert_says(result.message, rf"\bWan {relative}\b", checkpoint)
-    assert result.node_type == "SPLoadDiffusionModel"
-
-
 def wan_node(node: str, outputs: tuple[int, int, int], picture: str) -> Arrange:
     """A node of Wan's that puts a grey picture into the prompt. `outputs`: its positive, negative and latent."""
 
