@@ -32,12 +32,12 @@ BUSY_S = 0.5
 class Busy(Sdpa):
     """A kernel that takes its time."""
 
-    def with_lse(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    def with_lse(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
         if q.device.type == "cuda":
             torch.cuda._sleep(int(BUSY_S * _cycles_per_s()))
         else:
             time.sleep(BUSY_S)
-        return super().with_lse(q, k, v)
+        return super().with_lse(q, k, v, mask)
 
 
 @lru_cache

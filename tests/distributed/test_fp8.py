@@ -12,8 +12,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from parallel.errors import ConfigError, WorkerError
-from parallel.host import remote_weights
+from parallel.errors import ConfigError
+from parallel.host import quantising, remote_weights
 from parallel.host.remote_model import RemoteModel
 from parallel.quantise.settings import FP8Choice, FP8Settings
 from tests.distributed.devices import kind
@@ -47,7 +47,7 @@ def on_cpus(monkeypatch: pytest.MonkeyPatch) -> None:
     def as_asked(fp8: FP8Settings, *others: Any) -> FP8Choice:
         return FP8Choice(scheme=fp8.scheme, skip=fp8.patterns)
 
-    monkeypatch.setattr(remote_weights, "_choose_scheme", as_asked)
+    monkeypatch.setattr(quantising, "choose_scheme", as_asked)
     monkeypatch.setattr(remote_weights, "refuse_devices", lambda *_: None)
 
 
@@ -211,6 +211,6 @@ def test_auto_is_weight_only_without_gpus_and_says_so(start_group: StartGroup, t
         with pytest.raises(ConfigError, match="scheme is 'dynamic_rowwise', which does not work on cpu"):
             model.ensure_loaded(fp8=ROWWISE)
         assert torch.equal(step(model, inputs, WEIGHT_ONLY), automatic), "what was loaded is still there"
-        with pytest.raises(WorkerError, match="skip has the pattern 'nothing'"):
+        with pytest.raises(ConfigError, match="skip has the pattern 'nothing'"):
             model.ensure_loaded(fp8=FP8Settings(skip="nothing"))
         assert torch.equal(step(model, inputs, FP8Settings()), automatic)
