@@ -8,9 +8,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[2]
 
 
+@pytest.mark.extended
 def test_gpu_hunyuan_video_runs_at_toy_size(tmp_path: Path):
     subprocess.run(
         [sys.executable, "-m", "tests.benchmarks.gpu_hunyuan_video", "--toy", "--output", str(tmp_path)],

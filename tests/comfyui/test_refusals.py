@@ -98,7 +98,8 @@ def test_unusable_configuration(server: ComfyServer, swapped: Swapped, patterns:
     assert_says(refusal(server, sampling_graph(Setting(), swapped)).message, *patterns)
 
 
-@pytest.mark.parametrize("width", [16, pytest.param(32, marks=pytest.mark.extended)])
+@pytest.mark.extended
+@pytest.mark.parametrize("width", [16, 32])
 def test_fewer_tokens_than_ranks(server: ComfyServer, width: int) -> None:
     three = Swapped(devices="cpu,cpu,cpu")
     sample(server, fresh(Setting()), three)  # the workers may be up: the tokens are known only now

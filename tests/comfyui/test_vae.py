@@ -270,7 +270,7 @@ def test_a_killed_worker_is_named_and_the_next_prompt_works(server: ComfyServer)
     assert torch.equal(decode(server, "SPVAEDecode", TWO, seed=4), decode(server, DECODE, seed=4))
 
 
-@pytest.mark.slow
+@pytest.mark.extended
 def test_free_drops_the_weights_in_the_workers(server: ComfyServer) -> None:
     graph = decode_graph("SPVAEDecode", TWO, seed=5, vae="hunyuan_video", frames=1)
     first = read_latent(server, server.run(graph, timeout=300))
@@ -282,6 +282,7 @@ def test_free_drops_the_weights_in_the_workers(server: ComfyServer) -> None:
     server.free()
 
 
+@pytest.mark.extended
 def test_without_workers_it_is_decoded_natively_and_said_so(start_server: ServerFactory) -> None:
     with start_server() as server:
         require_pack(server)

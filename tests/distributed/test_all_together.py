@@ -106,10 +106,8 @@ def workers(folder: Path, devices: str) -> Iterator[WorkerGroup]:
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize(
-    "devices",
-    [devices if devices == "cpu,cpu" else pytest.param(devices, marks=pytest.mark.extended) for devices in PLANS],
-)
+@pytest.mark.extended
+@pytest.mark.parametrize("devices", PLANS)
 @pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler (g++)")
 def test_every_combination_gives_what_one_process_gives(tiny_models: TinyModels, tmp_path: Path, devices: str):
     path = tiny_models.path("wan", context_dim=64, depth=2)

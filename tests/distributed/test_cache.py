@@ -42,6 +42,7 @@ from tests.distributed.tiny_models import (
     loaded,
     relative_difference,
 )
+from tests.thinned import one_in
 
 FOUR = "cpu,cpu,cpu,cpu"
 SPLIT_TOLERANCE, PROCESS_TOLERANCE = kind().split, kind().process
@@ -124,7 +125,7 @@ def hits(remote: RemoteModel) -> list[int]:
 @pytest.mark.parametrize(
     ("name", "devices", "degrees"),
     [
-        pytest.param(name, *plan, marks=[] if name == "hunyuan_video" or plan in PLANS[1:3] else pytest.mark.extended)
+        pytest.param(name, *plan, marks=[] if name == "hunyuan_video" and plan in PLANS[1:4] else pytest.mark.extended)
         for name in MODELS
         for plan in PLANS
     ],
@@ -205,7 +206,7 @@ SKIPPED = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("name", "kind", "devices", "degrees"), SKIPPED)
+@pytest.mark.parametrize(("name", "kind", "devices", "degrees"), one_in(4, SKIPPED))
 def test_skipped_steps_match_one_process_that_decides_alike(
     start_group: StartGroup,
     tiny_models: TinyModels,
@@ -445,8 +446,8 @@ def test_what_is_remembered_ends_with_the_sampling_a_cancel_a_size_and_the_weigh
 @pytest.mark.parametrize(
     ("devices", "degrees"),
     [
-        (FOUR, {}),
-        (FOUR, {"ulysses_degree": 2, "ring_degree": 2}),
+        pytest.param(FOUR, {}, marks=pytest.mark.extended),
+        pytest.param(FOUR, {"ulysses_degree": 2, "ring_degree": 2}, marks=pytest.mark.extended),
         (FOUR, {"cfg_degree": 2}),
         ("cpu,cpu", {"cfg_degree": 2}),
     ],
@@ -500,7 +501,7 @@ def test_hits_and_cancels_in_any_order_leave_no_rank_waiting(
 # --- time ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
+@pytest.mark.extended
 @pytest.mark.cpu_ranks("processor time")
 @pytest.mark.parametrize("devices", [pytest.param("cpu", marks=pytest.mark.extended), "cpu,cpu"])
 def test_a_hit_costs_no_more_than_the_first_block(start_group: StartGroup, tiny_models: TinyModels, devices: str):

@@ -196,6 +196,7 @@ def test_a_ring_of_the_same_workers(first: First, path: Path):
     assert compiled.report.graphs == 0, "the exchange is no part of what is compiled"
 
 
+@pytest.mark.extended
 @pytest.mark.cpu_ranks("code of the C++ compiler")
 def test_the_next_start_reads_what_was_compiled_also_on_unequal_ranks(first: First, folder: Path, path: Path):
     cold, warm = first.cold.report.seconds, []
@@ -213,6 +214,7 @@ def test_the_next_start_reads_what_was_compiled_also_on_unequal_ranks(first: Fir
     assert min(warm) <= 0.5 * cold
 
 
+@pytest.mark.extended
 @pytest.mark.cpu_ranks("code of the C++ compiler")
 def test_without_a_compiler_the_step_runs_and_the_cause_is_told(tmp_path: Path, path: Path):
     with (

@@ -220,6 +220,7 @@ def test_nothing_listens_on_another_address_than_loopback(model: RemoteModel, gr
     assert all(address.is_loopback for address, _ in sockets)
 
 
+@pytest.mark.extended
 def test_a_remote_call_costs_little_more_than_copying(model: RemoteModel, group: WorkerGroup):
     """30 MB to the workers and 30 MB back, in turn with plain copies of the same bytes.
 

@@ -92,6 +92,7 @@ def test_each_worker_holds_its_weights_once(checkpoint: Path, storage: torch.dty
     assert found.host <= 100 * MB
 
 
+@pytest.mark.extended
 def test_two_workers_are_ready_as_soon_as_one(checkpoint: Path):
     """Both read the file at once, from the page cache, and neither does more for it than one alone.
 

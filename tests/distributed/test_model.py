@@ -40,6 +40,7 @@ from tests.distributed.tiny_models import (
     recipe_of,
     relative_difference,
 )
+from tests.thinned import thinned
 
 MANY = ("cpu,cpu", "cpu*3,cpu,cpu", "cpu,cpu,cpu,cpu")
 FOUR = MANY[-1]
@@ -262,24 +263,23 @@ def predict(start_group: StartGroup, tiny_models: TinyModels) -> Iterator[Predic
     predictions.unload()
 
 
-@pytest.mark.parametrize("devices", MANY)
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(("name", "devices"), thinned(list(MODELS), MANY, 4))
 def test_many_workers_give_what_one_gives(predict: Predictions, name: str, devices: str):
     assert relative_difference(predict(name, devices), predict(name, "cpu")) <= SPLIT_TOLERANCE
 
 
-@pytest.mark.parametrize(("devices", "degrees"), DEGREES)
-@pytest.mark.parametrize(
-    "name",
-    [
+DEEP = [
         "odd_tokens", "mostly_text", "batch_2_unequal_masks", "four_heads", "first_frame_batch_2",
         "flux_odd_size", "flux_references", "wan_odd_size", "wan_i2v_batch_2", "wan_22_5b_batch_2",
         "hunyuan_15_unequal_batch", "cogvideox_15_i2v",
         "mochi_odd_batch_2", "ltxv_odd_first_frame", "qwen_odd_clean_references",
         "flux2_odd_clean_references",
-    ],
-)  # fmt: skip
-def test_any_degrees_give_what_one_worker_gives(predict: Predictions, name: str, devices: str, degrees: dict[str, int]):
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "plan"), thinned(DEEP, DEGREES, 4))
+def test_any_degrees_give_what_one_worker_gives(predict: Predictions, name: str, plan: tuple[str, dict[str, int]]):
+    devices, degrees = plan
     assert relative_difference(predict(name, devices, **degrees), predict(name, "cpu")) <= SPLIT_TOLERANCE
 
 
