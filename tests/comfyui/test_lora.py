@@ -22,6 +22,7 @@ from tests.comfyui.graphs import (
 from tests.comfyui.latents import read_latent, relative_difference, sample
 from tests.comfyui.model_files import FLUX, FLUX2, FLUX_FOLDER, LTXV_CAUSAL, MOCHI, ORIGINAL_NAMES, QWEN_IMAGE, WAN
 from tests.comfyui.server import ComfyServer
+from tests.thinned import one_in
 
 pytestmark = pytest.mark.comfyui
 
@@ -69,7 +70,10 @@ def sample_anew(server: ComfyServer, setting: Setting, swapped: Swapped = TWO) -
     return latent
 
 
-@pytest.mark.parametrize("name", lora_files.HUNYUAN_VIDEO + lora_files.FLUX + lora_files.WAN + lora_files.OTHERS)
+ALL = lora_files.HUNYUAN_VIDEO + lora_files.FLUX + lora_files.WAN + lora_files.OTHERS
+
+
+@pytest.mark.parametrize("name", one_in(3, [(n,) for n in ALL]))
 def test_every_format_gives_the_native_latent(server: ComfyServer, reference: Reference, name: str) -> None:
     setting = with_loras(base_of(name), lora(name))
     expected = reference(setting)
@@ -113,7 +117,7 @@ def test_a_checkpoint_with_original_names(server: ComfyServer, reference: Refere
     assert relative_difference(sample(server, setting, TWO), reference(setting)) <= TOLERANCE
 
 
-@pytest.mark.parametrize("name", lora_files.FLUX)
+@pytest.mark.parametrize("name", one_in(4, [(n,) for n in lora_files.FLUX]))
 def test_a_diffusers_folder_gives_the_latent_of_the_single_file(
     server: ComfyServer, reference: Reference, name: str
 ) -> None:
@@ -123,7 +127,7 @@ def test_a_diffusers_folder_gives_the_latent_of_the_single_file(
     assert relative_difference(actual, reference(setting)) <= TOLERANCE
 
 
-@pytest.mark.parametrize("weight_dtype", ["fp8_e4m3fn", "fp8_e5m2"])
+@pytest.mark.parametrize("weight_dtype", ["fp8_e4m3fn", pytest.param("fp8_e5m2", marks=pytest.mark.extended)])
 @pytest.mark.parametrize("name", ["hunyuan_native", "flux_diffusers"])
 def test_fp8_weights_are_rounded_as_the_native_ones(
     server: ComfyServer, reference: Reference, name: str, weight_dtype: str
@@ -148,7 +152,7 @@ SCALED = [
 ]
 
 
-@pytest.mark.parametrize(("name", "layout"), SCALED)
+@pytest.mark.parametrize(("name", "layout"), one_in(4, SCALED))
 def test_scaled_fp8_weights_are_rounded_as_the_native_ones(
     server: ComfyServer, reference: Reference, name: str, layout: str
 ) -> None:
