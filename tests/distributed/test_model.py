@@ -16,7 +16,7 @@ from torch import Tensor
 from parallel.adapters.base import pack_text
 from parallel.adapters.registry import FAMILIES
 from parallel.errors import CheckpointError, ConfigError, UnsupportedError, WorkerError
-from parallel.host import memory, remote_model
+from parallel.host import memory, remote_transformer
 from parallel.host.recipe import Recipe
 from parallel.host.remote_model import RemoteModel
 from parallel.host.step_request import StepRequest
@@ -687,7 +687,7 @@ def test_only_latents_cross_after_the_first_step(
     x, timestep, conditioning = PADDED.make()
     with loaded(start_group("cpu,cpu"), tiny_models.path()) as remote:
         first = remote.step(x, timestep, conditioning)
-        monkeypatch.setattr(remote_model, "lay_out", laid_out)
+        monkeypatch.setattr(remote_transformer, "lay_out", laid_out)
         monkeypatch.setattr(memory, "lay_out", laid_out)
         monkeypatch.setattr(Channel, "send", counted_send)
         again = remote.step(x, timestep, {name: tensor.clone() for name, tensor in conditioning.items()})
