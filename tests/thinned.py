@@ -10,9 +10,13 @@ import pytest
 
 def thinned(rows: Sequence[Any], columns: Sequence[Any], keep: int) -> list[Any]:
     """Every pair of a row and a column, of which one in `keep` is plain: each row meets some columns, and each column
-    some rows."""
+    some rows. Columns may be tuples of values."""
     return [
-        pytest.param(row, column, marks=() if (i + j) % keep == 0 else pytest.mark.extended)
+        pytest.param(
+            row,
+            *(column if isinstance(column, tuple) else (column,)),
+            marks=() if (i + j) % keep == 0 else pytest.mark.extended,
+        )
         for i, row in enumerate(rows)
         for j, column in enumerate(columns)
     ]

@@ -277,9 +277,8 @@ DEEP = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("name", "plan"), thinned(DEEP, DEGREES, 4))
-def test_any_degrees_give_what_one_worker_gives(predict: Predictions, name: str, plan: tuple[str, dict[str, int]]):
-    devices, degrees = plan
+@pytest.mark.parametrize(("name", "devices", "degrees"), thinned(DEEP, DEGREES, 4))
+def test_any_degrees_give_what_one_worker_gives(predict: Predictions, name: str, devices: str, degrees: dict[str, int]):
     assert relative_difference(predict(name, devices, **degrees), predict(name, "cpu")) <= SPLIT_TOLERANCE
 
 

@@ -32,7 +32,7 @@ ROOT = Path(__file__).parents[2]
 RESULTS = Path(__file__).parent / "results"
 PYTEST = [
     sys.executable, "-m", "pytest", "-c", os.devnull, f"--rootdir={ROOT}", "--import-mode=importlib", "-p",
-    "no:cacheprovider", "--disable-warnings", "-m", "not thousands and not extended", "-v", "-rf", "--tb=short",
+    "no:cacheprovider", "--disable-warnings", "-m", "not thousands", "-v", "-rf", "--tb=short",
     "-p", "tests.gpu.record",
 ]  # fmt: skip
 """With no configuration of the repository's: that one needs plugins."""
