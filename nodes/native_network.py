@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +29,9 @@ from ..parallel.host.remote_network import NetworkRecipe, RemoteNetwork
 from ..parallel.plans.comfyui import plan_of
 from ..parallel.quantise.networks import linear_layers
 from ..parallel.vae.arguments import as_plain
-from .attached_fp8 import attached_fp8
 from .lora import patched_weight
 from .network_proxy import NetworkProxy
-from .node_text import tell
 from .refusals import refuse
-from .residency import progress_bar
 from .shell_patcher import SequenceParallelPatcher
 from .side_by_side import side_by_side
 from .watching import watched
@@ -119,30 +117,11 @@ def _heads(detected: Detected) -> int:
 class PlannedPatcher(SequenceParallelPatcher):
     """As its base; weights are named and replaced as the network has them."""
 
-    def _load_weights(self) -> None:
-        """Brings the workers, the weights and their patches to what this clone says."""
-        poll = comfy.model_management.throw_exception_if_processing_interrupted
-        remote: Any = self.remote
-        try:
-            fp8 = attached_fp8(self)
-            remote.ensure_loaded(poll=poll, on_progress=progress_bar(), fp8=None if fp8 is None else fp8.settings)
-            names = [self._checkpoint_name(key) for key in self.patches]
-            remote.replace_weights(
-                self.patches_uuid if names else None, names, self._patched(names), poll=poll, on_progress=progress_bar()
-            )
-            if fp8 is not None:
-                tell(fp8.node_id, str(remote.fp8_report))
-        except BaseException:
-            self.detach()  # what has been loaded so far does not count as loaded
-            raise
-
-    def _checkpoint_name(self, key: str) -> str:
-        return key.removeprefix("diffusion_model.")
-
-    def _patched(self, names: list[str]) -> Any:
-        """Makes a patched weight of the file's, as ComfyUI would."""
+    def _replacement(self) -> tuple[Collection[str], Any]:
+        """Patched weights are made of the file's, as ComfyUI would."""
+        names = [key.removeprefix("diffusion_model.") for key in self.patches]
         if not names:
-            return None
+            return names, None
         recipe = self.remote.recipe
         detected = detect(recipe.path, recipe.weight_dtype, self.load_device)
         tensors = detected.named_as_in_the_network()
@@ -157,4 +136,4 @@ class PlannedPatcher(SequenceParallelPatcher):
             stored = Stored(tensors[name].to(kept[name]))
             return patched_weight(self.patches, f"diffusion_model.{name}", stored, self.load_device).tensor
 
-        return patched
+        return names, patched

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Collection
 from typing import Any, NoReturn
 
 import comfy.hooks
@@ -62,21 +63,22 @@ class SequenceParallelPatcher(WorkersPatcher):
         """Brings the workers, the weights and their patches to what this clone says."""
         poll = comfy.model_management.throw_exception_if_processing_interrupted
         try:
-            keys = {self._checkpoint_name(key): key for key in self.patches}
+            names, replace = self._replacement()
             fp8 = attached_fp8(self)
             self.remote.ensure_loaded(poll=poll, on_progress=progress_bar(), fp8=None if fp8 is None else fp8.settings)
             self.remote.replace_weights(
-                self.patches_uuid if keys else None,
-                keys,
-                lambda name, weight: patched_weight(self.patches, keys[name], weight, self.load_device),
-                poll=poll,
-                on_progress=progress_bar(),
+                self.patches_uuid if names else None, names, replace, poll=poll, on_progress=progress_bar()
             )
             if fp8 is not None:
                 tell(fp8.node_id, str(self.remote.fp8_report))
         except BaseException:
             self.detach()  # what has been loaded so far does not count as loaded
             raise
+
+    def _replacement(self) -> tuple[Collection[str], Any]:
+        """Weights that patches change, by the names that `remote` has for them, and what it replaces them by."""
+        keys = {self._checkpoint_name(key): key for key in self.patches}
+        return keys, lambda name, weight: patched_weight(self.patches, keys[name], weight, self.load_device)
 
     def _checkpoint_name(self, key: str) -> str:
         names = self.model.diffusion_model.checkpoint_names

@@ -9,6 +9,7 @@ from .adapters.base import Adapter
 from .adapters.registry import FAMILIES
 from .cache.coefficients import PUBLISHED
 from .plans.comfyui import CHAINS, DESCRIBED, PLANS, takes_control
+from .split.blocks import reached_into
 
 _TITLES = {
     "title": "family",
@@ -49,7 +50,7 @@ def networks() -> list[dict[str, Any]]:
                 "makes": list(described.makes),
                 "network": name,
                 "first_block_cache": "yes" if name in CHAINS else "no",
-                "compiled": "no" if any(".*." in path for path in plan) else "yes",
+                "compiled": "yes" if described.compiled and not reached_into(plan) else "no",
                 "controlnet": "yes" if takes_control(plan) else "no",
                 "lora": "yes",
                 "verified": described.verified,

@@ -76,6 +76,13 @@ class StreamAttention:
         self._position = rank - row.start
         self._queries, self._keys = plan.tokens[row], plan.keys[row]
         self._heads, self._groups = plan.local_heads[row], plan.local_groups[row]
+        self._compute: Compute | None = None
+        self._joint: JointAttention | None = None
+        if plan.joint:
+            local = None if plan.ring_degree > 1 else self._computed
+            self._joint = joint_attention(
+                plan, rank, ulysses, ring, kernel, pipeline, self._traffic, common, launched, compute=local
+            )
         self._around: RingAttention | None = None
         if plan.ring_degree > 1:
             assert ring is not None
@@ -97,8 +104,9 @@ class StreamAttention:
         return out
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, compute: Compute, mask: Tensor | None) -> Tensor:
-        if self.plan.joint and mask is None and v.shape[3] == q.shape[3]:
-            return self._joint(compute)(*(x.transpose(1, 2) for x in (q, k, v))).transpose(1, 2)
+        if self._joint is not None and mask is None and v.shape[3] == q.shape[3]:
+            self._compute = compute
+            return self._joint(*(x.transpose(1, 2) for x in (q, k, v))).transpose(1, 2)
         if len(self._queries) > 1:
             q, k, v = self._to_heads(q, k, v)
         if mask is not None and mask.ndim == 4 and mask.shape[1] > 1:
@@ -106,19 +114,10 @@ class StreamAttention:
         out = self._local(q, k, v, compute, mask)
         return self._to_tokens(out) if len(self._queries) > 1 else out
 
-    def _joint(self, compute: Compute) -> JointAttention:
-        return joint_attention(
-            self.plan,
-            self._rank,
-            self._ulysses,
-            self._ring,
-            self._kernel,
-            self._pipeline,
-            self._traffic,
-            self._common,
-            self._launched,
-            compute=None if self.plan.ring_degree > 1 else compute,
-        )
+    def _computed(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """What the call that runs computes with."""
+        assert self._compute is not None
+        return self._compute(q, k, v)
 
     def _local(self, q: Tensor, k: Tensor, v: Tensor, compute: Compute, mask: Tensor | None) -> Tensor:
         if not q.shape[1]:  # so has no rank of this column

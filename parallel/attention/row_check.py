@@ -181,7 +181,8 @@ def row_errors(
     Returns:
         ‖out − exact‖ / max(‖exact‖, ‖noise‖) of each sampled row of this rank, [B, H, rows], norms over the channels.
         The noise is that of probabilities with independent relative errors of 1, sqrt(Σ p²·v²): where large values
-        cancel it exceeds the result. And whether all exact rows are finite.
+        cancel it exceeds the result. 0 of a row whose keys are all masked: it has no value, and kernels give it
+        different ones. And whether all exact rows are finite.
     """
     rows = sampled_rows(plan.token_ranges)
     start, stop = plan.token_ranges[mesh.sp_rank]
@@ -193,11 +194,12 @@ def row_errors(
     mesh.reduce(queries, dist.ReduceOp.SUM)  # exact: one rank alone adds to each row
     first, last = plan.key_ranges[mesh.sp_rank]
     bias = None if mask is None else _bias(mask, rows, slice(first, last))
-    exact, noise = _reference(queries * dim**-0.5, k, v, mesh, bias)
+    exact, noise, largest = _reference(queries * dim**-0.5, k, v, mesh, bias)
     finite = exact.isfinite().all()
-    exact, noise = exact[:, :, own], noise[:, :, own]
+    exact, noise, largest = exact[:, :, own], noise[:, :, own], largest[:, :, own]
     difference = (out[:, :, local].double() - exact).norm(dim=-1)
-    return difference / torch.maximum(exact.norm(dim=-1), noise.norm(dim=-1)).clamp_min(_TINY), finite
+    errors = difference / torch.maximum(exact.norm(dim=-1), noise.norm(dim=-1)).clamp_min(_TINY)
+    return errors.where(largest > _LOWEST / 2, 0.0), finite
 
 
 def _bias(mask: Tensor, rows: list[int], keys: slice) -> Tensor:
@@ -212,8 +214,9 @@ def _bias(mask: Tensor, rows: list[int], keys: slice) -> Tensor:
     return mask.double().clamp(min=_LOWEST)
 
 
-def _reference(queries: Tensor, k: Tensor, v: Tensor, mesh: Mesh, bias: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Attention of scaled queries [B, H, n, D] to the keys of all ranks, and its noise, see `row_errors`."""
+def _reference(queries: Tensor, k: Tensor, v: Tensor, mesh: Mesh, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Attention of scaled queries [B, H, n, D] to the keys of all ranks, its noise, see `row_errors`, and each row's
+    largest score."""
     shape, dim = queries.shape, v.shape[3]
     repeats = shape[1] // k.shape[1]
     largest = queries.new_full(shape[:-1], _LOWEST)
@@ -235,7 +238,7 @@ def _reference(queries: Tensor, k: Tensor, v: Tensor, mesh: Mesh, bias: Tensor |
     _rescale(sums, own, largest)
     mesh.reduce(sums, dist.ReduceOp.SUM)
     total, weighted, squares = sums.split((1, dim, dim), dim=-1)
-    return weighted / total, squares.sqrt() / total
+    return weighted / total, squares.sqrt() / total, largest
 
 
 def _rescale(sums: Tensor, before: Tensor, after: Tensor) -> None:

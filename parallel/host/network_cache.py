@@ -37,11 +37,10 @@ def cache_message(
 
     Args:
         network, config: as for `check_cache`.
-        shapes: of the call's tensors, those of arguments by name as `named.context`.
+        shapes: of the call's tensors.
 
     Raises:
         UnsupportedError: see `check_cache`.
     """
     check_cache(cache.settings, network, config)
-    inputs = {name.removeprefix("named."): shape for name, shape in shapes.items()}
-    return cache.message(sigma, *known_as(network, config), inputs)
+    return cache.message(sigma, *known_as(network, config), shapes)

@@ -25,15 +25,12 @@ class RemoteModel(RemoteWeights, RemoteTransformer):
         RemoteTransformer.__init__(self, self.name)
 
     def _forgotten(self) -> None:
+        super()._forgotten()
         self._conditioning.clear()
 
     @property
     def heads(self) -> int:
         return int(self.inspected.model_config["num_attention_heads"])
-
-    @property
-    def sharded(self) -> bool:
-        return (self.placement.mode if self.placement else self.recipe.config.weights) == "shard"
 
     def check_request(self, request: StepRequest, degrees: Degrees) -> None:
         inputs = {"x": request.x, "timestep": request.timestep, **request.conditioning}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import logging
 from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -13,24 +12,20 @@ from torch import Tensor
 
 from ..cache.settings import CacheSettings
 from ..compilation.settings import CompileSettings
-from ..config import SequenceParallelConfig, resolve
+from ..config import SequenceParallelConfig
 from ..degrees import Degrees
-from ..errors import UnsupportedError, WorkerError
-from ..placement import Placement
+from ..errors import UnsupportedError
 from ..plan import share_of
 from ..quantise.selection import LinearLayer, Selection, select_layers
-from ..quantise.settings import NODE, FP8Report, FP8Settings, likely_scheme, refuse_devices
+from ..quantise.settings import NODE, FP8Settings, likely_scheme, refuse_devices
 from ..wire.shared import TensorRef, lay_out
 from ..wire.trees import flatten, restore
-from . import network_cache, quantising, running
+from . import network_cache, running
 from .cached_sampling import CachedSampling
-from .group import Poll, Progress, WorkerGroup
-from .placing import Placing
+from .group import Poll, Progress
+from .held_weights import HeldWeights
 from .remote_transformer import RemoteTransformer
-from .sampling import SEGMENT
 from .step_request import StepRequest
-
-log = logging.getLogger("sequence_parallel")
 
 _MODELS = itertools.count(1)
 _ROOM = 1 << 20
@@ -75,52 +70,29 @@ class NetworkRecipe:
         return {**named, "weight_dtype": dtype}
 
 
-class RemoteNetwork(RemoteTransformer):
+class RemoteNetwork(HeldWeights, RemoteTransformer):
     """A network that computes in the workers. Its weights may come and go: `ensure_loaded` brings them back.
 
     Args:
         recipe: what to load.
 
     Raises:
-        ConfigError: the configuration asks for what such a network does not have yet.
+        ConfigError: the configuration does not fit this machine.
     """
 
     output_dtype = torch.float32
     """Holds whatever the network computes in; ComfyUI converts its predictions to it next."""
 
     def __init__(self, recipe: NetworkRecipe):
-        super().__init__(f"network-{next(_MODELS)}")
+        HeldWeights.__init__(self, f"network-{next(_MODELS)}", recipe.path, recipe.config, recipe.network)
+        RemoteTransformer.__init__(self, self.name)
         self.recipe = recipe
-        self.nbytes = 0
-        """Bytes of weights that one worker has on its device; 0 when not loaded."""
-        self.placement: Placement | None = None
-        """Where the weights are, or were last, and why."""
-        self.fp8_report: FP8Report | None = None
-        """What has been quantised, of the weights that were loaded last."""
-        self._fp8: FP8Settings | None = None
-        self._layout = resolve(recipe.config)
-        self._placing = Placing(recipe.config, self._layout)
-        self._generation = 0
         self._version: Hashable = None
         self._replaced: set[str] = set()
 
     @property
-    def loaded(self) -> bool:
-        """Whether the workers hold the weights."""
-        return self._group is not None and self._group.alive and self._group.generation == self._generation
-
-    @property
-    def group(self) -> WorkerGroup | None:
-        """The workers that it was last loaded in."""
-        return self._group
-
-    @property
     def heads(self) -> int:
         return self.recipe.heads
-
-    @property
-    def sharded(self) -> bool:
-        return (self.placement.mode if self.placement else self.recipe.config.weights) == "shard"
 
     def check_request(self, request: StepRequest, degrees: Degrees) -> None:
         """What the inputs must be, the plan's rules say where they cut them; a short sequence is no reason."""
@@ -140,15 +112,12 @@ class RemoteNetwork(RemoteTransformer):
         for group in range(degrees.groups if requests else 0):
             for request, rows in zip(requests, share_of(batches, group, degrees.groups), strict=True):
                 if 0 < rows.stop - rows.start < len(request.x) and (name := _indivisible(request)):
-                    degrees = Degrees(ring=degrees.ring, ulysses=self._layout.world_size // degrees.ring)
-                    return degrees, f"{name} cannot be taken apart by samples"
+                    return self._all_in_one(degrees), f"{name} cannot be taken apart by samples"
         return degrees, reason
 
-    def expected_bytes(self, fp8: FP8Settings | None = None) -> int:
-        """Of weights on one worker's device when they are loaded; under `auto` as much as it may be."""
-        if self.loaded and fp8 == self._fp8:
-            return self.nbytes
-        return self._placing.expected_bytes(self._whole_bytes(fp8))
+    def _all_in_one(self, degrees: Degrees) -> Degrees:
+        """All ranks share one sequence, with the same rings."""
+        return Degrees(ring=degrees.ring, ulysses=self._layout.world_size // degrees.ring)
 
     def _whole_bytes(self, fp8: FP8Settings | None) -> int:
         """Of a whole copy of the weights."""
@@ -172,31 +141,12 @@ class RemoteNetwork(RemoteTransformer):
             ConfigError: an offload needs more memory than the host has, or the devices cannot do what `fp8` asks for.
             WorkerError: loading failed.
         """
-        nbytes = self._whole_bytes(fp8)
+        if fp8 is not None:
+            self.select_fp8(fp8)  # refuses before any worker is started
         group = running.acquire(self.recipe.config, poll)
-        if self.loaded and group is self._group and fp8 == self._fp8:
-            return self.nbytes
-        choice = quantising.choose(fp8, group, poll)
-        self.unload()
         in_the_file = self.recipe.in_the_file if fp8 is None else 0
-        placement = self._placing.settle(group, poll, nbytes, in_the_file=in_the_file)
-        message = {
-            "model": self.name,
-            "source": self.recipe.to_json(),
-            "fp8": None if choice is None else choice.to_json(),
-        }
-        with self._placing.message(placement, self.name, group, poll) as weights:
-            results = group.call("load network", message | {"weights": weights}, poll=poll, on_progress=on_progress)
-        self._group, self._generation, self._version = group, group.generation, None
-        self.placement, self._fp8 = placement, fp8
-        self._replaced.clear()
-        self._conditioning.clear()
-        self.nbytes = max(result["nbytes"] for result in results)
-        self.fp8_report = quantising.report(choice, results[0]["fp8"], self._placing, placement, self.nbytes)
-        group.figures.holds(self.name, self.recipe.path, self.nbytes)
-        log.info("%s: %s, weights %s (%s): %.0f MiB of weights for each of %d workers", self.recipe.path,
-                 self.recipe.network, placement.mode, placement.reason, self.nbytes / 2**20, len(results))  # fmt: skip
-        return self.nbytes
+        source = {"source": self.recipe.to_json()}
+        return self._load_into(group, "load network", source, fp8, poll, on_progress, in_the_file=in_the_file)
 
     def select_fp8(self, fp8: FP8Settings) -> Selection:
         """What `fp8` will do to this network, told without workers.
@@ -278,10 +228,9 @@ class RemoteNetwork(RemoteTransformer):
         tensors: dict[str, Tensor] = {}
         first = [flatten(value, str(i), tensors) for i, value in enumerate(args)]
         tree = {"dict": {"args": {"list": first}, "named": flatten(dict(named), "named", tensors)}}
-        group, degrees = self._group, self.degrees(1)
+        group, (degrees, _) = self._group, self._chosen(1, ())
         assert group is not None, "call ensure_loaded first"
-        if degrees.groups > 1:
-            degrees = Degrees(ring=degrees.ring, ulysses=self._layout.world_size // degrees.ring)
+        degrees = self._all_in_one(degrees)
         group.settle(poll)
         (keys,), put, drop = self._conditioning.update([tensors], group)
         room = _ROOM
@@ -310,26 +259,10 @@ class RemoteNetwork(RemoteTransformer):
         found = {str(i): results.tensor(ref).clone().to(device) for i, ref in enumerate(refs)}
         return restore(told[0]["structure"], found.__getitem__)
 
-    def unload(self) -> None:
-        """Frees the weights in the workers; the processes stay."""
-        group, was_loaded = self._group, self.loaded
-        self._group, self._generation, self.nbytes = None, 0, 0
+    def _forgotten(self) -> None:
+        self._version = None
+        self._replaced.clear()
         self._conditioning.clear()
-        if group is not None and was_loaded:
-            group.figures.dropped(self.name)
-            try:
-                # A sampling that was cancelled has left its noise.
-                group.call("unload", {"model": self.name, "drop": [SEGMENT]})
-                group.memory.drop(SEGMENT)
-            except WorkerError as error:  # the weights have gone with the workers
-                log.warning("%s", error)
-
-    def release(self) -> None:
-        """As `unload`, without waiting: for a finalizer, which may run in the middle of anything."""
-        if self._group is not None and self.loaded:
-            self._group.figures.dropped(self.name)
-            self._group.post("unload", {"model": self.name, "drop": []})
-        self._group, self._generation = None, 0
 
 
 def _indivisible(request: StepRequest) -> str:

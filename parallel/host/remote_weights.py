@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import logging
 from collections.abc import Callable, Collection, Hashable, Iterator, Mapping
 from math import prod
 
@@ -11,19 +10,13 @@ import torch
 
 from ..adapters.native import NativeTensors
 from ..checkpoints.source import Stored
-from ..config import resolve
-from ..errors import WorkerError
-from ..placement import Placement
 from ..quantise.selection import Selection, select
-from ..quantise.settings import FP8Report, FP8Settings, likely_scheme, refuse_devices
+from ..quantise.settings import FP8Settings, likely_scheme, refuse_devices
 from ..wire.shared import lay_out
-from . import quantising, running, status
+from . import running
 from .group import Poll, Progress, WorkerGroup
-from .placing import Placing
+from .held_weights import HeldWeights
 from .recipe import Inspected, Recipe, inspect, weight_bytes
-from .sampling import SEGMENT
-
-log = logging.getLogger("sequence_parallel")
 
 _MODELS = itertools.count(1)
 _BATCH_BYTES = 64 * 2**20
@@ -34,7 +27,7 @@ Replace = Callable[[str, Stored], Stored]
 if there was one. Without a scale the tensor is in the storage dtype. It must not be written to: it may be the file."""
 
 
-class RemoteWeights:
+class RemoteWeights(HeldWeights):
     """The weights of one recipe, and where they are now.
 
     They may come and go (eviction, a crash, another layout): `ensure_loaded` brings them back.
@@ -48,33 +41,13 @@ class RemoteWeights:
     def __init__(self, recipe: Recipe, inspected: Inspected | None = None, group: WorkerGroup | None = None):
         self.recipe = recipe
         self.inspected = inspected or inspect(recipe.path)
-        self.name = f"model-{next(_MODELS)}"
-        self.nbytes = 0
-        """Bytes of weights that one worker has on its device; 0 when not loaded."""
-        self.placement: Placement | None = None
-        """Where the weights are, or were last, and why."""
-        self.fp8_report: FP8Report | None = None
-        """What has been quantised, of the weights that were loaded last."""
-        self._layout = resolve(recipe.config)
-        self._placing = Placing(recipe.config, self._layout)
+        super().__init__(f"model-{next(_MODELS)}", recipe.path, recipe.config, self.inspected.adapter.family)
         self._own_group = group
-        self._group: WorkerGroup | None = None
-        self._generation = 0
-        self._fp8: FP8Settings | None = None
         self._selections: dict[FP8Settings, Selection] = {}
         self._tensors = NativeTensors(self.inspected.source, self.inspected.adapter, self.inspected.model_config)
         self._version: Hashable = None
         self._replaced: set[str] = set()
         """Tensors that are, or may be, other than the checkpoint's in the workers."""
-
-    @property
-    def loaded(self) -> bool:
-        """Whether the workers hold the weights."""
-        return self._group is not None and self._group.alive and self._group.generation == self._generation
-
-    @property
-    def group(self) -> WorkerGroup | None:
-        return self._group
 
     def ensure_loaded(
         self, poll: Poll | None = None, on_progress: Progress | None = None, *, fp8: FP8Settings | None = None
@@ -95,35 +68,7 @@ class RemoteWeights:
         """
         family = self.inspected.adapter.family
         group = self._own_group or running.acquire(self.recipe.config, poll, family=family)
-        if self.loaded and group is self._group and fp8 == self._fp8:
-            return self.nbytes
-        choice = quantising.choose(fp8, group, poll)
-        self.unload()  # what is loaded otherwise makes room for this
-        placement = self._placing.settle(group, poll, self._whole_bytes(fp8))
-        message = {
-            "model": self.name,
-            "recipe": self.recipe.to_json(),
-            "fp8": None if choice is None else choice.to_json(),
-        }
-        with self._placing.message(placement, self.name, group, poll) as weights:
-            results = group.call("load", message | {"weights": weights}, poll=poll, on_progress=on_progress)
-        self._group, self._generation, self.placement, self._fp8 = group, group.generation, placement, fp8
-        self._forgotten()
-        self._version = None
-        self._replaced.clear()
-        self.nbytes = max(result["nbytes"] for result in results)
-        group.figures.holds(self.name, self.recipe.path, self.nbytes)
-        group.figures.loaded([result["seconds"] for result in results])
-        log.info(
-            "%s: weights %s (%s): %.0f MiB %s; loaded in %s",
-            self.recipe.path, placement.mode, placement.reason, self.nbytes / 2**20,
-            "in one copy for all workers"
-            if placement.mode == "offload" and self._layout.device_type == "cpu"
-            else f"on each of {len(results)} workers",
-            status.phases_text(group.figures.load),
-        )  # fmt: skip
-        self.fp8_report = quantising.report(choice, results[0]["fp8"], self._placing, placement, self.nbytes)
-        return self.nbytes
+        return self._load_into(group, "load", {"recipe": self.recipe.to_json()}, fp8, poll, on_progress)
 
     def select_fp8(self, fp8: FP8Settings) -> Selection:
         """What `fp8` will do to this model, told without workers.
@@ -148,12 +93,6 @@ class RemoteWeights:
         """Of a whole copy of the weights."""
         saved = 0 if fp8 is None else self.select_fp8(fp8).saved
         return weight_bytes(self.inspected, self.recipe) - saved
-
-    def expected_bytes(self, fp8: FP8Settings | None = None) -> int:
-        """Of weights on one worker's device when they are loaded; under `auto` as much as it may be."""
-        if self.loaded and fp8 == self._fp8:
-            return self.nbytes
-        return self._placing.expected_bytes(self._whole_bytes(fp8))
 
     def replace_weights(
         self,
@@ -230,29 +169,9 @@ class RemoteWeights:
         # What a scaled-fp8 file keeps out of fp8 stays out of it, whatever the storage dtype.
         return self.recipe.compute_dtype if source.scales else self.recipe.weight_dtype
 
-    def unload(self) -> None:
-        """Frees the weights in the workers; the processes stay."""
-        group, was_loaded = self._group, self.loaded
-        self._group, self._generation, self.nbytes = None, 0, 0
-        self._forgotten()
-        if group is not None and was_loaded:
-            group.figures.dropped(self.name)
-            try:
-                # A sampling that was cancelled has left its noise.
-                group.call("unload", {"model": self.name, "drop": [SEGMENT]})
-                group.memory.drop(SEGMENT)
-            except WorkerError as error:  # the weights have gone with the workers
-                log.warning("%s", error)
-
-    def release(self) -> None:
-        """As `unload`, without waiting: for a finalizer, which may run in the middle of anything."""
-        if self._group is not None and self.loaded:
-            self._group.figures.dropped(self.name)
-            self._group.post("unload", {"model": self.name, "drop": []})
-        self._group, self._generation = None, 0
-
     def _forgotten(self) -> None:
-        """What else the workers had of this model has gone with its weights."""
+        self._version = None
+        self._replaced.clear()
 
 
 def _batches(sizes: Mapping[str, int]) -> Iterator[list[str]]:

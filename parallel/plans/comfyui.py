@@ -438,6 +438,8 @@ class Described:
     makes: tuple[str, ...]
     verified: str
     """How the tests compare it with ComfyUI's own: whole samplings in a server, or single calls of the network."""
+    compiled: bool = True
+    """Whether its blocks are compiled: not where they are given no `transformer_options`."""
 
 
 _SAMPLED, _CALLED = "samplings", "calls"
@@ -456,7 +458,7 @@ DESCRIBED: Mapping[str, Described] = {
     "WanDancerModel": Described("WanDancer", ("I2V",), _CALLED),
     "HiDreamImageTransformer2DModel": Described("HiDream I1, E1", ("T2I", "edit"), _CALLED),
     "OmniGen2Transformer2DModel": Described("OmniGen2", ("T2I", "edit"), _CALLED),
-    "ErnieImageModel": Described("ERNIE-Image", ("T2I",), _CALLED),
+    "ErnieImageModel": Described("ERNIE-Image", ("T2I",), _CALLED, compiled=False),
     "Ideogram4Transformer2DModel": Described("Ideogram 4", ("T2I",), _CALLED),
     "JoyImageTransformer3DModel": Described("JoyImage", ("T2I", "edit"), _CALLED),
     "BooguTransformer2DModel": Described("Boogu", ("T2I", "edit"), _CALLED),

@@ -52,7 +52,7 @@ class Draft:
         self._parts = list(_parts(self.passes[0]))
         self._find_streams()
         for part in self._parts:
-            if part.count and self._depends(self._attended(part), 0, 1):
+            if part.count and self._follows_latent(self._attended(part)):
                 self.sites[part.path] = self._site(part)
         self._find_joins()
 
@@ -68,16 +68,16 @@ class Draft:
             for row in zip(*inside, strict=False)
         ]
 
-    def _depends(self, attended: Sequence[tuple[str, Sizes, Sizes, bool]], one: int, other: int) -> bool:
-        return any(queries[one] != queries[other] for _, queries, _, _ in attended)
+    def _follows_latent(self, attended: Sequence[tuple[str, Sizes, Sizes, bool]]) -> bool:
+        return any(queries[0] != queries[1] for _, queries, _, _ in attended)
 
     def _find_streams(self) -> None:
         """Streams are lengths of attention, or what they are the sum of among the sizes of arguments."""
         for part in self._parts:
             attended = self._attended(part)
-            if not (part.count and self._depends(attended, 0, 1)):
+            if not (part.count and self._follows_latent(attended)):
                 continue
-            sizes = list(dict.fromkeys(size for _, _, tree in self._leaves(part) for size in tree))
+            sizes = list(dict.fromkeys(size for dims in self._leaves(part) for size in dims))
             for length in dict.fromkeys(each for row in attended for each in row[1:3]):
                 if length[0] == length[1] or self._names(length):
                     continue
@@ -113,11 +113,11 @@ class Draft:
                     return (TEXT, one if other == TEXT else other) if TEXT in (one, other) else (one, other)
         return ()
 
-    def _leaves(self, part: Part) -> Iterator[tuple[str, int | None, list[Sizes]]]:
-        """(argument, place in it, sizes of each dim) of every tensor that the first module of a part is given."""
+    def _leaves(self, part: Part) -> Iterator[list[Sizes]]:
+        """The sizes of each dim of every tensor that the first module of a part is given."""
         calls = [recording.calls[part.first] for recording in self.passes]
         for name in calls[0].arguments:
-            yield from _leaves(name, [call.arguments.get(name) for call in calls])
+            yield from _leaves([call.arguments.get(name) for call in calls])
 
     # --------------------------------------------------------------------------------------------------------- sites
 
@@ -357,13 +357,12 @@ def _by_dim(trees: Sequence[Sequence[int]]) -> list[Sizes]:
     return list(zip(*trees, strict=True)) if len({len(tree) for tree in trees}) == 1 else []
 
 
-def _leaves(name: str, trees: Sequence[Tree]) -> Iterator[tuple[str, int | None, list[Sizes]]]:
+def _leaves(trees: Sequence[Tree]) -> Iterator[list[Sizes]]:
     if all(isinstance(tree, tuple) for tree in trees):
-        yield name, None, _by_dim(trees)
+        yield _by_dim(trees)
     elif all(isinstance(tree, list) for tree in trees):
-        for place, items in enumerate(zip(*trees, strict=False)):
-            for _, _, dims in _leaves(name, items):
-                yield name, place, dims
+        for items in zip(*trees, strict=False):
+            yield from _leaves(items)
 
 
 def _variable(names: Names) -> str:

@@ -27,9 +27,8 @@ def _ltxv(config: Mapping[str, Any]) -> Known:
 
 def _flux(config: Mapping[str, Any]) -> Known:
     """FLUX.1: FLUX.2 and others of this class take no pooled text."""
-    return "flux" if config.get("image_model") == "flux" and config.get(
-        "vec_in_dim"
-    ) else "this model of the class Flux", {}
+    is_flux_1 = config.get("image_model") == "flux" and config.get("vec_in_dim")
+    return "flux" if is_flux_1 else "this model of the class Flux", {}
 
 
 def _hunyuan_video(config: Mapping[str, Any]) -> Known:

@@ -7,6 +7,11 @@ from collections.abc import Iterable
 from torch import nn
 
 
+def reached_into(plan: Iterable[str]) -> set[str]:
+    """Lists whose blocks have sites inside: their hooks do more than a compiled block can take along."""
+    return {path.partition(".*.")[0] for path in plan if ".*." in path}
+
+
 def planned_blocks(network: nn.Module, plan: Iterable[str]) -> list[nn.Module]:
     """The modules of the lists that a plan names, in its order."""
     paths = dict.fromkeys(path.partition(".*.")[0] for path in plan)

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from .blocks import reached_into
 from .ranks import SequenceRanks
 from .routes import Route, ThroughOptions
 from .sites import Plan, PlanError, Rule, Site, applied
@@ -62,8 +63,7 @@ class Split:
         self._handles: list[RemovableHandle] = []
         self.blocks: list[Block] = []
         """Those that can be compiled, in the order of the plan and of its lists."""
-        self._reached_into = {path.partition(".*.")[0] for path in plan if ".*." in path}
-        """Lists whose blocks have sites inside: their hooks do more than a compiled block can take along."""
+        self._reached_into = reached_into(plan)
         try:
             self._handles.append(model.register_forward_pre_hook(self._begin))
             for path, site in plan.items():

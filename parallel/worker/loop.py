@@ -124,7 +124,14 @@ class Worker:
             "tile": self._tile,
         }
         self._operations |= NetworkCalls(
-            self._ranks, device, self._models, self._tensor, self._page, self._load_progress, self._segments.pop
+            self._ranks,
+            device,
+            self._models,
+            self._model,
+            self._tensor,
+            self._page,
+            self._load_progress,
+            self._segments.pop,
         ).operations
         self._times = 1
 

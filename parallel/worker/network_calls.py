@@ -28,6 +28,7 @@ class NetworkCalls:
         ranks: this rank among the others.
         device: where it computes.
         models: the worker's models by name; networks are put there, too.
+        model: of a name, or an error that says what to do.
         tensor_at: the tensor of a reference in shared memory.
         control: the page by which a call can be stopped.
         progress: makes what is told how far loading has come.
@@ -39,14 +40,15 @@ class NetworkCalls:
         ranks: Ranks,
         device: torch.device,
         models: MutableMapping[str, Any],
+        model: Callable[[str], Any],
         tensor_at: Callable[[dict[str, Any]], Tensor],
         control: Callable[[], ControlPage],
         progress: Callable[[], Progress],
         take: Callable[[str], Segment],
     ):
-        self._take = take
-        self._ranks, self._device, self._models = ranks, device, models
+        self._ranks, self._device, self._models, self._model = ranks, device, models, model
         self._tensor_at, self._control, self._progress = tensor_at, control, progress
+        self._take = take
         self._uncollected: dict[str, list[Tensor]] = {}
         self.operations: dict[str, Callable[[Message], dict[str, Any]]] = {
             "load network": self._load,
@@ -59,14 +61,18 @@ class NetworkCalls:
         """Builds a network and makes its weights resident."""
         if (old := self._models.pop(message["model"], None)) is not None:
             old.close()
+        began = time.perf_counter()
         with torch.no_grad():
             home = make_home(message["weights"], self._ranks, self._take)
             network = SplitNetwork(message["source"], self._device, self._progress(), home, message["fp8"])
         self._models[message["model"]] = network
-        return {"nbytes": network.nbytes, "fp8": network.fp8_report}
+        weights_s = time.perf_counter() - began - network.libraries_s
+        seconds = {"libraries": network.libraries_s, "weights": weights_s}
+        return {"nbytes": network.nbytes, "fp8": network.fp8_report, "seconds": seconds}
 
     def _weights(self, message: Message) -> dict[str, Any]:
         network = self._network(message)
+        network.forget_cache()
         for name, ref in message["put"].items():
             network.put_weight(name, self._tensor_at(ref))
         network.restore_weights(message["restore"])
@@ -83,12 +89,7 @@ class NetworkCalls:
         ranks: SequenceRanks = self._ranks.sequence(mesh, context, network.attention, message["method"])
         began = time.perf_counter()
         with torch.no_grad():
-            result = network.call(
-                message["method"],
-                message["arguments"],
-                message["held"],
-                ranks,
-            )
+            result = network.call(message["method"], message["arguments"], message["held"], ranks)
             found: dict[str, Tensor] = {}
             structure = flatten(result, "", found)
             numbers = {name: str(i) for i, name in enumerate(found)}
@@ -124,7 +125,7 @@ class NetworkCalls:
         return needed, [ref.to_json() for ref in refs]
 
     def _network(self, message: Message) -> SplitNetwork:
-        network = self._models[message["model"]]
+        network = self._model(message["model"])
         assert isinstance(network, SplitNetwork)
         return network
 

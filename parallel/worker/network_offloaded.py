@@ -77,7 +77,7 @@ class Offloaded(NetworkHome):
         self._copy.unlock()
 
     def _bring(self, number: int) -> None:
-        if self._passing is not None:
+        if self._passing is not None and not self.skipping():
             self._passing.bring(number, self._order.after(number) or 0)
 
 

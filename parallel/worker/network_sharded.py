@@ -81,6 +81,8 @@ class Sharded(NetworkHome):
         self._units.close()
 
     def _bring(self, number: int) -> None:
+        if self.skipping():
+            return
         ahead = self._order.after(number) if self._ahead else None
         rest = len(self._units.blocks)
         for other in self._gathered.keys() - {number, ahead, rest}:

@@ -26,7 +26,14 @@ Progress = Callable[[int, int], None]
 
 
 class NetworkHome(ABC):
-    """The weights of one network on one rank."""
+    """The weights of one network on one rank.
+
+    Attributes:
+        skipping: whether a cache skips the block whose turn it is: nobody needs its weights; the same answer on all
+            ranks of a sequence.
+    """
+
+    skipping: Callable[[], bool] = staticmethod(lambda: False)
 
     @abstractmethod
     def put(self, name: str, value: Tensor) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from math import prod
@@ -44,6 +45,9 @@ class SplitNetwork:
         home: where they go there.
         fp8: `scheme` and `skip` of `quantise.settings.FP8Choice`, if linear layers of the blocks are to be quantised.
 
+    Attributes:
+        libraries_s: seconds that importing ComfyUI's code took.
+
     Raises:
         UnsupportedError: ComfyUI makes another network of it here, or it has no plan.
         PlanError: its class has changed.
@@ -58,8 +62,10 @@ class SplitNetwork:
         home: MakeNetworkHome = Replicated,
         fp8: Mapping[str, Any] | None = None,
     ):
+        began = time.perf_counter()
         prepare(source["comfyui"], source["arguments"])
         library = importlib.import_module("..comfyui.network", __package__)
+        self.libraries_s = time.perf_counter() - began
         dtype = None if source["weight_dtype"] is None else getattr(torch, source["weight_dtype"])
         self._file: Any = library.NetworkFile(source["path"], dtype, device)
         self._network: nn.Module
@@ -82,6 +88,7 @@ class SplitNetwork:
             weights, self._selection = quantise(self._network, list(plan), weights, fp8, device)
         rest, blocks = by_block(weights, planned_blocks(self._network, plan))
         self.home: NetworkHome = home(rest, blocks, device, progress)
+        self.home.skipping = lambda: self._split.streams.skipping
         self._held: dict[str, Tensor] = {}
         self._caches: dict[int, BlockCache] = {}
         self._compilers: dict[CompileSettings, CompiledModules] = {}

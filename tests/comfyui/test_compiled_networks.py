@@ -32,6 +32,20 @@ GRAPHS = {
     "Kandinsky 5": 1,
     "Cosmos Predict 2": 1,
     "Anima": 1,
+    "AuraFlow": 2,
+    "HiDream": 2,
+    "Lens, padded": 1,
+    "OmniGen2, references": 1,
+    "Boogu, references": 2,
+    "Chroma Radiance": 2,
+    "Ideogram 4, padded": 1,
+    "JoyImage": 1,
+    "Mage-Flow, padded, reference": 1,
+    "Ovis-Image": 2,
+    "SCAIL, pose, reference": 1,
+    "SCAIL-2, pose, masks": 1,
+    "WanDancer": 1,
+    "Wan Camera": 1,
 }
 """One for each class of block; the first block of VACE's second list has a layer that the others have not."""
 

@@ -323,4 +323,4 @@ def test_a_lora_is_the_native_one_and_goes_again(server: ComfyServer, reference:
     mark = len(server.log())
     assert relative_difference(sample(server, patched, ONE), expected) <= 1e-6
     assert torch.equal(sample(server, removed, ONE), before)
-    assert "of weights for each of" not in server.log()[mark:], "the file was read again"
+    assert "MiB on each of" not in server.log()[mark:], "the file was read again"

@@ -16,9 +16,10 @@ pytestmark = pytest.mark.comfyui
 
 ALLOWED = 1e-5
 """Relative, in fp32. Sums of other orders differ by about 1e-6."""
-WRONG = 0.01
-"""What a plan without an exchange of keys is off by, at least: as much where attention without norms hardly tells keys
-apart (AuraFlow, ERNIE-Image), else ten times that."""
+WRONG, HARDLY = 0.1, 0.01
+"""What a plan without an exchange of keys is off by, at least; and where attention without norms hardly tells keys
+apart."""
+WITHOUT_NORMS = ("AuraFlow", "ERNIE-Image")
 
 Results = dict[str, dict[str, Any]]
 
@@ -64,7 +65,8 @@ def test_one_network_of_each_class(plain: list[Results]) -> None:
 @pytest.mark.slow
 def test_these_cases_show_a_lost_exchange(plain: list[Results]) -> None:
     for name in plain[0]:
-        assert max(found[name]["without exchange"] for found in plain[:2]) > WRONG, name
+        least = HARDLY if name.startswith(WITHOUT_NORMS) else WRONG
+        assert max(found[name]["without exchange"] for found in plain[:2]) > least, name
 
 
 @pytest.mark.slow

@@ -56,7 +56,8 @@ class Case:
     dtype: str = "bfloat16"
     fault: str = ""
     between: str = ""
-    """Of two streams, queries and keys: `unequal`, or with `grouped` heads, or `masked` besides."""
+    """Of two streams, queries and keys: `unequal`, or with `grouped` heads, or `masked` besides; `blind`: some queries
+    see no key."""
 
     @property
     def name(self) -> str:
@@ -110,6 +111,8 @@ _BETWEEN = [
         ("unequal", 2, ""),  # of which some ranks have none
         ("grouped", 41, ""),
         ("masked", 1100, ""),
+        ("blind", 41, ""),
+        ("blind", 41, "rows shifted"),
         ("masked", 41, "rows shifted"),
         ("unequal", 41, "keys lost"),
     ]
@@ -220,6 +223,8 @@ def between(
     mask = None
     if case.between == "masked":  # the last two thirds of the keys, so that whole chunks of a ring are
         mask = (torch.arange(sum(keys)) < sum(keys) // 3).expand(1, 1, sum(queries), -1)
+    if case.between == "blind":
+        mask = (torch.arange(sum(queries)) % 2 == 0)[:, None].expand(1, 1, -1, sum(keys))
     kernel = _Faulty(case.fault)
 
     def compute(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:

@@ -43,7 +43,8 @@ with torch.no_grad():
     alone = model(**inputs).sample
     parallelize(model, init_device_mesh("cpu", (dist.get_world_size(),)))
     assert difference(model(**inputs).sample, alone) <= 1e-5
-print("rank", dist.get_rank(), "of", dist.get_world_size(), "agrees")
+# one write: two ranks share the pipe
+print(f"rank {dist.get_rank()} of {dist.get_world_size()} agrees\\n", end="", flush=True)
 dist.destroy_process_group()
 """
 

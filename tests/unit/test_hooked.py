@@ -222,6 +222,6 @@ def test_references_choose_the_polynomial_of_kontext() -> None:
     shapes = {"x": (1, 16, 8, 8)}
     plain, kontext = (
         cache_message(sampling, 0.5, "Flux", config, more)["rule"]["coefficients"]
-        for more in (shapes, shapes | {"named.ref_latents.0": (1, 16, 4, 4)})
+        for more in (shapes, shapes | {"ref_latents.0": (1, 16, 4, 4)})
     )
     assert plain != kontext
