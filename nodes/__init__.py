@@ -1,12 +1,10 @@
 """What a user sees: one file per node. The only half of the pack that imports ComfyUI."""
 
-import logging
-
 import comfyui_version
 import torch
 from comfy_api.latest import ComfyExtension, io
 
-from ..parallel.versions import OLDEST_COMFYUI, OLDEST_TORCH, conflicts, require
+from ..parallel.versions import OLDEST_COMFYUI, OLDEST_TORCH, require
 from . import panel
 from .first_block_cache import SPFirstBlockCache
 from .load_diffusion_model import SPLoadDiffusionModel
@@ -18,8 +16,6 @@ from .torch_compile import SPTorchCompile
 from .vae import SPVAE
 from .vae_decode import SPVAEDecode
 from .vae_encode import SPVAEEncode
-
-log = logging.getLogger("sequence_parallel")
 
 
 class SequenceParallelExtension(ComfyExtension):
@@ -52,6 +48,4 @@ async def comfy_entrypoint() -> SequenceParallelExtension:
     """
     require("ComfyUI", comfyui_version.__version__, OLDEST_COMFYUI)
     require("torch", torch.__version__, OLDEST_TORCH)
-    for sentence in conflicts():
-        log.warning("%s", sentence)
     return SequenceParallelExtension()

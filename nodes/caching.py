@@ -10,6 +10,7 @@ from comfy.patcher_extension import WrappersMP
 
 from ..parallel.cache.settings import CacheSettings
 from ..parallel.errors import UnsupportedError
+from ..parallel.host.cache_rules import check_cache
 from ..parallel.host.cached_sampling import CachedSampling
 from .cached_call import SAMPLING
 from .node_text import tell
@@ -33,7 +34,7 @@ def with_cache(model: Any, settings: CacheSettings, node_id: str) -> SequencePar
     """A clone of the MODEL whose samplings skip blocks.
 
     Raises:
-        UnsupportedError: a MODEL of another loader, of a family that this cache does not know, or with a cache.
+        UnsupportedError: a MODEL of another loader, of a class that this cache cannot skip blocks of, or with a cache.
     """
     if not isinstance(model, SequenceParallelPatcher):
         raise UnsupportedError(
@@ -45,7 +46,7 @@ def with_cache(model: Any, settings: CacheSettings, node_id: str) -> SequencePar
         raise _stacked(settings.name, other.settings.name)
     if (native := options.get(_NATIVE)) is not None:
         raise _stacked(settings.name, native.name)
-    model.remote.check_cache(settings)
+    check_cache(settings, model.remote.recipe)
     cached = model.clone()
     cached.model_options.setdefault("transformer_options", {})[_ATTACHED] = _Attached(settings, node_id)
     cached.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, _ATTACHED, _sample)

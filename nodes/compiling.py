@@ -44,7 +44,6 @@ def with_compiled_blocks(model: Any, settings: CompileSettings, node_id: str) ->
         )
     if _ATTACHED in model.model_options.get("transformer_options", {}):
         raise UnsupportedError(f"this MODEL has gone through {settings.name} already; remove one of the two nodes")
-    model.remote.check_compile(settings)
     compiled = model.clone()
     compiled.model_options.setdefault("transformer_options", {})[_ATTACHED] = _Attached(settings, node_id)
     compiled.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, _ATTACHED, _sample)

@@ -175,7 +175,6 @@ def _run(
             audience.count(done, steps)
 
         try:
-            network.remote.check_sampling(program)
             network.bring_weights()
             result, report = network.remote.sample(
                 program,

@@ -34,13 +34,15 @@ class SPLoadDiffusionModel(io.ComfyNode):
                 io.Combo.Input(
                     "unet_name",
                     options=_choices(),
-                    tooltip="A checkpoint in models/diffusion_models, or a diffusers transformer folder there.",
+                    tooltip="A file in models/diffusion_models, or a diffusers transformer folder there of a kind that"
+                    " ComfyUI converts. See help.",
                 ),
                 io.Combo.Input(
                     "weight_dtype",
                     options=list(WEIGHT_DTYPES),
                     default="default",
-                    tooltip="As in Load Diffusion Model. fp8_e4m3fn and fp8_e5m2 halve the weights' memory.",
+                    tooltip="As in Load Diffusion Model. fp8_e4m3fn and fp8_e5m2 halve the weights' memory; quantised"
+                    " files keep their own format.",
                     advanced=True,
                 ),
                 SPConfig.Input(

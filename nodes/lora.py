@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from typing import Any
 
 import comfy.model_patcher
-import comfy.ops
 import comfy.utils
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from ..parallel.checkpoints.source import Stored
-from .proxy import add_parameters
+from .proxy import Part, add_parameters
 from .refusals import refuse
 
 
@@ -27,50 +24,52 @@ def refuse_patches(patches: Mapping[Any, Any]) -> None:
         raise refuse("merging models (e.g. ModelMergeSimple)")
 
 
-def patched_weight(patches: Mapping[str, Any], key: str, weight: Stored, device: torch.device) -> Stored:
+def patched_weight(patches: Mapping[str, Any], key: str, weight: Tensor, device: torch.device) -> Tensor:
     """The weight under its patches, to the bit as ComfyUI computes it: on its device, rounded in its way.
 
     Args:
         patches: `ModelPatcher.patches`.
         key: the weight's name there, which also seeds the rounding to fp8.
-        weight: in the storage dtype, or fp8 with its scale; not changed.
+        weight: in the storage dtype; not changed.
         device: where ComfyUI would load the model.
 
     Returns:
-        The weight in the same dtype; of scaled fp8, with a scale that fits the patched values.
+        The weight in the same dtype.
 
     Raises:
         UnsupportedError: a patch gives the weight another shape.
     """
     holder = nn.Module()
-    add_parameters(holder, {key: weight.tensor})
-    if weight.scale is not None:
-        layer, _, _ = key.rpartition(".")
-        parent, _, name = layer.rpartition(".")
-        setattr(holder.get_submodule(parent), name, _scaled_layer(weight))
+    add_parameters(holder, {key: weight})
+    return _patched(holder, patches, key, device)
+
+
+def patched_layer(patches: Mapping[str, Any], key: str, layer: nn.Module, device: torch.device) -> Tensor:
+    """The same for the weight of a quantised layer.
+
+    Args:
+        layer: of ComfyUI's class, which knows how to patch itself, with the file's values.
+
+    Returns:
+        The weight, quantised likewise, with scales that fit the patched values.
+    """
+    holder = parent = nn.Module()
+    *path, name, _ = key.split(".")
+    for part in path:
+        parent.add_module(part, Part())
+        parent = parent.get_submodule(part)
+    parent.add_module(name, layer)
+    return _patched(holder, patches, key, device)
+
+
+def _patched(holder: nn.Module, patches: Mapping[str, Any], key: str, device: torch.device) -> Tensor:
+    before = comfy.utils.get_attr(holder, key).shape
     single = comfy.model_patcher.ModelPatcher(holder, device, torch.device("cpu"), size=1)
     single.patches = {key: patches[key]}
     single.patch_weight_to_device(key, device_to=device)
-    shape = comfy.utils.get_attr(holder, key).shape
-    if shape != weight.tensor.shape:
+    weight: Tensor = comfy.utils.get_attr(holder, key).detach()
+    if weight.shape != before:
         raise refuse(
-            f"a LoRA that gives {key} the shape {list(shape)} instead of {list(weight.tensor.shape)}"
-            " (as control LoRAs do)"
+            f"a LoRA that gives {key} the shape {list(weight.shape)} instead of {list(before)} (as control LoRAs do)"
         )
-    patched = holder.state_dict()
-    return Stored(patched[key], None if weight.scale is None else patched[f"{key}_scale"].item())
-
-
-def _scaled_layer(weight: Stored) -> nn.Module:
-    """ComfyUI's own layer for scaled fp8, which knows how to patch itself. It reads every layout as this one."""
-    rows, columns = weight.tensor.shape
-    layer: nn.Module = comfy.ops.mixed_precision_ops().Linear(columns, rows, bias=False)
-    described = json.dumps({"format": str(weight.tensor.dtype).removeprefix("torch.")})
-    layer.load_state_dict(
-        {
-            "weight": weight.tensor,
-            "weight_scale": torch.tensor(weight.scale),
-            "comfy_quant": torch.tensor(list(described.encode()), dtype=torch.uint8),
-        }
-    )
-    return layer
+    return weight

@@ -6,18 +6,30 @@ proxy whose parameters have no data. So every sampler, guider, scheduler and Mod
 
 from __future__ import annotations
 
-import comfy.model_detection
+from pathlib import Path
+
+import comfy.cli_args
 import comfy.model_management
-import comfy.utils
+import comfy.sd
 import torch
 from comfy.patcher_extension import WrappersMP
 
-from ..parallel.checkpoints.source import SAFETENSORS
-from ..parallel.config import SequenceParallelConfig, resolve
-from ..parallel.errors import NoPlanError, UnsupportedError
-from ..parallel.host.recipe import Inspected, Recipe, inspect
+from ..parallel.comfyui.detection import (
+    Detected,
+    computes_in_nvfp4,
+    detect,
+    quantised_as,
+    scaled_over_all_tokens,
+    shapes,
+)
+from ..parallel.comfyui.network import changed_dtypes
+from ..parallel.config import Layout, SequenceParallelConfig, resolve
+from ..parallel.errors import UnknownModelError, UnsupportedError
+from ..parallel.host.recipe import Recipe
 from ..parallel.host.remote_model import RemoteModel
-from .native_network import load_planned_model
+from ..parallel.plans.comfyui import plan_of
+from ..parallel.quantise.networks import linear_layers
+from ..parallel.vae.arguments import as_plain
 from .proxy import ProxyDiffusionModel
 from .shell_patcher import SequenceParallelPatcher
 from .side_by_side import side_by_side
@@ -31,12 +43,18 @@ WEIGHT_DTYPES = {
 }
 """The choices of ComfyUI's own loader."""
 
+_SAFETENSORS = (".safetensors", ".sft")
+_HEADS = ("num_attention_heads", "audio_num_attention_heads", "num_heads", "n_heads", "heads")
+"""What ComfyUI's networks call them."""
+_ENOUGH = 1 << 10
+"""Of a network that calls them otherwise."""
+
 
 def load_native_model(path: str, weight_dtype: str, config: SequenceParallelConfig) -> SequenceParallelPatcher:
     """A MODEL for the checkpoint at `path`. Reads the file's header only, and starts no process.
 
     Args:
-        path: checkpoint file or diffusers folder.
+        path: a safetensors file, or a diffusers folder that ComfyUI converts.
         weight_dtype: a key of WEIGHT_DTYPES.
         config: devices and degrees.
 
@@ -47,82 +65,100 @@ def load_native_model(path: str, weight_dtype: str, config: SequenceParallelConf
         raise UnsupportedError(
             "weight_dtype fp8_e4m3fn_fast is not supported; use fp8_e4m3fn, or default with FP8 Quantize (SP)"
         )
-    try:
-        inspected = inspect(path)
-    except UnsupportedError as reason:
-        return _planned(path, weight_dtype, config, reason)
+    is_folder = Path(path).is_dir()
+    if not is_folder and not path.endswith(_SAFETENSORS):
+        raise UnsupportedError(
+            f"{path}: only {' and '.join(_SAFETENSORS)} files are read, whose parts all workers can map; other formats"
+            " can run code, or are of other packs. Use the model's safetensors file"
+        )
     layout = resolve(config)
-    worker_device = torch.device(layout.devices[0].name)
-
-    network = _meta_state_dict(inspected)
-    model_config = comfy.model_detection.model_config_from_unet(network, "", metadata=inspected.source.metadata or None)
-    if model_config is None:
-        raise UnsupportedError(f"{path}: this ComfyUI does not recognise the model")
-
-    # The same choice of dtypes as comfy.sd.load_diffusion_model_state_dict makes.
-    supported = list(model_config.supported_inference_dtypes)
-    scaled = bool(inspected.source.scales)  # a file of scaled fp8 keeps it, and its dtype decides nothing else
-    storage = (None if scaled else WEIGHT_DTYPES[weight_dtype]) or comfy.model_management.unet_dtype(
-        model_params=comfy.utils.calculate_parameters(network),
-        supported_dtypes=supported,
-        weight_dtype=None if scaled else comfy.utils.weight_dtype(network),
+    device = torch.device(layout.devices[0].name)
+    dtype = WEIGHT_DTYPES[weight_dtype]
+    try:
+        detected = detect(path, dtype, device)
+    except UnknownModelError as error:
+        if is_folder:
+            raise UnsupportedError(
+                f"{path} is a diffusers folder that ComfyUI does not convert; use the model's single file for ComfyUI"
+            ) from error
+        raise
+    model = detected.model_config.get_model(dict(detected.state), "", device=torch.device("meta"))
+    network = model.diffusion_model
+    plan = plan_of(network)
+    if not plan:
+        _refuse_splits(type(network).__name__, config)
+    _refuse_scales(path, detected, layout)
+    parameters = shapes(detected.named_as_in_the_network())
+    changed = changed_dtypes(parameters, network)
+    dtypes = {name: changed.get(name, tensor.dtype) for name, tensor in parameters.items()}
+    quantised = quantised_as(detected.state)
+    remote = RemoteModel(
+        Recipe(
+            library="comfyui",
+            path=path,
+            weight_dtype=dtype,
+            network=type(network).__name__,
+            config=config,
+            nbytes=sum(tensor.numel() * dtypes[name].itemsize for name, tensor in parameters.items()),
+            in_the_file=sum(tensor.nbytes for name, tensor in parameters.items() if name not in changed),
+            heads=_heads(detected),
+            arguments=dict(detected.model_config.unet_config),
+            channels=model.latent_format.latent_channels,
+            linear=() if quantised else tuple(linear_layers(network, plan, dtypes)),
+            quantised=quantised,
+            planned=bool(plan),
+            options={
+                "folder": str(Path(comfy.sd.__file__).parent.parent),
+                "arguments": as_plain(vars(comfy.cli_args.args)),
+            },
+        )
     )
-    manual_cast = comfy.model_management.unet_manual_cast(None if scaled else storage, worker_device, supported)
-    model_config.set_inference_dtype(storage, manual_cast)
-
-    recipe = Recipe(path=path, weight_dtype=storage, compute_dtype=manual_cast or storage, config=config)
-    remote = RemoteModel(recipe, inspected)
-
-    model_config.unet_config["disable_unet_model_creation"] = True
-    model = model_config.get_model(network, "")
-    parameters = model_config.process_unet_state_dict(dict(network))
-    # ComfyUI renames tensors there; they remain the same objects.
-    names = {id(tensor): name for name, tensor in network.items()}
-    model.diffusion_model = ProxyDiffusionModel(
-        remote,
-        parameters,
-        model_config.unet_config,
-        storage,
-        {name: names[id(tensor)] for name, tensor in parameters.items() if id(tensor) in names},
-    )
+    model.diffusion_model = ProxyDiffusionModel(remote, network, parameters)
     # Each device holds its share of the activations only; ComfyUI decides by this whether cond and uncond fit together.
     model.memory_usage_factor /= layout.world_size
-
     load_device = comfy.model_management.get_torch_device()
     patcher = SequenceParallelPatcher(
         model,
         load_device=load_device,
         offload_device=comfy.model_management.unet_offload_device(),
-        size=remote.expected_bytes() if layout.uses(load_device.type, load_device.index) else 1,
+        size=remote.weights.expected_bytes() if layout.uses(load_device.type, load_device.index) else 1,
     )
     patcher.add_wrapper_with_key(WrappersMP.CALC_COND_BATCH, "sequence_parallel", side_by_side)
     patcher.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, "sequence_parallel", watched)
     return patcher
 
 
-def _planned(
-    path: str, weight_dtype: str, config: SequenceParallelConfig, reason: UnsupportedError
-) -> SequenceParallelPatcher:
-    """A model that no adapter takes runs as ComfyUI's own class, if that has a plan.
+def _refuse_splits(network: str, config: SequenceParallelConfig) -> None:
+    """What cannot be done for a class without a plan.
 
     Raises:
-        UnsupportedError: it has none; the adapters' reason.
+        UnsupportedError: naming the knob.
     """
-    if not path.endswith(SAFETENSORS):
-        raise reason
-    try:
-        return load_planned_model(path, WEIGHT_DTYPES[weight_dtype], config)
-    except NoPlanError:
-        raise reason from None
+    asked = {name: getattr(config, name) for name in ("ulysses_degree", "ring_degree") if getattr(config, name) > 1}
+    if config.weights in ("shard", "offload"):
+        asked["weights"] = config.weights
+    for name, value in asked.items():
+        raise UnsupportedError(
+            f"{name} is {value!r}, but {network} has no split plan: only prompts and samples of a batch run side by"
+            f" side, with whole weights on each device. Set {name} to {'auto' if name == 'weights' else 0}"
+        )
 
 
-def _meta_state_dict(inspected: Inspected) -> dict[str, torch.Tensor]:
-    """The network as ComfyUI's detection wants to see it: its own tensor names, without data."""
-    if inspected.source.is_diffusers:
-        shapes = inspected.adapter.native_tensors(inspected.model_config)
-        dtype = next(iter(inspected.source.tensors.values())).dtype
-        return {name: torch.empty(shape, dtype=dtype, device="meta") for name, shape in shapes.items()}
-    return {
-        name: torch.empty(info.shape, dtype=info.dtype, device="meta")
-        for name, info in inspected.source.tensors.items()
-    }
+def _refuse_scales(path: str, detected: Detected, layout: Layout) -> None:
+    """A split must not change what a scale is taken over.
+
+    Raises:
+        UnsupportedError: naming the layer.
+    """
+    computes = any(computes_in_nvfp4(torch.device(device.name)) for device in layout.devices)
+    if layout.world_size > 1 and computes and (layers := scaled_over_all_tokens(detected.state)):
+        raise UnsupportedError(
+            f"{path}: {len(layers)} layers, e.g. {layers[0]}, are nvfp4 without an input_scale: they scale their input"
+            f" by its largest value over all tokens, and each of {layout.world_size} workers has only some. Use one"
+            " device, or a file in another format (mxfp8, fp8, int8, bf16)"
+        )
+
+
+def _heads(detected: Detected) -> int:
+    given = (detected.model_config.unet_config.get(name) for name in _HEADS)
+    return min((count for count in given if isinstance(count, int) and count > 0), default=_ENOUGH)

@@ -28,10 +28,10 @@ from ..parallel.config import SequenceParallelConfig, resolve
 from ..parallel.errors import ConfigError, UnsupportedError, WorkerOutOfMemoryError
 from ..parallel.host import running
 from ..parallel.host.remote_vae import RemoteVAE
+from ..parallel.host.tiles import Tile
 from ..parallel.vae.arguments import as_plain
 from ..parallel.vae.devices import unequal
 from ..parallel.vae.fingerprint import fingerprint
-from ..parallel.vae.tiles import Tile
 from .node_text import executing_node, tell, tell_fallback
 from .residency import WorkersPatcher, progress_bar
 from .settings import default_config
@@ -197,6 +197,10 @@ class VAEPatcher(WorkersPatcher):
     def remote(self) -> RemoteVAE:
         remote: RemoteVAE = self.model.remote
         return remote
+
+    @property
+    def held(self) -> RemoteVAE:
+        return self.remote
 
     def _load(self) -> None:
         self.remote.ensure_loaded(comfy.model_management.throw_exception_if_processing_interrupted)

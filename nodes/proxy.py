@@ -1,63 +1,67 @@
-"""The stand-in for ComfyUI's network: parameters without data, and a forward that runs in the workers."""
+"""The stand-in for ComfyUI's network: all that ComfyUI and its nodes read of it, without data, and a forward that runs
+in the workers."""
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import comfy.model_management
 import comfy.patcher_extension
 import comfy.utils
 import torch
-from comfy.ldm.lightricks.symmetric_patchifier import SymmetricPatchifier
 from torch import Tensor, nn
 
-from ..parallel.adapters.base import pack_text
 from ..parallel.errors import WorkerOutOfMemoryError
 from ..parallel.host.remote_model import RemoteModel
-from ..parallel.host.remote_transformer import RemoteTransformer
-from ..parallel.host.step_request import StepRequest
-from ..parallel.sampling.recording import RecordedLatent, RecordedPart, Recorder, in_parts, recorder_of
+from ..parallel.plans.comfyui import METHODS, plan_of, takes_control
+from ..parallel.sampling.recording import RecordedLatent, RecordedPart, Recorder, in_parts, packed, recorder_of
+from ..parallel.sampling.step_request import StepRequest
+from ..parallel.wire.trees import NotPlain, flatten
 from .cached_call import cached_sampling, compiled_sampling, label
+from .options import travelling
 from .refusals import refuse_transformer_options, refuse_value
 from .side_by_side import LookAhead, Recorded
 
-_ATTRIBUTES: dict[str, dict[str, Any]] = {
-    "ltxv": {"patchifier": SymmetricPatchifier(1, start_end=True)},
-}
-"""What ComfyUI's model class of a family (its `image_model`) reads of the network, beside the sizes."""
+_MADE_ANEW = {"minimax_payload": "layout"}
+"""Conditioning → what the network makes of it by itself where it is missing; its class cannot travel."""
 
 
-class RemoteProxy(nn.Module, ABC):
-    """What stands in ComfyUI's MODEL for its network, and computes in the workers.
+class ProxyDiffusionModel(nn.Module):
+    """Has the modules, parameters and attributes of ComfyUI's network, without data, and computes in the workers.
 
     Args:
         remote: the model in the workers.
+        network: ComfyUI's, made on the meta device.
+        parameters: what the file has, by the network's names, without data: layers of quantised files get their
+            weights only when these are loaded, and LoRAs are matched by them.
     """
 
-    remote: RemoteTransformer
-
-    def __init__(self, remote: RemoteTransformer):
+    def __init__(self, remote: RemoteModel, network: nn.Module, parameters: Mapping[str, Tensor]):
         super().__init__()
         self.remote = remote
         self.look_ahead = LookAhead(remote)
         self.load_weights: Callable[[], None] | None = None
-        """Set when ComfyUI loads the model, and run by the next step, once its inputs have been checked."""
+        """Set when ComfyUI loads the model, and run by the next step."""
+        self.__dict__["_network"] = network  # not a module of this one: its own are
+        self._modules.update(network._modules)
+        self._parameters.update(network._parameters)
+        known = {name for name, _ in [*network.named_parameters(), *network.named_buffers()]}
+        add_parameters(self, {name: tensor for name, tensor in parameters.items() if name not in known})
 
-    @abstractmethod
-    def request(self, options: Mapping[str, Any], x: Any, timestep: Any, **conditioning: Any) -> StepRequest:
-        """A call of the network, for the workers.
-
-        Args:
-            options: `transformer_options`.
-            x: the latent, which may be recorded, or the list of its parts.
-            conditioning: `context`, `control` and whatever else ComfyUI's model class hands to its network.
-
-        Raises:
-            UnsupportedError: an input that cannot reach the workers; it is named.
-        """
+    def __getattr__(self, name: str) -> Any:
+        """Of the network: its sizes and patchifiers; methods that need weights run in the workers."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            network = self.__dict__.get("_network")
+            if network is None:
+                raise
+        if name in METHODS.get(type(network).__name__, ()):
+            return partial(self._method, name)
+        return getattr(network, name)
 
     @torch.compiler.disable
     def forward(
@@ -122,7 +126,6 @@ class RemoteProxy(nn.Module, ABC):
         conditions = len(set(running)) + len(requests) - 1
         cache, sigma = cached_sampling(options)
         with ooms_as_comfyui():
-            self.remote.check(requests, conditions)
             self.bring_weights()
             predictions = self.remote.steps(
                 requests,
@@ -135,6 +138,49 @@ class RemoteProxy(nn.Module, ABC):
         self.look_ahead.keep(requests[1:], predictions[1:])
         return predictions[0]
 
+    def request(self, options: Mapping[str, Any], x: Any, timestep: Any, **conditioning: Any) -> StepRequest:
+        """A call of the network, for the workers.
+
+        Args:
+            options: `transformer_options`.
+            x: the latent, which may be recorded, or the list of its parts.
+            conditioning: `context`, `control` and whatever else ComfyUI's model class hands to its network.
+
+        Raises:
+            UnsupportedError: an input that cannot reach the workers; it is named.
+        """
+        refuse_transformer_options(options, allowed=("rope_options",))
+        control = conditioning.get("control")
+        if control is not None and not takes_control(plan_of(self.__dict__["_network"])):
+            raise refuse_value("control", control)
+        named = {name: value for name, value in conditioning.items() if value is not None}
+        for name, part in _MADE_ANEW.items():
+            if isinstance(named.get(name), Mapping):
+                named[name] = {key: value for key, value in named[name].items() if key != part}
+        latent, parts = packed([x] if isinstance(x, Tensor) else x)
+        names = [{"tensor": f"x.{i}"} for i in range(len(parts))] or [{"tensor": "x"}]
+        first = names[0] if isinstance(x, Tensor) else {"list": names}
+        tensors: dict[str, Tensor] = {}
+        with _refused_by_name():
+            when = flatten(timestep, "timestep", tensors)
+            rest = {name: flatten(value, name, tensors) for name, value in named.items()}
+            rest["transformer_options"] = flatten(travelling(options), "transformer_options", tensors)
+        one = tensors.pop("timestep", None)  # of nested ones each travels as what may stay
+        return StepRequest(
+            latent,
+            torch.zeros(len(latent)) if one is None else one,
+            tensors,
+            {"dict": {"args": {"list": [first, when]}, "named": {"dict": rest}}},
+            label(options),
+            parts,
+        )
+
+    def _method(self, method: str, *args: Any, **named: Any) -> Any:
+        with _refused_by_name(), ooms_as_comfyui():
+            self.bring_weights()
+            poll = comfy.model_management.throw_exception_if_processing_interrupted
+            return self.remote.call(method, args, named, poll=poll)
+
 
 @contextmanager
 def ooms_as_comfyui() -> Iterator[None]:
@@ -145,52 +191,13 @@ def ooms_as_comfyui() -> Iterator[None]:
         raise comfy.model_management.OOM_EXCEPTION(str(error)) from error
 
 
-class ProxyDiffusionModel(RemoteProxy):
-    """Has the parameter names and the few attributes that ComfyUI and its nodes read; computes nothing here.
-
-    Args:
-        remote: the model in the workers.
-        parameters: ComfyUI's names → tensors on the meta device.
-        unet_config: as ComfyUI's detection found it; its values can be read as attributes.
-        dtype: of the weights, as ComfyUI chose it.
-        checkpoint_names: ComfyUI's names → names of the checkpoint (`NativeTensors`).
-    """
-
-    remote: RemoteModel
-
-    def __init__(
-        self,
-        remote: RemoteModel,
-        parameters: Mapping[str, Tensor],
-        unet_config: Mapping[str, Any],
-        dtype: torch.dtype,
-        checkpoint_names: Mapping[str, str],
-    ):
-        super().__init__(remote)
-        self.dtype = dtype
-        self.checkpoint_names = checkpoint_names
-        for name in ("in_channels", "out_channels", "patch_size", "hidden_size", "num_heads"):
-            if name in unet_config:
-                setattr(self, name, unet_config[name])
-        self.ofs_proj_dim = unet_config.get("ofs_embed_dim")  # CogVideoX
-        for name, value in _ATTRIBUTES.get(unet_config.get("image_model", ""), {}).items():
-            setattr(self, name, value)
-        add_parameters(self, parameters)
-
-    def request(self, options: Mapping[str, Any], x: Tensor, timestep: Tensor, **conditioning: Any) -> StepRequest:
-        refuse_transformer_options(options)
-        tensors: dict[str, Tensor] = {}
-        for name, value in conditioning.items():
-            if value is None:
-                continue
-            if isinstance(value, str | int | float):
-                tensors[name] = pack_text(str(value))
-                continue
-            parts = {f"{name}.{i}": part for i, part in enumerate(value)} if isinstance(value, list) else {name: value}
-            if not parts or not all(isinstance(part, Tensor) for part in parts.values()):
-                raise refuse_value(name, value)
-            tensors |= parts
-        return StepRequest(x, timestep, tensors, label(options))
+@contextmanager
+def _refused_by_name() -> Iterator[None]:
+    """Says which value cannot travel."""
+    try:
+        yield
+    except NotPlain as error:
+        raise refuse_value(error.path.removeprefix("named."), error.value) from error
 
 
 def add_parameters(module: nn.Module, parameters: Mapping[str, Tensor]) -> None:

@@ -65,7 +65,7 @@ def _with_fp8(model: Any, settings: FP8Settings, node_id: str) -> SequenceParall
         )
     if attached_fp8(model) is not None:
         raise UnsupportedError(f"{NODE} is in this MODEL's chain twice; remove one")
-    model.remote.select_fp8(settings)
+    model.held.select_fp8(settings)
     quantised = model.clone()
     attach_fp8(quantised, settings, node_id)
     return quantised

@@ -14,7 +14,7 @@ from ..parallel.host.group import Progress, WorkerGroup
 from .watching import LoadText
 
 
-class Remote(Protocol):
+class Held(Protocol):
     """Weights in the workers."""
 
     @property
@@ -30,7 +30,7 @@ class WorkersPatcher(comfy.model_patcher.ModelPatcher):
     """
 
     @property
-    def remote(self) -> Remote:
+    def held(self) -> Held:
         raise NotImplementedError
 
     def _prepare(self) -> None:
@@ -45,7 +45,7 @@ class WorkersPatcher(comfy.model_patcher.ModelPatcher):
 
         Without it ComfyUI would find less room from the second step on, and might part a batch that was one before.
         """
-        group, device = self.remote.group, torch.device(device)
+        group, device = self.held.group, torch.device(device)
         cached = 0 if group is None else group.cached_on(f"{device.type}:{device.index or 0}")
         return super().get_free_memory(device) + cached
 
@@ -73,7 +73,7 @@ class WorkersPatcher(comfy.model_patcher.ModelPatcher):
 
     def unpatch_model(self, device_to: Any = None, unpatch_weights: bool = True) -> None:
         if unpatch_weights:
-            self.remote.unload()
+            self.held.unload()
             self.model.model_loaded_weight_memory = 0
             self.model.current_weight_patches_uuid = None
             self.model.device = self.offload_device

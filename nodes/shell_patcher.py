@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, NoReturn
 
 import comfy.hooks
 import comfy.model_management
+import torch
 
+from ..parallel.comfyui.detection import detect, quantised_layers
 from ..parallel.host.remote_model import RemoteModel
+from ..parallel.host.remote_weights import RemoteWeights
 from .attached_fp8 import attached_fp8
-from .lora import patched_weight, refuse_patches
+from .lora import patched_layer, patched_weight, refuse_patches
 from .node_text import tell
 from .refusals import refuse, refuse_sampling_functions, warn_of_native_compile
 from .residency import WorkersPatcher, progress_bar
@@ -35,12 +38,16 @@ class SequenceParallelPatcher(WorkersPatcher):
     def remote(self) -> RemoteModel:
         return self.model.diffusion_model.remote
 
+    @property
+    def held(self) -> RemoteWeights:
+        return self.remote.weights
+
     def model_size(self) -> int:
         """For how much ComfyUI is to make room: what one worker has on its device, under the weights' mode."""
         if self.size <= 1:  # no worker uses the device that ComfyUI watches
             return int(self.size)
         fp8 = attached_fp8(self)
-        return self.remote.expected_bytes(None if fp8 is None else fp8.settings)
+        return self.held.expected_bytes(None if fp8 is None else fp8.settings)
 
     # --- residency ----------------------------------------------------------------------------------------------------
 
@@ -53,9 +60,8 @@ class SequenceParallelPatcher(WorkersPatcher):
             self.patch_model(load_weights=False)
 
     def _load(self) -> None:
-        """Leaves the weights to the next step: nothing is started or read before its inputs have been checked.
-
-        Nor for nodes that load a model for another purpose and are refused, e.g. those that save it.
+        """Leaves the weights to the next step: nothing is started or read for inputs that are refused, nor for nodes
+        that load a model for another purpose and are refused, e.g. those that save it.
         """
         self.model.diffusion_model.load_weights = self._load_weights
 
@@ -65,26 +71,45 @@ class SequenceParallelPatcher(WorkersPatcher):
         try:
             names, replace = self._replacement()
             fp8 = attached_fp8(self)
-            self.remote.ensure_loaded(poll=poll, on_progress=progress_bar(), fp8=None if fp8 is None else fp8.settings)
-            self.remote.replace_weights(
-                self.patches_uuid if names else None, names, replace, poll=poll, on_progress=progress_bar()
-            )
+            weights = self.held
+            weights.ensure_loaded(poll=poll, on_progress=progress_bar(), fp8=None if fp8 is None else fp8.settings)
+            weights.replace(self.patches_uuid if names else None, names, replace, poll=poll, on_progress=progress_bar())
             if fp8 is not None:
-                tell(fp8.node_id, str(self.remote.fp8_report))
+                tell(fp8.node_id, str(weights.fp8_report))
         except BaseException:
             self.detach()  # what has been loaded so far does not count as loaded
             raise
 
-    def _replacement(self) -> tuple[Collection[str], Any]:
-        """Weights that patches change, by the names that `remote` has for them, and what it replaces them by."""
-        keys = {self._checkpoint_name(key): key for key in self.patches}
-        return keys, lambda name, weight: patched_weight(self.patches, keys[name], weight, self.load_device)
+    def _replacement(self) -> tuple[Collection[str], Callable[[str], torch.Tensor]]:
+        """Weights that patches change, by the network's names, and what makes the patched ones of the file's."""
+        names = [key.removeprefix("diffusion_model.") for key in self.patches]
+        recipe = self.remote.recipe
+        tensors: dict[str, torch.Tensor] = {}
+        if names:
+            tensors = detect(recipe.path, recipe.weight_dtype, self.load_device).named_as_in_the_network()
+        quantised = quantised_layers(tensors)
+        kept = {name: parameter.dtype for name, parameter in self.model.diffusion_model.named_parameters()}
 
-    def _checkpoint_name(self, key: str) -> str:
-        names = self.model.diffusion_model.checkpoint_names
-        if (name := key.removeprefix("diffusion_model.")) not in names:
-            raise refuse(f"a patch of {key}", "remove that node")
-        return names[name]
+        def patched(name: str) -> torch.Tensor:
+            key = f"diffusion_model.{name}"
+            if name not in tensors:
+                raise refuse(f"a patch of {key}, which {recipe.path} does not have", "remove that node")
+            layer, _, leaf = name.rpartition(".")
+            if f"{layer}." in quantised and leaf == "weight":
+                return patched_layer(self.patches, key, self._quantised_layer(layer, tensors), self.load_device)
+            return patched_weight(self.patches, key, tensors[name].to(kept[name]), self.load_device)
+
+        return names, patched
+
+    def _quantised_layer(self, path: str, tensors: Mapping[str, torch.Tensor]) -> torch.nn.Module:
+        """A layer of ComfyUI's, with the file's values; without its bias, which is no part of the weight."""
+        ours = self.model.diffusion_model.get_submodule(path)
+        layer: torch.nn.Module = type(ours)(ours.in_features, ours.out_features, bias=False)
+        start = f"{path}."
+        layer.load_state_dict(
+            {name.removeprefix(start): t for name, t in tensors.items() if name.startswith(start)}, strict=False
+        )
+        return layer
 
     def unpatch_model(self, device_to: Any = None, unpatch_weights: bool = True) -> None:
         if unpatch_weights:
@@ -154,4 +179,4 @@ class SequenceParallelPatcher(WorkersPatcher):
 
 
 def _forget(remote: RemoteModel) -> None:
-    remote.release()
+    remote.weights.release()

@@ -18,8 +18,8 @@ from comfy.patcher_extension import WrappersMP, get_all_wrappers
 from torch import Tensor
 
 from ..parallel.degrees import Degrees
-from ..parallel.host.step_request import StepRequest
 from ..parallel.sampling.recording import RecordedLatent
+from ..parallel.sampling.step_request import StepRequest
 
 log = logging.getLogger("sequence_parallel")
 

@@ -19,7 +19,7 @@ class SPTeaCache(io.ComfyNode):
             category="sequence parallel",
             description=(
                 "Faster, slightly different results: all blocks are skipped at steps until the estimated change of the"
-                " output adds up to the threshold. For families with published coefficients (see help), loaded by Load"
+                " output adds up to the threshold. For models with published coefficients (see help), loaded by Load"
                 " Diffusion Model (SP)."
             ),
             inputs=[

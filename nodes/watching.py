@@ -61,7 +61,7 @@ def watched(
 
 def describe(remote: RemoteModel, sampling: Sampling) -> str:
     """The degrees of the last step, the time per step where it is known, and why; a node shows two lines."""
-    group = remote.group
+    group = remote.weights.group
     if group is None or group.figures.plan is None:
         return ""
     degrees, reason = group.figures.plan

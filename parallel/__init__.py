@@ -1,11 +1,14 @@
 """Sequence-parallel inference engine for diffusion transformers.
 
-The engine knows nothing of ComfyUI: it runs, and is tested, on its own. The way of the data:
+A model is a library's own class, ComfyUI's or diffusers', unmodified. Only `comfyui` and `diffusers` import the one and
+the other, so the engine runs, and is tested, without ComfyUI. The way of the data:
 
     host (recipe → group → remote model)  →  wire (messages, shared tensors)
-        →  worker (loop → resident model)  →  adapters (one family each)  →  attention (exchange, kernel)
+        →  worker (loop → models, steps, tiles, benchmarks → split network)
+            →  comfyui | diffusers (the network of a file)  →  plans (one for each class)
+            →  split (hooks cut, route, join)  →  attention (exchange, kernel)
 
-"Sequence parallel" is the name of the whole family (Ulysses, ring, hybrid); diffusers calls it context parallel.
+"Sequence parallel" is what Ulysses, ring and their hybrid are called together; diffusers calls it context parallel.
 """
 
 __version__ = "0.1.0"

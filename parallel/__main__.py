@@ -24,7 +24,7 @@ def main(arguments: list[str] | None = None) -> int:
     demo = commands.add_parser("demo", parents=[common], help="sample a tiny random HunyuanVideo, split and alone")
     demo.add_argument("--steps", type=int, default=6, help="denoising steps (default 6)")
     demo.add_argument("--output", default="output/demo.webp", help="animated file to write")
-    commands.add_parser("families", parents=[common], help="list the model families, and what works with each")
+    commands.add_parser("families", parents=[common], help="list the models, and what works with each")
     commands.add_parser("doctor", parents=[common], help="check this machine and start the workers once")
 
     bench = commands.add_parser("bench", parents=[common], help="time the exchange, a tiny model's step, or the start")
@@ -81,10 +81,9 @@ def _run(options: argparse.Namespace) -> tuple[dict[str, Any], str, int]:
     if options.command == "bench":
         return (*_bench(options), 0)
     if options.command == "families":
-        from .families import as_markdown, families, networks, networks_as_markdown
+        from .families import as_markdown, families
 
-        text = f"{as_markdown()}\n{networks_as_markdown()}".rstrip()
-        return {"families": families(), "networks": networks()}, text, 0
+        return {"families": families()}, as_markdown().rstrip(), 0
     if options.command == "plan":
         from .drafts import draft
 

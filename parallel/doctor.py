@@ -13,9 +13,10 @@ from typing import Any
 import torch
 
 from .config import Layout, SequenceParallelConfig, resolve
-from .errors import ConfigError, EngineError, UnsupportedError
+from .errors import ConfigError, EngineError
 from .host.group import WorkerGroup
-from .versions import OLDEST_TORCH, conflicts, require
+from .versions import OLDEST_TORCH, require
+from .wire.messages import Echo
 from .wire.shared import lay_out
 
 _HEADS = 24
@@ -70,11 +71,8 @@ def _libraries() -> str:
     lines = [line.strip() for line in _REQUIREMENTS.read_text().splitlines()]
     oldest = {"torch": OLDEST_TORCH} | dict(line.partition(">=")[::2] for line in lines if line and line[0] != "#")
     found = {name: importlib.metadata.version(name) for name in oldest}
-    del oldest["transformers"]  # which version fits is decided by diffusers, below
     for name in oldest:
         require(name, found[name], oldest[name])
-    if sentence := next(conflicts(), None):
-        raise UnsupportedError(sentence)
     return f"Python {platform.python_version()}, {', '.join(f'{name} {version}' for name, version in found.items())}"
 
 
@@ -96,7 +94,7 @@ def _try_workers(layout: Layout) -> str:
         (source, target), size = lay_out("doctor", [(x.shape, x.dtype)] * 2)
         segment = group.memory.segment("doctor", size)
         segment.tensor(source).copy_(x)
-        group.call("echo", {"inputs": {"x": source.to_json()}, "out": target.to_json()})
+        group.call(Echo(x=source, out=target))
         if not torch.equal(segment.tensor(target), x):
             raise ConfigError("a tensor came back from the workers changed; please report this")
         return f"{layout.world_size} started, met and answered (pids {', '.join(map(str, group.pids))})"

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from .errors import ConfigError, NoPlanError
+from .errors import ConfigError
 
 ENOUGH = 6
 """Tokens of a small latent, so that they are not mistaken for other sizes."""
@@ -60,10 +60,7 @@ def draft(
             ) from error
         made = make("cpu")
         drafted = drafted_of(made)
-    try:
-        existing = written(plan_of(made))
-    except NoPlanError:
-        existing = ""
+    existing = written(plan) if (plan := plan_of(made)) else ""
     text = [drafted.tree(), "", "A draft; see CONTRIBUTING, Add a model by a plan:", drafted.plan()]
     if existing:
         text += ["", f"{drafted.network} has this plan:", existing]

@@ -19,19 +19,19 @@ class ConfigError(EngineError, ValueError):
 
 
 class CheckpointError(EngineError):
-    """A checkpoint file is missing, damaged, or not what its family's adapter expects."""
+    """A checkpoint file is missing, damaged, or not what its model's class expects."""
 
     __module__ = _SHOWN_AS
 
 
 class UnsupportedError(EngineError, NotImplementedError):
-    """A family, input or option that this engine would compute wrongly or not at all, refused by name."""
+    """A model, input or option that this engine would compute wrongly or not at all, refused by name."""
 
     __module__ = _SHOWN_AS
 
 
-class NoPlanError(UnsupportedError):
-    """A model that ComfyUI does not recognise, or whose class has no split plan."""
+class UnknownModelError(UnsupportedError):
+    """A file that ComfyUI does not recognise, or not how it is quantised."""
 
     __module__ = _SHOWN_AS
 

@@ -1,31 +1,20 @@
-"""What works with which models, as tables: `python -m parallel families`, and those in README."""
+"""What works with which models, as a table: `python -m parallel families`, and the one in README."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from typing import Any
 
-from .adapters.base import Adapter
-from .adapters.registry import FAMILIES
-from .cache.coefficients import PUBLISHED
-from .plans.comfyui import CHAINS, DESCRIBED, PLANS, takes_control
+from .plans.comfyui import CHAINS, DESCRIBED, PLANS, ByModel, takes_control
 from .split.blocks import reached_into
+from .split.sites import Plan
 
 _TITLES = {
-    "title": "family",
-    "makes": "makes",
-    "first_block_cache": "First Block Cache",
-    "teacache": "TeaCache",
-    "fp8": "FP8",
-    "compiled": "compiled",
-    "lora": "LoRA",
-    "verified": "compared with",
-}
-_NETWORK_TITLES = {
     "title": "model",
     "makes": "makes",
     "network": "ComfyUI's class",
     "first_block_cache": "First Block Cache",
+    "teacache": "TeaCache",
+    "fp8": "FP8",
     "compiled": "compiled",
     "controlnet": "ControlNet",
     "lora": "LoRA",
@@ -34,24 +23,20 @@ _NETWORK_TITLES = {
 
 
 def families() -> list[dict[str, Any]]:
-    """What each family can do. What works with every family, by how it is built, says yes for each."""
-    return [_facts(adapter) for adapter in FAMILIES.values()]
-
-
-def networks() -> list[dict[str, Any]]:
-    """What each network of ComfyUI's own classes can do that no adapter takes."""
+    """What each network of ComfyUI's can do. What works with every one, by how it is built, says yes for each."""
     found = []
     for name, described in DESCRIBED.items():
-        plan = PLANS[name]
-        assert not callable(plan), "a class whose networks differ has an adapter so far"
+        plans = _plans(name)
         found.append(
             {
                 "title": described.title,
                 "makes": list(described.makes),
                 "network": name,
-                "first_block_cache": "yes" if name in CHAINS else "no",
-                "compiled": "yes" if described.compiled and not reached_into(plan) else "no",
-                "controlnet": "yes" if takes_control(plan) else "no",
+                "first_block_cache": _yes(name in CHAINS),
+                "teacache": described.teacache or "no",
+                "fp8": "yes",
+                "compiled": _yes(described.compiled and not any(map(reached_into, plans))),
+                "controlnet": _yes(all(map(takes_control, plans))),
                 "lora": "yes",
                 "verified": described.verified,
             }
@@ -60,30 +45,16 @@ def networks() -> list[dict[str, Any]]:
 
 
 def as_markdown() -> str:
-    """The families as a table."""
-    return _table(_TITLES, families())
-
-
-def networks_as_markdown() -> str:
-    """The networks as a table."""
-    return _table(_NETWORK_TITLES, networks())
-
-
-def _table(titles: Mapping[str, str], facts: Sequence[Mapping[str, Any]]) -> str:
-    rows = [list(titles.values()), ["---"] * len(titles)]
-    rows += [[", ".join(row[key]) if isinstance(row[key], list) else row[key] for key in titles] for row in facts]
+    """The same as a table."""
+    rows = [list(_TITLES.values()), ["---"] * len(_TITLES)]
+    rows += [[", ".join(row[key]) if isinstance(row[key], list) else row[key] for key in _TITLES] for row in families()]
     return "".join(f"| {' | '.join(row)} |\n" for row in rows)
 
 
-def _facts(adapter: type[Adapter]) -> dict[str, Any]:
-    return {
-        "family": adapter.family,
-        "title": adapter.title,
-        "makes": list(adapter.makes),
-        "first_block_cache": "yes",
-        "teacache": PUBLISHED.get(adapter.family, "none published"),
-        "fp8": "yes" if adapter.not_quantised else "no",
-        "compiled": "yes",
-        "lora": "yes",
-        "verified": adapter.verified,
-    }
+def _plans(name: str) -> tuple[Plan, ...]:
+    plan = PLANS[name]
+    return plan.plans if isinstance(plan, ByModel) else (plan,)
+
+
+def _yes(does: bool) -> str:
+    return "yes" if does else "no"

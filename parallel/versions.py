@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import importlib.metadata
 import re
-from collections.abc import Iterator
-
-from packaging.requirements import Requirement
 
 from .errors import UnsupportedError
 
 OLDEST_COMFYUI = "0.21.0"
-"""The first that has every family; pyproject.toml tells it to the registry."""
+"""The oldest that parts of the tests have run with; pyproject.toml tells it to the registry."""
 OLDEST_TORCH = "2.9"
-"""The oldest tested, as 2.9.1. FSDP2 of 2.6 does not shard fp8 weights beside others; nothing between was tried."""
+"""The oldest tested, as 2.9.1; 2.6 failed, nothing between was tried."""
 
 
 def require(name: str, found: str, oldest: str) -> None:
@@ -47,29 +44,3 @@ def describe_libraries() -> str:
         except importlib.metadata.PackageNotFoundError:
             continue
     return ", ".join(found)
-
-
-def conflicts() -> Iterator[str]:
-    """A sentence for each requirement of diffusers, or of what it imports, that another package's version breaks.
-
-    Packs install in turn, and pip then only warns. The most frequent case: transformers 4 needs a huggingface-hub older
-    than diffusers 0.40 and newer accept.
-    """
-    for name in ("diffusers", "transformers", "peft", "accelerate"):
-        try:
-            version, lines = importlib.metadata.version(name), importlib.metadata.requires(name) or ()
-        except importlib.metadata.PackageNotFoundError:
-            continue
-        for requirement in map(Requirement, lines):
-            if requirement.marker is not None and not requirement.marker.evaluate({"extra": ""}):
-                continue
-            try:
-                found = importlib.metadata.version(requirement.name)
-            except importlib.metadata.PackageNotFoundError:
-                continue
-            if not requirement.specifier.contains(found, prereleases=True):
-                yield (
-                    f"{name} {version} needs {requirement.name}{requirement.specifier}, and {found} is installed:"
-                    " models may not load. `pip install -U -r requirements.txt` in this pack's folder, with the Python"
-                    " that runs ComfyUI, brings a set that fits; beside transformers 4 it is diffusers 0.39"
-                )

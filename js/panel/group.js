@@ -135,11 +135,11 @@ export class GroupView {
       ]);
     }
     if (group.load.weights !== undefined) {
-      const { libraries, weights, "self-check": check = 0 } = group.load;
+      const { libraries, weights } = group.load;
       rows.push([
         "Load",
-        t("{total} (libraries {libraries}, weights {weights}, self-check {check})", durations({ libraries, weights, check })),
-        t("The last model, on the worker that took longest. Libraries: what of importing diffusers the start did not hide."),
+        t("{total} (libraries {libraries}, weights {weights})", durations({ libraries, weights })),
+        t("The last model, on the worker that took longest. Libraries: what of importing ComfyUI's code the start did not hide."),
       ]);
     }
     const elements = [];

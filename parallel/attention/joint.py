@@ -1,10 +1,9 @@
-"""Joint attention as an adapter sees it, put together from a plan: Ulysses inside, a ring across, or neither."""
+"""Joint attention, put together from a plan: Ulysses inside, a ring across, or neither."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
-from typing import Protocol, TypeVar, runtime_checkable
+from typing import Protocol
 
 import torch.distributed as dist
 from torch import Tensor
@@ -16,22 +15,12 @@ from .ring import RingAttention
 from .traffic import Traffic
 from .ulysses import Local, UlyssesAttention
 
-T = TypeVar("T")
 
-
-@runtime_checkable
 class JointAttention(Protocol):
     """Attention of this rank's tokens with those of all ranks that share the sequence."""
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """q, k, v: this rank's tokens with all heads, [B, S_r, H, D]. Returns the same shape."""
-
-    def with_work(self, q: Tensor, k: Tensor, v: Tensor, work: Callable[[], T]) -> tuple[Tensor, T]:
-        """As a call; `work`, which must not depend on the result, runs while the first exchange is under way."""
-
-    def start(self, q: Tensor, k: Tensor, v: Tensor) -> Callable[[], Tensor]:
-        """Starts the first exchange; what is returned gives the result, without gradients. q, k and v must stay as they
-        are until then, and one attention must be finished before the next one starts."""
 
 
 class Unexchanged:
@@ -42,12 +31,6 @@ class Unexchanged:
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return self._local(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)).transpose(1, 2)
-
-    def with_work(self, q: Tensor, k: Tensor, v: Tensor, work: Callable[[], T]) -> tuple[Tensor, T]:
-        return self(q, k, v), work()
-
-    def start(self, q: Tensor, k: Tensor, v: Tensor) -> Callable[[], Tensor]:
-        return lambda: self(q, k, v)
 
 
 def joint_attention(

@@ -1,7 +1,7 @@
 """Compares a joint attention with an exact reference on sampled rows, at the length at which it runs.
 
-The self-check of a family runs a small step, so it meets neither chunks of heads in flight nor a kernel's path for long
-sequences nor offsets above 2^31. Here the first real attention of each kind is checked where it happens. The reference
+Small tests meet neither chunks of heads in flight nor a kernel's path for long sequences nor offsets above 2^31. So the
+first real attention of each kind is checked where it happens. The reference
 uses neither the exchange nor the kernel: every rank gets the sampled rows of q by an all-reduce, attends them in fp64
 to the keys it owns, and the partial softmax sums are merged over the ranks by their maximum:
 
@@ -23,7 +23,6 @@ from torch import Tensor
 from ..errors import UnsupportedError
 from ..mesh import Mesh
 from ..plan import AttentionPlan, Range, SequencePlan
-from .joint import JointAttention
 
 T = TypeVar("T")
 Kind = tuple[object, ...]
@@ -131,34 +130,6 @@ class RowCheck:
             f" Use {' or '.join(choices) or 'another size'}, and please report this with your GPU and your version of"
             f" torch ({torch.__version__})."
         )
-
-
-class CheckedAttention:
-    """A `JointAttention` whose calls are checked.
-
-    Args:
-        attention: what is checked.
-        plan: its split.
-        check: of the ranks that share the sequence.
-    """
-
-    def __init__(self, attention: JointAttention, plan: SequencePlan, check: RowCheck):
-        self._attention, self._plan, self._check = attention, plan, check
-
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return self._checked(q, k, v, self._attention(q, k, v))
-
-    def with_work(self, q: Tensor, k: Tensor, v: Tensor, work: Callable[[], T]) -> tuple[Tensor, T]:
-        out, result = self._attention.with_work(q, k, v, work)
-        return self._checked(q, k, v, out), result
-
-    def start(self, q: Tensor, k: Tensor, v: Tensor) -> Callable[[], Tensor]:
-        finish = self._attention.start(q, k, v)
-        return lambda: self._checked(q, k, v, finish())
-
-    def _checked(self, q: Tensor, k: Tensor, v: Tensor, out: Tensor) -> Tensor:
-        self._check(self._plan, *(x.transpose(1, 2) for x in (q, k, v, out)))
-        return out
 
 
 def row_errors(

@@ -18,7 +18,6 @@ i + 1 is on its way in and chunk i − 1 on its way back.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -78,25 +77,11 @@ class UlyssesAttention:
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """q, k, v: this rank's tokens with all heads, [B, S_r, H, D]. Returns the same shape."""
-        return self.with_work(q, k, v, _nothing)[0]
-
-    def with_work(self, q: Tensor, k: Tensor, v: Tensor, work: Callable[[], T]) -> tuple[Tensor, T]:
-        """As a call, and runs `work` while the first exchange is under way."""
         if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
-            return self._differentiable(q, k, v), work()
-        finish = self.start(q, k, v)
-        result = work()
-        return finish(), result
-
-    def start(self, q: Tensor, k: Tensor, v: Tensor) -> Callable[[], Tensor]:
-        """See `JointAttention.start`."""
+            return self._differentiable(q, k, v)
         exchange = self._exchange(q.shape[0] * q.shape[3] * q.element_size())
-        return partial(self._finish, exchange, self._scatter(exchange, q, k, v, self.chunks[0]), q, k, v)
-
-    def _finish(self, exchange: Exchange, started: Joined, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """All that follows the start of the first exchange."""
         batch, tokens, _, dim = q.shape
-        coming: Joined | None = started
+        coming: Joined | None = self._scatter(exchange, q, k, v, self.chunks[0])
         returning: list[Pieces] = []
         for i, heads in enumerate(self.chunks):
             assert coming is not None
@@ -200,7 +185,3 @@ def all_to_all(send: Tensor, sent: list[int], received: list[int], group: dist.P
         received: elements from each rank.
     """
     return _AllToAll.apply(send, sent, received, group)
-
-
-def _nothing() -> None:
-    return None

@@ -5,27 +5,28 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from ..config import SequenceParallelConfig, resolve
 from ..degrees import Degrees
-from ..demo.checkpoint import write_tiny_hunyuan_video
+from ..diffusers.folder import recipe
+from ..diffusers.tiny import tiny_request, write_tiny
 from ..errors import ConfigError
 from ..host.group import WorkerGroup
-from ..host.recipe import Recipe
 from ..host.remote_model import RemoteModel
-from ..host.step_request import StepRequest
 from ..measure import QuietRounds
 from ..plan import SequencePlan
+from ..sampling.step_request import StepRequest
+from ..wire.messages import Attention, Slow
 
 Result = dict[str, Any]
+_NETWORK = "HunyuanVideoTransformer3DModel"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,22 +86,23 @@ def bench_attention(work: Workload) -> tuple[Result, str]:
     """One joint attention: kernel and exchange, nothing else."""
     layouts = [resolve(config) for config in work.configs()]
     degrees = layouts[1].degrees.choose(conditions=1, heads=work.heads)[0]
-    message = {
-        "streams": [work.tokens, work.text],
-        "heads": work.heads,
-        "head_dim": work.head_dim,
-        "batch": work.batch,
-        "pipeline": work.pipeline,
-        "dtype": str(work.dtype).removeprefix("torch."),
-    }
+    message = Attention(
+        degrees=degrees,
+        streams=[work.tokens, work.text],
+        heads=work.heads,
+        head_dim=work.head_dim,
+        batch=work.batch,
+        pipeline=work.pipeline,
+        dtype=str(work.dtype).removeprefix("torch."),
+    )
     groups = [WorkerGroup(layout, threads=1) for layout in layouts]
     try:
         _start(groups, work)
         runs: list[Callable[..., list[Result]]] = [
-            partial(group.call, "attention", {**message, "degrees": asdict(d)})
+            partial(group.call, replace(message, degrees=d))
             for group, d in zip(groups, (Degrees(), degrees, degrees), strict=False)
         ]
-        checked = groups[1].call("attention", {**message, "degrees": asdict(degrees), "check": True})
+        checked = groups[1].call(replace(message, check=True))
         rounds = _rounds(groups, runs, work.rounds)
     finally:
         for group in groups:
@@ -131,17 +133,19 @@ def bench_step(work: Workload) -> tuple[Result, str]:
     groups = [WorkerGroup(layout, threads=1) for layout in layouts]
     dual, single_stream = work.layers
     with tempfile.TemporaryDirectory(prefix="sequence-parallel-bench-") as folder:
-        path = Path(folder) / "tiny.safetensors"
-        write_tiny_hunyuan_video(path, heads=work.heads, depth=dual, depth_single=single_stream)
+        write_tiny(Path(folder), _NETWORK, heads=work.heads, num_layers=dual, num_single_layers=single_stream)
         try:
             _start(groups, work)
-            recipe = partial(Recipe, path=str(path), weight_dtype=work.dtype, compute_dtype=work.dtype)
-            models = [RemoteModel(recipe(config=c), group=g) for c, g in zip(configs, groups, strict=True)]
-            request = _request(work)
+            recipes = [recipe(folder, config, work.dtype) for config in configs]
+            models = [RemoteModel(each, group=group) for each, group in zip(recipes, groups, strict=True)]
+            request = tiny_request(
+                _NETWORK, frames=1, height=2, width=2 * work.tokens, text=work.text, batch=work.batch, dtype=work.dtype
+            )
             outputs = []
             for model in models:
-                model.ensure_loaded()
+                model.weights.ensure_loaded()
                 outputs.append(model.steps([request])[0])
+                model.steps([request])  # without what is checked the first time
             ranks = models[1].last_step
             rounds = _rounds(groups, [partial(_step, model, request) for model in models], work.rounds)
         finally:
@@ -168,18 +172,7 @@ def _start(groups: list[WorkerGroup], work: Workload) -> None:
         group.start()
     if work.slow:
         for group in groups[1:]:
-            group.call("slow", {"times": work.slow})
-
-
-def _request(work: Workload) -> StepRequest:
-    generator = torch.Generator().manual_seed(0)
-
-    def random(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator).to(work.dtype)
-
-    context = {"context": random(work.batch, work.text, 64), "y": random(work.batch, 768)}
-    x = random(work.batch, 16, 1, 2, 2 * work.tokens)
-    return StepRequest(x, torch.full((work.batch,), 500.0), {**context, "guidance": torch.tensor([6.0])})
+            group.call(Slow(times=list(work.slow)))
 
 
 def _step(model: RemoteModel, request: StepRequest) -> list[Result]:

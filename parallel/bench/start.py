@@ -12,12 +12,14 @@ from typing import Any
 import torch
 
 from ..config import Layout, SequenceParallelConfig, resolve
-from ..demo.checkpoint import write_tiny_hunyuan_video
+from ..diffusers.folder import recipe
+from ..diffusers.tiny import tiny_request, write_tiny
 from ..errors import ConfigError
 from ..host.group import WorkerGroup
-from ..host.recipe import Recipe, inspect
+from ..host.recipe import Recipe
 from ..host.remote_model import RemoteModel
 
+_NETWORK = "HunyuanVideoTransformer3DModel"
 _WAYS = ("overlapped", "in_turn")
 """Libraries imported while the ranks meet, as for ComfyUI; and imported by the first load."""
 
@@ -40,10 +42,8 @@ def bench_start(devices: str, rounds: int) -> tuple[dict[str, Any], str]:
     config = SequenceParallelConfig(devices=devices)
     layout = resolve(config)
     with tempfile.TemporaryDirectory(prefix="sequence-parallel-bench-") as folder:
-        path = Path(folder) / "tiny.safetensors"
-        write_tiny_hunyuan_video(path, heads=2, depth=1, depth_single=1)
-        recipe = Recipe(path=str(path), weight_dtype=torch.float32, compute_dtype=torch.float32, config=config)
-        run = partial(_first_step, recipe, layout)
+        write_tiny(Path(folder), _NETWORK, num_layers=1, num_single_layers=1)
+        run = partial(_first_step, recipe(folder, config), layout)
         runs = [{way: run(ahead=way == "overlapped") for way in _WAYS} for _ in range(rounds)]
     result: dict[str, Any] = {
         "world": layout.world_size,
@@ -62,15 +62,14 @@ def bench_start(devices: str, rounds: int) -> tuple[dict[str, Any], str]:
 
 def _first_step(recipe: Recipe, layout: Layout, *, ahead: bool) -> dict[str, Any]:
     """From nothing to the first prediction."""
-    inspected = inspect(recipe.path)
+    request = tiny_request(recipe.network)
     began = time.perf_counter()
-    group = WorkerGroup(layout, threads=1, family=inspected.adapter.family if ahead else None)
+    group = WorkerGroup(layout, threads=1, first=recipe.to_json() if ahead else None)
     try:
         group.start()
-        model = RemoteModel(recipe, inspected, group)
-        model.ensure_loaded()
-        inputs = inspected.adapter.example(inspected.model_config, layout.world_size, recipe.compute_dtype)
-        model.step(inputs.pop("x"), inputs.pop("timestep"), inputs)
+        model = RemoteModel(recipe, group)
+        model.weights.ensure_loaded()
+        model.steps([request])
         total = time.perf_counter() - began
         return {"total": total, "start": dict(group.figures.start), "load": dict(group.figures.load)}
     finally:

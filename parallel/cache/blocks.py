@@ -1,4 +1,4 @@
-"""Runs a network's blocks, or adds what they added at an earlier step.
+"""Decides whether a network's blocks run, or what they added at an earlier step is added again.
 
 A *pass* is one run through the blocks: of cond, of uncond, or of both in one batch. What a pass remembers is kept apart
 from every other's, and its decision is the same on all ranks that share its sequence: each rank's tokens change by
@@ -9,7 +9,7 @@ are added up at all is known to every rank alike; otherwise a rank would wait fo
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Generator, Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field
 from math import inf
 from typing import Any, ClassVar
@@ -18,13 +18,8 @@ import torch
 from torch import Tensor
 
 from ..degrees import Degrees
-from ..plan import SequencePlan
 from .clock import Mark, mark, seconds_between
 
-Blocks = Generator[Tensor, None, None]
-"""Runs a block at each `next`, and yields the hidden states [B, S_r, hidden] of this rank's tokens."""
-Probe = Callable[[], Tensor]
-"""The blocks' input as the timestep modulates it, [B, …] of this rank's tokens."""
 Tensors = tuple[Tensor, ...]
 """What a cache compares, or adds: of each stream of the latent's tokens (e.g. video and audio) a tensor [B, …]."""
 Total = Callable[[Tensor], None]
@@ -111,25 +106,6 @@ class BlockCache(ABC):
         """
         self.tally.passes += 1
         return Pass(self, key, inputs, total) if self._active else None
-
-    def run(
-        self, key: Hashable, inputs: Hashable, hidden: Tensor, blocks: Blocks, probe: Probe, total: Total
-    ) -> Tensor:
-        """hidden [B, S_r, hidden] before the first block → after the last; for the arguments see `enter`."""
-        entered = self.enter(key, inputs, total)
-        if entered is None:
-            return last_of(blocks, hidden)
-        if self.after_first:
-            first = next(blocks)
-            compared, hidden = first - hidden, first
-        else:
-            compared = probe()
-        if (change := entered.change((compared,))) is not None:
-            blocks.close()
-            return hidden + change[0]
-        last = last_of(blocks, hidden)
-        entered.computed((last - hidden,))
-        return last
 
     @abstractmethod
     def _may_skip(self, known: _Remembered, compared: Tensors, total: Total) -> bool:
@@ -241,12 +217,8 @@ class StepPasses:
         self._cache, self._request, self._shape, self._total = cache, request, shape, total
         self._count = 0
 
-    def run(self, plan: SequencePlan, hidden: Tensor, blocks: Blocks, probe: Probe) -> Tensor:
-        """See `BlockCache.run`."""
-        return self._cache.run(*self._next(plan, hidden.shape[0]), hidden, blocks, probe, self._total)
-
     def enter(self, split: Hashable) -> Pass | None:
-        """Of a network that runs its blocks itself, see `BlockCache.enter`.
+        """The next pass, see `BlockCache.enter`.
 
         Args:
             split: who owns which tokens, and other sizes; alike on all ranks that share the sequence.
@@ -257,13 +229,6 @@ class StepPasses:
         """Key and inputs of the next pass."""
         key, self._count = (self._request, self._count), self._count + 1
         return key, (self._shape, *inputs)
-
-
-def last_of(blocks: Blocks, hidden: Tensor) -> Tensor:
-    """Runs all blocks that are left; the last one's result, or `hidden` where none was left."""
-    for hidden in blocks:  # noqa: B007
-        pass
-    return hidden
 
 
 def block_cache(rule: Mapping[str, Any], device: torch.device) -> BlockCache:

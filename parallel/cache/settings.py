@@ -37,12 +37,11 @@ class CacheSettings(ABC):
         """Plain data for `blocks.block_cache`.
 
         Args:
-            family: the adapter's.
-            config: as the adapter's `model_config` gave it.
+            family, config: see `plans.published`.
             shapes: those of a step's inputs; without them the answer may be of another step.
 
         Raises:
-            UnsupportedError: this cache does not know the family, or this variant of it.
+            UnsupportedError: this cache does not know the model, or this variant of it.
         """
 
 

@@ -5,16 +5,29 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import comfy.model_detection
 import comfy.model_management
 import comfy.utils
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
-from ..checkpoints.quantised import foreign_format
-from ..errors import NoPlanError
+from ..diffusers.tensors import mapped
+from ..errors import CheckpointError, UnknownModelError
+
+_FOREIGN_FORMATS = {
+    ".wscales": "SVDQuant (Nunchaku)",
+    ".smooth_factor": "SVDQuant (Nunchaku)",
+    ".qweight": "GPTQ or AWQ",
+    ".quant_state.bitsandbytes__nf4": "bitsandbytes nf4",
+    ".quant_state.bitsandbytes__fp4": "bitsandbytes fp4",
+    ".absmax": "bitsandbytes",
+    ".SCB": "bitsandbytes int8",
+}
+"""Formats that ComfyUI does not know, by the tensors that only they have; the first match counts."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,26 +55,34 @@ def detect(path: str, weight_dtype: torch.dtype | None, device: torch.device) ->
     """Goes the way of `comfy.sd.load_diffusion_model_state_dict`, as far as the choice of class and dtypes.
 
     Args:
-        path: a safetensors file.
+        path: a safetensors file, or a diffusers folder that ComfyUI converts.
         weight_dtype: what the user chose; None leaves it to ComfyUI.
         device: that the network will run on.
 
     Raises:
-        NoPlanError: ComfyUI does not recognise the file, or not how it is quantised.
+        CheckpointError: it is damaged.
+        UnknownModelError: ComfyUI does not recognise it, or not how it is quantised.
     """
-    state, metadata = comfy.utils.load_torch_file(path, return_metadata=True)
-    if what := foreign_format(state):
-        raise NoPlanError(f"{path}: this ComfyUI does not read {what}")
+    state, metadata = _read(path)
+    formats = (what for suffix, what in _FOREIGN_FORMATS.items() if any(name.endswith(suffix) for name in state))
+    if what := next(formats, ""):
+        raise UnknownModelError(
+            f"{path} is quantised as {what}, which this ComfyUI does not read; use the model's bf16, fp16, fp8 or int8"
+            " file"
+        )
     state, metadata = comfy.utils.convert_old_quants(state, "", metadata=metadata)
     prefix = comfy.model_detection.unet_prefix_from_state_dict(state)
     if network := comfy.utils.state_dict_prefix_replace(dict(state), {prefix: ""}, filter_keys=True):
         state, metadata = comfy.utils.convert_old_quants(network, "", metadata=metadata)
     try:
         config = comfy.model_detection.model_config_from_unet(state, "", metadata=metadata)
+        if config is None and (converted := comfy.model_detection.convert_diffusers_mmdit(state, "")) is not None:
+            state = converted
+            config = comfy.model_detection.model_config_from_unet(state, "")
     except Exception as error:  # of a file that only resembles one, ComfyUI's code asks for what is not there
-        raise NoPlanError(f"{path}: this ComfyUI's detection fails ({type(error).__name__}: {error})") from error
+        raise UnknownModelError(f"{path}: this ComfyUI's detection fails ({type(error).__name__}: {error})") from error
     if config is None:
-        raise NoPlanError(f"{path}: this ComfyUI does not recognise the model")
+        raise UnknownModelError(f"{path}: this ComfyUI does not recognise the model")
     supported = list(config.supported_inference_dtypes)
     quantised = config.quant_config is not None
     storage = weight_dtype or comfy.model_management.unet_dtype(
@@ -72,6 +93,21 @@ def detect(path: str, weight_dtype: torch.dtype | None, device: torch.device) ->
     cast = comfy.model_management.unet_manual_cast(None if quantised else storage, device, supported)
     config.set_inference_dtype(storage, cast, device=device)
     return Detected(config, state, storage)
+
+
+def _read(path: str) -> tuple[dict[str, Tensor], Any]:
+    """Tensors, mapped, and metadata.
+
+    Raises:
+        CheckpointError: the file is damaged.
+    """
+    if Path(path).is_dir():
+        return mapped(path), None
+    try:
+        state, metadata = comfy.utils.load_torch_file(path, return_metadata=True)
+    except (OSError, ValueError, SafetensorError) as error:
+        raise CheckpointError(f"{path} cannot be read ({error}); the file may be damaged or incomplete") from error
+    return state, metadata
 
 
 def quantised_layers(names: Iterable[str]) -> set[str]:

@@ -9,6 +9,9 @@ import comfy.ldm.modules.attention
 import torch
 from torch import Tensor, nn
 
+from ..plans.comfyui import plan_of
+from ..split.routes import ThroughOptions
+from ..split.sites import Plan
 from .detection import Detected, detect, quantised_layers
 
 log = logging.getLogger("sequence_parallel.worker")
@@ -17,16 +20,24 @@ log = logging.getLogger("sequence_parallel.worker")
 class NetworkFile:
     """A network's file, mapped.
 
+    Attributes:
+        attention: what its attention computes with, by the names of `attention.kernels`: of the functions that ComfyUI
+            can have chosen, `sage` computes with 8 bits, all others exactly.
+
     Args:
         path: a safetensors file.
         weight_dtype: what the user chose; None leaves it to ComfyUI.
         device: that the network will run on.
 
     Raises:
-        NoPlanError: ComfyUI does not recognise the file, or not how it is quantised.
+        UnknownModelError: ComfyUI does not recognise the file, or not how it is quantised.
     """
 
+    routes = ThroughOptions
+
     def __init__(self, path: str, weight_dtype: torch.dtype | None, device: torch.device):
+        name = comfy.ldm.modules.attention.optimized_attention.__name__
+        self.attention = "sage" if "sage" in name else "sdpa"
         self._path = path
         self._detected = detect(path, weight_dtype, device)
 
@@ -52,6 +63,10 @@ class NetworkFile:
         if unexpected:
             log.warning("%s has %d tensors too many, e.g. %s", self._path, len(unexpected), ", ".join(unexpected[:3]))
         return network.requires_grad_(False), dtypes
+
+    def plan(self, network: nn.Module) -> Plan:
+        """Of the network's class; empty if it has none."""
+        return plan_of(network)
 
 
 def _empty(detected: Detected) -> nn.Module:
@@ -82,8 +97,3 @@ def changed_dtypes(tensors: Mapping[str, Tensor], network: nn.Module) -> dict[st
         if plain and tensor.dtype != dtype:
             found[name] = dtype
     return found
-
-
-def attention_name() -> str:
-    """Of the attention function that ComfyUI has chosen: `sage` computes with 8 bits, all others exactly."""
-    return "sage" if "sage" in comfy.ldm.modules.attention.optimized_attention.__name__ else "sdpa"

@@ -37,7 +37,7 @@ class Tally:
     recompilations: int = 0
     """Graphs beyond the first one of each kind of block."""
     kinds: int = 0
-    """Kinds of blocks that were to be compiled since the model was loaded; 0: its adapter hands over none."""
+    """Kinds of blocks that were to be compiled since the model was loaded; 0: none of its blocks can be."""
     failure: str = ""
     """Why blocks run as without compilation, if they do."""
 

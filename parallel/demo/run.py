@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import sys
 import tempfile
+from dataclasses import replace
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -19,19 +20,19 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ..config import Layout, SequenceParallelConfig, resolve
+from ..diffusers.folder import recipe
+from ..diffusers.tiny import tiny_request, write_tiny
 from ..errors import ConfigError
 from ..host.group import WorkerGroup
-from ..host.recipe import Recipe
 from ..host.remote_model import RemoteModel
 from ..measure import QuietRounds
-from .checkpoint import write_tiny_hunyuan_video
 from .picture import decode_in_tiles, write_animation
 
 # 17 frames of 512 × 832 pixels: 8320 tokens, so that attention outweighs the rest, as it does in real videos.
-_LATENT = (1, 16, 5, 64, 104)
-_TEXT_TOKENS, _TEXT_VALID, _TEXT_WIDTH = 32, 21, 64
+_INPUTS: dict[str, Any] = {"frames": 5, "height": 64, "width": 104, "text": 32, "valid": (21,)}
+_NETWORK = "HunyuanVideoTransformer3DModel"
 _SHIFT = 7.0
-"""HunyuanVideo's flow shift in ComfyUI."""
+"""HunyuanVideo's flow shift."""
 
 
 def run_demo(*, devices: str, steps: int, output: str) -> tuple[dict[str, Any], str]:
@@ -52,9 +53,9 @@ def run_demo(*, devices: str, steps: int, output: str) -> tuple[dict[str, Any], 
     layout = resolve(SequenceParallelConfig(devices=devices))
     alone = resolve(SequenceParallelConfig(devices=layout.devices[0].name))
     with tempfile.TemporaryDirectory(prefix="sequence-parallel-demo-") as folder:
-        path = Path(folder) / "tiny_hunyuan_video.safetensors"
-        print(f"writing a tiny random HunyuanVideo in ComfyUI's file layout: {path.name}", file=sys.stderr)
-        write_tiny_hunyuan_video(path, heads=2, depth=1, depth_single=1, context_dim=_TEXT_WIDTH)
+        path = Path(folder)
+        print("writing a tiny random HunyuanVideo", file=sys.stderr)
+        write_tiny(path, _NETWORK, num_layers=1, num_single_layers=1)
         print(f"starting 1 + {layout.world_size} workers on {layout.device_type}", file=sys.stderr)
         latents, seconds = _sample(path, alone, layout, steps)
     difference = (latents[0] - latents[1]).abs().max().item()
@@ -84,29 +85,20 @@ def _sample(path: Path, alone: Layout, layout: Layout, steps: int) -> tuple[list
         for group in groups:
             group.start()
             config = SequenceParallelConfig(devices=",".join(device.name for device in group.layout.devices))
-            recipe = Recipe(path=str(path), weight_dtype=torch.float32, compute_dtype=torch.float32, config=config)
-            models.append(RemoteModel(recipe, group=group))
-            models[-1].ensure_loaded()
-        generator = torch.Generator().manual_seed(0)
-        noise = torch.randn(_LATENT, generator=generator)
-        conditioning = {
-            "context": torch.randn(1, _TEXT_TOKENS, _TEXT_WIDTH, generator=generator),
-            "y": torch.randn(1, 768, generator=generator),
-            "guidance": torch.tensor([6.0]),
-            "attention_mask": (torch.arange(_TEXT_TOKENS)[None] < _TEXT_VALID).long(),
-        }
-        for model in models:  # warms up: the self-check, and the conditioning crosses
-            model.step(noise, torch.tensor([1000.0]), conditioning)
+            models.append(RemoteModel(recipe(str(path), config), group=group))
+            models[-1].weights.ensure_loaded()
+        request = tiny_request(_NETWORK, **_INPUTS)
+        for model in models:  # warms up: attention is checked, and the conditioning crosses
+            model.steps([request])
         times = torch.linspace(1, 0, steps + 1)
         sigmas = _SHIFT * times / (1 + (_SHIFT - 1) * times)
-        latents = [noise.clone(), noise.clone()]
+        latents = [request.x.clone(), request.x.clone()]
         seconds: list[list[float]] = [[], []]
         quiet = QuietRounds([os.getpid(), *(pid for group in groups for pid in group.pids)])
         for now, following in tqdm(pairwise(sigmas), total=steps, desc="sampling", unit="step"):
-            runs = [
-                partial(model.step, x, 1000 * now[None], conditioning) for model, x in zip(models, latents, strict=True)
-            ]
-            for i, (velocity, taken) in enumerate(quiet.run(runs)):
+            at = [replace(request, x=x, timestep=1000 * now[None]) for x in latents]
+            runs = [partial(model.steps, [step]) for model, step in zip(models, at, strict=True)]
+            for i, ((velocity,), taken) in enumerate(quiet.run(runs)):
                 seconds[i].append(taken)
                 latents[i] = latents[i] + (following - now) * velocity
         return latents, seconds

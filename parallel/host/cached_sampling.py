@@ -10,6 +10,7 @@ from typing import Any
 
 from ..cache.settings import CacheSettings, Shapes
 from ..degrees import Degrees
+from ..wire.messages import CacheRule
 
 _NUMBERS = itertools.count(1)
 
@@ -57,17 +58,14 @@ class CachedSampling:
         """After a Cancel or a failure: some ranks may remember a step that others do not."""
         self.number = next(_NUMBERS)
 
-    def message(self, sigma: float, family: str, config: Mapping[str, Any], shapes: Shapes) -> dict[str, Any]:
+    def message(self, sigma: float, family: str, config: Mapping[str, Any], shapes: Shapes) -> CacheRule:
         """What the workers are to be told with a step.
 
         Raises:
             UnsupportedError: see `CacheSettings.rule`.
         """
-        return {
-            "sampling": self.number,
-            "rule": self.settings.rule(family, config, shapes),
-            "active": self.is_active(sigma),
-        }
+        rule = self.settings.rule(family, config, shapes)
+        return CacheRule(sampling=self.number, rule=rule, active=self.is_active(sigma))
 
     def is_active(self, sigma: float) -> bool:
         """Whether a step may skip blocks."""

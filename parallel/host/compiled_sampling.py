@@ -22,7 +22,7 @@ class CompileReport:
     breaks: int
     recompilations: int
     kinds: int
-    """Kinds of blocks that the family hands to the compiler."""
+    """Kinds of blocks that are compiled."""
     failures: tuple[tuple[int, str], ...]
     """Ranks whose blocks ran uncompiled, and why."""
 
@@ -37,7 +37,7 @@ class CompileReport:
         if not self.steps:
             return f"{self.name}: no step has run"
         if not self.kinds:
-            return f"{self.name}: WARNING: not compiled: this family's blocks cannot be compiled yet"
+            return f"{self.name}: WARNING: not compiled: the blocks of this network cannot be compiled"
         kinds = f"{_count(self.kinds, 'kind')} of blocks"
         if not self.graphs:
             return f"{self.name}: {kinds}, compiled before"

@@ -13,7 +13,7 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
@@ -23,6 +23,7 @@ from ..config import Layout
 from ..errors import EngineError, WorkerDiedError, WorkerError, WorkerOutOfMemoryError
 from ..wire.channel import Message
 from ..wire.control import ControlPage
+from ..wire.messages import Operation, Recover
 from . import status, verdict
 from .memory import GroupMemory
 from .pace import LONGEST_S, Pace, Stuck, Watch, work_of
@@ -78,7 +79,7 @@ class WorkerGroup:
     Args:
         layout: devices and degrees.
         threads: CPU threads of each worker; by default an equal share of this process's, or of its cores.
-        family: of the model that will be loaded first, if known: workers import its class while they meet.
+        first: recipe of the model that will be loaded first, if known: workers import its library while they meet.
 
     Attributes:
         generation: changes with every group, so that a model knows whether its weights went with an older one.
@@ -89,9 +90,9 @@ class WorkerGroup:
 
     _generations = itertools.count(1)
 
-    def __init__(self, layout: Layout, threads: int | None = None, family: str | None = None):
+    def __init__(self, layout: Layout, threads: int | None = None, first: Mapping[str, Any] | None = None):
         self.layout = layout
-        self.family = family
+        self.first = first
         self.generation = next(self._generations)
         self.messages = 0
         self._control = ControlPage.create()
@@ -114,7 +115,7 @@ class WorkerGroup:
             layout,
             threads or _threads_per_worker(layout),
             self._control.fileno(),
-            family,
+            first,
             self._changed,
             on_message=self._on_message,
             on_end=self._on_end,
@@ -264,7 +265,7 @@ class WorkerGroup:
     # --- calls --------------------------------------------------------------------------------------------------
 
     def call(
-        self, operation: str, message: Message, *, poll: Poll | None = None, on_progress: Progress | None = None
+        self, message: Operation, *, poll: Poll | None = None, on_progress: Progress | None = None
     ) -> list[dict[str, Any]]:
         """Runs an operation on every rank and waits for all answers.
 
@@ -281,9 +282,9 @@ class WorkerGroup:
         """
         with self._turn(poll):
             self.settle(poll)
-            call = self._send(operation, message)
+            call = self._send(message)
             told = (0, 0)
-            work = work_of(operation, message)
+            work = work_of(message)
             watch = Watch(lambda: self._pace.patience(work))
             while not self._when(lambda: len(call.replies) == len(self._workers) or self._failed_reply(call)):
                 try:
@@ -295,12 +296,12 @@ class WorkerGroup:
                 except BaseException:
                     self._control.request_cancel()  # `settle` collects the answers
                     raise
-                self._look(watch, operation, self._silent(call))
+                self._look(watch, message.name, self._silent(call))
                 if self._slowest(call)[0]:  # a step of a sampling is done: each kind of its work has been seen
                     self._pace.measured(work, watch.longest)
             if self._failed_reply(call):
                 self._raise_failed(call)
-            self._look(watch, operation, [])
+            self._look(watch, message.name, [])
             self._pace.measured(work, watch.longest)
             if on_progress is not None and (slowest := self._slowest(call)) != told:
                 on_progress(*slowest)
@@ -328,16 +329,16 @@ class WorkerGroup:
                 if self._tasks and not self._closing:
                     self._control.request_cancel()
 
-    def submit(self, rank: int, operation: str, message: Message) -> Task:
+    def submit(self, rank: int, message: Operation) -> Task:
         """Gives one rank an operation, behind those it already has. Segments must have been announced by a call.
 
         Raises:
             WorkerError: the group has failed.
         """
         self._raise_failure()
-        number, task = next(self._numbers), Task(rank, operation, work_of(operation, message))
+        number, task = next(self._numbers), Task(rank, message.name, work_of(message))
         self._tasks[number] = task
-        self._supervisor.send(rank, {"op": operation, "id": number, "segments": [], **message})
+        self._supervisor.send(rank, {"id": number, "segments": [], **message.to_json()})
         return task
 
     def wait_for_tasks(self, condition: Callable[[], bool], poll: Poll | None = None) -> None:
@@ -370,23 +371,23 @@ class WorkerGroup:
             status.tell(status.OUT_OF_MEMORY, str(failure))
         return failure
 
-    def post(self, operation: str, message: Message) -> None:
+    def post(self, message: Operation) -> None:
         """Asks every rank for an operation without waiting for an answer.
 
         Takes no lock, so that a finalizer may call it in the middle of anything.
         """
-        self._supervisor.post({"op": operation, "id": 0, "segments": [], **message})
+        self._supervisor.post({"id": 0, "segments": [], **message.to_json()})
 
     def _slowest(self, call: _Call) -> tuple[int, int]:
         return min(call.progress.values()) if len(call.progress) == len(self._workers) else (0, 0)
 
-    def _send(self, operation: str, message: Message) -> _Call:
+    def _send(self, message: Operation) -> _Call:
         self._raise_failure()
         self._control.reset(len(self._workers))
-        self._call = call = _Call(next(self._numbers), operation)
+        self._call = call = _Call(next(self._numbers), message.name)
         self.messages += 1
         segments, fds = self.memory.announce()
-        frame = {"op": operation, "id": call.number, "segments": segments, **message}
+        frame = {"id": call.number, "segments": segments, **message.to_json()}
         for rank in range(len(self._workers)):
             self._supervisor.send(rank, frame, fds)
         return call
@@ -497,7 +498,7 @@ class WorkerGroup:
 
     def _recovers(self) -> bool:
         """Whether all ranks free what the failed operation has left there, and their devices compute, in `_PROBE_S`."""
-        call = self._send("recover", {})
+        call = self._send(Recover())
         deadline = time.monotonic() + _PROBE_S
         with contextlib.suppress(EngineError):  # one has died of it, or somebody has stopped them
             while time.monotonic() < deadline:

@@ -5,12 +5,11 @@ A false alarm costs a prompt that would have come to its end, so everything here
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 
-from ..wire.channel import Message
+from ..wire.messages import Operation, RunNetwork, Sample, Step, Tile
 from .process import WorkerProcess
 from .process_state import HALTED, in_words, state
 
@@ -29,22 +28,20 @@ _KEPT = 64
 """Kinds of work whose silences are remembered."""
 
 
-def work_of(operation: str, message: Message) -> Hashable | None:
+def work_of(message: Operation) -> Hashable | None:
     """Equal for operations that may be silent equally long: the same model under the same degrees, on sizes alike.
 
     None for those whose silences depend on more than their sizes, such as reading files: they are not measured.
     """
-    if operation == "step":
-        sizes = [request["x"]["shape"] for request in message.get("requests", ())]
-    elif operation == "sample":
-        at_once = max((len(each["network"]) for each in message["program"] if "network" in each), default=0)
-        sizes = [message["size"], at_once]
-    elif operation == "tile":
-        sizes = message["shape"]
-    else:
-        return None
-    names = ("model", "degrees", "compile", "vae", "direction")
-    return operation, json.dumps([*(message.get(name) for name in names), sizes])
+    if isinstance(message, Step):
+        shapes = tuple(request.x.shape for request in message.requests)
+        return message.name, message.model, message.degrees, message.compile, shapes
+    if isinstance(message, Sample):
+        at_once = max((len(each.passes) for each in message.program if isinstance(each, RunNetwork)), default=0)
+        return message.name, message.model, tuple(message.degrees), message.compile, message.size, at_once
+    if isinstance(message, Tile):
+        return message.name, message.vae, message.direction, tuple(message.shape)
+    return None
 
 
 class Pace:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from dataclasses import replace
 
 from ..config import Layout, SequenceParallelConfig
 from ..placement import Memory, Placement, bytes_on_device, check_host_memory, choose
+from ..wire.messages import FreeMemory, WeightsHome
 from .group import Poll, WorkerGroup
 
 
@@ -17,10 +18,11 @@ class Placing:
     Args:
         config: what the user asks for.
         layout: what it means.
+        whole: no other place is possible; the user has not asked for one.
     """
 
-    def __init__(self, config: SequenceParallelConfig, layout: Layout):
-        self._asked = config.weights
+    def __init__(self, config: SequenceParallelConfig, layout: Layout, *, whole: bool = False):
+        self._asked = "replicate" if whole else config.weights
         self._sharing, self._device_type = layout.degrees.sharing, layout.device_type
 
     def settle(self, group: WorkerGroup, poll: Poll | None, nbytes: int, *, in_the_file: int = 0) -> Placement:
@@ -36,7 +38,7 @@ class Placing:
         placement = Placement(mode=self._asked, reason="as asked")
         if self._asked in ("replicate", "shard"):
             return placement
-        answers = group.call("free memory", {}, poll=poll)
+        answers = group.call(FreeMemory(), poll=poll)
         host = Memory(**answers[0]["host"])
         if self._asked == "auto":
             placement = choose(
@@ -52,23 +54,21 @@ class Placing:
         return placement
 
     @contextmanager
-    def message(
-        self, placement: Placement, model: str, group: WorkerGroup, poll: Poll | None
-    ) -> Iterator[dict[str, Any]]:
+    def home(self, placement: Placement, model: str, group: WorkerGroup, poll: Poll | None) -> Iterator[WeightsHome]:
         """What the workers are told of a placement, inside the `with` block in which they load.
 
         Args:
             model: name of what they load.
         """
-        message: dict[str, Any] = {"mode": placement.mode, "sharing": self._sharing}
+        home = WeightsHome(mode=placement.mode, sharing=self._sharing)
         if placement.mode != "offload":
-            yield message
+            yield home
             return
         segment = f"{model}-weights"
         group.settle(poll)
         group.memory.segment(segment, 0)  # the workers know how much they need
         try:
-            yield {**message, "segment": segment}
+            yield replace(home, segment=segment)
         finally:
             group.memory.drop(segment)  # it belongs to the workers now
 

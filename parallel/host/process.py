@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections import deque
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,7 @@ class WorkerProcess:
         store: descriptor of the file through which the ranks meet.
         common: descriptor of the common memory of CPU ranks.
         control: descriptor of the control page.
-        family: of the model that it will load first, if known.
+        first: recipe of the model that it will load first, if known.
 
     Attributes:
         ready: it has met the other ranks.
@@ -56,7 +57,15 @@ class WorkerProcess:
     """
 
     def __init__(
-        self, rank: int, layout: Layout, *, threads: int, store: int, common: int, control: int, family: str | None
+        self,
+        rank: int,
+        layout: Layout,
+        *,
+        threads: int,
+        store: int,
+        common: int,
+        control: int,
+        first: Mapping[str, Any] | None,
     ):
         self.rank = rank
         self.device: WorkerDevice = layout.devices[rank]
@@ -84,7 +93,7 @@ class WorkerProcess:
             "threads": threads,
             "switches": numerics.read(),
             "source": source_files.AT_IMPORT,
-            "family": family,
+            "first": first,
             "started": time.monotonic(),
         }
         flags = ["-s"] if sys.flags.no_user_site else []

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 from ..placement import Placement
 from ..quantise.settings import FP8Choice, FP8Report, FP8Settings, choose_scheme
+from ..wire.messages import FP8Support
 from .group import Poll, WorkerGroup
 from .placing import Placing
 
@@ -18,7 +19,7 @@ def choose(fp8: FP8Settings | None, group: WorkerGroup, poll: Poll | None) -> FP
     """
     if fp8 is None:
         return None
-    found = [result["support"] for result in group.call("fp8 support", {}, poll=poll)]
+    found = [result["support"] for result in group.call(FP8Support(), poll=poll)]
     return choose_scheme(fp8, group.layout, found)
 
 

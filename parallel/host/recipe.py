@@ -1,65 +1,53 @@
-"""What to load, as plain data: nothing is read from disk but the header, and no process is started."""
+"""What the workers build, as plain data: nothing is read from disk, and no process is started."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
-from ..adapters import registry
-from ..adapters.base import Adapter
-from ..checkpoints.source import Source, open_source
 from ..config import SequenceParallelConfig
+from ..plans import Library
+from ..quantise.selection import LinearLayer
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Recipe:
-    """One model as the workers are to hold it. Equal recipes are the same model."""
+    """One network as the workers are to hold it. Made by `nodes.native_model`, and by `diffusers.folder.recipe`."""
 
+    library: Library
+    """Whose class it is."""
     path: str
-    """Single-file checkpoint, or diffusers folder."""
-    weight_dtype: torch.dtype
-    """Weights are rounded to this; fp8 ones also stay so in memory."""
-    compute_dtype: torch.dtype
-    """Arithmetic, latents and conditioning."""
+    """Its file, or diffusers' folder."""
+    weight_dtype: torch.dtype | None
+    """In which its weights are kept, as the user chose it; None leaves it to the library."""
+    network: str
+    """Name of the class."""
     config: SequenceParallelConfig
+    nbytes: int
+    """Of the weights, as the workers keep them."""
+    in_the_file: int
+    """How many of these are in the file as they are."""
+    heads: int
+    """Of its attention; of several kinds the fewest."""
+    arguments: Mapping[str, Any]
+    """By which the class makes a network: what ComfyUI's detection has found, or diffusers' `config.json`."""
+    channels: int
+    """Of its prediction."""
+    channels_dim: int = 1
+    """Where the latent has them."""
+    linear: tuple[LinearLayer, ...]
+    """Its linear layers, for FP8; none of a file that is quantised."""
+    quantised: str = ""
+    """How the file is quantised."""
+    planned: bool = True
+    """Whether the class has a split plan; else only samples, and cond and uncond, run side by side."""
+    options: Mapping[str, Any] = field(default_factory=dict)
+    """What the library needs to know in a worker: of ComfyUI, see `comfyui.start.prepare`."""
 
     def to_json(self) -> dict[str, Any]:
-        return {
-            "path": self.path,
-            "weight_dtype": str(self.weight_dtype).removeprefix("torch."),
-            "compute_dtype": str(self.compute_dtype).removeprefix("torch."),
-        }
-
-
-@dataclass(frozen=True, slots=True)
-class Inspected:
-    """What a checkpoint's header tells."""
-
-    source: Source
-    adapter: Adapter
-    model_config: dict[str, Any]
-
-
-def inspect(path: str) -> Inspected:
-    """Reads a checkpoint's header and finds its family.
-
-    Raises:
-        CheckpointError: missing, damaged or incomplete.
-        UnsupportedError: of no supported family.
-    """
-    source = open_source(path)
-    adapter = registry.adapter_for(source)
-    return Inspected(source, adapter, adapter.model_config(source))
-
-
-def weight_bytes(inspected: Inspected, recipe: Recipe) -> int:
-    """Of a whole copy of the weights as the workers keep them, but for the few that keep another dtype."""
-    fp8 = recipe.weight_dtype.itemsize == 1
-    dtype = recipe.weight_dtype if fp8 else recipe.compute_dtype
-    source = inspected.source
-    return sum(
-        torch.Size(info.shape).numel() * (info.dtype if name in source.scales else dtype).itemsize
-        for name, info in source.tensors.items()
-    )
+        dtype = None if self.weight_dtype is None else str(self.weight_dtype).removeprefix("torch.")
+        named = {name: getattr(self, name) for name in ("library", "path", "network", "options")}
+        return {**named, "weight_dtype": dtype}

@@ -1,53 +1,365 @@
-"""A model in the workers that runs on a diffusers module under an adapter, as the host calls it."""
+"""A diffusion network in the workers, as the host calls it: single steps, whole samplings, other methods."""
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+import logging
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
-from ..cache.settings import CacheSettings
-from ..compilation.settings import CompileSettings
+import torch
+from torch import Tensor
+
+from ..config import Layout
 from ..degrees import Degrees
-from ..plan import SequencePlan
+from ..plan import share_of
+from ..sampling.program import Program
+from ..sampling.step_request import StepRequest
+from ..wire import messages
+from ..wire.shared import Segment, TensorRef, lay_out
+from ..wire.trees import flatten, restore
+from ..wire.typed import from_plain
+from .cache_rules import cache_message
 from .cached_sampling import CachedSampling
-from .group import WorkerGroup
-from .recipe import Inspected, Recipe
-from .remote_transformer import RemoteTransformer
+from .compiled_sampling import CompiledSampling
+from .group import Poll, Progress, WorkerGroup
+from .recipe import Recipe
 from .remote_weights import RemoteWeights
-from .step_request import StepRequest
+from .sampling import OnStep, SampleReport, Sent
+from .sent_conditioning import SentConditioning
+
+log = logging.getLogger("sequence_parallel")
+
+_ROOM = 1 << 20
+"""Bytes for a method's results; more are collected by a second message."""
+OUTPUT_DTYPE = torch.float32
+"""Of predictions. It holds whatever a network computes in, and samplers compute in it."""
 
 
-class RemoteModel(RemoteWeights, RemoteTransformer):
-    """See `RemoteWeights` for its arguments and its weights, and `RemoteTransformer` for its calls."""
+class RemoteModel:
+    """What the workers compute of a model whose weights they hold.
 
-    def __init__(self, recipe: Recipe, inspected: Inspected | None = None, group: WorkerGroup | None = None):
-        RemoteWeights.__init__(self, recipe, inspected, group)
-        RemoteTransformer.__init__(self, self.name)
+    Args:
+        recipe, group: see `RemoteWeights`.
 
-    def _forgotten(self) -> None:
-        super()._forgotten()
-        self._conditioning.clear()
+    Attributes:
+        weights: where they are; they have to be loaded before anything is computed.
+        last_step: what each rank said of the last step: `seconds` and the counters of `attention.traffic.Traffic`; with
+            a cache also `cache`: `passes`, `hits` and `skipped_s` (`cache.blocks.Tally`), with compiled blocks
+            `compile` (`compilation.compiler.Tally`).
+
+    Raises:
+        ConfigError: the configuration does not fit this machine.
+    """
+
+    def __init__(self, recipe: Recipe, group: WorkerGroup | None = None):
+        self.recipe = recipe
+        self.weights = RemoteWeights(recipe, group)
+        self.last_step: list[dict[str, Any]] = []
+        self._told_degrees: Degrees | None = None
+        self._reason = ""
+        self._conditioning = SentConditioning(self.weights.name)
+        self.weights.on_change = self._conditioning.clear
 
     @property
-    def heads(self) -> int:
-        return int(self.inspected.model_config["num_attention_heads"])
+    def name(self) -> str:
+        """Of the model in the workers."""
+        return self.weights.name
 
-    def check_request(self, request: StepRequest, degrees: Degrees) -> None:
-        inputs = {"x": request.x, "timestep": request.timestep, **request.conditioning}
-        tokens = self.inspected.adapter.check_inputs(self.inspected.model_config, inputs)
-        SequencePlan((tokens,), 1, (1.0,) * degrees.sp)
+    @property
+    def _layout(self) -> Layout:
+        return self.weights.layout
 
     def output_shape(self, request: StepRequest) -> tuple[int, ...]:
-        return self.inspected.adapter.output_shape(self.inspected.model_config, tuple(request.x.shape))
+        """Of a prediction: the latent's, without channels that a model class has put behind it."""
+        shape, dim = list(request.x.shape), self.recipe.channels_dim
+        if not request.parts:
+            shape[dim] = min(shape[dim], self.recipe.channels)
+        return tuple(shape)
 
-    def cache_message(self, cache: CachedSampling, sigma: float, request: StepRequest) -> dict[str, Any]:
-        return cache.message(sigma, self.inspected.adapter.family, self.inspected.model_config, request.shapes)
+    # --- calls ----------------------------------------------------------------------------------------------------
 
-    def check_cache(self, settings: CacheSettings) -> None:
-        settings.rule(self.inspected.adapter.family, self.inspected.model_config)
+    def forget(self, cache: CachedSampling) -> None:
+        """Frees what the workers remember of a sampling, without waiting."""
+        if (group := self.weights.group) is not None and self.weights.loaded:
+            group.post(messages.ForgetCache(model=self.name, sampling=cache.number))
 
-    def check_compile(self, settings: CompileSettings) -> None:
-        """Every family's blocks can be compiled, or run as they are."""
+    def rest(self) -> None:
+        """After a sampling, without waiting: GPUs get back what its activations took."""
+        if self._layout.device_type != "cuda":
+            return
+        if (group := self.weights.group) is not None and self.weights.loaded:
+            group.post(messages.Rest())
 
-    def work(self) -> Hashable:
-        return self.recipe.path, self.recipe.weight_dtype, self.recipe.compute_dtype, self._fp8
+    def degrees(self, conditions: int, requests: Sequence[StepRequest] = ()) -> Degrees:
+        """How a step with so many conditions is split; a change is logged."""
+        degrees, self._reason = self._chosen(conditions, requests)
+        if degrees != self._told_degrees:
+            self._told_degrees = degrees
+            log.info("plan on %s: %s (%s)", self._layout.describe(), degrees, self._reason)
+        return degrees
+
+    def _chosen(self, conditions: int, requests: Sequence[StepRequest]) -> tuple[Degrees, str]:
+        """The degrees, and why. Batch groups only where they need not take apart what may be no batch."""
+        if not self.recipe.planned:
+            degrees = Degrees(dp=self._layout.world_size)
+            reason = f"{self.recipe.network} has no split plan: only prompts and samples of a batch run side by side"
+        else:
+            degrees, reason = self._layout.degrees.choose(
+                conditions=conditions, heads=self.recipe.heads, sharded=self.weights.sharded
+            )
+        batches = [len(request.x) for request in requests]
+        for group in range(degrees.groups if requests else 0):
+            for request, rows in zip(requests, share_of(batches, group, degrees.groups), strict=True):
+                if 0 < rows.stop - rows.start < len(request.x) and (name := _indivisible(request)):
+                    return self._all_in_one(degrees), f"{name} cannot be taken apart by samples"
+        return degrees, reason
+
+    def _all_in_one(self, degrees: Degrees) -> Degrees:
+        """All ranks share one sequence, with the same rings."""
+        return Degrees(ring=degrees.ring, ulysses=self._layout.world_size // degrees.ring)
+
+    def steps(
+        self,
+        requests: Sequence[StepRequest],
+        *,
+        conditions: int = 1,
+        cache: CachedSampling | None = None,
+        sigma: float = 1.0,
+        compiled: CompiledSampling | None = None,
+        poll: Poll | None = None,
+    ) -> list[Tensor]:
+        """The network's predictions for requests that may run side by side.
+
+        Args:
+            requests: each a call of the network.
+            conditions: how many of cond and uncond are in the requests.
+            cache: the sampling that this step is part of, if it may skip blocks.
+            sigma: the step's, which decides whether it may.
+            compiled: the sampling that this step is part of, if its blocks are to be compiled.
+            poll: see `WorkerGroup.call`.
+
+        Returns:
+            The predictions, on x's device, in fp32.
+
+        Raises:
+            UnsupportedError: before any work: a cache that does not know this model.
+            WorkerError: a worker failed; the weights are gone unless `loaded` still says otherwise.
+        """
+        degrees = self.degrees(conditions, requests)
+        told = None if cache is None else cache_message(cache, sigma, self.recipe, requests[0].shapes)
+        group = self._loaded_in()
+        group.settle(poll)
+        inputs, outputs = [], []
+        for request in requests:
+            inputs += [request.x, request.timestep]
+            outputs.append((self.output_shape(request), OUTPUT_DTYPE))
+        in_refs, size = lay_out("step", [(tensor.shape, tensor.dtype) for tensor in inputs])
+        segment = group.memory.segment("step", size)
+        for tensor, ref in zip(inputs, in_refs, strict=True):
+            segment.tensor(ref).copy_(tensor)
+        results, out_refs, lend = group.memory.for_results(outputs)
+        keys, conditioning = self._conditioning.update([request.conditioning for request in requests], group)
+        message = messages.Step(
+            model=self.name,
+            degrees=degrees,
+            requests=[
+                request.message(x, timestep, out, held)
+                for request, x, timestep, out, held in zip(
+                    requests, in_refs[::2], in_refs[1::2], out_refs, keys, strict=True
+                )
+            ],
+            conditioning=conditioning,
+            cache=told,
+            compile=None if compiled is None else compiled.settings,
+        )
+        try:
+            self.last_step = group.call(message, poll=poll)
+        except BaseException:
+            self._begin_anew(cache)
+            raise
+        if cache is not None:
+            cache.count(self.last_step, degrees)
+        if compiled is not None:
+            compiled.count(self.last_step)
+        self._note_step(group, requests, degrees, cache, compiled, self.last_step)
+        return [
+            _hand_over(results, ref, request.x.device, lend) for ref, request in zip(out_refs, requests, strict=True)
+        ]
+
+    def _begin_anew(self, cache: CachedSampling | None) -> None:
+        """After a Cancel or a failure: what the workers hold now is unknown, so it is sent, and remembered, again."""
+        self._conditioning.clear()
+        if cache is not None:
+            self.forget(cache)
+            cache.restart()
+
+    def _note_step(
+        self,
+        group: WorkerGroup,
+        requests: Sequence[StepRequest],
+        degrees: Degrees,
+        cache: CachedSampling | None,
+        compiled: CompiledSampling | None,
+        results: Sequence[Mapping[str, Any]],
+    ) -> None:
+        """For those who watch: what was computed, by how many."""
+        sizes = tuple(tuple(sorted(request.shapes.items())) for request in requests)
+        model = (self.recipe.path, self.recipe.weight_dtype, self.weights.fp8)
+        work = (model, group.layout.attention, None if compiled is None else compiled.settings, sizes)
+        report = None if cache is None else cache.report.to_json()
+        group.figures.stepped(work, degrees, self._reason, results, report)
+
+    def sample(
+        self,
+        program: Program,
+        *,
+        cache: CachedSampling | None = None,
+        compiled: CompiledSampling | None = None,
+        poll: Poll | None = None,
+        on_step: OnStep | None = None,
+        interval_s: float = 0.0,
+        on_progress: Progress | None = None,
+    ) -> tuple[Tensor, SampleReport]:
+        """A whole sampling, for which each worker gets one message.
+
+        Args:
+            program: see `sampling.recording`.
+            cache, compiled: as for `steps`.
+            poll: see `WorkerGroup.call`.
+            on_step: see `OnStep`. Without it, no latents are sent back before the end.
+            interval_s: least seconds between two of its calls, but for the last one; 0: at every step.
+            on_progress: told how many steps have been done, of all, where `on_step` is not.
+
+        Returns:
+            The result, on the program's device, in fp32.
+
+        Raises:
+            UnsupportedError: before any work: a cache that does not know this model.
+            WorkerError: a worker failed; the weights are gone unless `loaded` still says otherwise.
+        """
+        networks = program.networks
+        degrees = [self.degrees(network.conditions, [each.request for each in network.passes]) for network in networks]
+        passes = [each.request for network in networks for each in network.passes]
+        told = None
+        if cache is not None and passes:
+            told = cache_message(cache, 0.0, self.recipe, passes[0].shapes)
+        group = self._loaded_in()
+        group.settle(poll)
+        sent = Sent(
+            program,
+            degrees,
+            group.memory,
+            with_previews=on_step is not None,
+            interval_s=interval_s,
+            output_dtype=OUTPUT_DTYPE,
+        )
+        kinds = [tuple((name, id(tensor)) for name, tensor in each.conditioning.items()) for each in passes]
+        different = {kind: each.conditioning for kind, each in zip(kinds, passes, strict=True)}
+        keys, conditioning = self._conditioning.update(list(different.values()), group)
+        keys_of = dict(zip(different, keys, strict=True))
+        message = sent.message(
+            self.name,
+            [keys_of[kind] for kind in kinds],
+            conditioning,
+            is_active=lambda sigma: cache is not None and cache.is_active(sigma),
+            cache=told,
+            compiled=None if compiled is None else compiled.settings,
+        )
+        before, began = group.messages, time.monotonic()
+        try:
+            results = group.call(message, poll=poll, on_progress=sent.followed(on_step, on_progress))
+        except BaseException:
+            self._begin_anew(cache)
+            raise
+        seconds = time.monotonic() - began
+        report = SampleReport(program.steps, len(passes), group.messages - before, seconds, sent.previews)
+        if cache is not None:
+            for i, each in enumerate(sent.degrees):
+                cache.count([result["degrees"][i] for result in results], each)
+        if compiled is not None and networks:
+            compiled.count(results)
+        self.last_step = results
+        if networks:
+            requests = [each.request for each in networks[0].passes]
+            n = len(networks)
+            counted, timed = ("collectives", "bytes_sent"), ("seconds", "exposed_s", "copying_s")
+            per_call = [
+                {**{name: each[name] // n for name in counted}, **{name: each[name] / n for name in timed}}
+                for each in results
+            ]
+            self._note_step(group, requests, degrees[0], cache, compiled, per_call)
+        result = sent.result()
+        sent.clear()
+        return result, report
+
+    def call(self, method: str, args: Sequence[Any], named: Mapping[str, Any], *, poll: Poll | None = None) -> Any:
+        """The result of one of the network's methods that needs weights, on the device of the first tensor.
+
+        Args:
+            method: one of those that the plans' module lists.
+            args, named: nests of tensors and plain data.
+            poll: see `WorkerGroup.call`.
+
+        Raises:
+            NotPlain: something cannot travel; before any work.
+            WorkerError: a worker failed; the weights are gone unless `loaded` still says otherwise.
+        """
+        tensors: dict[str, Tensor] = {}
+        first = [flatten(value, str(i), tensors) for i, value in enumerate(args)]
+        tree = {"dict": {"args": {"list": first}, "named": flatten(dict(named), "named", tensors)}}
+        group, (degrees, _) = self._loaded_in(), self._chosen(1, ())
+        degrees = self._all_in_one(degrees)
+        group.settle(poll)
+        (held,), conditioning = self._conditioning.update([tensors], group)
+        room = messages.Room(segment="call-results", size=_ROOM)
+        results = group.memory.segment(room.segment, room.size)
+        message = messages.Call(
+            model=self.name,
+            method=method,
+            degrees=degrees,
+            arguments=tree,
+            held=held,
+            conditioning=conditioning,
+            room=room,
+        )
+        try:
+            told = group.call(message, poll=poll)
+            if (needed := told[0]["needed"]) > room.size:
+                room = replace(room, size=needed)
+                results = group.memory.segment(room.segment, room.size)
+                collect = messages.Collect(model=self.name, room=room)
+                told = [{**told[0], **collected} for collected in group.call(collect, poll=poll)]
+        except BaseException:
+            self._conditioning.clear()
+            raise
+        device = next(iter(tensors.values())).device
+        refs = [from_plain(TensorRef, ref) for ref in told[0]["out"]]
+        found = {str(i): results.tensor(ref).clone().to(device) for i, ref in enumerate(refs)}
+        return restore(told[0]["structure"], found.__getitem__)
+
+    def _loaded_in(self) -> WorkerGroup:
+        group = self.weights.group
+        assert group is not None, "load the weights first"
+        return group
+
+
+def _hand_over(segment: Segment, ref: TensorRef, device: torch.device, lend: bool) -> Tensor:
+    """A result that the next step cannot overwrite."""
+    if device.type != "cpu":
+        return segment.tensor(ref).to(device)
+    return segment.lend(ref) if lend else segment.tensor(ref).clone()
+
+
+def _indivisible(request: StepRequest) -> str:
+    """The first tensor that may be of other things than the samples; empty if there is none.
+
+    Tensors in lists are conditioning, with samples first, as all that ComfyUI concatenates for a batch; in a dictionary
+    they are what a model makes of itself.
+    """
+    for name, tensor in request.conditioning.items():
+        in_dictionary = any(not part.isdigit() for part in name.split(".")[1:])
+        if tensor.ndim and len(tensor) not in ((1,) if in_dictionary else (1, len(request.x))):
+            return name
+    return ""

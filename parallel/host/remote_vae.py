@@ -12,10 +12,11 @@ from torch import Tensor
 
 from ..config import SequenceParallelConfig
 from ..errors import UnsupportedError, WorkerError
-from ..vae.tiles import Tile, TileFigures, TileRun
+from ..wire.messages import LoadVAE, UnloadVAE
 from ..wire.shared import lay_out
 from . import running
 from .group import Poll, Progress, WorkerGroup
+from .tiles import Tile, TileFigures, TileRun
 
 log = logging.getLogger("sequence_parallel")
 
@@ -77,17 +78,13 @@ class RemoteVAE:
         segment = group.memory.segment(self.name, size)
         for tensor, ref in zip(state.values(), refs, strict=True):
             segment.tensor(ref).copy_(tensor)
-        message = {
-            "vae": self.name,
-            "source": self._source,
-            "state": {name: ref.to_json() for name, ref in zip(state, refs, strict=True)},
-        }
+        message = LoadVAE(vae=self.name, source=self._source, state=dict(zip(state, refs, strict=True)))
         try:
-            self.nbytes = max(result["nbytes"] for result in group.call("load vae", message, poll=poll))
+            self.nbytes = max(result["nbytes"] for result in group.call(message, poll=poll))
         except BaseException as error:
             group.memory.drop(self.name)
             if group.alive:
-                group.post("unload vae", {"vae": self.name})
+                group.post(UnloadVAE(vae=self.name))
             if isinstance(error, WorkerError) and error.remote_type == UnsupportedError.__name__:
                 self._refused = str(error)
                 raise UnsupportedError(self._refused) from error
@@ -125,7 +122,7 @@ class RemoteVAE:
             group.memory.drop(self.name)
             group.figures.dropped(self.name)
             try:
-                group.call("unload vae", {"vae": self.name})
+                group.call(UnloadVAE(vae=self.name))
             except WorkerError as error:  # the weights have gone with the workers
                 log.warning("%s", error)
 
@@ -134,5 +131,5 @@ class RemoteVAE:
         if self._group is not None and self.loaded:
             self._group.memory.drop(self.name)
             self._group.figures.dropped(self.name)
-            self._group.post("unload vae", {"vae": self.name})
+            self._group.post(UnloadVAE(vae=self.name))
         self._group, self._generation = None, 0

@@ -1,53 +1,117 @@
-"""The weights of a model in the workers, as the host holds them: load, replace, unload."""
+"""The weights of one model in the workers, as the host holds them: load, replace, unload."""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Collection, Hashable, Iterator, Mapping
-from math import prod
+import logging
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator
 
-import torch
+from torch import Tensor
 
-from ..adapters.native import NativeTensors
-from ..checkpoints.source import Stored
-from ..quantise.selection import Selection, select
-from ..quantise.settings import FP8Settings, likely_scheme, refuse_devices
+from ..config import resolve
+from ..errors import UnsupportedError, WorkerError
+from ..placement import Placement
+from ..quantise.selection import Selection, select_layers
+from ..quantise.settings import NODE, FP8Report, FP8Settings, likely_scheme, refuse_devices
+from ..wire import messages
+from ..wire.plain import plain_tensors
 from ..wire.shared import lay_out
-from . import running
+from . import quantising, running, status
 from .group import Poll, Progress, WorkerGroup
-from .held_weights import HeldWeights
-from .recipe import Inspected, Recipe, inspect, weight_bytes
+from .placing import Placing
+from .recipe import Recipe
+from .sampling import SEGMENT
+
+log = logging.getLogger("sequence_parallel")
 
 _MODELS = itertools.count(1)
 _BATCH_BYTES = 64 * 2**20
 """Replaced weights that travel together; a larger one travels alone."""
 
-Replace = Callable[[str, Stored], Stored]
-"""Name and tensor of the checkpoint → what the workers are to use, of the same shape and dtype, with a scale of its own
-if there was one. Without a scale the tensor is in the storage dtype. It must not be written to: it may be the file."""
+Replace = Callable[[str], Tensor]
+"""Name of a weight → what the workers are to use, of its shape; of a quantised one a tensor of its own class."""
 
 
-class RemoteWeights(HeldWeights):
-    """The weights of one recipe, and where they are now.
+class RemoteWeights:
+    """Where the weights of one model are: in which group of workers, how, and since when.
 
     They may come and go (eviction, a crash, another layout): `ensure_loaded` brings them back.
 
     Args:
         recipe: what to load.
-        inspected: the checkpoint's header, if it has been read already.
         group: use this group instead of the shared one of the recipe's configuration.
+
+    Attributes:
+        name: of the model in the workers.
+        nbytes: bytes of weights that one worker has on its device; 0 when not loaded.
+        placement: where the weights are, or were last, and why.
+        fp8: by which settings they are, or were last, quantised on the way.
+        fp8_report: what has been quantised, of the weights that were loaded last.
+        on_change: called when the workers have nothing of this model any more, or new weights.
+
+    Raises:
+        ConfigError: the configuration does not fit this machine.
     """
 
-    def __init__(self, recipe: Recipe, inspected: Inspected | None = None, group: WorkerGroup | None = None):
+    def __init__(self, recipe: Recipe, group: WorkerGroup | None = None):
         self.recipe = recipe
-        self.inspected = inspected or inspect(recipe.path)
-        super().__init__(f"model-{next(_MODELS)}", recipe.path, recipe.config, self.inspected.adapter.family)
+        self.name = f"model-{next(_MODELS)}"
+        self.nbytes = 0
+        self.placement: Placement | None = None
+        self.fp8: FP8Settings | None = None
+        self.fp8_report: FP8Report | None = None
+        self.on_change: Callable[[], None] = lambda: None
+        self.layout = resolve(recipe.config)
+        self._placing = Placing(recipe.config, self.layout, whole=not recipe.planned)
         self._own_group = group
-        self._selections: dict[FP8Settings, Selection] = {}
-        self._tensors = NativeTensors(self.inspected.source, self.inspected.adapter, self.inspected.model_config)
+        self._group: WorkerGroup | None = None
+        self._generation = 0
         self._version: Hashable = None
         self._replaced: set[str] = set()
-        """Tensors that are, or may be, other than the checkpoint's in the workers."""
+        """Weights that are, or may be, other than the file's in the workers."""
+
+    @property
+    def loaded(self) -> bool:
+        """Whether the workers hold the weights."""
+        return self._group is not None and self._group.alive and self._group.generation == self._generation
+
+    @property
+    def group(self) -> WorkerGroup | None:
+        """The workers that it was last loaded in."""
+        return self._group
+
+    @property
+    def sharded(self) -> bool:
+        """Whether the ranks of a sequence share the weights."""
+        return (self.placement.mode if self.placement else self.recipe.config.weights) == "shard"
+
+    def expected_bytes(self, fp8: FP8Settings | None = None) -> int:
+        """Of weights on one worker's device when they are loaded; under `auto` as much as it may be."""
+        if self.loaded and fp8 == self.fp8:
+            return self.nbytes
+        return self._placing.expected_bytes(self._whole_bytes(fp8))
+
+    def select_fp8(self, fp8: FP8Settings) -> Selection:
+        """What `fp8` will do to this model, told without workers.
+
+        Raises:
+            UnsupportedError: the file is quantised: its own format is what ComfyUI's layers compute in; or its class
+                has no plan.
+            ConfigError: the devices cannot do it, or `skip` has a pattern that means no layer.
+        """
+        recipe = self.recipe
+        if recipe.quantised:
+            raise UnsupportedError(
+                f"{NODE} cannot quantise {recipe.network} of {recipe.path}: the file is quantised already"
+                f" ({recipe.quantised}); remove the node, or use a bf16 or fp16 file"
+            )
+        if not recipe.planned:
+            raise UnsupportedError(
+                f"{NODE} does not know which layers of {recipe.network} it may quantise, a class without a split plan;"
+                " remove the node, or choose weight_dtype fp8_e4m3fn in the loader"
+            )
+        refuse_devices(fp8, self.layout)
+        return select_layers(recipe.linear, scheme=likely_scheme(fp8, self.layout), skip=fp8.patterns)
 
     def ensure_loaded(
         self, poll: Poll | None = None, on_progress: Progress | None = None, *, fp8: FP8Settings | None = None
@@ -63,38 +127,46 @@ class RemoteWeights(HeldWeights):
             Bytes of weights on one worker.
 
         Raises:
-            ConfigError: the devices cannot do what `fp8` asks for.
+            UnsupportedError: see `select_fp8`.
+            ConfigError: an offload needs more memory than the host has, or the devices cannot do what `fp8` asks for.
             WorkerError: loading failed.
         """
-        family = self.inspected.adapter.family
-        group = self._own_group or running.acquire(self.recipe.config, poll, family=family)
-        return self._load_into(group, "load", {"recipe": self.recipe.to_json()}, fp8, poll, on_progress)
-
-    def select_fp8(self, fp8: FP8Settings) -> Selection:
-        """What `fp8` will do to this model, told without workers.
-
-        Raises:
-            ConfigError: the devices cannot do it, or `skip` has a pattern that means no layer.
-        """
-        refuse_devices(fp8, self._layout)
-        if fp8 not in self._selections:
-            self._selections[fp8] = select(
-                self.inspected.source,
-                self.inspected.adapter,
-                self._tensors,
-                scheme=likely_scheme(fp8, self._layout),
-                skip=fp8.patterns,
-                storage=self.recipe.weight_dtype,
-                compute=self.recipe.compute_dtype,
+        if fp8 is not None:
+            self.select_fp8(fp8)  # refuses before any worker is started
+        recipe = self.recipe
+        group = self._own_group or running.acquire(recipe.config, poll, first=recipe.to_json())
+        if self.loaded and group is self._group and fp8 == self.fp8:
+            return self.nbytes
+        nbytes = self._whole_bytes(fp8)
+        choice = quantising.choose(fp8, group, poll)
+        self.unload()  # what is loaded otherwise makes room for this
+        in_the_file = recipe.in_the_file if fp8 is None else 0
+        placement = self._placing.settle(group, poll, nbytes, in_the_file=in_the_file)
+        with self._placing.home(placement, self.name, group, poll) as home:
+            message = messages.Load(
+                model=self.name,
+                recipe=recipe.to_json(),
+                home=home,
+                fp8=None if choice is None else choice.to_json(),
             )
-        return self._selections[fp8]
+            results = group.call(message, poll=poll, on_progress=on_progress)
+        self._group, self._generation, self.placement, self.fp8 = group, group.generation, placement, fp8
+        self._forgotten()
+        self.nbytes = max(result["nbytes"] for result in results)
+        group.figures.holds(self.name, recipe.path, self.nbytes)
+        group.figures.loaded([result["seconds"] for result in results])
+        log.info(
+            "%s: %s, weights %s (%s): %.0f MiB %s; loaded in %s",
+            recipe.path, recipe.network, placement.mode, placement.reason, self.nbytes / 2**20,
+            "in one copy for all workers"
+            if placement.mode == "offload" and self.layout.device_type == "cpu"
+            else f"on each of {len(results)} workers",
+            status.phases_text(group.figures.load),
+        )  # fmt: skip
+        self.fp8_report = quantising.report(choice, results[0]["fp8"], self._placing, placement, self.nbytes)
+        return self.nbytes
 
-    def _whole_bytes(self, fp8: FP8Settings | None) -> int:
-        """Of a whole copy of the weights."""
-        saved = 0 if fp8 is None else self.select_fp8(fp8).saved
-        return weight_bytes(self.inspected, self.recipe) - saved
-
-    def replace_weights(
+    def replace(
         self,
         version: Hashable,
         names: Collection[str],
@@ -103,20 +175,20 @@ class RemoteWeights(HeldWeights):
         poll: Poll | None = None,
         on_progress: Progress | None = None,
     ) -> None:
-        """Makes the weights in the workers the checkpoint's but for some tensors. Only those and the last ones change.
+        """Makes the weights in the workers the file's but for some. Only those and the last ones change.
 
-        Every tensor is replaced starting from the checkpoint's, so nothing of earlier replacements is left in it.
+        Every weight is replaced starting from the file's, so nothing of earlier replacements is left in it.
 
         Args:
-            version: what `names` and `replace` stand for; with the version that is in place nothing is done. None is
-                the checkpoint itself, and has no names.
-            names: tensors of the checkpoint (`NativeTensors`).
-            replace: runs in the caller's thread, for one tensor at a time.
-            poll: see `WorkerGroup.call`; also called before each tensor.
-            on_progress: told in bytes.
+            version: what `names` and `replace` stand for; with the one that is in place nothing is done. None is the
+                file itself, and has no names.
+            names: of weights, as the network has them.
+            replace: runs in the caller's thread, for one weight at a time.
+            poll: see `WorkerGroup.call`; also called before each weight.
+            on_progress: told in weights.
 
         Raises:
-            CheckpointError: the file changed or is damaged.
+            CheckpointError: there is no such weight, or its replacement does not fit it.
             WorkerError: a worker failed; the next call starts over.
         """
         if version == self._version:
@@ -124,65 +196,78 @@ class RemoteWeights(HeldWeights):
         group = self._group
         assert group is not None, "call ensure_loaded first"
         self._version = object()  # no caller's: whatever ends this early, the next call does it all
-        sizes = {
-            name: prod(self._tensors.shapes[name]) * self._kept_dtype(name).itemsize
-            for name in {*names, *self._replaced}
-        }
-        total, done = sum(sizes.values()), 0
-        with self.inspected.source.reader() as read:
-            for batch in _batches(sizes):
-                group.settle(poll)
-                put = [name for name in batch if name in names]
-                refs, size = lay_out("weights", [(self._tensors.shapes[n], self._kept_dtype(n)) for n in put])
-                segment = group.memory.segment("weights", size)
-                scales: dict[str, float] = {}
-                for name, ref in zip(put, refs, strict=True):
-                    if poll is not None:
-                        poll()
-                    stored = self._tensors.read(name, read)
-                    value, scale = replace(name, Stored(stored.tensor.to(self._kept_dtype(name)), stored.scale))
-                    assert value.shape == ref.shape and value.dtype == self._kept_dtype(name)
-                    assert (scale is None) == (stored.scale is None)
-                    segment.tensor(ref).copy_(value)
-                    if scale is not None:
-                        scales[name] = scale
-                restore = [name for name in batch if name not in names]
-                message = {
-                    "model": self.name,
-                    "put": {name: ref.to_json() for name, ref in zip(put, refs, strict=True)},
-                    "scales": scales,
-                    "restore": restore,
-                }
-                self._replaced |= set(put)
-                group.call("weights", message, poll=poll)
-                self._replaced -= set(restore)
-                done += sum(sizes[name] for name in batch)
-                if on_progress is not None:
-                    on_progress(done, total)
+        if restored := sorted(self._replaced - set(names)):
+            group.call(messages.Weights(model=self.name, restore=restored), poll=poll)
+            self._replaced -= set(restored)
+        done = 0
+        for batch in _batches(_made(sorted(names), replace, poll)):
+            group.settle(poll)
+            tensors = [piece for _, pieces in batch for piece in pieces]
+            refs, size = lay_out("weights", [(piece.shape, piece.dtype) for piece in tensors])
+            segment = group.memory.segment("weights", size)
+            for piece, ref in zip(tensors, refs, strict=True):
+                segment.tensor(ref).copy_(piece)
+            places = iter(refs)
+            put = {name: [next(places) for _ in pieces] for name, pieces in batch}
+            self._replaced |= put.keys()
+            group.call(messages.Weights(model=self.name, put=put), poll=poll)
+            done += len(batch)
+            if on_progress is not None:
+                on_progress(done, len(names))
         self._version = version
 
-    def _kept_dtype(self, name: str) -> torch.dtype:
-        """In which the workers keep a tensor of the checkpoint, but for what a family keeps in full precision."""
-        source = self.inspected.source
-        if name in source.scales:
-            return source.tensors[name].dtype
-        # What a scaled-fp8 file keeps out of fp8 stays out of it, whatever the storage dtype.
-        return self.recipe.compute_dtype if source.scales else self.recipe.weight_dtype
+    def unload(self) -> None:
+        """Frees the weights in the workers; the processes stay."""
+        group, was_loaded = self._group, self.loaded
+        self._group, self._generation, self.nbytes = None, 0, 0
+        self._forgotten()
+        if group is not None and was_loaded:
+            group.figures.dropped(self.name)
+            try:
+                # A sampling that was cancelled has left its noise.
+                group.call(messages.Unload(model=self.name, drop=[SEGMENT]))
+                group.memory.drop(SEGMENT)
+            except WorkerError as error:  # the weights have gone with the workers
+                log.warning("%s", error)
+
+    def release(self) -> None:
+        """As `unload`, without waiting: for a finalizer, which may run in the middle of anything."""
+        if self._group is not None and self.loaded:
+            self._group.figures.dropped(self.name)
+            self._group.post(messages.Unload(model=self.name))
+        self._group, self._generation = None, 0
+
+    def _whole_bytes(self, fp8: FP8Settings | None) -> int:
+        """Of a whole copy of the weights."""
+        return self.recipe.nbytes - (0 if fp8 is None else self.select_fp8(fp8).saved)
 
     def _forgotten(self) -> None:
         self._version = None
         self._replaced.clear()
+        self.on_change()
 
 
-def _batches(sizes: Mapping[str, int]) -> Iterator[list[str]]:
-    """The names in groups of at most `_BATCH_BYTES`, or of one."""
-    batch: list[str] = []
+Made = tuple[str, list[Tensor]]
+"""A weight's name, and what it consists of."""
+
+
+def _made(names: Iterable[str], replace: Replace, poll: Poll | None) -> Iterator[Made]:
+    for name in names:
+        if poll is not None:
+            poll()
+        yield name, plain_tensors(replace(name))
+
+
+def _batches(weights: Iterable[Made]) -> Iterator[list[Made]]:
+    """In groups of at most `_BATCH_BYTES`, or of one."""
+    batch: list[Made] = []
     room = _BATCH_BYTES
-    for name in sorted(sizes):  # near the order of the file
-        if batch and sizes[name] > room:
+    for name, pieces in weights:
+        size = sum(piece.nbytes for piece in pieces)
+        if batch and size > room:
             yield batch
             batch, room = [], _BATCH_BYTES
-        batch.append(name)
-        room -= sizes[name]
+        batch.append((name, pieces))
+        room -= size
     if batch:
         yield batch

@@ -6,7 +6,7 @@ import contextlib
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from ..config import Layout, SequenceParallelConfig, resolve
@@ -24,7 +24,9 @@ _watcher: threading.Thread | None = None
 _keep_alive: Callable[[], float] | None = None
 
 
-def acquire(config: SequenceParallelConfig, poll: Poll | None = None, *, family: str | None = None) -> WorkerGroup:
+def acquire(
+    config: SequenceParallelConfig, poll: Poll | None = None, *, first: Mapping[str, Any] | None = None
+) -> WorkerGroup:
     """The running group of this configuration, started if need be.
 
     A running group of another layout that uses one of the same devices is ended first: its weights would be in the way.
@@ -32,7 +34,7 @@ def acquire(config: SequenceParallelConfig, poll: Poll | None = None, *, family:
     Args:
         config: devices and degrees.
         poll: see `WorkerGroup.call`.
-        family: of the model that is to be loaded, see `WorkerGroup`.
+        first: recipe of the model that is to be loaded, see `WorkerGroup`.
 
     Raises:
         ConfigError: the configuration does not fit this machine.
@@ -47,7 +49,7 @@ def acquire(config: SequenceParallelConfig, poll: Poll | None = None, *, family:
             if not group.alive or _share_a_device(group.layout, layout):
                 group.stop()
                 _groups.remove(group)
-        return _start(layout, poll, family)
+        return _start(layout, poll, first)
 
 
 @contextlib.contextmanager
@@ -62,9 +64,9 @@ def _locked(poll: Poll | None) -> Iterator[None]:
         _lock.release()
 
 
-def _start(layout: Layout, poll: Poll | None = None, family: str | None = None) -> WorkerGroup:
+def _start(layout: Layout, poll: Poll | None = None, first: Mapping[str, Any] | None = None) -> WorkerGroup:
     """Starts a group; the caller holds the lock."""
-    group = WorkerGroup(layout, family=family)
+    group = WorkerGroup(layout, first=first)
     workers = f"{layout.world_size} worker{'' if layout.world_size == 1 else 's'}"
     log.info("starting %s on %s", workers, layout.describe())
     _groups.append(group)  # shown while it starts, too
@@ -103,13 +105,13 @@ def restart() -> int:
     groups = list(_groups)
     for group in groups:  # without the lock, which a prompt holds that waits for workers to start
         group.stop("the workers were restarted while this prompt ran; queue it again")
-    before = [(group.layout, group.family) for group in groups]
+    before = [(group.layout, group.first) for group in groups]
     with _lock:
         for group in _groups:
             group.stop()
         _groups.clear()
-        for layout, family in before:
-            _start(layout, family=family)
+        for layout, first in before:
+            _start(layout, first=first)
         return len(before)
 
 

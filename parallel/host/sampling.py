@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..compilation.settings import CompileSettings
 from ..degrees import Degrees
 from ..sampling.program import Evaluate, Network, Pass, Program, plain
+from ..wire import messages
 from ..wire.shared import TensorRef, lay_out
-from .cached_sampling import CachedSampling
 from .group import Progress
 from .memory import GroupMemory
 
@@ -62,7 +63,6 @@ class Sent:
     ):
         self._program = program
         self._output_dtype = output_dtype
-        self._interval_s = interval_s
         self._of_network = list(degrees)
         self.degrees = list(dict.fromkeys(degrees))
         self._tensors: list[tuple[tuple[int, ...], torch.dtype]] = []
@@ -83,61 +83,71 @@ class Sent:
         self._concatenate(refs)
         self._result = refs[result]
         self._shown = [[refs[place] for place in pair] for pair in shown]
-        """Two pairs of a denoised latent and a latent, in turn: one may be looked at while the next one is written."""
         self._counts = segment.tensor(refs[counts]).zero_()
         """[world, 2]: how many latents a rank has shown, and of which step the last one was."""
         self._wanted = segment.tensor(refs[wanted]).fill_(1)
         """[1]: how many it may show."""
-        self._watched = {"wanted": refs[wanted].to_json(), "shown": refs[counts].to_json()}
-        self._constants = {str(number): refs[place].to_json() for number, place in constants.items()}
-        self._networks = [
-            [{name: refs[at].to_json() for name, at in places.items()} for places in each] for each in networks
-        ]
+        self._previews = None
+        if shown:
+            self._previews = messages.Previews(
+                wanted=refs[wanted], shown=refs[counts], latents=self._shown, interval_s=interval_s
+            )
+        self._constants = {str(number): refs[place] for number, place in constants.items()}
+        self._networks = [[{name: refs[at] for name, at in places.items()} for places in each] for each in networks]
 
-    def message(self, keys: Sequence[dict[str, str]], cache: CachedSampling | None) -> dict[str, Any]:
-        """What the workers are told, but for the model and its conditioning.
+    def message(
+        self,
+        model: str,
+        keys: Sequence[dict[str, str]],
+        conditioning: messages.Conditioning,
+        *,
+        is_active: Callable[[float], bool],
+        cache: messages.CacheRule | None,
+        compiled: CompileSettings | None,
+    ) -> messages.Sample:
+        """What the workers are told.
 
         Args:
+            model: name of the one that runs.
             keys: of each pass, in order: name of an input → key of its conditioning.
-            cache: the sampling that skips blocks, if it may.
+            conditioning: what they are to keep of it.
+            is_active: of a pass's sigma: whether a cache may skip its blocks.
+            cache, compiled: see `messages.Sample`.
         """
         keys_left, networks = iter(keys), iter(zip(self._networks, self._of_network, strict=True))
-        instructions: list[dict[str, Any]] = []
-        for instruction in self._program.instructions:
-            if isinstance(instruction, Evaluate):
-                instructions.append({"evaluate": instruction.to, "terms": plain(instruction.terms)})
-            elif isinstance(instruction, Network):
+        program: list[messages.Evaluate | messages.RunNetwork | messages.Report] = []
+        for each in self._program.instructions:
+            if isinstance(each, Evaluate):
+                program.append(messages.Evaluate(evaluate=each.to, terms=plain(each.terms)))
+            elif isinstance(each, Network):
                 places, degrees = next(networks)
                 passes = [
-                    {
-                        **place,
-                        "latents": list(each.latents),
-                        "results": list(each.results),
-                        "conditioning": next(keys_left),
-                        **each.request.plain(),
-                    }
-                    for place, each in zip(places, instruction.passes, strict=True)
+                    messages.Pass(
+                        request=one.request.message(**place, held=next(keys_left)),
+                        latents=list(one.latents),
+                        results=list(one.results),
+                    )
+                    for place, one in zip(places, each.passes, strict=True)
                 ]
-                active = cache is not None and cache.is_active(instruction.sigma)
-                instructions.append({"network": passes, "degrees": self.degrees.index(degrees), "active": active})
+                which = self.degrees.index(degrees)
+                program.append(messages.RunNetwork(passes=passes, degrees=which, active=is_active(each.sigma)))
             else:
-                shown = {"denoised": plain(instruction.denoised), "x": plain(instruction.x)}
-                instructions.append({"report": instruction.step, "steps": instruction.steps, **shown})
-        return {
-            "size": self._result.nbytes // torch.float32.itemsize,
-            "constants": self._constants,
-            "degrees": [asdict(each) for each in self.degrees],
-            "program": instructions,
-            "free": self._program.last_uses(),
-            "result": {"terms": plain(self._program.result), "out": self._result.to_json()},
-            "preview": {
-                **self._watched,
-                "latents": [[ref.to_json() for ref in pair] for pair in self._shown],
-                "interval_s": self._interval_s,
-            }
-            if self._shown
-            else None,
-        }
+                shown = {"denoised": plain(each.denoised), "x": plain(each.x)}
+                program.append(messages.Report(step=each.step, steps=each.steps, **shown))
+        return messages.Sample(
+            model=model,
+            degrees=self.degrees,
+            size=self._result.nbytes // torch.float32.itemsize,
+            constants=self._constants,
+            program=program,
+            free=self._program.last_uses(),
+            result=plain(self._program.result),
+            out=self._result,
+            previews=self._previews,
+            conditioning=conditioning,
+            cache=cache,
+            compile=compiled,
+        )
 
     @property
     def previews(self) -> int:

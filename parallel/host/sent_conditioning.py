@@ -5,12 +5,12 @@ from __future__ import annotations
 import itertools
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..wire.shared import lay_out
+from ..wire.messages import Conditioning
+from ..wire.shared import TensorRef, lay_out
 from .group import WorkerGroup
 
 _KEPT = 16
@@ -32,11 +32,11 @@ class SentConditioning:
 
     def update(
         self, wanted: Sequence[Mapping[str, Tensor]], group: WorkerGroup
-    ) -> tuple[list[dict[str, str]], dict[str, Any], list[str]]:
+    ) -> tuple[list[dict[str, str]], Conditioning]:
         """Finds what is new and writes it to shared memory.
 
         Returns:
-            For each request, name → key; key → place of the tensors to take over; keys to forget.
+            For each request, name → key; what the workers are to take over and to forget.
         """
         keys: list[dict[str, str]] = []
         new: dict[str, Tensor] = {}
@@ -52,14 +52,14 @@ class SentConditioning:
         drop, self._stale = self._stale, []
         while len(self._sent) > max(_KEPT, sum(map(len, keys))):
             drop.append(self._sent.popitem(last=False)[0])
-        put: dict[str, Any] = {}
+        put: dict[str, TensorRef] = {}
         if new:
             refs, size = lay_out("conditioning", [(tensor.shape, tensor.dtype) for tensor in new.values()])
             segment = group.memory.segment("conditioning", size)
             for (key, tensor), ref in zip(new.items(), refs, strict=True):
                 segment.tensor(ref).copy_(tensor)
-                put[key] = ref.to_json()
-        return keys, put, drop
+                put[key] = ref
+        return keys, Conditioning(put=put, drop=drop)
 
 
 def _same(a: Tensor, b: Tensor) -> bool:

@@ -147,8 +147,8 @@ class GroupFigures:
 
     Attributes:
         start: phases of the start of the worker that the others waited for: python, torch, device, meeting.
-        load: phases of the last load on the worker that took longest: libraries, weights, and self-check once it has
-            run; empty before a model was loaded.
+        load: phases of the last load on the worker that took longest: libraries, weights; empty before a model was
+            loaded.
     """
 
     def __init__(self) -> None:
@@ -177,11 +177,6 @@ class GroupFigures:
     def loaded(self, ranks: Sequence[Phases]) -> None:
         """Each worker has loaded a model."""
         self.load = max(ranks, key=lambda phases: sum(phases.values()))
-
-    def self_checked(self, seconds: float) -> None:
-        """A step included the self-check of the model loaded last, unless `seconds` is 0."""
-        if seconds:
-            self.load = {**self.load, "self-check": seconds}
 
     def dropped(self, name: str) -> None:
         self._held.pop(name, None)

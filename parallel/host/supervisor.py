@@ -13,7 +13,8 @@ import subprocess
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 from ..config import Layout
 from ..wire.channel import ChannelBlocked, ChannelClosed, Message
@@ -34,7 +35,7 @@ class Supervisor:
         layout: devices and degrees.
         threads: CPU threads of each worker.
         control: descriptor of the control page.
-        family: of the model that they will load first, if known.
+        first: recipe of the model that they will load first, if known.
         changed: held for `on_message`, and notified after everything that a worker says.
         on_message: called with a worker's answer or progress.
         on_end: called with a worker that has ended although nobody has asked it to.
@@ -50,7 +51,7 @@ class Supervisor:
         layout: Layout,
         threads: int,
         control: int,
-        family: str | None,
+        first: Mapping[str, Any] | None,
         changed: threading.Condition,
         *,
         on_message: Callable[[WorkerProcess, Message], None],
@@ -59,7 +60,7 @@ class Supervisor:
         on_failure: Callable[[Exception], None],
     ):
         self.workers: list[WorkerProcess] = []
-        self._layout, self._threads, self._control, self._family = layout, threads, control, family
+        self._layout, self._threads, self._control, self._first = layout, threads, control, first
         self._changed = changed
         self._tell_message, self._tell_end, self._tell_failure = on_message, on_end, on_failure
         self._tell_blocked = on_blocked
@@ -147,7 +148,7 @@ class Supervisor:
                         store=self._store,
                         common=self._common,
                         control=self._control,
-                        family=self._family,
+                        first=self._first,
                     )
                     self.workers.append(worker)
                     selector.register(worker.channel, selectors.EVENT_READ, (worker, self._on_message))

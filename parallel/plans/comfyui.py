@@ -6,7 +6,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from ..errors import NoPlanError
 from ..split.chain import Chain
 from ..split.rules import (
     Before,
@@ -364,7 +363,17 @@ COSMOS_PREDICT2: Plan = {  # Anima, too
     ),
 }
 
-PLANS: Mapping[str, Plan | Callable[[Any], Plan]] = {
+
+@dataclass(frozen=True, slots=True)
+class ByModel:
+    """Plans of a class whose networks differ."""
+
+    plans: tuple[Plan, ...]
+    choose: Callable[[Any], int]
+    """Of a network: which."""
+
+
+PLANS: Mapping[str, Plan | ByModel] = {
     "Anima": COSMOS_PREDICT2,
     "AnimateWanModel": WAN_ANIMATE,
     "AsymmDiTJoint": MOCHI,
@@ -377,7 +386,7 @@ PLANS: Mapping[str, Plan | Callable[[Any], Plan]] = {
     "Flux": FLUX,
     "HiDreamImageTransformer2DModel": HIDREAM,
     "HumoWanModel": WAN_HUMO,
-    "HunyuanVideo": lambda model: HUNYUAN_VIDEO if len(model.single_blocks) else HUNYUAN_VIDEO_15,
+    "HunyuanVideo": ByModel((HUNYUAN_VIDEO_15, HUNYUAN_VIDEO), lambda network: bool(len(network.single_blocks))),
     "Ideogram4Transformer2DModel": IDEOGRAM4,
     "JoyImageTransformer3DModel": JOY_IMAGE,
     "Kandinsky5": KANDINSKY5,
@@ -399,7 +408,7 @@ PLANS: Mapping[str, Plan | Callable[[Any], Plan]] = {
     "WanModel": WAN,
     "WanModel_S2V": WAN_S2V,
 }
-"""Class → plan, or what makes it of a model."""
+"""Class → plan, or plans."""
 
 _FLUX_CHAIN = Chain(
     blocks={"double_blocks": "img txt", "single_blocks": "x"},
@@ -411,7 +420,11 @@ _COSMOS_CHAIN = Chain(blocks={"blocks": "x_B_T_H_W_D"}, hidden="x_B_T_H_W_D")
 _WAN_CHAIN = Chain(blocks={"blocks": "x"}, hidden="x", leave="head.x", modulated="e")
 CHAINS: Mapping[str, Chain] = {
     "Anima": _COSMOS_CHAIN,
+    "AsymmDiTJoint": Chain(blocks={"blocks": "x y"}, hidden="x", modulated="attn.qkv_x"),
     "Chroma": _FLUX_CHAIN,
+    "CogVideoXTransformer3DModel": Chain(
+        blocks={"blocks": "hidden_states encoder_hidden_states"}, hidden="hidden_states", modulated="temb"
+    ),
     "Flux": _FLUX_CHAIN,
     "HunyuanVideo": replace(_FLUX_CHAIN, leave=""),
     "Kandinsky5": Chain(blocks={"visual_transformer_blocks": "visual_embed"}, hidden="visual_embed"),
@@ -440,6 +453,8 @@ class Described:
     """How the tests compare it with ComfyUI's own: whole samplings in a server, or single calls of the network."""
     compiled: bool = True
     """Whether its blocks are compiled: not where they are given no `transformer_options`."""
+    teacache: str = ""
+    """Which of its models have a published polynomial."""
 
 
 _SAMPLED, _CALLED = "samplings", "calls"
@@ -449,6 +464,13 @@ DESCRIBED: Mapping[str, Described] = {
     "NextDiT": Described("Z-Image, Omni, Lumina 2", ("T2I", "edit"), _SAMPLED),
     "SingleStreamDiT": Described("Krea 2", ("T2I", "edit"), _SAMPLED),
     "VaceWanModel": Described("Wan 2.1 VACE", ("T2V", "I2V", "edit"), _SAMPLED),
+    "Flux": Described("FLUX.1, FLUX.2, Kontext, Klein", ("T2I", "edit"), _SAMPLED, teacache="FLUX.1"),
+    "WanModel": Described("Wan 2.1, 2.2", ("T2V", "I2V"), _SAMPLED, teacache="2.1"),
+    "QwenImageTransformer2DModel": Described("Qwen-Image, Edit, Layered", ("T2I", "edit"), _SAMPLED),
+    "HunyuanVideo": Described("HunyuanVideo, 1.5", ("T2V", "I2V"), _SAMPLED, teacache="the first"),
+    "LTXVModel": Described("LTX-Video", ("T2V", "I2V"), _SAMPLED, teacache="0.9.1"),
+    "AsymmDiTJoint": Described("Mochi 1", ("T2V",), _SAMPLED, teacache="yes"),
+    "CogVideoXTransformer3DModel": Described("CogVideoX 2B, 5B, 1.5", ("T2V", "I2V"), _SAMPLED, teacache="yes"),
     "AnimateWanModel": Described("Wan 2.2 Animate", ("I2V",), _CALLED),
     "WanModel_S2V": Described("Wan 2.2 S2V", ("I2V",), _CALLED),
     "HumoWanModel": Described("HuMo", ("T2V", "I2V"), _CALLED),
@@ -471,7 +493,7 @@ DESCRIBED: Mapping[str, Described] = {
     "MiniTrainDIT": Described("Cosmos Predict 2", ("T2I", "I2V"), _CALLED),
     "Anima": Described("Anima", ("T2I",), _CALLED),
 }
-"""Class → what people call it. The others have adapters, which take what they can: the plan runs the rest."""
+"""Class → what people call it."""
 
 METHODS: Mapping[str, tuple[str, ...]] = {
     "Anima": ("preprocess_text_embeds",),
@@ -482,16 +504,13 @@ METHODS: Mapping[str, tuple[str, ...]] = {
 
 
 def plan_of(network: Any) -> Plan:
-    """The plan of a network.
-
-    Raises:
-        NoPlanError: its class has none.
-    """
+    """The plan of a network. Where its class has none, it is empty: samples and prompts run side by side, and nothing
+    else is split."""
     if (plan := PLANS.get(type(network).__name__)) is None:
-        raise NoPlanError(f"no split plan for {type(network).__name__}; there are plans for {', '.join(PLANS)}")
-    return plan(network) if callable(plan) else plan
+        return {}
+    return plan.plans[plan.choose(network)] if isinstance(plan, ByModel) else plan
 
 
 def takes_control(plan: Plan) -> bool:
-    """Whether it cuts a ControlNet's residuals."""
-    return "" in plan and "control" in plan[""].cut
+    """Whether it cuts a ControlNet's residuals, or need not."""
+    return not plan or ("" in plan and "control" in plan[""].cut)

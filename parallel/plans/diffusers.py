@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from ..split.chain import Chain
 from ..split.rules import Before, Grouped, Residuals, Tokens, Trimmed
 from ..split.sites import Plan, Site
 
@@ -42,7 +43,7 @@ def _hunyuan_block(positions: str) -> Site:
             positions: (Tokens(V, 0), Tokens(V, 0)),
             "num_tokens?": Before(V),
         },
-        whole="temb token_replace_emb?",
+        whole="temb token_replace_emb? args?",  # the plain blocks take these and leave them
         attention={"attn": (VT, VT)},
     )
 
@@ -86,3 +87,28 @@ PLANS: Mapping[str, Plan] = {
     "WanTransformer3DModel": WAN,
 }
 """Class → plan."""
+
+CHANNELS_DIM: Mapping[str, int] = {"CogVideoXTransformer3DModel": 2, "FluxTransformer2DModel": -1}
+"""Class → where its latent has channels, if not in dim 1."""
+
+CHAINS: Mapping[str, Chain] = {
+    "CogVideoXTransformer3DModel": Chain(
+        blocks={"transformer_blocks": "hidden_states encoder_hidden_states"}, hidden="hidden_states", modulated="temb"
+    ),
+    "FluxTransformer2DModel": Chain(
+        blocks={
+            "transformer_blocks": "encoder_hidden_states hidden_states",
+            "single_transformer_blocks": "encoder_hidden_states hidden_states",
+        },
+        hidden="hidden_states",
+    ),
+    "HunyuanVideoTransformer3DModel": Chain(
+        blocks={
+            "transformer_blocks": "hidden_states encoder_hidden_states",
+            "single_transformer_blocks": "hidden_states encoder_hidden_states",
+        },
+        hidden="hidden_states",
+    ),
+    "WanTransformer3DModel": Chain(blocks={"blocks": "hidden_states"}, hidden="hidden_states", modulated="temb"),
+}
+"""Class → what caches between steps may skip; see `plans.comfyui.CHAINS`."""

@@ -1,4 +1,4 @@
-"""As what TeaCache's published polynomials know ComfyUI's networks: family and configuration by diffusers' names."""
+"""As what TeaCache's published polynomials know networks: family and configuration by diffusers' names."""
 
 from __future__ import annotations
 
@@ -36,11 +36,19 @@ def _hunyuan_video(config: Mapping[str, Any]) -> Known:
     return "hunyuan_video" if config.get("vec_in_dim") else "this model of the class HunyuanVideo", {}
 
 
+def _cogvideox(config: Mapping[str, Any]) -> Known:
+    """Both libraries' classes have this name, and the same names for these."""
+    return "cogvideox", {"patch_size_t": None, **config}
+
+
 _NETWORKS: Mapping[str, Callable[[Mapping[str, Any]], Known]] = {
+    "AsymmDiTJoint": lambda config: ("mochi", {}),
+    "CogVideoXTransformer3DModel": _cogvideox,
     "Flux": _flux,
     "HunyuanVideo": _hunyuan_video,
     "LTXVModel": _ltxv,
     "WanModel": _wan,
+    "WanTransformer3DModel": lambda config: ("wan", dict(config)),
 }
 
 
@@ -48,7 +56,7 @@ def known_as(network: str, config: Mapping[str, Any]) -> Known:
     """What to ask `cache.coefficients` for; it refuses a class that is not known by its name.
 
     Args:
-        network: ComfyUI's class.
-        config: what its detection has found.
+        network: the class.
+        config: see `Recipe.arguments`.
     """
     return _NETWORKS[network](config) if network in _NETWORKS else (network, {})

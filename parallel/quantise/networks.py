@@ -7,11 +7,13 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import nn
 
-from ..checkpoints.quantised import FP8
 from ..split.blocks import planned_blocks
 from .selection import LinearLayer, matches
+from .settings import FP8
 
-_STAY = ("*mod", "*modulation*", "adaln*", "before_proj", "after_proj")
+_STAY = (
+    "*mod", "mod_[xy]", "mod[CX]*", "*modulation*", "adaln*", "*norm*.linear", "before_proj", "after_proj",
+)  # fmt: skip
 """Layers of blocks whose error would be in every token: modulations, and the ways into and out of VACE's blocks."""
 
 
@@ -30,5 +32,5 @@ def linear_layers(network: nn.Module, plan: Iterable[str], dtypes: Mapping[str, 
         dtype = dtypes[f"{name}.weight"]
         stays = module not in inside or any(matches(name, pattern) for pattern in _STAY)
         shape = (module.out_features, module.in_features)
-        found.append(LinearLayer(name, name, shape, dtype.itemsize, is_fp8=dtype in FP8, stays=stays))
+        found.append(LinearLayer(name, shape, dtype.itemsize, is_fp8=dtype in FP8, stays=stays))
     return found

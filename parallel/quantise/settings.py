@@ -15,6 +15,7 @@ NODE = "FP8 Quantize (SP)"
 DYNAMIC = ("dynamic_rowwise", "dynamic_tensorwise")
 """Schemes that multiply in FP8: activations are rounded, too, with scales of the moment. The first is the better."""
 WEIGHT_ONLY = "weight_only"
+FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 SCHEMES = ("auto", *DYNAMIC, WEIGHT_ONLY)
 CAPABILITY = (8, 9)
 """CUDA compute capability from which GPUs multiply in FP8 (Ada; then Hopper and Blackwell)."""
@@ -28,7 +29,8 @@ class FP8Settings:
     """`dynamic_rowwise` (a scale per token and per output channel), `dynamic_tensorwise` (one per tensor),
     `weight_only` (saves memory, computes as before), or `auto`: the first of these that all devices can do."""
     skip: str = ""
-    """Comma-separated patterns of layers to leave as they are, besides the family's own, see `selection.matches`."""
+    """Comma-separated patterns of layers to leave as they are, besides those that always stay; see
+    `selection.matches`."""
 
     def __post_init__(self) -> None:
         if self.scheme not in SCHEMES:
@@ -64,11 +66,11 @@ class FP8Report:
     scheme: str
     reason: str
     layers: int
-    """Linear layers (of the diffusers model) whose weights have been quantised."""
+    """Linear layers whose weights have been quantised."""
     already: int
-    """Layers that the checkpoint, or the loader, keeps in FP8, and that this scheme leaves so."""
+    """Layers that the file, or the loader, keeps in FP8, and that this scheme leaves so."""
     skipped: int
-    """Layers left as they are by the family's list or by `skip`."""
+    """Layers left as they are because they always are, or by `skip`."""
     unfit: int
     """Layers left as they are because a side of their weight is no multiple of 16, which FP8 products need."""
     bytes_before: int

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..host.step_request import StepRequest
+from .step_request import StepRequest
 
 Terms = list[tuple[float, tuple[int, ...]]]
 """A sum of products: factor × the product of the latents with these numbers; without latents the factor itself."""

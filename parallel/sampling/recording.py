@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 
 from ..errors import EngineError
-from ..host.step_request import StepRequest
 from .program import Evaluate, Network, Pass, Program, Report, Terms
+from .step_request import StepRequest
 
 _MOST_TERMS = 12
 """A sum of more terms becomes a latent of its own: otherwise sums would grow with the steps."""

@@ -12,6 +12,13 @@ def reached_into(plan: Iterable[str]) -> set[str]:
     return {path.partition(".*.")[0] for path in plan if ".*." in path}
 
 
+def blocks_of_any(network: nn.Module) -> list[nn.Module]:
+    """Without a plan: the modules of the network's lists, and their parts, some of which may be called in their place
+    (as UNets do)."""
+    lists = [module for module in network.children() if isinstance(module, nn.ModuleList)]
+    return [module for each in lists for block in each for module in (block, *block.children())]
+
+
 def planned_blocks(network: nn.Module, plan: Iterable[str]) -> list[nn.Module]:
     """The modules of the lists that a plan names, in its order."""
     paths = dict.fromkeys(path.partition(".*.")[0] for path in plan)

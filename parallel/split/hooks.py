@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import itertools
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ from typing import Any, Protocol
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from .blocks import reached_into
+from .blocks import blocks_of_any, reached_into
 from .ranks import SequenceRanks
 from .routes import Route, ThroughOptions
 from .sites import Plan, PlanError, Rule, Site, applied
@@ -24,6 +25,10 @@ class Routes(Protocol):
     def install(
         self, module: nn.Module, streams: tuple[Names, Names] | None, kind: str, where: str, site: int
     ) -> tuple[Route | None, list[RemovableHandle]]: ...
+
+
+MakeRoutes = Callable[[Callable[[], Streams]], Routes]
+"""Takes what gives the streams of the forward pass that runs."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +46,7 @@ class Split:
 
     Args:
         model: whole on every rank.
-        plan: of its class.
+        plan: of its class; an empty one splits nothing, and every rank computes everything.
         ranks: that share the sequence; every one splits the same model by the same plan.
         routes: how its attention is reached.
 
@@ -54,7 +59,7 @@ class Split:
         model: nn.Module,
         plan: Plan,
         ranks: SequenceRanks,
-        routes: Callable[[Callable[[], Streams]], Routes] = ThroughOptions,
+        routes: MakeRoutes = ThroughOptions,
     ):
         self.ranks = ranks
         self._name = type(model).__name__
@@ -68,6 +73,8 @@ class Split:
             self._handles.append(model.register_forward_pre_hook(self._begin))
             for path, site in plan.items():
                 self._install(model, path, site)
+            for block in [] if plan else blocks_of_any(model):
+                self._handles.append(block.register_forward_pre_hook(self._enter))
             self._handles.append(model.register_forward_hook(self._end))
         except BaseException:
             self.remove()
@@ -146,7 +153,8 @@ class _Cut:
     def __init__(self, module: nn.Module, site: Site, current: Callable[[], Streams], where: str):
         self._current, self._where = current, where
         parameters = inspect.signature(type(module).forward).parameters
-        self._names = list(parameters)[1:]
+        self._surplus = next((name for name, p in parameters.items() if p.kind is p.VAR_POSITIONAL), "")
+        self._names = list(itertools.takewhile(lambda name: name != self._surplus, list(parameters)[1:]))
         takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
         self._rules: dict[str, Rule] = {}
         self._whole: set[str] | None = None if site.whole is None else {"transformer_options"}
@@ -167,7 +175,8 @@ class _Cut:
         streams = self._current()
         given = dict(zip(self._names, args, strict=False)) | kwargs
         if self._whole is not None:
-            for name, value in given.items():
+            surplus = [(self._surplus, value) for value in args[len(self._names) :]]
+            for name, value in [*given.items(), *surplus]:
                 if value is not None and name not in self._whole:
                     raise PlanError(f"{self._where} is given {_shown(name, value)}, which its plan does not know")
         if streams.ranks.size == 1:
@@ -179,7 +188,8 @@ class _Cut:
                 with _naming(self._where, name, given[name]):
                     new[name] = applied("cut", rule, given[name], streams)
         streams.given = {}
-        args = tuple(new.get(name, value) for name, value in zip(self._names, args, strict=False))
+        named = [new.get(name, value) for name, value in zip(self._names, args, strict=False)]
+        args = (*named, *args[len(named) :])
         return args, {name: new.get(name, value) for name, value in kwargs.items()}
 
 

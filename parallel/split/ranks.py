@@ -29,6 +29,7 @@ class SequenceRanks:
         ring: of those with the same heads; likewise.
         ring_degree: chunks.
         kernel: local attention of a ring.
+        chosen: the user's choice of local attention, in place of the model's own wherever no mask is given.
         pipeline: chunks of heads by which exchange and kernel overlap.
         pipeline_from: tokens from which that outweighs its launches.
         traffic: counts what is sent.
@@ -47,6 +48,7 @@ class SequenceRanks:
         ring: dist.ProcessGroup | None = None,
         ring_degree: int = 1,
         kernel: Kernel | None = None,
+        chosen: Kernel | None = None,
         pipeline: int = 1,
         pipeline_from: int = 0,
         traffic: Traffic | None = None,
@@ -61,6 +63,7 @@ class SequenceRanks:
         self.ring_degree = ring_degree
         self.traffic = traffic or Traffic()
         self.enter_block = enter_block
+        self.chosen = chosen
         self._ulysses, self._ring = ulysses, ring
         self._kernel = kernel or Sdpa()
         self._pipeline, self._pipeline_from, self._common = pipeline, pipeline_from, common

@@ -19,6 +19,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
 from ..attention.between import Compute
+from ..attention.kernels import Kernel
 from ..plan import AttentionPlan
 from .sites import PlanError
 from .streams import Names, Streams
@@ -49,8 +50,9 @@ class Route:
 
     @property
     def alone(self) -> bool:
-        """Whether this rank has the whole sequence: there is nothing to exchange."""
-        return self._current().ranks.size == 1
+        """Whether there is nothing to do: this rank has the whole sequence, and its user has chosen no kernel."""
+        ranks = self._current().ranks
+        return ranks.size == 1 and ranks.chosen is None
 
     def expect(self) -> None:
         """The module begins: in this forward pass one of its kind is to attend, see `Streams.routed`."""
@@ -65,6 +67,10 @@ class Route:
         """
         streams, ranks = self._current(), self._current().ranks
         streams.routed[self._kind] = True
+        if ranks.chosen is not None:
+            compute = _by_kernel(ranks.chosen, compute)
+        if ranks.size == 1:
+            return compute(q, k, v, mask)
         if (q.shape[2], k.shape[2]) != (streams.local(self._queries), streams.local(self._keys)):
             raise PlanError(
                 f"{self._where}: attention of {q.shape[2]} queries with {k.shape[2]} keys, where this rank has"
@@ -98,6 +104,20 @@ class Route:
             f"{self._where}: a mask of {list(mask.shape)}, of which dim {dim} is neither 1, the whole"
             f" {streams.total(names)} tokens of {'+'.join(names)}, nor this rank's {streams.local(names)}"
         )
+
+
+def _by_kernel(kernel: Kernel, own: Compute) -> Compute:
+    """The kernel, and the model's own attention where there is a mask or values are of another width: no kernel takes
+    these."""
+
+    def compute(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+        if mask is not None or v.shape[3] != q.shape[3]:
+            return own(q, k, v, mask)
+        if (repeats := q.shape[1] // k.shape[1]) > 1:
+            k, v = (x.repeat_interleave(repeats, dim=1) for x in (k, v))
+        return kernel(q, k, v)
+
+    return compute
 
 
 class ComfyRoute(Route):
@@ -191,7 +211,7 @@ class ThroughOptions:
             options = args[place] if place < len(args) else kwargs.get(OPTIONS)
             if site and (override := in_graph(options)) is not None:
                 return override.enter(site)
-            if self._current().ranks.size == 1:
+            if self._current().ranks.size == 1 and (route is None or route.alone):
                 return None
             if not isinstance(options, Mapping):
                 raise PlanError(f"{where} is given no {OPTIONS}: its attention cannot be routed")
@@ -223,7 +243,7 @@ class _ThroughName:
         self._original: Any = None
 
     def before(self, module: nn.Module, args: Any) -> None:
-        if self._current().ranks.size == 1:
+        if self._route.alone:
             return
         if ATTENTION not in self._globals:
             raise PlanError(f"{self._where} takes no {OPTIONS}, nor knows {ATTENTION}: its attention cannot be routed")
@@ -255,7 +275,7 @@ class ThroughTorch:
         route, entered = TorchRoute(self._current, *streams, kind, where), [False]
 
         def before(module: nn.Module, args: Any) -> None:
-            if self._current().ranks.size > 1:
+            if not route.alone:
                 route.expect()
                 route.__enter__()
                 entered[0] = True

@@ -165,7 +165,12 @@ class Streams:
         return whole.index_copy(dim, self.index(names, value.device), gathered)
 
     def once(self, key: Any, value: Tensor, make: Callable[[], Any]) -> Any:
-        """`make()`, once in this forward pass for as long as `value` lives: all blocks share position tables."""
+        """`make()`, once in this forward pass for as long as `value` lives: all blocks share position tables.
+
+        Not of what gradients flow through: under activation checkpointing a block that runs again must do what it did.
+        """
+        if value.requires_grad:
+            return make()
         key = key, id(value)
         if key not in self._made:
             self._made[key] = make(), weakref.ref(value, lambda _: self._made.pop(key, None))

@@ -25,7 +25,7 @@ ALIGNMENT = 64
 
 _DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in (
     torch.float64, torch.float32, torch.float16, torch.bfloat16,
-    torch.float8_e4m3fn, torch.float8_e5m2,
+    torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e8m0fnu,
     torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool,
 )}  # fmt: skip
 
@@ -43,14 +43,9 @@ class TensorRef:
     def nbytes(self) -> int:
         return prod(self.shape) * _DTYPES[self.dtype].itemsize
 
-    def to_json(self) -> dict[str, Any]:
-        return {"segment": self.segment, "offset": self.offset, "shape": list(self.shape), "dtype": self.dtype}
-
-    @classmethod
-    def from_json(cls, data: dict[str, Any]) -> TensorRef:
-        if data["dtype"] not in _DTYPES:
-            raise ValueError(f"dtype {data['dtype']!r} cannot travel through shared memory")
-        return cls(data["segment"], data["offset"], tuple(data["shape"]), data["dtype"])
+    def __post_init__(self) -> None:
+        if self.dtype not in _DTYPES:
+            raise ValueError(f"dtype {self.dtype!r} cannot travel through shared memory")
 
 
 class Segment:

@@ -30,11 +30,8 @@ class HostCopy:
         self._segment.close()
         self._locked: tuple[int, torch.device] | None = None
 
-    def tensor(self, place: TensorRef) -> Tensor:
-        return self._segment.tensor(place)
-
     def bytes(self, start: int, stop: int) -> Tensor:
-        return self.tensor(TensorRef(self._segment.name, start, (stop - start,), "uint8"))
+        return self._segment.tensor(TensorRef(self._segment.name, start, (stop - start,), "uint8"))
 
     def lock(self, device: torch.device) -> None:
         """Locks its pages, so that a CUDA device can fetch from it while it computes."""

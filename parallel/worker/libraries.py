@@ -1,41 +1,80 @@
-"""diffusers in a worker: imported while the ranks meet; an installation that cannot import it is described by name."""
+"""The library that a network's class is of, in a worker: imported while the ranks meet, where the host knows which."""
 
 from __future__ import annotations
 
 import contextlib
+import importlib
 import threading
 import time
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, Protocol
 
 import torch
+from torch import Tensor, nn
 
-from ..adapters import registry
-from ..adapters.base import Adapter
-from ..errors import UnsupportedError
-from ..versions import describe_libraries
+from ..comfyui.start import prepare
+from ..split.hooks import MakeRoutes
+from ..split.sites import Plan
+
+
+class NetworkFile(Protocol):
+    """A network's file, mapped; see `comfyui.network.NetworkFile` and `diffusers.folder.NetworkFile`."""
+
+    routes: MakeRoutes
+    """How attention is reached in the library's networks."""
+    attention: str
+    """What it computes with there, by the names of `attention.kernels`."""
+
+    def tensors(self) -> dict[str, Tensor]: ...
+
+    def network(self) -> tuple[nn.Module, dict[str, torch.dtype]]: ...
+
+    def plan(self, network: nn.Module) -> Plan: ...
+
+
+class Library(Protocol):
+    """What this pack has for a library: a module."""
+
+    def NetworkFile(self, path: str, weight_dtype: torch.dtype | None, device: torch.device, /) -> NetworkFile: ...
+
+
+def library_of(recipe: Mapping[str, Any]) -> Library:
+    """Imports what builds a recipe's network.
+
+    Args:
+        recipe: see `host.recipe.Recipe.to_json`.
+
+    Raises:
+        UnsupportedError: diffusers cannot be imported.
+    """
+    if recipe["library"] == "comfyui":
+        prepare(**recipe["options"])
+        return importlib.import_module("..comfyui.network", __package__)
+    folder = importlib.import_module("..diffusers.folder", __package__)
+    folder.transformer_class(recipe["network"])
+    return folder
 
 
 class Libraries:
-    """Imports a family's model class in a thread, beside what the main thread waits for: its GPU's peers.
+    """Imports a library in a thread, beside what the main thread waits for: its GPU's peers.
 
-    diffusers imports torch._dynamo, and transformers, peft and others where they are installed: 2 to 5 s of processor
-    time. Nothing is kept from it: what such a package finds missing is its own to decide.
+    Both take 2 to 5 s of processor time, with transformers, peft and others where they are installed. Nothing is kept
+    from them: what such a package finds missing is its own to decide.
 
     Two threads that import modules which import each other may see them half initialized, so the main thread imports
     nothing until `wait` has returned.
 
     Args:
-        family: whose class is needed first; None imports nothing ahead.
+        first: recipe of the model that will be loaded first; None imports nothing ahead.
         device: made current in the thread, too: CUDA's current device is one of each thread, and a package that looks
             at "the" GPU while it is imported would take memory of the first one.
     """
 
-    def __init__(self, family: str | None, device: torch.device):
+    def __init__(self, first: Mapping[str, Any] | None, device: torch.device):
         self._waited = 0.0
         self._thread: threading.Thread | None = None
-        if family is not None:
-            arguments = (registry.FAMILIES[family](), device)
-            self._thread = threading.Thread(target=_import_ahead, args=arguments, name="libraries", daemon=True)
+        if first is not None:
+            self._thread = threading.Thread(target=_import_ahead, args=(first, device), name="libraries", daemon=True)
             self._thread.start()
 
     def wait(self) -> None:
@@ -52,24 +91,8 @@ class Libraries:
         return waited
 
 
-def _import_ahead(adapter: Adapter, device: torch.device) -> None:
+def _import_ahead(first: Mapping[str, Any], device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    with contextlib.suppress(Exception):  # loading a model imports it again, and says what is wrong
-        adapter.model_class()
-
-
-def model_class(adapter: Adapter) -> Any:
-    """The family's class of diffusers.
-
-    Raises:
-        UnsupportedError: it cannot be imported, with the versions of all packages that diffusers imports.
-    """
-    try:
-        return adapter.model_class()
-    except Exception as error:  # an optional package of diffusers may raise anything while it is imported
-        raise UnsupportedError(
-            f"diffusers cannot be imported: {type(error).__name__}: {error} ({describe_libraries()})."
-            " Some of these packages do not fit together; `pip install -U -r requirements.txt` in this pack's folder,"
-            " with the Python that runs ComfyUI, brings a set that does"
-        ) from error
+    with contextlib.suppress(Exception):  # loading the model imports it again, and says what is wrong
+        library_of(first)

@@ -1,60 +1,76 @@
-"""Weights in host memory, in one copy for all workers.
+"""A network's weights in host memory, in one copy for all workers.
 
-The copy is an anonymous memory file that every worker maps. Each writes an equal part of every tensor's rows, so the
-checkpoint is read once, by all of them together. CPU workers compute with it where it is. A CUDA worker keeps what
-belongs to no block on its device, and the blocks pass through (`passing`); for it the copy is page-locked.
+The copy is an anonymous memory file that every worker maps. Each writes an equal part of every block, so the checkpoint
+is read once, by all of them together. CPU workers compute with it where it is. A CUDA worker keeps what belongs to no
+block on its device, and the blocks pass through (`passing`); for it the copy is page-locked.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import accumulate
 
 import torch
 from torch import Tensor, nn
 
 from ..attention.traffic import Traffic
-from ..wire.shared import Segment, lay_out
-from .homes import Home, own, share_of_rows, watch_blocks
+from ..wire.plain import plain_tensors
+from ..wire.shared import Segment
+from .homes import Home, Order, Progress, Units, told
 from .host_copy import HostCopy
-from .passing import Cargo, Passing
+from .packed import Packed, Weight
+from .passing import Passing
 
 
 class Offloaded(Home):
-    """One copy for all ranks of the world.
+    """One copy for all ranks of the world. CPU ranks compute with it where it is; through a CUDA device blocks pass.
 
     Args:
-        file: an empty memory file that all ranks have; it is grown to what the model needs, which all know alike.
-        rank, ranks: place among those that share the copy.
+        file: an empty memory file that all ranks have.
+        rank, ranks: place among those that share the copy: each writes an equal part of it.
     """
 
-    def __init__(self, model: nn.Module, device: torch.device, *, file: Segment, rank: int, ranks: int):
+    def __init__(
+        self,
+        rest: Sequence[Weight],
+        blocks: Mapping[nn.Module, Sequence[Weight]],
+        device: torch.device,
+        progress: Progress,
+        *,
+        file: Segment,
+        rank: int,
+        ranks: int,
+    ):
         self._rank, self._ranks = rank, ranks
-        blocks = watch_blocks(model, self)
-        units = _units(model, blocks)
-        names = [name for unit in units for name in unit]
-        kept = [model.get_parameter(name) for name in names]
-        places, self._size = lay_out(file.name, [(parameter.shape, parameter.dtype) for parameter in kept])
-        self._copy = HostCopy(file, self._size)
-        self._host = {name: self._copy.tensor(place) for name, place in zip(names, places, strict=True)}
-        parameters = {name: own(model, name, host) for name, host in self._host.items()}
+        self._units = Units(rest, blocks, self._bring)
+        self._order = Order(len(blocks))
+        ends = list(accumulate(unit.size for unit in self._units.all))
+        self._copy = HostCopy(file, max(1, ends[-1]))
+        self._hosts = [self._copy.bytes(end - unit.size, end) for unit, end in zip(self._units.all, ends, strict=True)]
         self._passing: Passing | None = None
+        for weight in told(self._units.weights, progress):
+            self.put(weight.name, plain_tensors(weight.value))
+            weight.clear()
         if device.type == "cuda":
-            offsets = {name: place.offset for name, place in zip(names, places, strict=True)}
-            cargo = [self._cargo([(parameters[name], offsets[name]) for name in unit]) for unit in units]
+            cargo = [_Cargo(unit, host) for unit, host in zip(self._units.all, self._hosts, strict=True)]
             self._passing = Passing(cargo[:-1], cargo[-1], device)
             self._copy.lock(device)
+        else:
+            for unit, host in zip(self._units.all, self._hosts, strict=True):
+                unit.land(host)
 
-    def share(self, name: str) -> tuple[Tensor, slice]:
+    def put(self, name: str, pieces: Sequence[Tensor]) -> None:
         if self._passing is not None:
             self._passing.forget()
-        host = self._host[name]
-        rows = share_of_rows(len(host), self._rank, self._ranks)
-        return host[rows], rows
+        number, weight = self._units.find(name)
+        host = self._hosts[number]
+        first, last = (len(host) * part // self._ranks for part in (self._rank, self._rank + 1))
+        self._units.all[number].write(weight, pieces, host[first:last], first=first)
 
     @property
     def nbytes(self) -> int:
-        return self._size if self._passing is None else self._passing.nbytes
+        return self._copy.size if self._passing is None else self._passing.nbytes
 
     @contextmanager
     def in_use(self, traffic: Traffic | None = None) -> Iterator[None]:
@@ -62,22 +78,24 @@ class Offloaded(Home):
             self._passing.begin()
         yield
 
-    def bring(self, index: int) -> None:
-        if self._passing is not None:
-            self._passing.bring(index)
-
     def close(self) -> None:
+        self._units.close()
         self._copy.unlock()
 
-    def _cargo(self, parameters: list[tuple[nn.Parameter, int]]) -> Cargo:
-        """What lies one after the other in the copy, at these offsets."""
-        start = parameters[0][1] if parameters else 0
-        stop = max((offset + parameter.nbytes for parameter, offset in parameters), default=0)
-        return Cargo(self._copy.bytes(start, stop), [(parameter, offset - start) for parameter, offset in parameters])
+    def _bring(self, number: int) -> None:
+        if self._passing is not None and not self.skipping():
+            self._passing.bring(number, self._order.after(number) or 0)
 
 
-def _units(model: nn.Module, blocks: list[nn.Module]) -> list[list[str]]:
-    """Names of the parameters of each block, then of those of none."""
-    names = {id(parameter): name for name, parameter in model.named_parameters()}
-    units = [[names.pop(id(parameter)) for parameter in block.parameters()] for block in blocks]
-    return [*units, list(names.values())]
+class _Cargo:
+    """A unit that passes through a device."""
+
+    def __init__(self, unit: Packed, host: Tensor):
+        self._unit, self.host = unit, host
+
+    def land(self, device: Tensor) -> None:
+        self._unit.land(device)
+
+    def leave(self) -> None:
+        """To meta, not to host memory, from where ComfyUI's layers would fetch them at each use."""
+        self._unit.leave()

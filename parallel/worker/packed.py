@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ..errors import CheckpointError
+from ..wire.plain import plain_tensors
 from ..wire.shared import ALIGNMENT
 
 Form = list[tuple[torch.Size, torch.dtype]]
@@ -51,17 +52,21 @@ class Weight:
     def nbytes(self) -> int:
         return sum(prod(shape) * dtype.itemsize for shape, dtype in self.form)
 
-    def pieces(self, value: Tensor) -> list[Tensor]:
+    def stored(self, pieces: Sequence[Tensor]) -> list[Tensor]:
         """What is stored of a value, one for each of `form`; parts of the value itself where nothing changes.
 
+        Args:
+            pieces: what the value consists of (`wire.plain.plain_tensors`).
+
         Raises:
-            CheckpointError: the weight has another shape.
+            CheckpointError: it is of another kind.
         """
-        if value.shape != self.shape:
+        if [piece.shape for piece in pieces] != [self.shape]:
             raise CheckpointError(
-                f"the weight {self.name} has the shape {list(self.shape)}, received {list(value.shape)}"
+                f"the weight {self.name} has the shape {list(self.shape)}, received"
+                f" {' and '.join(str(list(piece.shape)) for piece in pieces)}"
             )
-        return [value.to(self.dtype)]
+        return [pieces[0].to(self.dtype)]
 
     def install(self, pieces: Sequence[Tensor]) -> None:
         """Makes the parameter of these, which it then shares memory with."""
@@ -77,20 +82,19 @@ class Weight:
 
 
 class QuantisedWeight(Weight):
-    """A parameter that the file has quantised. Only its own values fit it."""
+    """A parameter that the file has quantised. Only what is quantised likewise fits it."""
 
     def __init__(self, name: str, module: nn.Module, leaf: str):
         super().__init__(name, module, leaf)
         value: Any = self.value
         self._class, self._stride = type(value), value.stride()
         self._inner, self._rest = value.__tensor_flatten__()
-        self.form = [(piece.shape, piece.dtype) for piece in self.pieces(value)]
+        self.form = [(piece.shape, piece.dtype) for piece in plain_tensors(value)]
 
-    def pieces(self, value: Tensor) -> list[Tensor]:
-        if type(value) is not self._class:
-            raise CheckpointError(f"the weight {self.name} is quantised, and is given a {value.dtype} tensor")
-        names, _ = value.__tensor_flatten__()  # type: ignore[attr-defined]
-        return [getattr(value, name) for name in names]
+    def stored(self, pieces: Sequence[Tensor]) -> list[Tensor]:
+        if (given := [(piece.shape, piece.dtype) for piece in pieces]) != self.form:
+            raise CheckpointError(f"the weight {self.name} is quantised as {self.form}, and is given {given}")
+        return list(pieces)
 
     def _install(self, pieces: Sequence[Tensor]) -> None:
         inner = dict(zip(self._inner, pieces, strict=True))
@@ -129,9 +133,9 @@ class Packed:
                 places.append(_Place(self.size, shape, dtype))
                 self.size += -(-places[-1].nbytes // ALIGNMENT) * ALIGNMENT
 
-    def write(self, weight: Weight, value: Tensor, data: Tensor, first: int = 0) -> None:
+    def write(self, weight: Weight, pieces: Sequence[Tensor], data: Tensor, first: int = 0) -> None:
         """Copies what of a weight lies in `data`, [n] uint8: the bytes from `first` on."""
-        for piece, place in zip(weight.pieces(value), self._places[weight.name], strict=True):
+        for piece, place in zip(weight.stored(pieces), self._places[weight.name], strict=True):
             start, stop = max(place.offset, first), min(place.offset + place.nbytes, first + len(data))
             if start < stop:
                 flat = piece.contiguous().reshape(-1).view(torch.uint8)

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import Protocol
 
 import torch
-from torch import Tensor, cuda, nn
+from torch import Tensor, cuda
 
 _SLOTS = 2
 """Blocks that have room on the device: one runs, one arrives."""
@@ -25,28 +25,7 @@ class Travelling(Protocol):
         """The parameters are these bytes of the device, [≥ n] uint8, from here on."""
 
     def leave(self) -> None:
-        """The parameters are host memory again: to compute with them on the device is an error, not a wrong result."""
-
-
-class Cargo:
-    """Parameters of one dtype each.
-
-    Args:
-        host: [n] uint8, their bytes in host memory.
-        parameters: each with its offset in these bytes, and now at home in them.
-    """
-
-    def __init__(self, host: Tensor, parameters: list[tuple[nn.Parameter, int]]):
-        self.host = host
-        self._parameters = [(parameter, parameter.data, offset) for parameter, offset in parameters]
-
-    def land(self, device: Tensor) -> None:
-        for parameter, home, offset in self._parameters:
-            parameter.data = device[offset : offset + home.nbytes].view(home.dtype).view(home.shape)
-
-    def leave(self) -> None:
-        for parameter, home, _ in self._parameters:
-            parameter.data = home
+        """The parameters have left the device: to compute with them is an error, not a wrong result."""
 
 
 class Passing:

@@ -11,11 +11,10 @@ from functools import partial
 import torch
 import torch.distributed as dist
 
-from ..adapters.base import StepContext
 from ..attention.common_memory import CommonMemory, CommonMemoryExchange
-from ..attention.joint import JointAttention, Unexchanged, joint_attention
+from ..attention.joint import JointAttention, joint_attention
 from ..attention.kernels import Kernel
-from ..attention.row_check import CheckedAttention, Kind, RowCheck
+from ..attention.row_check import Kind, RowCheck
 from ..attention.traffic import Traffic
 from ..cache.blocks import Total
 from ..degrees import Degrees
@@ -52,6 +51,7 @@ class Ranks:
     Args:
         weights: relative speed of each rank of the world.
         memory: common memory of CPU ranks, if they have it.
+        chosen: whether the user has named the kernel; else a model's own attention computes, but in a ring.
         alone: no peer is there, as in a benchmark of one rank's share: what comes from them is anything, so attention
             is not compared.
     """
@@ -63,8 +63,10 @@ class Ranks:
         kernel: Kernel,
         memory: CommonMemory | None = None,
         *,
+        chosen: bool = False,
         alone: bool = False,
     ):
+        self._chosen = kernel if chosen else None
         self.weights = weights
         self.device = device
         self.kernel = kernel
@@ -137,12 +139,13 @@ class Ranks:
             ring=mesh.ring,
             ring_degree=mesh.degrees.ring,
             kernel=self.kernel,
+            chosen=self._chosen,
             pipeline=2 if self.device.type == "cuda" else 1,
             pipeline_from=_PIPELINE_FROM,
             traffic=context.traffic,
             common=self.common(mesh),
             launched=self._ring_exchanges,
-            check=self.row_check(mesh, self.kernel.name if mesh.degrees.ring > 1 else attention),
+            check=self.row_check(mesh, self.kernel.name if mesh.degrees.ring > 1 or self._chosen else attention),
             enter_block=partial(context.enter_block, leader),
         )
 
@@ -211,34 +214,20 @@ class _Leader:
     work: Hashable
 
 
-class ParallelContext(StepContext):
+class ParallelContext:
     """A step under a mesh: this rank's sequence-parallel group shares a sequence.
 
     Args:
         first_block: the first one's number; it grows through all steps of one call of the host.
     """
 
-    traffic: Traffic
-
     def __init__(self, ranks: Ranks, mesh: Mesh, control: ControlPage, first_block: int = 0):
         self.rank = mesh.sp_rank
         self._mesh = mesh
-        self._weights = mesh.members(ranks.weights)
-        self._ranks = ranks
-        self._device = ranks.device
         self._control = control
         self._block = first_block
         self.traffic = Traffic(on_cuda=ranks.device.type == "cuda")
         self._run_ahead = ranks.run_ahead(mesh)
-
-    def plan(self, streams: tuple[int, ...], heads: int) -> SequencePlan:
-        return SequencePlan(streams, heads, self._weights, self._mesh.degrees.ring)
-
-    def attention(self, plan: SequencePlan) -> JointAttention:
-        long = self._device.type == "cuda" and sum(plan.streams) >= _PIPELINE_FROM
-        attention = self._ranks.joint_attention(plan, self._mesh, 2 if long else 1, self.traffic)
-        check = self._ranks.row_check(self._mesh, self._ranks.kernel.name)
-        return attention if check is None else CheckedAttention(attention, plan, check)
 
     def enter_block(self, plan: Led) -> None:
         # Two requests of a pass may be of unequal length; the first one's pace is taken for both.
@@ -249,32 +238,8 @@ class ParallelContext(StepContext):
         if self._control.should_stop(block, group=self._mesh.group, leader=leader, run_ahead=run_ahead):
             raise StepCancelled(f"stopped before block {block}")
 
-    def add_up(self, sums: torch.Tensor) -> torch.Tensor:
-        """The sum over the ranks that share the sequence. Collective."""
-        total = sums.to(self._device)
-        self._mesh.reduce(total, dist.ReduceOp.SUM)
-        return total
-
     def finish(self) -> None:
         """After the pass, when the device has done all of it: reads what its events have timed."""
         self.traffic.read_events()
         if self._run_ahead is not None:
             self._run_ahead.finish()
-
-
-class SoloContext(StepContext):
-    """One rank that owns everything: the reference of the self-check."""
-
-    rank = 0
-
-    def __init__(self, kernel: Kernel):
-        self.kernel = kernel
-
-    def plan(self, streams: tuple[int, ...], heads: int) -> SequencePlan:
-        return SequencePlan(streams, heads, (1.0,))
-
-    def attention(self, plan: SequencePlan) -> JointAttention:
-        return Unexchanged(self.kernel)
-
-    def enter_block(self, plan: SequencePlan) -> None:
-        pass

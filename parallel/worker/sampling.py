@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -20,11 +20,13 @@ from torch import Tensor
 from ..attention.traffic import Traffic
 from ..errors import StepCancelled
 from ..plan import ranges, shares
+from ..wire.messages import Evaluate, Report, RunNetwork, Sample
+from ..wire.shared import TensorRef
 
-TensorAt = Callable[[dict[str, Any]], Tensor]
+TensorAt = Callable[[TensorRef], Tensor]
 """Place in shared memory → tensor."""
-RunPasses = Callable[[dict[str, Any]], None]
-"""Runs this rank's part of a `network` instruction."""
+RunPasses = Callable[[RunNetwork], None]
+"""Runs this rank's part of the passes."""
 
 
 class Agreement:
@@ -54,7 +56,7 @@ class Sampling:
     """The latents of one sampling: this rank's share of each.
 
     Args:
-        message: see `host.sampling.Sent`.
+        message: what the host sent.
         rank: in the world.
         world_size: of the group.
         tensor_at: finds tensors in shared memory.
@@ -64,7 +66,7 @@ class Sampling:
 
     def __init__(
         self,
-        message: Mapping[str, Any],
+        message: Sample,
         *,
         rank: int,
         world_size: int,
@@ -77,15 +79,15 @@ class Sampling:
         self._agreement = agreement
         self._cancel_requested = cancel_requested
         self._rank = rank
-        result = tensor_at(message["result"]["out"])
+        result = tensor_at(message.out)
         self._sample = result[0].numel()
         """Elements of one sample of a latent."""
         self._share = ranges(shares(result.numel(), [1.0] * world_size))[rank]
-        self._latents = {int(n): self._mine(tensor_at(ref)) for n, ref in message["constants"].items()}
+        self._latents = {int(n): self._mine(tensor_at(ref)) for n, ref in message.constants.items()}
         self._show = False
         self._shown = 0
         self._shown_at = -math.inf
-        self._last_report = max((i for i, each in enumerate(message["program"]) if "report" in each), default=-1)
+        self._last_report = max((i for i, each in enumerate(message.program) if isinstance(each, Report)), default=-1)
 
     def run(self, passes: RunPasses, on_report: Callable[[int, int], None]) -> None:
         """Every instruction, then this rank's share of the result.
@@ -97,31 +99,30 @@ class Sampling:
         Raises:
             StepCancelled: on all ranks, after the same pass.
         """
-        steps = zip(self._message["program"], self._message["free"], strict=True)
+        steps = zip(self._message.program, self._message.free, strict=True)
         for place, (instruction, done_with) in enumerate(steps):
-            if "network" in instruction:
+            if isinstance(instruction, RunNetwork):
                 self._network(instruction, passes)
-            elif "evaluate" in instruction:
-                self._latents[instruction["evaluate"]] = self._value(instruction["terms"])
+            elif isinstance(instruction, Evaluate):
+                self._latents[instruction.evaluate] = self._value(instruction.terms)
             else:
                 self._report(instruction, is_last=place == self._last_report)
-                on_report(instruction["report"] + 1, instruction["steps"])
+                on_report(instruction.step + 1, instruction.steps)
             for number in done_with:
                 del self._latents[number]
-        result = self._message["result"]
-        self._mine(self._tensor_at(result["out"])).copy_(self._value(result["terms"]))
+        self._mine(self._tensor_at(self._message.out)).copy_(self._value(self._message.result))
 
     # --- instructions -------------------------------------------------------------------------------------------
 
-    def _network(self, instruction: Mapping[str, Any], passes: RunPasses) -> None:
-        for each in instruction["network"]:
-            x = self._tensor_at(each["x"])
-            for place, number in enumerate(each["latents"]):
+    def _network(self, instruction: RunNetwork, passes: RunPasses) -> None:
+        for each in instruction.passes:
+            x = self._tensor_at(each.request.x)
+            for place, number in enumerate(each.latents):
                 self._write(x, place, self._latents[number])
         self._agreement.any(False)  # x is complete
         stopped = False
         try:
-            passes(dict(instruction))
+            passes(instruction)
         except StepCancelled:  # this rank's batch group has stopped; another one may just have finished
             stopped = True
         stopped, self._show = self._agreement.any(
@@ -129,30 +130,31 @@ class Sampling:
         )
         if stopped:
             raise StepCancelled("stopped between two passes")
-        size = self._message["size"]
-        for each in instruction["network"]:
-            out = self._tensor_at(each["out"]).view(-1)
-            for place, number in enumerate(each["results"]):
+        size = self._message.size
+        for each in instruction.passes:
+            out = self._tensor_at(each.request.out).view(-1)
+            for place, number in enumerate(each.results):
                 self._latents[number] = self._mine(out[place * size : (place + 1) * size]).float().clone()
 
     def _preview_is_due(self) -> bool:
         """Whether the host has looked at the latents before, and its interval has passed since they were shown."""
-        preview = self._message["preview"]
-        if preview is None or int(self._tensor_at(preview["wanted"])) <= self._shown:
+        preview = self._message.previews
+        if preview is None or int(self._tensor_at(preview.wanted)) <= self._shown:
             return False
-        return time.monotonic() >= self._shown_at + preview["interval_s"]
+        return time.monotonic() >= self._shown_at + preview.interval_s
 
-    def _report(self, instruction: Mapping[str, Any], is_last: bool) -> None:
+    def _report(self, instruction: Report, is_last: bool) -> None:
         """Shows the latent if a preview is due, and the last one in any case; else it stays here."""
-        preview = self._message["preview"]
+        preview = self._message.previews
         if preview is None or not (self._show or is_last):
             return
         self._show = False
         self._shown += 1
         self._shown_at = time.monotonic()
-        for place, name in zip(preview["latents"][self._shown % 2], ("denoised", "x"), strict=True):
-            self._mine(self._tensor_at(place)).copy_(self._value(instruction[name]))
-        self._tensor_at(preview["shown"])[self._rank] = torch.tensor([self._shown, instruction["report"]])
+        latents = (instruction.denoised, instruction.x)
+        for place, terms in zip(preview.latents[self._shown % 2], latents, strict=True):
+            self._mine(self._tensor_at(place)).copy_(self._value(terms))
+        self._tensor_at(preview.shown)[self._rank] = torch.tensor([self._shown, instruction.step])
 
     def _value(self, terms: list[Any]) -> Tensor:
         """This rank's share of a sum of products."""
@@ -175,7 +177,7 @@ class Sampling:
 
     def _write(self, x: Tensor, place: int, mine: Tensor) -> None:
         """Puts a share of a latent into x [samples, channels, …], where further channels may follow the latent's."""
-        samples = self._message["size"] // self._sample
+        samples = self._message.size // self._sample
         first, last = self._share
         for sample in range(samples):
             start, stop = max(first, sample * self._sample), min(last, (sample + 1) * self._sample)

@@ -1,8 +1,7 @@
-"""A network of ComfyUI's own class that this rank runs its part of, by a split plan."""
+"""A network of ComfyUI's or diffusers' own class that this rank runs its part of, by a split plan."""
 
 from __future__ import annotations
 
-import importlib
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
@@ -10,27 +9,30 @@ from math import prod
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..cache.blocks import BlockCache, StepPasses, block_cache
 from ..cache.hooked import cached_blocks
-from ..comfyui.start import prepare
 from ..compilation.settings import CompileSettings
 from ..errors import UnsupportedError
 from ..plan import ranges, shares
-from ..plans.comfyui import CHAINS, plan_of
+from ..plans.libraries import CHAINS
 from ..quantise.selection import Selection
 from ..split import SequenceRanks, Split
 from ..split.blocks import planned_blocks
+from ..wire.messages import Request
+from ..wire.plain import plain_tensors
+from ..wire.shared import TensorRef
 from ..wire.trees import Tree, restore
-from .network_fp8 import quantise
-from .network_weights import MakeNetworkHome, NetworkHome, Progress, Replicated, by_block
-from .packed import weights_of
+from .fp8_weights import quantise
+from .homes import Home, MakeHome, Progress, Replicated, by_block
+from .libraries import library_of
+from .packed import QuantisedWeight, weights_of
 
 if TYPE_CHECKING:
     from ..compilation.modules import CompiledModules
 
-TensorAt = Callable[[dict[str, Any]], Tensor]
+TensorAt = Callable[[TensorRef], Tensor]
 """Place in shared memory → tensor."""
 
 
@@ -38,56 +40,57 @@ class SplitNetwork:
     """A network, its weights, and the conditioning that its prompts have sent.
 
     Args:
-        source: `comfyui` and `arguments` (see `comfyui.start.prepare`); `path`; `weight_dtype`, or None; `network`, the
-            class that the host's ComfyUI has found.
+        recipe: see `host.recipe.Recipe.to_json`.
         device: where it runs.
         progress: called as weights arrive there.
         home: where they go there.
         fp8: `scheme` and `skip` of `quantise.settings.FP8Choice`, if linear layers of the blocks are to be quantised.
 
     Attributes:
-        libraries_s: seconds that importing ComfyUI's code took.
+        libraries_s: seconds that importing the library took.
+        attention: what its attention computes with, by the names of `attention.kernels`.
 
     Raises:
-        UnsupportedError: ComfyUI makes another network of it here, or it has no plan.
+        UnsupportedError: the library makes another network of it here, or it has no plan.
         PlanError: its class has changed.
+        CheckpointError: the file is damaged.
         ConfigError: `skip` has a pattern that means no layer.
     """
 
     def __init__(
         self,
-        source: Mapping[str, Any],
+        recipe: Mapping[str, Any],
         device: torch.device,
         progress: Progress,
-        home: MakeNetworkHome = Replicated,
+        home: MakeHome = Replicated,
         fp8: Mapping[str, Any] | None = None,
     ):
         began = time.perf_counter()
-        prepare(source["comfyui"], source["arguments"])
-        library = importlib.import_module("..comfyui.network", __package__)
+        library = library_of(recipe)
         self.libraries_s = time.perf_counter() - began
-        dtype = None if source["weight_dtype"] is None else getattr(torch, source["weight_dtype"])
-        self._file: Any = library.NetworkFile(source["path"], dtype, device)
-        self._network: nn.Module
+        dtype = None if recipe["weight_dtype"] is None else getattr(torch, recipe["weight_dtype"])
+        self._file = library.NetworkFile(recipe["path"], dtype, device)
         self._network, dtypes = self._file.network()
-        if type(self._network).__name__ != source["network"]:
+        name = type(self._network).__name__
+        if name != recipe["network"]:
             raise UnsupportedError(
-                f"{source['path']}: ComfyUI makes a {source['network']} of it, and the workers"
-                f" a {type(self._network).__name__}"
+                f"{recipe['path']}: ComfyUI makes a {recipe['network']} of it, and the workers a {name}"
             )
-        self.attention: str = library.attention_name()
-        """What its attention computes with, by the names of `attention.kernels`."""
+        self.attention = self._file.attention
         self._device = device
-        plan = self._plan = plan_of(self._network)
-        self._split = Split(self._network, plan, SequenceRanks((1.0,)))
+        self._chain = CHAINS[recipe["library"]].get(name)
+        plan = self._plan = self._file.plan(self._network)
+        self._split = Split(self._network, plan, SequenceRanks((1.0,)), self._file.routes)
         for module in self._network.modules():
             module._buffers.update({name: b if b is None else b.to(device) for name, b in module._buffers.items()})
         weights = weights_of(self._network, dtypes)
         self._selection: Selection | None = None
         if fp8 is not None:
             weights, self._selection = quantise(self._network, list(plan), weights, fp8, device)
+        self._quantised = {w.name: plain_tensors(w.value) for w in weights if isinstance(w, QuantisedWeight)}
+        """The file's, where they are mapped."""
         rest, blocks = by_block(weights, planned_blocks(self._network, plan))
-        self.home: NetworkHome = home(rest, blocks, device, progress)
+        self.home: Home = home(rest, blocks, device, progress)
         self.home.skipping = lambda: self._split.streams.skipping
         self._held: dict[str, Tensor] = {}
         self._caches: dict[int, BlockCache] = {}
@@ -142,24 +145,29 @@ class SplitNetwork:
         for key in keys:
             self._held.pop(key, None)
 
-    def put_weight(self, name: str, tensor: Tensor) -> None:
-        """Replaces a weight, by the network's name, by a copy of another tensor of its shape.
+    def put_weight(self, name: str, pieces: Sequence[Tensor]) -> None:
+        """Replaces a weight by a copy of another one of its shape.
+
+        Args:
+            name: the network's.
+            pieces: what it consists of (`wire.plain.plain_tensors`).
 
         Raises:
-            CheckpointError: there is no such weight, or it is a quantised one.
+            CheckpointError: there is no such weight, or it does not consist of such tensors.
         """
-        self.home.put(name, tensor.clone())
+        self.home.put(name, [piece.clone() for piece in pieces])
 
     def restore_weights(self, names: Sequence[str]) -> None:
-        """Undoes `put_weight`: reads the file's again."""
-        if names:
-            tensors = self._file.tensors()
-            for name in names:
-                self.home.put(name, tensors[name])
+        """Undoes `put_weight`: reads the file's again. A name that is not in it has been refused there."""
+        plain = [name for name in names if name not in self._quantised]
+        tensors = self._file.tensors() if plain else {}
+        for name in names:
+            if name in self._quantised or name in tensors:
+                self.home.put(name, self._quantised[name] if name in self._quantised else [tensors[name]])
 
     def step(
         self,
-        request: Mapping[str, Any],
+        request: Request,
         rows: slice,
         tensor_at: TensorAt,
         ranks: SequenceRanks,
@@ -169,7 +177,7 @@ class SplitNetwork:
         """Runs the network on some samples, and writes this rank's share of the prediction.
 
         Args:
-            request: see `host.step_request.StepRequest.plain`; `x`, `timestep` and `out` are places.
+            request: the call.
             rows: the samples, of those of x, out, and whatever else has as many.
             tensor_at: finds tensors in shared memory.
             ranks: that share the sequence.
@@ -179,9 +187,9 @@ class SplitNetwork:
         Raises:
             UnsupportedError: the prediction has another shape than the latent.
         """
-        x, timestep, out = (tensor_at(request[name]) for name in ("x", "timestep", "out"))
-        latent = dict(_unpacked(x[rows].to(self._device, copy=True), request["parts"]))
-        other = {name: self._held[key] for name, key in request["conditioning"].items()}
+        x, timestep, out = (tensor_at(place) for place in (request.x, request.timestep, request.out))
+        latent = dict(_unpacked(x[rows].to(self._device, copy=True), request.parts))
+        other = {name: self._held[key] for name, key in request.conditioning.items()}
         other["timestep"] = timestep.to(self._device, copy=True)
 
         def tensor(name: str) -> Tensor:
@@ -190,7 +198,7 @@ class SplitNetwork:
             value = other[name]
             return value[rows] if value.ndim and len(value) == len(x) else value
 
-        result = self._run("forward", restore(request["arguments"], tensor), ranks, passes, compiler)
+        result = self._run("forward", restore(request.arguments, tensor), ranks, passes, compiler)
         if not isinstance(result, Tensor):
             result = result[0] if len(result) == 1 else torch.cat([part.flatten(1) for part in result], 1)[:, None]
         mine = out[rows]
@@ -226,13 +234,13 @@ class SplitNetwork:
     ) -> Any:
         self._split.ranks = ranks
         function = self._network if method == "forward" else getattr(self._network, method)
-        name = type(self._network).__name__
         with ExitStack() as during:
             during.enter_context(self.home.in_use(ranks.traffic))
             if compiler is not None:
                 during.enter_context(compiler.on(self._split.blocks))
             if passes is not None:  # outside: what is skipped need not be compiled
-                during.enter_context(cached_blocks(self._network, self._plan, CHAINS[name], self._split, passes))
+                assert self._chain is not None, "the host has refused"
+                during.enter_context(cached_blocks(self._network, self._plan, self._chain, self._split, passes))
             return function(*given["args"], **given["named"])
 
 

@@ -23,18 +23,22 @@ from unittest import mock
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
 from parallel.attention.common_memory import CommonMemory
 from parallel.attention.kernels import Sdpa
 from parallel.degrees import Degrees
-from parallel.demo.checkpoint import write_tiny_flux
+from parallel.diffusers.folder import NetworkFile
+from parallel.diffusers.tiny import write_tiny
+from parallel.plans.diffusers import PLANS
+from parallel.split import SequenceRanks, Split
+from parallel.split.routes import ThroughTorch
 from parallel.wire.control import ControlPage
-from parallel.worker.ranks import ParallelContext, Ranks, SoloContext
-from parallel.worker.resident import ResidentModel
+from parallel.worker.ranks import ParallelContext, Ranks
 
 ROOT = Path(__file__).parents[2]
+NETWORK = "FluxTransformer2DModel"
 WORLD = 2
+CPU = torch.device("cpu")
 
 
 def measure(rank: int, folder: Path, options: argparse.Namespace) -> None:
@@ -43,25 +47,20 @@ def measure(rank: int, folder: Path, options: argparse.Namespace) -> None:
 
     torch.set_num_threads(1)
     dist.init_process_group("gloo", store=dist.FileStore(str(folder / "store"), WORLD), rank=rank, world_size=WORLD)
-    recipe = {"path": str(folder / "flux.safetensors"), "weight_dtype": "float32", "compute_dtype": "float32"}
-    model, split = (ResidentModel(recipe, torch.device("cpu"), lambda done, total: None) for _ in range(2))
+    ours, theirs = (NetworkFile(str(folder / "flux"), None, CPU).network()[0] for _ in range(2))
+    planned = Split(ours, PLANS[NETWORK], SequenceRanks((1.0,)), ThroughTorch)
     with mock.patch("torch.accelerator.device_count", return_value=1):  # diffusers divides by it, also on a CPU
-        split.model.enable_parallelism(config=ContextParallelConfig(ulysses_degree=WORLD))
+        theirs.enable_parallelism(config=ContextParallelConfig(ulysses_degree=WORLD))
+    stock, _ = NetworkFile(str(folder / "flux"), None, CPU).network()
 
     generator = torch.Generator().manual_seed(0)
     rows, columns = 8, options.image // 8
-    x = torch.randn(1, 16, 2 * rows, 2 * columns, generator=generator)
-    conditioning = {
-        "context": torch.randn(1, options.text, 64, generator=generator),
-        "y": torch.randn(1, 768, generator=generator),
-        "guidance": torch.tensor([3.5]),
-    }
-    stock_inputs = {
+    inputs = {
         "hidden_states": torch.randn(1, rows * columns, 64, generator=generator),
-        "encoder_hidden_states": conditioning["context"],
-        "pooled_projections": conditioning["y"],
+        "encoder_hidden_states": torch.randn(1, options.text, 64, generator=generator),
+        "pooled_projections": torch.randn(1, 768, generator=generator),
         "timestep": torch.tensor([0.5]),
-        "guidance": conditioning["guidance"],
+        "guidance": torch.tensor([3.5]),
         "img_ids": torch.cartesian_prod(*(torch.arange(n).float() for n in (1, rows, columns))),
         "txt_ids": torch.zeros(options.text, 3),
         "return_dict": False,
@@ -69,23 +68,25 @@ def measure(rank: int, folder: Path, options: argparse.Namespace) -> None:
     kernel = Sdpa()
     with open(folder / "memory", "a+b") as file:
         memory = CommonMemory(file.fileno(), rank, WORLD) if CommonMemory.supported() else None
-    degrees = Degrees(ulysses=WORLD)
     control = ControlPage.create()
     control.reset(WORLD)
-    ours = Ranks((1.0,) * WORLD, torch.device("cpu"), kernel, memory)
-    gloo = Ranks((1.0,) * WORLD, torch.device("cpu"), kernel)
+    speeds = (1.0,) * WORLD
+    with_memory, through_gloo = Ranks(speeds, CPU, kernel, memory), Ranks(speeds, CPU, kernel)
 
-    def step(context: Callable[[], ParallelContext | SoloContext]) -> Tensor:
-        out = torch.zeros_like(x)
-        model.adapter.step(model.model, x, torch.tensor([0.5]), model.adapter.prepare(conditioning), out, context())
-        return out
+    def step(ranks: Ranks | None) -> None:
+        if ranks is None:
+            planned.ranks = SequenceRanks((1.0,))
+        else:
+            mesh = ranks.mesh(Degrees(ulysses=WORLD))
+            planned.ranks = ranks.sequence(mesh, ParallelContext(ranks, mesh, control), kernel.name, "step")
+        ours(**inputs)
 
     runs: dict[str, Callable[[], object]] = {
-        "diffusers alone": partial(model.model, **stock_inputs),
-        "diffusers context parallel": partial(split.model, **stock_inputs),
-        "this engine alone": partial(step, lambda: SoloContext(kernel)),
-        "this engine": partial(step, lambda: ParallelContext(ours, ours.mesh(degrees), control)),
-        "this engine through gloo": partial(step, lambda: ParallelContext(gloo, gloo.mesh(degrees), control)),
+        "diffusers alone": partial(stock, **inputs),
+        "diffusers context parallel": partial(theirs, **inputs),
+        "this engine alone": partial(step, None),
+        "this engine": partial(step, with_memory),
+        "this engine through gloo": partial(step, through_gloo),
     }
     times: dict[str, list[float]] = {name: [] for name in runs}
     with torch.no_grad():
@@ -126,7 +127,8 @@ def main() -> None:
         measure(options.rank, options.folder, options)
         return
     with tempfile.TemporaryDirectory() as folder:
-        write_tiny_flux(Path(folder) / "flux.safetensors", depth=options.layers, depth_single=options.layers)
+        layers = {"num_layers": options.layers, "num_single_layers": options.layers}
+        write_tiny(Path(folder) / "flux", NETWORK, **layers)
         ranks = [
             subprocess.Popen(
                 [sys.executable, "-m", __spec__.name, *sys.argv[1:], "--rank", str(rank), "--folder", folder],

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -15,22 +14,22 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.mark.extended
 def test_gpu_hunyuan_video_runs_at_toy_size(tmp_path: Path):
-    subprocess.run(
-        [sys.executable, "-m", "tests.benchmarks.gpu_hunyuan_video", "--toy", "--output", str(tmp_path)],
-        cwd=ROOT,
-        env=os.environ | {"CXX": "/bin/false", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "compiled")},
-        check=True,
-    )
+    script = [sys.executable, "-m", "tests.benchmarks.gpu_hunyuan_video", "--toy", "--output", str(tmp_path)]
+    subprocess.run(script, cwd=ROOT, check=True)
     result = json.loads(next(tmp_path.glob("*.json")).read_text())
     steps = result["seconds_per_step"]
-    assert steps["stock diffusers, masked"] > 0
     assert result["fp8"] in ("weight_only", "dynamic_rowwise")
-    for fp8 in ("", " + FP8"):
-        assert steps[f"one rank, auto{fp8}"] > 0
-        assert steps[f"one rank, auto{fp8} + cache hit"] > 0
-        assert steps[f"one rank, auto{fp8} + compile"].startswith("not available: "), "there was no compiler"
-        assert steps[f"one rank, auto{fp8} + compile + cache hit"].startswith("not available: ")
-    assert all(steps[f"share of rank 0 of {world}"] > 0 for world in (2, 4, 8))
+    assert result["text"][1] < result["text"][0], "the text was padded"
+    assert list(steps) == [
+        "diffusers",
+        "one rank",
+        *(f"share of rank 0 of {world}" for world in (2, 4, 8)),
+        "one rank + cache hit",
+        "one rank + FP8",
+        "one rank + FP8 + cache hit",
+    ]
+    assert all(seconds > 0 for seconds in steps.values())
+    assert all(result["tflops"][name] > 0 for name in ("product", "attention, auto", "attention, sdpa"))
 
 
 def test_cpu_flux_context_parallel_runs_at_toy_size():

@@ -280,7 +280,7 @@ def eight_workers() -> dict[str, Any]:
         "failure": None,
         "ranks": ranks,
         "start": {"python": 0.05, "torch": 2.1, "device": 0.6, "meeting": 1.3},
-        "load": {"libraries": 1.2, "weights": 9.8, "self-check": 0.7},
+        "load": {"libraries": 1.2, "weights": 9.8},
         "models": ["hunyuan_video_t2v_720p_bf16.safetensors"],
         "plan": {
             "ulysses": 4,

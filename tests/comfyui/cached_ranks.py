@@ -12,7 +12,6 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -274,12 +273,6 @@ def main(rank: int, world: int, store: str, results: str, comfyui: str, which: s
                 told["one rank"] = facts(network, case.inputs, SequenceRanks((1.0,)), lambda sums: None, kind)
         if name in STRADDLING:
             found[f"{name}, unequal change"] = straddling(network, case.inputs, views["Ulysses"], sequence_total)
-    if rank == 0:
-        from tests.comfyui.cache_against_adapters import against_adapters
-
-        with TemporaryDirectory() as folder:
-            families = ["wan", "flux"] if which == "plain" else ["hunyuan_video"]
-            found["adapters"] = against_adapters(Path(folder), families)
     Path(results).write_text(json.dumps(found))
     dist.destroy_process_group()
 

@@ -34,14 +34,16 @@ def installation() -> Installation:
 
 
 @pytest.fixture(scope="session")
-def model_files(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def model_files(
+    request: pytest.FixtureRequest, installation: Installation, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
     """A models folder, written once for all servers of the session."""
     stash = request.config.stash
     if _MODELS not in stash:
         models = tmp_path_factory.mktemp("models")
         for name in ("diffusion_models", "loras"):
             (models / name).mkdir()
-        write_model_files(models)
+        write_model_files(installation, models)
         stash[_MODELS] = models
     return stash[_MODELS]
 

@@ -21,7 +21,6 @@ REQUIRED_MODULES = (
     "aiohttp",
     "alembic",
     "av",
-    "diffusers",
     "einops",
     "transformers",
     "safetensors",

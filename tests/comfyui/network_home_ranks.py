@@ -27,9 +27,9 @@ from parallel.split.blocks import planned_blocks
 from parallel.wire.shared import Segment
 from parallel.wire.trees import flatten
 from parallel.worker.fp8_linear import quantised as quantised_linear
-from parallel.worker.network_offloaded import Offloaded
-from parallel.worker.network_sharded import Sharded
-from parallel.worker.network_weights import Replicated
+from parallel.worker.homes import Replicated
+from parallel.worker.offloaded import Offloaded
+from parallel.worker.sharded import Sharded
 from parallel.worker.split_network import SplitNetwork
 from tests.comfyui.quantised_networks import quantised
 
@@ -152,7 +152,7 @@ def told_of(run: Run, expected: list[Tensor], changed: dict[str, Tensor]) -> dic
     """
     told: dict[str, Any] = {"equal": [torch.equal(run(), expected[0]) for _ in range(2)], "counts": run.counts}
     for name, tensor in changed.items():
-        run.network.put_weight(name, tensor)
+        run.network.put_weight(name, [tensor])
     dist.barrier()
     told["replaced"] = torch.equal(run(), expected[1])
     run.network.restore_weights(list(changed))
@@ -184,9 +184,10 @@ def main(rank: int, world: int, store: str, results: str, comfyui: str, folder: 
         if rank == 0:
             write(file, path)
         dist.barrier()
-        source = {
-            "comfyui": comfyui, "arguments": ARGUMENTS, "path": str(path), "weight_dtype": file.weight_dtype,
+        recipe = {
+            "library": "comfyui", "path": str(path), "weight_dtype": file.weight_dtype,
             "network": type(network_of(case.supported, case.config(4))).__name__,
+            "options": {"folder": comfyui, "arguments": ARGUMENTS},
         }  # fmt: skip
         homes: dict[str, Any] = {
             "replicate": Replicated,
@@ -198,7 +199,7 @@ def main(rank: int, world: int, store: str, results: str, comfyui: str, folder: 
         changed: dict[str, Tensor] = {}
         found[name] = {}
         for mode, home in homes.items():
-            network = SplitNetwork(source, torch.device("cpu"), lambda done, total: None, home, file.fp8)
+            network = SplitNetwork(recipe, torch.device("cpu"), lambda done, total: None, home, file.fp8)
             dist.barrier()
             run = Run(network, case, ranks)
             if mode == "replicate":
@@ -206,7 +207,7 @@ def main(rank: int, world: int, store: str, results: str, comfyui: str, folder: 
                 changed = {weight: 0.5 - tensors[weight] for weight in some_weights(network, tensors)}
                 expected = [run()]
                 for weight, tensor in changed.items():
-                    network.put_weight(weight, tensor)
+                    network.put_weight(weight, [tensor])
                 expected.append(run())
                 network.restore_weights(list(changed))
             told = told_of(run, expected, changed)
@@ -217,7 +218,7 @@ def main(rank: int, world: int, store: str, results: str, comfyui: str, folder: 
             network.close()
         if file.scheme:
             told, selection = found[name]["replicate"], network._selection
-            network = SplitNetwork(source, torch.device("cpu"), lambda done, total: None)
+            network = SplitNetwork(recipe, torch.device("cpu"), lambda done, total: None)
             run = Run(network, case, ranks)
             exact = run()
             told["rounding"] = float((expected[0] - exact).norm() / exact.norm())
@@ -225,7 +226,7 @@ def main(rank: int, world: int, store: str, results: str, comfyui: str, folder: 
             tensors = network._file.tensors()
             for weight in selection.weights:
                 values, scale = quantised_linear(file.scheme, tensors[weight])
-                network.put_weight(weight, values.float() * scale)
+                network.put_weight(weight, [values.float() * scale])
             told["only weights are rounded"] = torch.equal(run(), expected[0])
         dist.barrier()
     Path(results).write_text(json.dumps(found))

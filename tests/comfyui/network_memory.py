@@ -22,7 +22,9 @@ import tests.distributed.process_facts as facts  # before ComfyUI, which has a p
 from parallel.comfyui.start import prepare
 from parallel.config import SequenceParallelConfig
 from parallel.errors import ConfigError
-from parallel.host.remote_network import NetworkRecipe, RemoteNetwork
+from parallel.host.recipe import Recipe
+from parallel.host.remote_model import RemoteModel
+from parallel.wire.messages import FreeMemory
 from parallel.worker.free_memory import host_memory
 
 ARGUMENTS = {"cpu": True}
@@ -40,37 +42,37 @@ def main(comfyui: str, folder: Path) -> None:
     args, named = CASES["Krea 2"].inputs(network)
     whole = (folder / "large.safetensors").stat().st_size
 
-    def remote(weights: str, name: str = "large.safetensors", **changes: Any) -> RemoteNetwork:
+    def remote(weights: str, name: str = "large.safetensors", **changes: Any) -> RemoteModel:
         size = (folder / name).stat().st_size
-        recipe = NetworkRecipe(
-            path=str(folder / name), weight_dtype=None, network="SingleStreamDiT", comfyui=comfyui,
-            arguments=ARGUMENTS, config=SequenceParallelConfig(devices="cpu,cpu", weights=weights), nbytes=size,
-            in_the_file=size, heads=4, linear=(),
+        recipe = Recipe(
+            library="comfyui", path=str(folder / name), weight_dtype=None, network="SingleStreamDiT",
+            config=SequenceParallelConfig(devices="cpu,cpu", weights=weights), nbytes=size, in_the_file=size, heads=4,
+            arguments={}, channels=16, linear=(), options={"folder": comfyui, "arguments": ARGUMENTS},
         )  # fmt: skip
-        return RemoteNetwork(replace(recipe, **changes))
+        return RemoteModel(replace(recipe, **changes))
 
-    def call(model: RemoteNetwork) -> None:
+    def call(model: RemoteModel) -> None:
         model.call("forward", args, {**named, "transformer_options": {}})
 
     told: dict[str, Any] = {"whole": whole, "auto": {}}
     for weights in ("replicate", "shard", "offload"):  # what comes later is weights only
         model = remote(weights, "small.safetensors")
-        model.ensure_loaded()
+        model.weights.ensure_loaded()
         call(model)
-        model.unload()
+        model.weights.unload()
     group = model_group(remote("replicate", "small.safetensors"))
     for weights in ("replicate", "shard", "offload"):
-        group.call("free memory", {})
+        group.call(FreeMemory())
         before = facts.weight_copies(group.pids)
         model = remote(weights)
         with facts.MemoryPeaks(group.pids) as loading:
-            nbytes = model.ensure_loaded()
+            nbytes = model.weights.ensure_loaded()
         call(model)
         at_rest = {pid: facts.memory(pid, "Anon") for pid in group.pids}
         held = facts.weight_copies(group.pids) - before
-        assert model.placement is not None
-        reason = model.placement.reason
-        model.unload()
+        assert model.weights.placement is not None
+        reason = model.weights.placement.reason
+        model.weights.unload()
         told[weights] = {
             "nbytes": nbytes,
             "reason": reason,
@@ -87,20 +89,20 @@ def main(comfyui: str, folder: Path) -> None:
     }.items():
         model = remote("auto", "small.safetensors", **changes)
         try:
-            model.ensure_loaded()
-            assert model.placement is not None
-            told["auto"][case] = f"{model.placement.mode}: {model.placement.reason}"
-            model.unload()
+            model.weights.ensure_loaded()
+            assert model.weights.placement is not None
+            told["auto"][case] = f"{model.weights.placement.mode}: {model.weights.placement.reason}"
+            model.weights.unload()
         except ConfigError as error:
             told["auto"][case] = str(error)
     print(json.dumps(told))
 
 
-def model_group(model: RemoteNetwork) -> Any:
+def model_group(model: RemoteModel) -> Any:
     """The workers of a network."""
-    model.ensure_loaded()
-    group = model.group
-    model.unload()
+    model.weights.ensure_loaded()
+    group = model.weights.group
+    model.weights.unload()
     assert group is not None
     return group
 

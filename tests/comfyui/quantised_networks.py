@@ -3,7 +3,7 @@
     python quantised_networks.py COMFYUI REPOSITORY FOLDER [DEVICES …]
 
 Prints one line of JSON: {file: {devices: relative difference, "sensitivity": …, "rounding": of the weights, "lora":
-difference on one worker or message, "fp8": layers that FP8 Quantize (SP) would leave in fp8 or message, "DEVICES with
+difference on one worker, "fp8": layers that FP8 Quantize (SP) would leave in fp8 or message, "DEVICES with
 nvfp4": message if devices that compute in nvfp4 are refused}}.
 """
 
@@ -100,8 +100,6 @@ def main(comfyui: str, repository: str, folder: Path, devices: list[str]) -> Non
     for title, (case, patched) in networks.items():
         network = models.network_of(case.supported, case.config(4))
         for form in FORMATS:
-            if form == "fp8" and title in ("qwen", "flux"):
-                continue  # adapters take it
             path = folder / f"{title}_{form}.safetensors"
             save_file(quantised(network, form), path)
             files[f"{title} {form}"] = File(case, patched, path)
@@ -125,12 +123,13 @@ def main(comfyui: str, repository: str, folder: Path, devices: list[str]) -> Non
     def patch(model: Any, patched: str) -> Any:
         """With a LoRA's change of one weight."""
         key = f"diffusion_model.{patched}"
-        shape = model.model.state_dict()[key].shape
         clone = model.clone()
-        clone.add_patches({key: (0.01 * models.random(*shape),)})
+        clone.add_patches({key: (0.01 * models.random(*shapes[patched]),)})
         comfy.model_management.load_models_gpu([clone])
         return clone
 
+    shapes: dict[str, Any] = {}
+    """Of the patched weights, before they are quantised."""
     results: dict[str, dict[str, Any]] = {}
     native: dict[str, Any] = {}
     with_lora: dict[str, Any] = {}
@@ -142,6 +141,7 @@ def main(comfyui: str, repository: str, folder: Path, devices: list[str]) -> Non
         plain = models.network_of(file.case.supported, file.case.config(4))
         args, named = file.case.inputs(plain)
         alone = models.flat(plain(*args, transformer_options={}, **named))
+        shapes[file.patched] = plain.state_dict()[file.patched].shape
         results[name] = {
             "sensitivity": off(run(model, file.case, NUDGE), native[name]),
             "rounding": off(native[name], alone),
@@ -156,16 +156,13 @@ def main(comfyui: str, repository: str, folder: Path, devices: list[str]) -> Non
             results[name][each] = off(run(model, file.case), native[name])
             if each == devices[0]:
                 try:
-                    results[name]["fp8"] = model.remote.select_fp8(fp8_settings()).already
+                    results[name]["fp8"] = model.held.select_fp8(fp8_settings()).already
                 except errors.UnsupportedError as error:
                     results[name]["fp8"] = str(error)
-                try:
-                    results[name]["lora"] = off(run(patch(model, file.patched), file.case), with_lora[name])
-                except errors.UnsupportedError as error:
-                    results[name]["lora"] = str(error)
+                results[name]["lora"] = off(run(patch(model, file.patched), file.case), with_lora[name])
             comfy.model_management.unload_all_models()
     # As on GPUs that have it.
-    importlib.import_module("pack.nodes.native_network").computes_in_nvfp4 = lambda device: True
+    importlib.import_module("pack.nodes.native_model").computes_in_nvfp4 = lambda device: True
     for name, file in files.items():
         for each in devices:
             try:

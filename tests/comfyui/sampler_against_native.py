@@ -37,11 +37,15 @@ import utils  # noqa: E402, F401  # as main.py does: up to ComfyUI 0.25 `nodes` 
 
 import nodes  # noqa: E402
 
+sys.path[0] = str(REPOSITORY)  # not for longer: both have `tests` and `nodes`
+from tests.comfyui import model_files, write_models  # noqa: E402
+
+sys.path[0] = str(COMFYUI)
+
 # The pack as ComfyUI has it: a package whose name is not its folder's.
 PACK = types.ModuleType("sequence_parallel_pack")
 PACK.__path__ = [str(REPOSITORY)]
 sys.modules[PACK.__name__] = PACK
-checkpoint: Any = import_module(f"{PACK.__name__}.parallel.demo.checkpoint")
 config: Any = import_module(f"{PACK.__name__}.parallel.config")
 running: Any = import_module(f"{PACK.__name__}.parallel.host.running")
 native_model: Any = import_module(f"{PACK.__name__}.nodes.native_model")
@@ -56,14 +60,13 @@ MUST = ("euler", "euler_ancestral", "heun", "dpmpp_2m", "dpmpp_2m_sde", "uni_pc"
 MASKED = {"mask": True, "denoise": 0.6}
 PLAIN = {"family": "hunyuan_video", "steps": 4}
 WAN = {"family": "wan", "steps": 3}
-FAMILIES: dict[str, dict[str, Any]] = {
-    "hunyuan_video": {},
-    "flux": {},
-    "wan": {},
-    "wan_i2v": {"in_channels": 36},
-    "wan_22_5b": {"in_channels": 48, "out_channels": 48},
+MODELS = {
+    "hunyuan_video": model_files.TINY,
+    "flux": model_files.FLUX,
+    "wan": model_files.WAN,
+    "wan_i2v": model_files.WAN_22_I2V,
+    "wan_22_5b": model_files.WAN_22_5B,
 }
-"""Model → arguments of the writer of the family that its name begins with."""
 
 SAMPLERS = comfy.samplers.SAMPLER_NAMES if EVERY else [*MUST, "dpm_adaptive"]
 CASES: dict[str, dict[str, Any]] = {name: PLAIN | {"sampler": name} for name in SAMPLERS}
@@ -197,10 +200,9 @@ def previews(model: Any) -> dict[str, Any]:
 
 def main() -> None:
     models: dict[str, tuple[Any, Any]] = {}
-    for name, options in FAMILIES.items():
-        path = FOLDER / f"{name}.safetensors"
-        family = next(family for family in checkpoint.WRITERS if name.startswith(family))
-        checkpoint.WRITERS[family](path, **options)
+    for name, file in MODELS.items():
+        path = FOLDER / file
+        write_models.write(path, write_models.files()[file])
         models[name] = comfy.sd.load_diffusion_model(str(path)), str(path)
     results: dict[str, Any] = {name: run(case, models) for name, case in CASES.items()}
     results["previews"] = previews(swapped(models["hunyuan_video"][1]))

@@ -178,6 +178,14 @@ def mage_flow(heads: int) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def pixart() -> dict[str, Any]:
+    """Of a class that has no plan; ComfyUI's detection knows this width only."""
+    return {
+        "image_model": "pixart_sigma", "num_heads": 16, "patch_size": 2, "hidden_size": 1152, "in_channels": 4,
+        "depth": 1, "input_size": 64, "pe_interpolation": 1, "model_max_length": 12, "micro_condition": False,
+    }  # fmt: skip
+
+
 def ovis(heads: int) -> dict[str, Any]:
     return flux(
         heads, vec_in_dim=None, guidance_embed=False, yak_mlp=True, txt_norm=True, txt_ids_dims=[1, 2],
@@ -735,14 +743,20 @@ def weight(name: str, shape: torch.Size) -> Tensor:
     return values / math.prod(shape[1:]) ** 0.5
 
 
-def network_of(supported: str, config: dict[str, Any]) -> nn.Module:
-    """ComfyUI's network of a configuration, in fp32, with these weights."""
+def empty_network(supported: str, config: dict[str, Any], device: str = "meta") -> nn.Module:
+    """ComfyUI's network of a configuration, in fp32, without weights."""
     import comfy.supported_models
 
     model_config: Any = getattr(comfy.supported_models, supported)(dict(config))
     model_config.unet_config.update(config)  # sizes that its detection takes for granted, too
     model_config.set_inference_dtype(torch.float32, None)
-    network: nn.Module = model_config.get_model({}, device="cpu").diffusion_model
+    network: nn.Module = model_config.get_model({}, device=device).diffusion_model
+    return network
+
+
+def network_of(supported: str, config: dict[str, Any]) -> nn.Module:
+    """The same with weights."""
+    network = empty_network(supported, config, "cpu")
     network.load_state_dict({name: weight(name, tensor.shape) for name, tensor in network.state_dict().items()})
     return network.requires_grad_(False)
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
 import torch
 
-from tests.comfyui.graphs import Arrange, GraphBuilder, Link, Setting, Swapped, Text, fresh, sampling_graph
+from tests.comfyui.graphs import Arrange, GraphBuilder, Link, Setting, Swapped, Text, fresh
 from tests.comfyui.latents import relative_difference, sample
 from tests.comfyui.model_files import FLUX, IMAGE_TO_VIDEO
 from tests.comfyui.server import ComfyServer
@@ -110,6 +109,7 @@ CASES: dict[str, tuple[Setting, Arrange]] = {
     "v2_replace_two_frames": (LONG, start_image("v2 (replace)", frames=5)),
     "v1_concat": (Setting(checkpoint=IMAGE_TO_VIDEO), start_image("v1 (concat)")),
     "v1_concat_cfg": (Setting(checkpoint=IMAGE_TO_VIDEO, cfg=4.0, negative=SHORT), start_image("v1 (concat)")),
+    "custom": (Setting(), start_image("custom")),
     "reference": (PICTURE, references((64, 48))),
     "odd_references": (Setting(checkpoint=FLUX, picture=True, width=72, height=56), references((56, 40), (24, 88))),
     "reference_cfg": (Setting(checkpoint=FLUX, picture=True, cfg=4.0), references((40, 48))),
@@ -182,22 +182,3 @@ def test_same_latent(server: ComfyServer, native: Native, devices: str, name: st
 def test_same_latent_with_explicit_degrees(server: ComfyServer, native: Native, name: str, swapped: Swapped) -> None:
     setting, expected = native(name)
     assert relative_difference(sample(server, setting, swapped), expected) <= TOLERANCE
-
-
-@pytest.mark.parametrize(
-    ("setting", "arrange", "message"),
-    [
-        pytest.param(Setting(), start_image("custom"), r"ref_latent \(guidance_type custom", id="custom"),
-        pytest.param(
-            PICTURE, references((40, 48), method="index_timestep_zero"), "index_timestep_zero", id="index_timestep_zero"
-        ),
-    ],
-)
-def test_what_cannot_work_is_refused_by_name(
-    server: ComfyServer, setting: Setting, arrange: Arrange, message: str
-) -> None:
-    result = server.run(sampling_graph(fresh(setting, arrange=arrange), Swapped()))
-    assert result.status == "error"
-    assert re.search(message, result.message), result.message
-    setting = fresh(setting)
-    assert relative_difference(sample(server, setting, Swapped()), sample(server, setting)) <= TOLERANCE

@@ -3,13 +3,14 @@
 import re
 import shutil
 from dataclasses import replace
-from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from tests.comfyui.fixtures import Reference
 from tests.comfyui.graphs import (
+    Arrange,
     GraphBuilder,
     Link,
     ModelNode,
@@ -20,9 +21,8 @@ from tests.comfyui.graphs import (
     model_node,
     sampling_graph,
 )
-from tests.comfyui.installation import Installation
 from tests.comfyui.latents import relative_difference, sample
-from tests.comfyui.network_files import H3, KREA2, LORA, LTX23, WAN_VACE, Z_IMAGE, write_network_files
+from tests.comfyui.model_files import FLUX, H3, KREA2, LORA, LTX23, PIXART, QWEN_IMAGE, WAN, WAN_VACE, Z_IMAGE
 from tests.comfyui.processes import wait_until
 from tests.comfyui.server import ComfyServer
 
@@ -35,11 +35,6 @@ ONE, TWO, RING = Swapped("cpu"), Swapped("cpu,cpu"), Swapped("cpu,cpu", ring_deg
 CFG, DP = Swapped("cpu,cpu", cfg_degree=2), Swapped("cpu,cpu", dp_degree=2)
 THREE = Swapped("cpu*4,cpu*2,cpu")
 HYBRID = Swapped("cpu,cpu,cpu,cpu", ulysses_degree=2, ring_degree=2)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def network_files(installation: Installation, model_files: Path) -> None:
-    write_network_files(installation, model_files)
 
 
 def with_audio(builder: GraphBuilder, setting: Setting, positive: Link, latent: Link) -> tuple[Link, Link]:
@@ -73,6 +68,41 @@ def with_picture(builder: GraphBuilder, setting: Setting, positive: Link, latent
     return builder.add(node, conditioning=positive, reference_latents_method="index_timestep_zero"), latent
 
 
+def with_control_net(builder: GraphBuilder, setting: Setting, positive: Link, latent: Link) -> tuple[Link, Link]:
+    """Of the width of the tiny FLUX, HunyuanVideo and Qwen-Image."""
+    applied = builder.add(
+        "ControlNetApplyAdvanced",
+        positive=positive,
+        negative=positive,
+        control_net=builder.add("SPTestControlNet", width=256),
+        image=builder.add("EmptyImage", width=64, height=48, batch_size=1, color=0x808080),
+        strength=0.5,
+        **WHOLE,
+    )
+    return applied, latent
+
+
+def by_wan_node(node: str, picture: str, outputs: tuple[int, int], **more: Any) -> Arrange:
+    """A node of Wan's that puts a grey picture into the prompt. `outputs`: its positive prompt and latent."""
+
+    def arrange(builder: GraphBuilder, setting: Setting, positive: Link, latent: Link) -> tuple[Link, Link]:
+        node_id, _ = builder.add(
+            node,
+            positive=positive,
+            negative=positive,
+            vae=builder.add("SPTestVAE", channels=16, stride=8, seed=3),
+            width=setting.width,
+            height=setting.height,
+            length=setting.length,
+            batch_size=1,
+            **{picture: builder.add("EmptyImage", width=64, height=48, batch_size=1, color=0x808080)},
+            **more,
+        )
+        return [node_id, outputs[0]], [node_id, outputs[1]]
+
+    return arrange
+
+
 def texts(width: int, **positive: int) -> dict[str, Text]:
     return {"positive": Text(width=width, **positive), "negative": Text(seed=12, tokens=5, width=width)}
 
@@ -85,6 +115,7 @@ _LTX23 = Setting(
     arrange=with_audio, **texts(192, tokens=8, valid=6),
 )  # fmt: skip
 _KREA2 = Setting(checkpoint=KREA2, picture=True, width=112, height=80, cfg=4.0, **texts(240))
+_WAN = Setting(checkpoint=WAN, length=9, **texts(4096))
 _VACE = Setting(checkpoint=WAN_VACE, cfg=4.0, length=9, width=80, arrange=with_control_video, **texts(4096))
 CASES = {
     "h3": _H3,
@@ -93,6 +124,10 @@ CASES = {
     "krea_2_reference": replace(_KREA2, arrange=with_picture),
     "z_image": Setting(checkpoint=Z_IMAGE, picture=True, width=112, height=144, cfg=4.0, **texts(48, tokens=19)),
     "wan_vace": _VACE,
+    "wan_phantom": replace(_WAN, arrange=by_wan_node("WanPhantomSubjectToVideo", "images", (0, 3))),
+    "flux_control_net": Setting(checkpoint=FLUX, picture=True, cfg=4.0, arrange=with_control_net),
+    "hunyuan_control_net": Setting(arrange=with_control_net),
+    "qwen_control_net": Setting(checkpoint=QWEN_IMAGE, picture=True, width=72, arrange=with_control_net),
 }
 EASY_CACHE = model_node("EasyCache", reuse_threshold=3.0, start_percent=0.0, end_percent=1.0, verbose=False)
 
@@ -122,8 +157,27 @@ def test_these_cases_show_their_conditioning(reference: Reference) -> None:
         "wan_vace": {"arrange": None},
         "ltx_2.3": {"positive": Text(seed=13, width=192)},
         "h3": {"positive": Text(seed=13, width=48)},
+        "wan_phantom": {"arrange": None},
+        "flux_control_net": {"arrange": None},
+        "hunyuan_control_net": {"arrange": None},
+        "qwen_control_net": {"arrange": None},
     }.items():
         assert relative_difference(reference(CASES[name]), reference(replace(CASES[name], **changes))) > 1e-3, name
+
+
+@pytest.mark.parametrize(
+    "arrange",
+    [
+        by_wan_node("WanVaceToVideo", "control_video", (0, 2), strength=1.0),
+        by_wan_node("WanCameraImageToVideo", "start_image", (0, 2)),
+        by_wan_node("WanHuMoImageToVideo", "ref_image", (0, 2)),
+    ],
+    ids=["vace", "camera", "reference"],
+)
+def test_inputs_that_the_native_model_ignores_change_nothing(server: ComfyServer, arrange: Arrange) -> None:
+    """A text-to-video model does not read them."""
+    setting = replace(_WAN, arrange=arrange)
+    assert relative_difference(sample(server, setting, TWO), sample(server, setting)) <= TOLERANCE
 
 
 def test_easy_cache_skips_the_same_steps(server: ComfyServer, reference: Reference) -> None:
@@ -154,7 +208,7 @@ def test_first_block_cache_skips_and_tells(server: ComfyServer) -> None:
     assert relative_difference(latents[1], latents[0]) <= TOLERANCE
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", [name for name in CASES if not name.endswith("control_net")])
 def test_sampler_sp_samples_in_the_workers(server: ComfyServer, reference: Reference, name: str) -> None:
     """Also where the latent has several parts."""
     start = server.mark()
@@ -169,6 +223,39 @@ def test_cond_and_uncond_side_by_side(server: ComfyServer, reference: Reference,
     """They have prompts of unequal lengths."""
     latent = sample(server, replace(CASES[name], chain=chain), CFG)
     assert relative_difference(latent, reference(CASES[name])) <= TOLERANCE
+
+
+_PIXART = Setting(
+    checkpoint=PIXART,
+    width=512,
+    height=384,
+    empty_picture="EmptyLatentImage",
+    picture=True,
+    cfg=4.0,
+    batch=3,
+    **texts(4096),
+)
+
+
+@pytest.mark.parametrize("swapped", [TWO, DP, Swapped("cpu,cpu,cpu,cpu")], ids=["auto", "dp", "four"])
+def test_a_class_without_a_plan_runs_its_prompts_and_samples_side_by_side(
+    server: ComfyServer, reference: Reference, swapped: Swapped
+) -> None:
+    start = server.mark()
+    assert relative_difference(sample(server, _PIXART, swapped), reference(_PIXART)) <= TOLERANCE
+    assert "PixArtMS has no split plan: only prompts and samples of a batch run" in told_by_sampler(server, start)
+
+
+@pytest.mark.parametrize(
+    ("swapped", "knob"),
+    [
+        (Swapped("cpu,cpu", ulysses_degree=2), "ulysses_degree is 2"),
+        (Swapped("cpu,cpu", ring_degree=2), "ring_degree is 2"),
+        (Swapped("cpu,cpu", weights="offload"), "weights is 'offload'"),
+    ],
+)
+def test_what_needs_a_plan_is_refused_by_name_without_one(server: ComfyServer, swapped: Swapped, knob: str) -> None:
+    refused(server, _PIXART, swapped, [knob, "PixArtMS has no split plan"])
 
 
 def test_a_batch_side_by_side(server: ComfyServer, reference: Reference) -> None:

@@ -274,7 +274,7 @@ def test_same_wan_latent_from_two_models_in_turn(server: ComfyServer) -> None:
             outputs = server.run(two_stage_graph(WAN_22_I2V, WAN_I2V, setting, Swapped(weights=weights)))
             if setting is case:
                 assert relative_difference(read_latent(server, outputs), expected) <= TOLERANCE
-        assert server.log()[mark:].count("safetensors: wan, weights ") == 2
+        assert server.log()[mark:].count("safetensors: WanModel, weights ") == 2
 
 
 def test_wan_cases_show_the_first_frame(reference: Reference) -> None:

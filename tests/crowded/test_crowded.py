@@ -1,4 +1,4 @@
-"""Environments with what popular packs install: every family steps in them, and ComfyUI starts with the pack.
+"""Environments with what popular packs install: diffusers' classes step in them, and ComfyUI starts with the pack.
 
 `make crowded` prepares them; CROWDED_PYTHON names others, as paths of interpreters with colons between.
 """
@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from parallel.adapters.registry import FAMILIES
+from parallel.plans.diffusers import PLANS
 from tests.comfyui.fixtures import PACKS, installation, model_files, require_pack  # noqa: F401
 from tests.comfyui.graphs import Setting, Swapped
 from tests.comfyui.installation import Installation, _missing_modules
@@ -60,11 +60,11 @@ def python(request: pytest.FixtureRequest) -> str:
     return request.param
 
 
-def test_every_family_loads_and_steps(python: str) -> None:
-    command = [python, "-m", "tests.crowded.every_family"]
+def test_every_network_loads_and_steps_as_its_own_class_does(python: str) -> None:
+    command = [python, "-m", "tests.crowded.every_network"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    results = [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"family"')]
-    assert {result["family"]: result["error"] for result in results} == dict.fromkeys(FAMILIES), done.stderr[-4000:]
+    results = [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"network"')]
+    assert {result["network"]: result["error"] for result in results} == dict.fromkeys(PLANS), done.stderr[-4000:]
 
 
 @pytest.fixture(scope="module")

@@ -81,8 +81,6 @@ class Result:
     gradient_error: float | None
     """The same of the gradients of q, k and v; None of a ring on CUDA, which has none."""
     shape: tuple[int, ...]
-    worked: bool
-    """Whether the work that may run during the exchange did run, once."""
     collectives: list[str]
     bytes_to_others: int
     least: int
@@ -157,9 +155,8 @@ def run_case(case: Case, rank: int, groups: Groups, device: torch.device) -> Res
     mine = slice(*case.plan.token_ranges[rank])
     traffic, spy = Traffic(on_cuda=device.type == "cuda"), Spy(rank % (case.world // case.ring))
     attention = joint_attention(case.plan, rank, *groups.of(rank), Sdpa(), case.pipeline, traffic)
-    work: list[int] = []
     with torch.no_grad(), spy.watch():
-        out, _ = attention.with_work(q[:, mine], k[:, mine], v[:, mine], lambda: work.append(1))
+        out = attention(q[:, mine], k[:, mine], v[:, mine])
     reported = (traffic.collectives, traffic.bytes_sent)
 
     whole_inputs = [x.requires_grad_() for x in (q, k, v)]
@@ -176,7 +173,6 @@ def run_case(case: Case, rank: int, groups: Groups, device: torch.device) -> Res
         error=_error(out, whole[:, mine]),
         gradient_error=gradient_error,
         shape=tuple(out.shape),
-        worked=work == [1],
         collectives=spy.collectives,
         bytes_to_others=spy.bytes_to_others,
         least=spy.least,

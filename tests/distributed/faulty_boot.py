@@ -100,9 +100,9 @@ def put_in(fault: Fault, engine: str) -> None:
     before(import_module(f"{engine}.attention.common_memory").CommonMemoryExchange, "publish", "exchange")
     before(import_module(f"{engine}.attention.exchange").CollectiveExchange, "transfer", "exchange")
     before(import_module(f"{engine}.attention.ring").RingAttention, "exchange", "exchange")
-    before(import_module(f"{engine}.worker.resident").ResidentModel, "set_parameter", "parameter")
+    before(import_module(f"{engine}.worker.packed").Weight, "install", "parameter")
+    before(import_module(f"{engine}.worker.benchmarks").Benchmarks, "_echo", "echo")
     worker = import_module(f"{engine}.worker.loop").Worker
-    before(worker, "_echo", "echo")
     recover = worker._recover
 
     def hanging(*args: Any) -> Any:

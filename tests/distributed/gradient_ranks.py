@@ -1,6 +1,7 @@
-"""One rank of the gradient tests, started as `python -m tests.distributed.gradient_ranks RANK WORLD STORE RESULTS`.
+"""One rank of the gradient tests: `python -m tests.distributed.gradient_ranks RANK WORLD STORE RESULTS FOLDER`.
 
-Each case differentiates a whole tiny HunyuanVideo: split over the ranks, and alone on every rank as the reference.
+Each case differentiates a whole tiny HunyuanVideo: split over the ranks by `parallelize`, and alone on every rank as
+the reference.
 """
 
 from __future__ import annotations
@@ -10,27 +11,23 @@ import sys
 import weakref
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.checkpoint import checkpoint
 
-from parallel.adapters import two_stream
-from parallel.adapters.base import StepContext
-from parallel.attention.kernels import Sdpa
-from parallel.degrees import Degrees
-from parallel.mesh import Mesh
-from parallel.wire.control import ControlPage
-from parallel.worker.ranks import ParallelContext, Ranks, SoloContext
-from parallel.worker.resident import ResidentModel
+from parallel.diffusers.folder import transformer_class
+from parallel.parallelize import AXES, parallelize
+from parallel.split import Split
 from tests.distributed.devices import meet
-from tests.distributed.tiny_models import Inputs, on
+from tests.distributed.tiny_models import HUNYUAN, Inputs, arguments, on
+
+DIFFERENTIATED = ("hidden_states", "encoder_hidden_states", "pooled_projections")
+"""Inputs, beside the weights."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +42,6 @@ class Case:
 
 
 CASES = [
-    Case(name="ulysses", inputs=Inputs(valid=(5,))),
     Case(name="ulysses, odd tokens", inputs=Inputs(frames=3, height=10, width=6, text=7, valid=(5,))),
     Case(name="ulysses, checkpointed", inputs=Inputs(valid=(5,)), checkpointed=True),
     Case(name="ring or hybrid", inputs=Inputs(frames=3, height=10, width=6, valid=(7,)), ring=2),
@@ -65,7 +61,7 @@ _NOTHING = 1e-3
 class Result:
     case: str
     errors: dict[str, float]
-    """Relative difference of the gradient of each input and weight, summed over the ranks, from one rank alone."""
+    """Relative difference of the gradient of each input and weight, averaged over the ranks, from one rank alone."""
 
 
 class Peak(TorchDispatchMode):
@@ -100,12 +96,12 @@ class Peak(TorchDispatchMode):
         self._now -= self._sizes.pop(key)
 
 
-def differentiate(model: ResidentModel, inputs: Inputs, context: StepContext) -> dict[str, Tensor]:
-    """Gradients of a weighted sum of this rank's part of the prediction."""
-    leaves = _leaves(model, inputs)
-    out = _forward(model, leaves, inputs, context)
-    direction = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(out.device)
-    targets = {name: leaf for name, leaf in leaves.items() if leaf.requires_grad} | dict(model.model.named_parameters())
+def differentiate(model: Any, inputs: Inputs, device: torch.device) -> dict[str, Tensor]:
+    """Gradients of a weighted sum of the prediction."""
+    given = _given(inputs, device)
+    out = model(**given)[0]
+    direction = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(device)
+    targets = {name: given[name] for name in DIFFERENTIATED} | dict(model.named_parameters())
     gradients = torch.autograd.grad((out * direction).sum(), list(targets.values()), allow_unused=True)
     return {
         name: torch.zeros_like(target) if gradient is None else gradient
@@ -113,72 +109,60 @@ def differentiate(model: ResidentModel, inputs: Inputs, context: StepContext) ->
     }
 
 
-def _leaves(model: ResidentModel, inputs: Inputs) -> dict[str, Tensor]:
-    x, timestep, conditioning = on(model.device, inputs)
-    leaves = {"x": x, **conditioning}
-    for name in ("x", "context", "y"):
-        leaves[name].requires_grad_()
-    return {**leaves, "timestep": timestep}
-
-
-def _forward(model: ResidentModel, leaves: dict[str, Tensor], inputs: Inputs, context: StepContext) -> Tensor:
-    conditioning = {name: tensor for name, tensor in leaves.items() if name not in ("x", "timestep")}
-    out = torch.zeros_like(leaves["x"])
-    prepared = model.adapter.prepare(conditioning)
-    model.adapter.step(model.model, leaves["x"], leaves["timestep"], prepared, out, context)
-    return out
-
-
-def run_case(case: Case, model: ResidentModel, rank: int, world: int) -> Result:
-    context = _context(case.weights[:world] or (1.0,) * world, case.ring, model.device)
-    with pytest.MonkeyPatch.context() as patch:
-        if case.checkpointed:
-            for name in ("_dual_stream_block", "_single_stream_block"):
-                block = partial(checkpoint, getattr(two_stream, name), use_reentrant=False)
-                patch.setattr(two_stream, name, block)
-        gradients = differentiate(model, case.inputs, context)
-    for gradient in gradients.values():
-        dist.all_reduce(gradient)
-    expected = differentiate(model, case.inputs, SoloContext(Sdpa()))
+def run_case(case: Case, model: Any, device: torch.device) -> Result:
+    expected = differentiate(model, case.inputs, device)
+    if case.checkpointed:
+        model.enable_gradient_checkpointing()
+    split = _split(model, case.weights, case.ring, device)
+    gradients = differentiate(model, case.inputs, device)
+    split.remove()
+    model.disable_gradient_checkpointing()
     largest = max(right.abs().max().item() for right in expected.values())
     errors = {}
     for name, right in expected.items():
+        dist.all_reduce(gradients[name])
+        averaged = gradients[name] / dist.get_world_size()
         scale = max(right.abs().max().item(), _NOTHING * largest)
-        errors[name] = (gradients[name] - right).abs().max().item() / scale
+        errors[name] = (averaged - right).abs().max().item() / scale
     return Result(case.name, errors)
 
 
-def activation_peaks(model: ResidentModel, world: int) -> tuple[int, int]:
+def activation_peaks(model: Any, device: torch.device) -> tuple[int, int]:
     """Of a forward pass with gradients: split, and alone."""
-    peaks = []
-    for context in (_context((1.0,) * world, 1, model.device), SoloContext(Sdpa())):
-        leaves = _leaves(model, LARGE)
-        with Peak(model.model.parameters()) as peak:
-            out = _forward(model, leaves, LARGE, context)
-        assert out.requires_grad
-        peaks.append(peak.bytes)
-        del out
-    return peaks[0], peaks[1]
+    split = _split(model, (), 1, device)
+    peak = _peak(model, device)
+    split.remove()
+    return peak, _peak(model, device)
 
 
-def _context(weights: tuple[float, ...], ring: int, device: torch.device) -> ParallelContext:
-    degrees = Degrees(ring=ring, ulysses=len(weights) // ring)
-    ranks = Ranks(weights, device, Sdpa())
-    control = ControlPage.create()
-    control.reset(len(weights))
-    return ParallelContext(ranks, Mesh.build(degrees), control)
+def _peak(model: Any, device: torch.device) -> int:
+    given = _given(LARGE, device)
+    with Peak(model.parameters()) as peak:
+        out = model(**given)[0]
+    assert out.requires_grad
+    return peak.bytes
 
 
-def main(rank: int, world: int, store: str, results: str, checkpoint_path: str) -> None:
+def _given(inputs: Inputs, device: torch.device) -> dict[str, Any]:
+    given = arguments(on(device, inputs.make()))
+    for name in DIFFERENTIATED:
+        given[name].requires_grad_()
+    return given
+
+
+def _split(model: Any, weights: tuple[float, ...], ring: int, device: torch.device) -> Split:
+    world = dist.get_world_size()
+    mesh = init_device_mesh(device.type, (ring, world // ring), mesh_dim_names=AXES)
+    return parallelize(model, mesh, weights=weights[:world] or None)
+
+
+def main(rank: int, world: int, store: str, results: str, folder: str) -> None:
     device = meet(rank, world, store)
-    recipe = {"path": checkpoint_path, "weight_dtype": "float32", "compute_dtype": "float32"}
-    model = ResidentModel(recipe, device, lambda done, total: None)
-    model.model.requires_grad_(True)
+    model = transformer_class(HUNYUAN).from_pretrained(folder).to(device)
+    cases = [case for case in CASES if case.ring == 1 or device.type == "cpu"]
     answer = {
-        "gradients": [
-            asdict(run_case(case, model, rank, world)) for case in CASES if case.ring == 1 or device.type == "cpu"
-        ],
-        "peaks": activation_peaks(model, world),
+        "gradients": [asdict(run_case(case, model, device)) for case in cases],
+        "peaks": activation_peaks(model, device),
     }
     Path(results).write_text(json.dumps(answer))
     dist.barrier()

@@ -1,4 +1,4 @@
-"""One rank of the property tests: `python -m tests.distributed.property_ranks RANK WORLD STORE FAMILY=CHECKPOINT …`.
+"""One rank of the property tests: `python -m tests.distributed.property_ranks RANK WORLD STORE NETWORK=FOLDER …`.
 
 Reads cases from its standard input, one JSON object a line, and answers each with a line: how far this rank's part of
 every sample is from the whole sample on one device, for one attention or for a whole model.
@@ -10,6 +10,7 @@ import json
 import math
 import sys
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,11 +24,12 @@ from parallel.attention.traffic import Traffic
 from parallel.degrees import Degrees
 from parallel.mesh import Mesh
 from parallel.plan import SequencePlan, share_of
+from parallel.split import SequenceRanks
 from parallel.wire.control import ControlPage
-from parallel.worker.ranks import ParallelContext, Ranks, SoloContext
-from parallel.worker.resident import ResidentModel
+from parallel.worker.ranks import ParallelContext, Ranks
+from parallel.worker.split_network import SplitNetwork
 from tests.distributed.devices import meet
-from tests.distributed.tiny_models import Inputs, on
+from tests.distributed.tiny_models import Inputs, on, recipe_of
 
 HEAD_DIM = 16
 
@@ -71,8 +73,8 @@ class ModelCase:
     """One step of a tiny model, in fp32."""
 
     plan: Plan
-    family: str
-    inputs: Inputs
+    inputs: dict[str, Any]
+    """Of `Inputs`."""
 
 
 @dataclass(frozen=True)
@@ -143,24 +145,29 @@ def _collectives(plan: SequencePlan, rank: int, pipeline: int) -> int:
     return chunks * (hops + (2 if plan.ulysses_degree > 1 else 0))
 
 
-def run_model(case: ModelCase, ranks: Ranks, model: ResidentModel, control: ControlPage) -> float:
+def run_model(case: ModelCase, ranks: Ranks, network: SplitNetwork, control: ControlPage) -> float:
     """Relative error of what this rank has written."""
-    x, timestep, conditioning = on(ranks.device, case.inputs)
+    request = on(ranks.device, Inputs(**case.inputs).make())
     mesh = ranks.mesh(case.plan.degrees)
     ranks.weights = case.plan.weights
-    (rows,) = share_of([len(x)], mesh.group, mesh.degrees.groups)
+    (rows,) = share_of([len(request.x)], mesh.group, mesh.degrees.groups)
     if rows.start == rows.stop:
         return 0.0
-    mine = {name: t[rows] if len(t) == len(x) else t for name, t in conditioning.items()}
+    for name, tensor in request.conditioning.items():
+        network.put_conditioning(name, tensor)
     untouched = 2.0**20
-    split = torch.full_like(x[rows], untouched)
+    split = torch.full_like(request.x, untouched)
     alone = torch.empty_like(split)
     context = ParallelContext(ranks, mesh, control)
-    model.adapter.step(model.model, x[rows], timestep[rows], model.adapter.prepare(mine), split, context)
-    solo = SoloContext(ranks.kernel)
-    model.adapter.step(model.model, x[rows], timestep[rows], model.adapter.prepare(mine), alone, solo)
+    for out, sequence in (
+        (split, ranks.sequence(mesh, context, network.attention, "step")),
+        (alone, SequenceRanks((1.0,))),
+    ):
+        held = {name: name for name in request.conditioning}
+        message = request.message(request.x, request.timestep, out, held)  # no places: the tensors themselves
+        network.step(message, rows, lambda tensor: tensor, sequence)
     written = split != untouched
-    return ((split - alone)[written].abs().max() / alone.abs().max()).item() if written.any() else 0.0
+    return ((split - alone)[written].abs().max() / alone[rows].abs().max()).item() if written.any() else 0.0
 
 
 def _masked(q: Tensor, k: Tensor, v: Tensor, keep: Tensor) -> Tensor:
@@ -173,7 +180,7 @@ def _plan(fields: dict[str, Any]) -> Plan:
     return Plan(**{**fields, "weights": tuple(fields["weights"])})
 
 
-def main(rank: int, world: int, store: str, checkpoints: list[str]) -> None:
+def main(rank: int, world: int, store: str, folders: list[str]) -> None:
     device = meet(rank, world, store, timeout_s=30)
     with open(f"{store}.memory", "a+b") as file:
         memory = CommonMemory(file.fileno(), rank, world) if device.type == "cpu" and CommonMemory.supported() else None
@@ -181,21 +188,18 @@ def main(rank: int, world: int, store: str, checkpoints: list[str]) -> None:
     variants = {False: Ranks(equal, device, kernel), True: Ranks(equal, device, kernel, memory)}
     control = ControlPage.create()
     control.reset(world)
-    models: dict[str, ResidentModel] = {}
-    for family, _, path in (entry.partition("=") for entry in checkpoints):
-        recipe = {"path": path, "weight_dtype": "float32", "compute_dtype": "float32"}
-        models[family] = ResidentModel(recipe, device, lambda done, total: None)
+    networks = {
+        name: SplitNetwork(recipe_of(Path(path), "cpu").to_json(), device, lambda done, total: None)
+        for name, _, path in (entry.partition("=") for entry in folders)
+    }
     with torch.no_grad():
         for line in sys.stdin:
             fields: dict[str, Any] = json.loads(line)
             plan = _plan(fields.pop("plan"))
             ranks = variants[plan.common]
-            if "family" in fields:
-                inputs = fields["inputs"]
-                valid = inputs["valid"]
-                inputs = Inputs(**{**inputs, "valid": tuple(valid) if valid is not None else None})
-                case = ModelCase(plan=plan, family=fields["family"], inputs=inputs)
-                answer: Any = run_model(case, ranks, models[case.family], control)
+            if "inputs" in fields:
+                case = ModelCase(plan=plan, inputs=fields["inputs"])
+                answer: Any = run_model(case, ranks, networks[case.inputs["network"]], control)
             else:
                 samples = run_case(Case(plan=plan, **{**fields, "valid": tuple(fields["valid"])}), ranks)
                 answer = [asdict(sample) for sample in samples]

@@ -1,4 +1,5 @@
-"""Stands in for `worker/boot.py`: a worker whose `echo` says what has become of the packages that diffusers imports."""
+"""Stands in for `worker/boot.py`: a worker that says what has become of the packages that diffusers imports, when it is
+asked to forget a cache."""
 
 from __future__ import annotations
 
@@ -14,18 +15,18 @@ ENTERED = time.monotonic()
 BOOT = Path(__file__).parents[2] / "parallel" / "worker" / "boot.py"
 
 
-def facts(model: Any) -> dict[str, Any]:
-    """Of this process, in which `model` (a diffusers model) has been loaded."""
+def facts(network: Any) -> dict[str, Any]:
+    """Of this process, in which `network`, one of diffusers, has been loaded."""
     hidden = sorted(name for name, module in sys.modules.items() if module is None)
     import peft
     import transformers
 
-    model.add_adapter(peft.LoraConfig(r=1, target_modules=["to_q"]))
+    network.add_adapter(peft.LoraConfig(r=1, target_modules=["to_q"]))
     return {
         "hidden": hidden,
         "transformers": transformers.__version__,
         "pretrained": transformers.PreTrainedModel.__mro__[-1] is object,
-        "lora": [name for name, _ in model.named_parameters() if "lora_A" in name],
+        "lora": [name for name, _ in network.named_parameters() if "lora_A" in name],
     }
 
 
@@ -35,12 +36,10 @@ if __name__ == "__main__":
     boot = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(boot)
     boot.import_engine()
-    loop = importlib.import_module(f"{boot.ENGINE}.worker.loop")
+    models = importlib.import_module(f"{boot.ENGINE}.worker.models").Models
 
-    class Reporting(loop.Worker):
-        def _echo(self, message: dict[str, Any]) -> dict[str, Any]:
-            (resident,) = self._models.values()
-            return facts(resident.model)
+    def told(self: Any, message: Any) -> dict[str, Any]:
+        return facts(self.of(message.model)._network)
 
-    loop.Worker = Reporting
-    loop.main(json.loads(sys.argv[1]), ENTERED)
+    models._forget_cache = told
+    importlib.import_module(f"{boot.ENGINE}.worker.loop").main(json.loads(sys.argv[1]), ENTERED)

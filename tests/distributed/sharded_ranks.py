@@ -1,6 +1,6 @@
 """One rank of a world that shares out a model's weights: how many blocks it has at a time, and what comes out.
 
-python -m tests.distributed.sharded_ranks RANK WORLD STORE RESULTS CHECKPOINT
+python -m tests.distributed.sharded_ranks RANK WORLD STORE RESULTS FOLDER
 """
 
 from __future__ import annotations
@@ -13,78 +13,69 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
+from torch import Tensor
 
-from parallel.adapters.base import StepContext
-from parallel.attention.kernels import Sdpa
+from parallel.split import SequenceRanks
+from parallel.split.blocks import planned_blocks
 from parallel.worker.homes import MakeHome, Replicated
-from parallel.worker.ranks import SoloContext
-from parallel.worker.resident import ResidentModel
 from parallel.worker.sharded import Sharded
+from parallel.worker.split_network import SplitNetwork
 from tests.distributed.devices import meet
-from tests.distributed.tiny_models import Inputs, on
+from tests.distributed.tiny_models import Inputs, arguments, on, recipe_of
 
 INPUTS = Inputs(frames=3, height=10, width=6, valid=(5,))
 
 
-class Watched(SoloContext):
-    """Every rank computes the whole sequence, and counts the blocks that it has before each block.
+class Watched:
+    """A network whose ranks share a sequence, and its blocks."""
 
-    Args:
-        stop_before: block before which a step ends, as a cancelled one does.
-    """
+    def __init__(self, path: str, device: torch.device, rank: int, world: int, home: MakeHome):
+        recipe = recipe_of(Path(path), "cpu").to_json()
+        self.network = SplitNetwork(recipe, device, lambda done, total: None, home)
+        self._blocks = planned_blocks(self.network._network, self.network._plan)
+        self._ranks = SequenceRanks((1.0,) * world, rank, ulysses=dist.group.WORLD)
+        self._request = on(device, INPUTS.make())
 
-    def __init__(self, blocks: list[nn.Module], stop_before: int | None = None):
-        super().__init__(Sdpa())
-        self._blocks, self._stop_before = blocks, stop_before
-        self.counts: list[int] = []
+    def step(self, stop_before: int | None = None) -> tuple[Tensor, list[int]]:
+        """The prediction, and how many blocks this rank had before each block.
 
-    def enter_block(self, plan: Any) -> None:
-        self.counts.append(count_whole(self._blocks))
-        if self._stop_before is not None and len(self.counts) > self._stop_before:
-            raise InterruptedError
+        Args:
+            stop_before: block before which the step ends, as a cancelled one does.
+        """
+        counts: list[int] = []
 
+        def enter_block() -> None:
+            counts.append(self.whole)
+            if stop_before is not None and len(counts) > stop_before:
+                raise InterruptedError
 
-def count_whole(blocks: list[nn.Module]) -> int:
-    return sum(not isinstance(next(block.parameters()), DTensor) for block in blocks)
+        self._ranks.enter_block = enter_block
+        given = {"args": [], "named": arguments(self._request)}
+        return self.network._run("forward", given, self._ranks)[0], counts
 
-
-def step(model: ResidentModel, context: StepContext) -> Tensor:
-    x, timestep, conditioning = on(model.device, INPUTS)
-    out = torch.empty_like(x)
-    prepared = model.adapter.prepare(conditioning)
-    with torch.no_grad(), model.home.in_use():
-        model.adapter.step(model.model, x, timestep, prepared, out, context)
-    return out
-
-
-def blocks_of(model: ResidentModel) -> list[nn.Module]:
-    lists: Any = model.model
-    return [*lists.transformer_blocks._modules.values(), *lists.single_transformer_blocks._modules.values()]
+    @property
+    def whole(self) -> int:
+        """Blocks whose weights are here."""
+        return sum(not any(parameter.is_meta for parameter in block.parameters()) for block in self._blocks)
 
 
+@torch.no_grad()
 def main(rank: int, world: int, store: str, results: str, path: str) -> None:
     device = meet(rank, world, store)
-
-    def load(home: MakeHome) -> ResidentModel:
-        recipe = {"path": path, "weight_dtype": "float32", "compute_dtype": "float32"}
-        return ResidentModel(recipe, device, lambda done, total: None, home)
-
-    expected = step(load(Replicated), SoloContext(Sdpa()))
+    watched = partial(Watched, path, device, rank, world)
+    expected, _ = watched(Replicated).step()
     answers = []
     for ahead in (False, True):
-        model = load(partial(Sharded, group=dist.group.WORLD, ahead=ahead))
-        blocks = blocks_of(model)
-        whole = Watched(blocks)
-        answer: dict[str, Any] = {"equal": [torch.equal(step(model, whole), expected)], "counts": whole.counts}
+        model = watched(partial(Sharded, group=dist.group.WORLD, ahead=ahead))
+        actual, counts = model.step()
+        answer: dict[str, Any] = {"equal": [torch.equal(actual, expected)], "counts": counts, "left": []}
         for stop_before in (0, 2):
             try:
-                step(model, Watched(blocks, stop_before))
+                model.step(stop_before)
             except InterruptedError:
-                answer.setdefault("left", []).append(count_whole(blocks))
-        answer["equal"].append(torch.equal(step(model, SoloContext(Sdpa())), expected))
-        answer["after"] = count_whole(blocks)
+                answer["left"].append(model.whole)
+        answer["equal"].append(torch.equal(model.step()[0], expected))
+        answer["after"] = model.whole
         answers.append(answer)
     Path(results).write_text(json.dumps(answers))
     dist.barrier()

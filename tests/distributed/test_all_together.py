@@ -1,30 +1,22 @@
-"""Everything at once: any plan with a cache, FP8 weights, compiled blocks and a LoRA, in every combination."""
+"""Everything at once: any plan with a cache, FP8 weights and replaced weights, in every combination."""
 
 from __future__ import annotations
 
 import itertools
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import pytest
 from torch import Tensor
 
 from parallel.cache.settings import FirstBlockCacheSettings
-from parallel.compilation.folder import VARIABLE
-from parallel.compilation.settings import CompileSettings
-from parallel.config import SequenceParallelConfig, resolve
+from parallel.diffusers.tensors import mapped
 from parallel.host.cached_sampling import CachedSampling
-from parallel.host.compiled_sampling import CompiledSampling
-from parallel.host.group import WorkerGroup
 from parallel.host.remote_model import RemoteModel
-from parallel.host.step_request import StepRequest
 from parallel.quantise.settings import FP8Settings
-from tests.distributed.devices import kind, on_ranks
-from tests.distributed.test_weights import change
-from tests.distributed.tiny_models import TinyModels, WanInputs, recipe_of, relative_difference
+from parallel.sampling.step_request import StepRequest
+from tests.distributed.devices import kind
+from tests.distributed.tiny_models import WAN, Inputs, StartGroup, TinyModels, recipe_of, relative_difference
 
 PLANS: dict[str, dict[str, dict[str, Any]]] = {
     "cpu,cpu": {
@@ -37,7 +29,7 @@ PLANS: dict[str, dict[str, dict[str, Any]]] = {
     "cpu,cpu,cpu,cpu": {"cfg_and_ulysses": {"cfg_degree": 2, "ulysses_degree": 2}},
 }
 """Devices → plans, each of `SequenceParallelConfig`."""
-PATCHED = ("blocks.0.self_attn.q.weight", "blocks.1.ffn.2.weight", "head.head.weight")
+PATCHED = ("blocks.0.attn1.to_q.weight", "blocks.1.ffn.net.2.weight", "proj_out.weight")
 STEPS, HITS = 3, [0, 2, 2]
 """Hits of cond and uncond at each step: the first one has nothing to remember."""
 TOLERANCE = kind().reference
@@ -49,16 +41,11 @@ class Choice(NamedTuple):
 
     cache: bool
     fp8: bool
-    compiled: bool
     lora: bool
 
 
-CHOICES = sorted((Choice(*chosen) for chosen in itertools.product((False, True), repeat=4)), key=lambda c: c.fp8)
+CHOICES = sorted((Choice(*chosen) for chosen in itertools.product((False, True), repeat=3)), key=lambda c: c.fp8)
 """Those in FP8 together: it is a reason to load the model anew."""
-
-
-UNCOMPILED = [choice for choice in CHOICES if not choice.compiled]
-EVERYTHING = Choice(cache=True, fp8=True, compiled=True, lora=True)
 
 
 class Run(NamedTuple):
@@ -66,64 +53,48 @@ class Run(NamedTuple):
 
     results: list[list[Tensor]]
     hits: list[int]
-    compiled: CompiledSampling | None
 
 
 def requests(step: int) -> list[StepRequest]:
     """cond and uncond, the latent and the timestep moving."""
-    x, timestep, conditioning = WanInputs(frames=3, height=9, width=7).make()
-    negative = {name: tensor * 0.5 for name, tensor in conditioning.items()}
-    x, timestep = x * (1 - 0.05 * step), timestep - 100 * step
-    return [StepRequest(x, timestep, conditioning, "cond"), StepRequest(x, timestep, negative, "uncond")]
+    made = Inputs(WAN, frames=3, height=10, width=6).make("cond")
+    made = replace(made, x=made.x * (1 - 0.05 * step), timestep=made.timestep - 100 * step)
+    negative = {name: tensor * 0.5 for name, tensor in made.conditioning.items()}
+    return [made, replace(made, conditioning=negative, label="uncond")]
 
 
 def sample(model: RemoteModel, choice: Choice) -> Run:
-    model.ensure_loaded(fp8=FP8Settings(scheme="weight_only") if choice.fp8 else None)
-    model.replace_weights("lora" if choice.lora else None, PATCHED if choice.lora else (), change)
+    model.weights.ensure_loaded(fp8=FP8Settings(scheme="weight_only") if choice.fp8 else None)
+    tensors = mapped(model.recipe.path)
+    patched = PATCHED if choice.lora else ()
+    model.weights.replace("lora" if choice.lora else None, patched, lambda name: 0.1 - tensors[name])
     cache = CachedSampling(FirstBlockCacheSettings(residual_diff_threshold=10.0)) if choice.cache else None
-    compiled = CompiledSampling(CompileSettings()) if choice.compiled else None
     results, hits = [], []
     for step in range(STEPS):
-        results.append(model.steps(requests(step), conditions=2, cache=cache, compiled=compiled))
+        results.append(model.steps(requests(step), conditions=2, cache=cache))
         if cache is not None:
             ranks = model.degrees(2).sp  # those of one group count alike
             hits.append(sum(told["cache"]["hits"] for told in model.last_step[::ranks]))
-    return Run(results, hits, compiled)
-
-
-@contextmanager
-def workers(folder: Path, devices: str) -> Iterator[WorkerGroup]:
-    """A group that keeps compiled code in `folder`."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv(VARIABLE, str(folder))
-        group = WorkerGroup(resolve(SequenceParallelConfig(devices=on_ranks(devices))), threads=1)
-        group.start()
-    try:
-        yield group
-    finally:
-        group.stop()
+    return Run(results, hits)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 @pytest.mark.extended
 @pytest.mark.parametrize("devices", PLANS)
-@pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler (g++)")
-def test_every_combination_gives_what_one_process_gives(tiny_models: TinyModels, tmp_path: Path, devices: str):
-    path = tiny_models.path("wan", context_dim=64, depth=2)
-    with workers(tmp_path, "cpu") as group:
-        alone = RemoteModel(recipe_of(path, "cpu"), group=group)
-        expected = {choice: sample(alone, choice) for choice in UNCOMPILED}
+def test_every_combination_gives_what_one_process_gives(start_group: StartGroup, tiny_models: TinyModels, devices: str):
+    path = tiny_models.path(WAN)
+    alone = RemoteModel(recipe_of(path, "cpu"), group=start_group("cpu"))
+    expected = {choice: sample(alone, choice) for choice in CHOICES}
+    alone.weights.unload()
     uncached = [run.results[-1][0] for choice, run in expected.items() if not choice.cache]
     for first, second in itertools.combinations(uncached, 2):
         assert relative_difference(first, second) > 10 * TOLERANCE, "FP8 or the LoRA does nothing"
-    with workers(tmp_path, devices) as group:
-        for plan, degrees in PLANS[devices].items():
-            model = RemoteModel(recipe_of(path, devices, **degrees), group=group)
-            # Compiling takes longest: all combinations with it for one plan, the fullest one for the others.
-            for choice in CHOICES if plan == "ulysses" else [*UNCOMPILED, EVERYTHING]:
-                check(sample(model, choice), expected[choice._replace(compiled=False)], f"{plan}, {choice}")
-            model.unload()
+    for plan, degrees in PLANS[devices].items():
+        model = RemoteModel(recipe_of(path, devices, **degrees), group=start_group(devices))
+        for choice in CHOICES:
+            check(sample(model, choice), expected[choice], f"{plan}, {choice}")
+        model.weights.unload()
 
 
 def check(run: Run, reference: Run, case: str) -> None:
@@ -133,6 +104,3 @@ def check(run: Run, reference: Run, case: str) -> None:
     assert run.hits == reference.hits, case
     if run.hits:
         assert run.hits == HITS, case
-    if run.compiled is not None:
-        report = run.compiled.report
-        assert report.kinds == 1 and not report.failures and not report.breaks, (case, report)

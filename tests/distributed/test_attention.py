@@ -36,7 +36,6 @@ def test_each_rank_gets_its_tokens_of_the_whole_attention(results: dict[str, lis
         assert result.error <= TOLERANCE
         assert (result.gradient_error is None) == (case.ring > 1 and chosen() != "cpu")
         assert result.gradient_error is None or result.gradient_error <= TOLERANCE
-        assert result.worked
         assert result.collectives == expected_collectives(case, result.rank)
         assert result.bytes_to_others == case.plan.exchange_bytes(result.rank, case.batch, HEAD_DIM, FP32)
         assert result.least >= 1, "a rank that neither sends nor receives in a collective"

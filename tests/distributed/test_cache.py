@@ -4,41 +4,38 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
+from pathlib import Path
 from statistics import median
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from parallel.attention import kernels
 from parallel.cache import coefficients
-from parallel.cache.blocks import Blocks, Probe
 from parallel.cache.settings import CacheSettings, FirstBlockCacheSettings, TeaCacheSettings
-from parallel.checkpoints.source import Stored
+from parallel.diffusers.folder import read_config, transformer_class
+from parallel.diffusers.tensors import mapped
+from parallel.errors import UnsupportedError
 from parallel.host import group as group_module
 from parallel.host.cached_sampling import CachedSampling
 from parallel.host.remote_model import RemoteModel
-from parallel.host.step_request import StepRequest
 from parallel.measure import QuietRounds
-from parallel.plan import SequencePlan
-from parallel.worker.ranks import SoloContext
-from parallel.worker.resident import ResidentModel
+from parallel.plans.diffusers import CHAINS
+from parallel.sampling.step_request import StepRequest
 from tests.distributed.devices import kind
 from tests.distributed.tiny_models import (
-    CogVideoXInputs,
-    Flux2Inputs,
-    Hunyuan15Inputs,
+    COGVIDEOX,
+    FLUX,
+    WAN,
     Inputs,
-    LTXVInputs,
-    MochiInputs,
     Model,
-    QwenImageInputs,
     StartGroup,
     TinyModels,
-    WanInputs,
+    arguments,
     loaded,
     relative_difference,
 )
@@ -50,35 +47,12 @@ NEVER = 0.0
 ALWAYS = 1e9
 
 MODELS = {
-    "hunyuan_video": Model({"depth": 2, "depth_single": 2}, Inputs(frames=3, height=10, width=6, valid=(5,))),
-    "hunyuan_video_batch_2": Model(
-        {"depth": 2, "depth_single": 2}, Inputs(batch=2, valid=(5, 8), frames=3, height=6)
-    ),
-    "flux": Model(
-        {"family": "flux", "depth_single": 2},
-        Inputs(frames=None, height=9, width=7, references=((4, 12),), sigma=True, batch=2),
-    ),
+    "hunyuan_video": Model(Inputs(frames=3, height=10, width=6, valid=(5,))),
+    "hunyuan_video_batch_2": Model(Inputs(batch=2, valid=(5, 8), frames=3, height=6)),
+    "flux": Model(Inputs(FLUX, frames=1, height=10, batch=2)),
     # TeaCache knows Wan by its size: this many heads are the 1.3B model's.
-    "wan": Model({"family": "wan", "heads": 12, "context_dim": 64}, WanInputs(frames=3, height=9, width=7, batch=2)),
-}  # fmt: skip
-
-# Compared under two plans only, see SKIPPED.
-OTHERS = {
-    "hunyuan_video_15": Model({"family": "hunyuan_video_15"}, Hunyuan15Inputs(frames=3, height=5, width=3)),
-    "cogvideox": Model({"family": "cogvideox"}, CogVideoXInputs(frames=3, height=9, width=7, batch=2)),
-    "mochi": Model({"family": "mochi", "depth": 3}, MochiInputs(frames=3, height=6, width=10, valid=3, batch=2)),
-    "ltxv": Model(
-        {"family": "ltxv", "causal": True},
-        LTXVInputs(frames=3, height=3, width=5, valid=(5, 8), clean_frames=1, batch=2),
-    ),
-    "qwen_image": Model(
-        {"family": "qwen_image", "clean_references": True},
-        QwenImageInputs(height=9, width=7, valid=(5,), references=((4, 12),)),
-    ),
-    "flux2": Model(
-        {"family": "flux2"},
-        Flux2Inputs(height=5, width=3, references=((3, 2),), method="index_timestep_zero", batch=2),
-    ),
+    "wan": Model(Inputs(WAN, frames=3, height=10, width=6, batch=2), {"heads": 12, "attention_head_dim": 64}),
+    "cogvideox": Model(Inputs(COGVIDEOX, frames=3, height=10, width=6, batch=2)),
 }
 
 PLANS: list[tuple[str, dict[str, int]]] = [
@@ -101,13 +75,28 @@ def teacache(threshold: float, **options: Any) -> TeaCacheSettings:
 
 
 KINDS: dict[str, Callable[..., CacheSettings]] = {"first_block": first_block, "teacache": teacache}
+TEACACHE = ("wan", "cogvideox")
+"""What diffusers' classes of these give TeaCache to compare."""
+
+
+@pytest.fixture(autouse=True)
+def _tiny_cogvideox_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    """TeaCache knows CogVideoX by its size."""
+    monkeypatch.setitem(coefficients._COGVIDEOX, (2, 16, None), coefficients.COGVIDEOX_2B)
+
+
+def kinds_of(name: str) -> list[str]:
+    return list(KINDS) if name in TEACACHE else ["first_block"]
 
 
 def trajectory(model: Model, steps: int, change: float = 0.05) -> list[StepRequest]:
     """The latent moves by `change` of its size at each step, and the timestep falls."""
-    x, timestep, conditioning = model.inputs.make()
-    away = torch.randn(x.shape, generator=torch.Generator().manual_seed(9))
-    return [StepRequest(x + i * change * away, timestep * (1 - i / (2 * steps)), conditioning) for i in range(steps)]
+    request = model.inputs.make()
+    away = torch.randn(request.x.shape, generator=torch.Generator().manual_seed(9))
+    return [
+        replace(request, x=request.x + i * change * away, timestep=request.timestep * (1 - i / (2 * steps)))
+        for i in range(steps)
+    ]
 
 
 def tallies(remote: RemoteModel) -> list[dict[str, Any]]:
@@ -119,13 +108,17 @@ def hits(remote: RemoteModel) -> list[int]:
     return [tally["hits"] for tally in tallies(remote)]
 
 
+SHOWN = [("hunyuan_video", PLANS[1]), ("wan", PLANS[2]), ("hunyuan_video_batch_2", PLANS[3])]
+"""In the plain run."""
+
+
 # --- threshold 0 --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("name", "devices", "degrees"),
     [
-        pytest.param(name, *plan, marks=[] if name == "hunyuan_video" and plan in PLANS[1:4] else pytest.mark.extended)
+        pytest.param(name, *plan, marks=[] if (name, plan) in SHOWN else pytest.mark.extended)
         for name in MODELS
         for plan in PLANS
     ],
@@ -134,8 +127,8 @@ def test_threshold_zero_changes_no_bit(
     start_group: StartGroup, tiny_models: TinyModels, name: str, devices: str, degrees: dict[str, int]
 ):
     model = MODELS[name]
-    caches = [CachedSampling(kind(NEVER)) for kind in KINDS.values()]
-    with loaded(start_group(devices), tiny_models.path(**model.checkpoint), **degrees) as remote:
+    caches = [CachedSampling(KINDS[kind](NEVER)) for kind in kinds_of(name)]
+    with loaded(start_group(devices), model.path(tiny_models), **degrees) as remote:
         for request in trajectory(model, 3, change=0.0):
             (plain,) = remote.steps([request])
             for cache in caches:
@@ -149,88 +142,77 @@ def test_threshold_zero_changes_no_bit(
 # --- the same decisions, computed by one process without a cache --------------------------------------------------
 
 
-class Scripted(SoloContext):
-    """Skips when told to, and keeps what each pass's blocks have added."""
-
-    def __init__(self) -> None:
-        super().__init__(kernels.select("auto", torch.device("cpu")))
-        self.skip: list[bool] = []
-        """Of each pass of the next step."""
-        self.whole = False
-        """Whether all blocks are skipped, or all but the first."""
-        self.rest: dict[int, Tensor] = {}
-        self.first: list[Tensor] = []
-        """What the first block has added, in each pass of the last step."""
-
-    def run_blocks(self, plan: SequencePlan, hidden: Tensor, blocks: Blocks, probe: Probe) -> Tensor:
-        number = len(self.first)
-        states = [hidden, next(blocks)]
-        self.first.append(states[1] - states[0])
-        start = states[0 if self.whole else 1]
-        if self.skip[number]:
-            return start + self.rest[number]
-        states += blocks
-        self.rest[number] = states[-1] - start
-        return states[-1]
-
-
 class Alone:
-    """A model in this process."""
+    """A network in this process, with hooks that see what its blocks add, and put it in the place of their results."""
 
-    def __init__(self, path: str):
-        recipe = {"path": path, "weight_dtype": "float32", "compute_dtype": "float32"}
-        self._model = ResidentModel(recipe, torch.device("cpu"), lambda done, total: None)
-        self.context = Scripted()
+    def __init__(self, path: Path):
+        name = read_config(str(path))["_class_name"]
+        self._network = transformer_class(name).from_pretrained(path).eval().requires_grad_(False)
+        self._chain = CHAINS[name]
+        blocks = [
+            (block, returned.split())
+            for path, returned in self._chain.blocks.items()
+            for block in self._network.get_submodule(path)
+        ]
+        blocks[0][0].register_forward_pre_hook(self._begins, with_kwargs=True)
+        blocks[0][0].register_forward_hook(partial(self._first_ends, blocks[0][1]))
+        blocks[-1][0].register_forward_hook(partial(self._last_ends, blocks[-1][1]))
+        self.first = torch.empty(0)
+        """What the first block has added."""
+        self._rest: dict[bool, Tensor] = {}
+        """What has been added at the last step that was not skipped: by all blocks; by all but the first."""
 
-    def step(self, request: StepRequest, skip: Sequence[bool], whole: bool = False) -> Tensor:
-        adapter, config = self._model.adapter, self._model.config
-        out = torch.empty(adapter.output_shape(config, tuple(request.x.shape)))
-        self.context.skip, self.context.whole, self.context.first = list(skip), whole, []
-        with torch.no_grad():
-            prepared = adapter.prepare(dict(request.conditioning))
-            adapter.step(self._model.model, request.x, request.timestep, prepared, out, self.context)
-        return out
+    def step(self, request: StepRequest, skip: bool, whole: bool = False) -> Tensor:
+        """The prediction.
+
+        Args:
+            skip: adds what blocks have added before.
+            whole: of all blocks, or of all but the first.
+        """
+        self._skip, self._whole = skip, whole
+        result: Tensor = self._network(**arguments(request))[0]
+        return result
+
+    def _begins(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        hidden = kwargs[self._chain.hidden] if self._chain.hidden in kwargs else args[0]
+        self._starts = {True: hidden.clone()}
+
+    def _first_ends(self, returned: list[str], module: nn.Module, args: Any, result: Any) -> None:
+        self._starts[False] = self._hidden(returned, result).clone()
+        self.first = self._starts[False] - self._starts[True]
+
+    def _last_ends(self, returned: list[str], module: nn.Module, args: Any, result: Any) -> Any:
+        if not self._skip:
+            self._rest = {whole: self._hidden(returned, result) - start for whole, start in self._starts.items()}
+            return None
+        hidden = self._starts[self._whole] + self._rest[self._whole]
+        return hidden if len(returned) == 1 else tuple(hidden if n == self._chain.hidden else None for n in returned)
+
+    def _hidden(self, returned: list[str], result: Any) -> Tensor:
+        return result if len(returned) == 1 else result[returned.index(self._chain.hidden)]
 
 
 SKIPPED = [
-    *((name, kind, *plan) for name in MODELS for kind in KINDS for plan in PLANS if "dp_degree" not in plan[1]),
-    *(
-        (*case, *plan)
-        for case in [
-            ("hunyuan_video_15", "first_block"), ("cogvideox", "first_block"), ("cogvideox", "teacache"),
-            ("mochi", "first_block"), ("mochi", "teacache"), ("ltxv", "first_block"), ("qwen_image", "first_block"),
-            ("flux2", "first_block"),
-        ]
-        for plan in [("cpu,cpu", {"ring_degree": 2}), (FOUR, {})]
-    ),
-]  # fmt: skip
+    (name, kind, *plan) for name in MODELS for kind in kinds_of(name) for plan in PLANS if "dp_degree" not in plan[1]
+]
 
 
 @pytest.mark.parametrize(("name", "kind", "devices", "degrees"), one_in(4, SKIPPED))
 def test_skipped_steps_match_one_process_that_decides_alike(
-    start_group: StartGroup,
-    tiny_models: TinyModels,
-    monkeypatch: pytest.MonkeyPatch,
-    name: str,
-    kind: str,
-    devices: str,
-    degrees: dict[str, int],
+    start_group: StartGroup, tiny_models: TinyModels, name: str, kind: str, devices: str, degrees: dict[str, int]
 ):
-    # TeaCache knows CogVideoX by its size.
-    monkeypatch.setitem(coefficients._COGVIDEOX, (2, 16, None), coefficients.COGVIDEOX_2B)
-    model = (MODELS | OTHERS)[name]
-    path = tiny_models.path(**model.checkpoint)
-    alone = Alone(str(path))
+    model = MODELS[name]
+    alone = Alone(model.path(tiny_models))
     cache = CachedSampling(KINDS[kind](ALWAYS))
     skipped = []
-    with loaded(start_group(devices), path, **degrees) as remote:
+    with loaded(start_group(devices), model.path(tiny_models), **degrees) as remote:
         for i, request in enumerate(trajectory(model, 6)):
             if i == 3:
                 cache.restart()
             (result,) = remote.steps([request], cache=cache)
-            passes = tallies(remote)[0]["passes"]
-            skipped.append(tallies(remote)[0]["hits"] == passes)
-            expected = alone.step(request, [skipped[-1]] * passes, whole=kind == "teacache")
+            assert {tally["passes"] for tally in tallies(remote)} == {1}
+            skipped.append(hits(remote)[0] == 1)
+            expected = alone.step(request, skipped[-1], whole=kind == "teacache")
             assert relative_difference(result, expected) <= PROCESS_TOLERANCE
             assert len(set(hits(remote))) == 1
             if skipped[-1]:
@@ -239,16 +221,29 @@ def test_skipped_steps_match_one_process_that_decides_alike(
     assert skipped == [False, True, True, False, True, True]
 
 
+def test_teacache_without_a_polynomial_for_the_class_is_refused_before_any_work(
+    start_group: StartGroup, tiny_models: TinyModels
+):
+    model, cache = MODELS["hunyuan_video"], CachedSampling(teacache(ALWAYS))
+    group = start_group("cpu,cpu")
+    with loaded(group, model.path(tiny_models)) as remote:
+        before = group.messages
+        with pytest.raises(UnsupportedError, match=r"no TeaCache .* for HunyuanVideoTransformer3DModel"):
+            remote.steps([model.inputs.make()], cache=cache)
+        assert group.messages == before
+        assert cache.report.passes == 0
+
+
 # --- one decision for all ranks of a sequence ---------------------------------------------------------------------
 
 
 def half_changed(model: Model, amount: float) -> tuple[StepRequest, StepRequest]:
     """Two steps between which the latent's second half changes: what the last ranks own."""
-    x, timestep, conditioning = model.inputs.make()
-    moved = x.clone()
-    half = x.shape[2] // 2
+    request = model.inputs.make()
+    moved = request.x.clone()
+    half = moved.shape[2] // 2
     moved[:, :, half:] += amount * torch.randn(moved[:, :, half:].shape, generator=torch.Generator().manual_seed(1))
-    return StepRequest(x, timestep, conditioning), StepRequest(moved, timestep, conditioning)
+    return request, replace(request, x=moved)
 
 
 @pytest.mark.parametrize(
@@ -265,14 +260,14 @@ def test_ranks_on_both_sides_of_the_threshold_decide_alike(
     start_group: StartGroup, tiny_models: TinyModels, devices: str, degrees: dict[str, int]
 ):
     """Each rank alone would decide by its own tokens; they would then wait for each other forever."""
-    model = Model({"depth": 2, "depth_single": 2}, Inputs(frames=4, batch=degrees.get("dp_degree", 1)))
-    path = tiny_models.path(**model.checkpoint)
+    model = Model(Inputs(frames=4, batch=degrees.get("dp_degree", 1)))
+    path = model.path(tiny_models)
     before, after = half_changed(model, 0.5)
-    alone = Alone(str(path))
+    alone = Alone(path)
     added = []
     for request in (before, after):
-        alone.step(request, [False])
-        added.append(alone.context.first[0])
+        alone.step(request, skip=False)
+        added.append(alone.first)
     change, size = (added[1] - added[0]).abs().sum(2), added[0].abs().sum(2)
     half = change.shape[1] // 2
     low, high = (change[:, part].sum(1) / size[:, part].sum(1) for part in (slice(half), slice(half, None)))
@@ -288,8 +283,8 @@ def test_ranks_on_both_sides_of_the_threshold_decide_alike(
             remote.steps([before], cache=cache)
             (result,) = remote.steps([after], cache=cache)
             assert hits(remote) == [expected] * world
-            alone.step(before, [False])
-            assert relative_difference(result, alone.step(after, [bool(expected)])) <= PROCESS_TOLERANCE
+            alone.step(before, skip=False)
+            assert relative_difference(result, alone.step(after, skip=bool(expected))) <= PROCESS_TOLERANCE
 
 
 @pytest.mark.parametrize(
@@ -305,16 +300,15 @@ def test_groups_of_samples_decide_for_themselves(
     start_group: StartGroup, tiny_models: TinyModels, devices: str, degrees: dict[str, int], expected: list[int]
 ):
     groups = degrees["dp_degree"]
-    path = tiny_models.path(depth=2, depth_single=2)
-    x, timestep, conditioning = Inputs(batch=groups).make()
-    moved = x.clone()
+    request = Inputs(batch=groups).make()
+    moved = request.x.clone()
     for group in range(groups):
         if not expected[group * len(expected) // groups]:
             moved[group] = -moved[group]
-    with loaded(start_group(devices), path, **degrees) as remote:
+    with loaded(start_group(devices), tiny_models.path(), **degrees) as remote:
         cache = CachedSampling(first_block(0.05))
-        remote.steps([StepRequest(x, timestep, conditioning)], cache=cache)
-        remote.steps([StepRequest(moved, timestep, conditioning)], cache=cache)
+        remote.steps([request], cache=cache)
+        remote.steps([replace(request, x=moved)], cache=cache)
         assert hits(remote) == expected
         assert cache.report.hits == sum(expected) // (len(expected) // groups)
 
@@ -331,9 +325,8 @@ def test_groups_of_samples_decide_for_themselves(
 def test_cond_and_uncond_decide_for_themselves(
     start_group: StartGroup, tiny_models: TinyModels, devices: str, degrees: dict[str, int], expected: list[int]
 ):
-    cond = StepRequest(*Inputs(valid=(5,)).make(), "cond")
-    uncond = StepRequest(*Inputs(text=3, seed=5).make(), "uncond")
-    with loaded(start_group(devices), tiny_models.path(depth=2, depth_single=2), **degrees) as remote:
+    cond, uncond = Inputs(valid=(5,)).make("cond"), Inputs(text=3, seed=5).make("uncond")
+    with loaded(start_group(devices), tiny_models.path(), **degrees) as remote:
         cache = CachedSampling(first_block(0.05))
         remote.steps([cond, uncond], conditions=2, cache=cache)
         results = remote.steps([cond, replace(uncond, x=-uncond.x)], conditions=2, cache=cache)
@@ -344,13 +337,13 @@ def test_cond_and_uncond_decide_for_themselves(
 
 def test_cond_and_uncond_in_one_batch_skip_only_together(start_group: StartGroup, tiny_models: TinyModels):
     """One of two samples has changed."""
-    x, timestep, conditioning = Inputs(batch=2).make()
-    moved = torch.cat([x[:1], -x[1:]])
-    with loaded(start_group("cpu,cpu"), tiny_models.path(depth=2, depth_single=2)) as remote:
+    request = Inputs(batch=2).make()
+    moved = replace(request, x=torch.cat([request.x[:1], -request.x[1:]]))
+    with loaded(start_group("cpu,cpu"), tiny_models.path()) as remote:
         cache = CachedSampling(first_block(0.05))
         decisions = []
-        for latent in (x, x, moved, moved):
-            remote.steps([StepRequest(latent, timestep, conditioning)], cache=cache)
+        for each in (request, request, moved, moved):
+            remote.steps([each], cache=cache)
             decisions.append(hits(remote))
     assert decisions == [[0, 0], [1, 1], [0, 0], [1, 1]]
 
@@ -362,11 +355,11 @@ def test_cond_and_uncond_in_one_batch_skip_only_together(start_group: StartGroup
 def test_outside_the_window_nothing_is_skipped_and_nothing_is_sent(
     start_group: StartGroup, tiny_models: TinyModels, kind: str
 ):
-    model = MODELS["hunyuan_video"]
+    model = MODELS["wan"]
     request = trajectory(model, 1)[0]
     sigmas = [1.0, 0.9, 0.7, 0.6, 0.5, 0.2, 0.1]
     cache = CachedSampling(KINDS[kind](ALWAYS), first_sigma=0.7, last_sigma=0.2)
-    with loaded(start_group("cpu,cpu"), tiny_models.path(**model.checkpoint)) as remote:
+    with loaded(start_group("cpu,cpu"), model.path(tiny_models)) as remote:
         (plain,) = remote.steps([request])
         collectives = [result["collectives"] for result in remote.last_step]
         decisions = []
@@ -385,7 +378,7 @@ def test_hits_in_a_row_are_limited(start_group: StartGroup, tiny_models: TinyMod
     model = MODELS["hunyuan_video"]
     cache = CachedSampling(first_block(ALWAYS, max_consecutive_hits=2))
     decisions = []
-    with loaded(start_group("cpu,cpu"), tiny_models.path(**model.checkpoint)) as remote:
+    with loaded(start_group("cpu,cpu"), model.path(tiny_models)) as remote:
         for request in trajectory(model, 8):
             remote.steps([request], cache=cache)
             decisions.append(hits(remote)[0])
@@ -409,17 +402,14 @@ def often_polled(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(group_module, "_SLICE_S", 0.0005)
 
 
-def _doubled(name: str, stored: Stored) -> Stored:
-    return Stored(stored.tensor * 2, stored.scale)
-
-
 def test_what_is_remembered_ends_with_the_sampling_a_cancel_a_size_and_the_weights(
     start_group: StartGroup, tiny_models: TinyModels, often_polled: None
 ):
     model = MODELS["hunyuan_video"]
     request = trajectory(model, 1)[0]
-    wider = StepRequest(*Inputs(frames=3, height=6, width=10, valid=(5,)).make())  # as many tokens
-    with loaded(start_group("cpu,cpu"), tiny_models.path(**model.checkpoint)) as remote:
+    wider = Inputs(frames=3, height=6, width=10, valid=(5,)).make()  # as many tokens
+    tensors = mapped(str(model.path(tiny_models)))
+    with loaded(start_group("cpu,cpu"), model.path(tiny_models)) as remote:
         cache = CachedSampling(first_block(ALWAYS))
 
         def decide(request: StepRequest, **options: Any) -> int:
@@ -433,7 +423,7 @@ def test_what_is_remembered_ends_with_the_sampling_a_cancel_a_size_and_the_weigh
             decide(request, poll=cancel)
         assert cache.number != number, "a rank that is told late to forget would remember what others do not"
         assert [decide(request), decide(request)] == [0, 1]
-        remote.replace_weights("double", ["final_layer.linear.weight"], _doubled)
+        remote.weights.replace("double", ["proj_out.weight"], lambda name: tensors[name] * 2)
         assert [decide(request), decide(request)] == [0, 1]
         remote.forget(cache)
         time.sleep(0.3)  # nobody waits for it
@@ -463,18 +453,20 @@ def test_hits_and_cancels_in_any_order_leave_no_rank_waiting(
 ):
     """200 steps. Every group of ranks would stop here for good when one rank decided differently."""
     chance = random.Random(3)
-    model = Model({"depth": 2, "depth_single": 4}, Inputs(valid=(5,)))
+    inputs = Inputs(valid=(5,)) if kind == "first_block" else MODELS["wan"].inputs
+    model = Model(replace(inputs, batch=1), MODELS["wan"].options if kind == "teacache" else {"num_single_layers": 4})
     settings = KINDS[kind](0.3)
     cache = CachedSampling(settings)
     cancelled = skipped = computed = 0
     group = start_group(devices)
     pids = group.pids
-    with loaded(group, tiny_models.path(**model.checkpoint), **degrees) as remote:
-        x, timestep, conditioning = model.inputs.make()
-        uncond = Inputs(text=3, seed=5).make()
+    with loaded(group, model.path(tiny_models), **degrees) as remote:
+        cond = model.inputs.make("cond")
+        uncond = replace(model.inputs, text=3, valid=None, seed=5).make("uncond")
         for _ in range(200):
-            x = x + chance.choice((0.0, 0.02, 0.3)) * torch.randn(x.shape)
-            timestep = timestep * chance.choice((1.0, 0.99, 0.9)) + 1
+            x = cond.x + chance.choice((0.0, 0.02, 0.3)) * torch.randn(cond.x.shape)
+            timestep = cond.timestep * chance.choice((1.0, 0.99, 0.9)) + 1
+            cond, uncond = (replace(each, x=x, timestep=timestep) for each in (cond, uncond))
             countdown = chance.choice((0, 0, 0, 0, 1, 2, 4, 8, 16))
 
             def poll() -> None:
@@ -483,9 +475,8 @@ def test_hits_and_cancels_in_any_order_leave_no_rank_waiting(
                 if countdown == 0:
                     raise Cancelled
 
-            requests = [StepRequest(x, timestep, conditioning, "cond"), StepRequest(x, timestep, uncond[2], "uncond")]
             try:
-                remote.steps(requests, conditions=2, cache=cache, poll=poll)
+                remote.steps([cond, uncond], conditions=2, cache=cache, poll=poll)
             except Cancelled:
                 cancelled += 1
                 continue
@@ -507,11 +498,11 @@ def test_hits_and_cancels_in_any_order_leave_no_rank_waiting(
 def test_a_hit_costs_no_more_than_the_first_block(start_group: StartGroup, tiny_models: TinyModels, devices: str):
     """Against a network that has only this block, before which and behind which everything is the same."""
     group = start_group(devices)
-    request = StepRequest(*Inputs(frames=1, height=48, width=48).make())
+    request = Inputs(frames=1, height=48, width=48).make()
     quiet = QuietRounds(group.pids)
     with (
-        loaded(group, tiny_models.path(heads=4, depth=1, depth_single=0)) as single,
-        loaded(group, tiny_models.path(heads=4, depth=4, depth_single=4)) as deep,
+        loaded(group, tiny_models.path(heads=4, num_layers=1, num_single_layers=0)) as single,
+        loaded(group, tiny_models.path(heads=4, num_layers=4, num_single_layers=4)) as deep,
     ):
         cache = CachedSampling(first_block(ALWAYS))
 

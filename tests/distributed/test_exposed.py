@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 
 from parallel.host.remote_model import RemoteModel
+from parallel.wire.messages import Slow
 from tests.distributed.exposed_ranks import LATE_S
 from tests.distributed.start_ranks import run_ranks
-from tests.distributed.tiny_models import Inputs, StartGroup, TinyModels, loaded
+from tests.distributed.tiny_models import Inputs, StartGroup, TinyModels, loaded, step
 
 LONG = Inputs(frames=4, height=32, width=32)
 TIMES = 6
@@ -46,14 +47,14 @@ def model(start_group: StartGroup, tiny_models: TinyModels) -> Iterator[RemoteMo
     group = start_group("cpu,cpu")
     with loaded(group, tiny_models.path()) as remote:
         yield remote
-        group.call("slow", {"times": [1, 1]})
+        group.call(Slow(times=[1, 1]))
 
 
 def steps(model: RemoteModel) -> list[list[dict[str, Any]]]:
     """What both ranks say of five steps, the one first that other processes have disturbed least."""
     made = []
     for _ in range(5):
-        model.step(*LONG.make())
+        step(model, LONG)
         made.append(model.last_step)
     return sorted(made, key=lambda ranks: max(rank["seconds"] for rank in ranks))
 
@@ -61,25 +62,26 @@ def steps(model: RemoteModel) -> list[list[dict[str, Any]]]:
 @pytest.mark.cpu_ranks("ranks that share a GPU slow each other down")
 def test_a_slow_rank_makes_the_other_one_wait(model: RemoteModel):
     before = min(ranks[0]["exposed_s"] for ranks in steps(model))
-    assert model.group is not None
-    model.group.call("slow", {"times": [1, TIMES]})
+    group = model.weights.group
+    assert group is not None
+    group.call(Slow(times=[1, TIMES]))
     quick, slow = steps(model)[0]
     computed = slow["seconds"] - slow["exposed_s"]
     expected = computed * (1 - 1 / TIMES)  # both end together, and the quick one has computed as much in less time
     assert 0.4 * expected <= quick["exposed_s"] <= 1.5 * expected, "processes that sleep are timed more closely, above"
     assert quick["exposed_s"] > 2 * before
     assert slow["exposed_s"] < 0.25 * quick["exposed_s"]
-    shown = model.group.status()
+    shown = group.status()
     assert shown["step"]["exposed_s"] == max(rank["exposed_s"] for rank in shown["ranks"]) > 0
 
 
 def test_one_rank_never_waits(start_group: StartGroup, tiny_models: TinyModels):
     with loaded(start_group("cpu"), tiny_models.path()) as alone:
-        alone.step(*Inputs().make())
+        step(alone, Inputs())
         assert [(rank["exposed_s"], rank["copying_s"]) for rank in alone.last_step] == [(0.0, 0.0)]
 
 
 def test_ranks_that_share_no_sequence_do_not_wait_in_a_step(start_group: StartGroup, tiny_models: TinyModels):
     with loaded(start_group("cpu,cpu"), tiny_models.path(), dp_degree=2) as apart:
-        apart.step(*Inputs(batch=2).make())
+        step(apart, Inputs(batch=2))
         assert [rank["exposed_s"] for rank in apart.last_step] == [0.0, 0.0]

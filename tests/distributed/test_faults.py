@@ -24,12 +24,12 @@ from parallel.host import process as process_module
 from parallel.host.cached_sampling import CachedSampling
 from parallel.host.group import WorkerGroup
 from parallel.host.remote_model import RemoteModel
-from parallel.host.step_request import StepRequest
+from parallel.wire.messages import Echo, FreeMemory, UnloadVAE
 from parallel.wire.shared import lay_out
 from tests.distributed.faults import Faults, make_unkillable
 from tests.distributed.faulty_boot import AND_BROKEN, AND_HANGS, BROKEN, HELD_BYTES, OUT_OF_MEMORY
 from tests.distributed.process_facts import all_ended, memory, wait_until
-from tests.distributed.tiny_models import Inputs, TinyModels, recipe_of
+from tests.distributed.tiny_models import Inputs, TinyModels, recipe_of, step
 
 ONE, TWO, THREE = "cpu", "cpu,cpu", "cpu,cpu,cpu"
 Layout = tuple[str, str]
@@ -52,11 +52,11 @@ class Case:
 
     @property
     def group(self) -> WorkerGroup:
-        assert self.model.group is not None
-        return self.model.group
+        assert self.model.weights.group is not None
+        return self.model.weights.group
 
     def step(self) -> torch.Tensor:
-        return self.model.step(*SMALL.make())
+        return step(self.model, SMALL)
 
     def fails(self, kind: type[WorkerError]) -> WorkerError:
         """The error of the next step, which is told once and soon."""
@@ -73,9 +73,9 @@ class Case:
 
     def goes_on(self, pids: list[int]) -> None:
         """The same workers give the right result, with the weights that they have."""
-        assert self.model.loaded
+        assert self.model.weights.loaded
         calls = spy_on_calls(self.group)
-        self.model.ensure_loaded()
+        self.model.weights.ensure_loaded()
         assert torch.equal(self.step(), self.expected)
         assert calls == ["step"]
         assert self.group.pids == pids
@@ -83,8 +83,8 @@ class Case:
     def starts_anew(self, pids: list[int]) -> None:
         """Fresh workers give the right result."""
         assert wait_until(lambda: all_ended(pids), SOON_S), "a worker is left"
-        assert not self.model.loaded
-        self.model.ensure_loaded()
+        assert not self.model.weights.loaded
+        self.model.weights.ensure_loaded()
         assert set(self.group.pids).isdisjoint(pids)
         assert torch.equal(self.step(), self.expected)
 
@@ -148,12 +148,12 @@ def case(
     faults.clear()
     name, value = setting.split("=")
     settings = {name: int(value) if value.isdecimal() else value}
-    model = RemoteModel(recipe_of(tiny_models.path(heads=3, depth=2, depth_single=4), devices, **settings))
-    model.ensure_loaded()
-    expected = right.setdefault(layout, model.step(*SMALL.make()).clone())
+    model = RemoteModel(recipe_of(tiny_models.path(heads=3, num_single_layers=4), devices, **settings))
+    model.weights.ensure_loaded()
+    expected = right.setdefault(layout, step(model, SMALL).clone())
     yield Case(model, expected, faults, events)
     faults.clear()
-    model.unload()
+    model.weights.unload()
 
 
 @pytest.fixture
@@ -218,7 +218,7 @@ def test_what_was_alive_where_memory_ran_out_is_freed(case: Case, patient: None)
 def test_a_cached_sampling_begins_anew_after_out_of_memory(case: Case, patient: None) -> None:
     """Its first step computes everything, as if there had been none before."""
     cache = CachedSampling(FirstBlockCacheSettings(residual_diff_threshold=1e6))
-    request = StepRequest(*SMALL.make())
+    request = SMALL.make()
     case.model.steps([request], cache=cache)
     case.model.steps([request], cache=cache)
     assert cache.report.hits == 1
@@ -234,13 +234,13 @@ def test_a_cached_sampling_begins_anew_after_out_of_memory(case: Case, patient: 
 @pytest.mark.parametrize("layout", [extended(ONE), TWO], indirect=True)
 def test_out_of_memory_on_all_while_loading_keeps_the_workers(case: Case, patient: None) -> None:
     pids, ranks = list(case.group.pids), ranks_of(case)
-    case.model.unload()
+    case.model.weights.unload()
     case.faults.order(OUT_OF_MEMORY, ranks, place="before parameter")
     with pytest.raises(WorkerOutOfMemoryError, match="failed in 'load'"):
-        case.model.ensure_loaded()
+        case.model.weights.ensure_loaded()
     case.faults.clear()
-    assert not case.model.loaded
-    case.model.ensure_loaded()
+    assert not case.model.weights.loaded
+    case.model.weights.ensure_loaded()
     assert torch.equal(case.step(), case.expected)
     assert case.group.pids == pids
 
@@ -311,12 +311,12 @@ def test_a_task_that_breaks_the_context_ends_the_group(case: Case, kind: str, ke
     pids, group = list(case.group.pids), case.group
     (source, target), size = lay_out("echo", [((4,), torch.float32)] * 2)
     group.memory.segment("echo", size)
-    message = {"inputs": {"x": source.to_json()}, "out": target.to_json()}
-    group.call("echo", message)
+    message = Echo(x=source, out=target)
+    group.call(message)
     case.faults.order(kind, [1], place="before echo", count=1)
     case.events.clear()
     with group.tasks():
-        task = group.submit(1, "echo", message)
+        task = group.submit(1, message)
         group.wait_for_tasks(lambda: task.reply is not None)
         error = group.task_error(task, "ADVICE")
     case.faults.clear()
@@ -344,11 +344,11 @@ def test_a_worker_that_cannot_be_ended_is_left_behind(
     running.stop_all()
     faults.clear()
     started = make_unkillable(1, monkeypatch)
-    model = RemoteModel(recipe_of(tiny_models.path(heads=3, depth=2, depth_single=4), TWO, weights="replicate"))
-    model.ensure_loaded()
-    expected = model.step(*SMALL.make()).clone()
+    model = RemoteModel(recipe_of(tiny_models.path(heads=3, num_single_layers=4), TWO, weights="replicate"))
+    model.weights.ensure_loaded()
+    expected = step(model, SMALL).clone()
     (stuck,) = started
-    group = model.group
+    group = model.weights.group
     assert group is not None
     open_files = len(list(Path("/proc/self/fd").iterdir()))
     os.kill(stuck.pid, signal.SIGSTOP)  # so that it stays until it is let go
@@ -357,7 +357,7 @@ def test_a_worker_that_cannot_be_ended_is_left_behind(
         if how == "out of memory":  # of the other one
             faults.order(OUT_OF_MEMORY, [0], count=1)
             with pytest.raises(WorkerOutOfMemoryError, match="rank 0") as caught:
-                model.step(*SMALL.make())
+                step(model, SMALL)
             assert str(caught.value) == events[0].text
             faults.clear()
         else:
@@ -367,9 +367,9 @@ def test_a_worker_that_cannot_be_ended_is_left_behind(
         assert f"worker rank 1 ({TITLE}, pid {stuck.pid}) does not end, not even by SIGKILL" in event.text
         assert re.search(r"left behind \(state \w", event.text)
         assert len(list(Path("/proc/self/fd").iterdir())) < open_files, "nothing has been closed"
-        model.ensure_loaded()
-        assert torch.equal(model.step(*SMALL.make()), expected)
-        assert stuck.pid not in model.group.pids
+        model.weights.ensure_loaded()
+        assert torch.equal(step(model, SMALL), expected)
+        assert stuck.pid not in model.weights.group.pids
     finally:
         stuck.let_go()
 
@@ -390,15 +390,15 @@ def test_a_stopped_worker_is_noticed_soon_and_named(case: Case, monkeypatch: pyt
 def test_a_worker_that_takes_no_messages_is_noticed_and_named(
     case: Case, faults: Faults, tiny_models: TinyModels, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    case.model.unload()
+    case.model.weights.unload()
     running.stop_all()
     monkeypatch.setattr(process_module, "SEND_TIMEOUT_S", 1.0)
-    case.model.ensure_loaded()
+    case.model.weights.ensure_loaded()
     pids = list(case.group.pids)
     os.kill(pids[1], signal.SIGSTOP)
     case.events.clear()
     with pytest.raises(WorkerDiedError, match=r"worker rank 1 .* has read nothing of what it was sent .*state T"):
-        case.group.call("echo", {"padding": " " * (8 << 20)})
+        case.group.call(UnloadVAE(vae=" " * (8 << 20)))
     assert len(case.events) == 1
     case.starts_anew(pids)
 
@@ -427,7 +427,7 @@ def test_a_caller_that_waits_for_another_one_can_be_cancelled(case: Case) -> Non
 
     try:
         with pytest.raises(Cancelled):
-            case.group.call("echo", {}, poll=poll)
+            case.group.call(FreeMemory(), poll=poll)
     finally:
         leave.set()
         other.join()

@@ -11,6 +11,7 @@ from parallel.config import SequenceParallelConfig, resolve
 from parallel.host import process
 from parallel.host.group import WorkerGroup
 from parallel.host.remote_model import RemoteModel
+from parallel.wire import messages
 from tests.distributed.tiny_models import TinyModels, recipe_of
 
 
@@ -19,11 +20,14 @@ def test_a_worker_with_a_model_has_transformers_and_peft_as_they_are(
     tiny_models: TinyModels, monkeypatch: pytest.MonkeyPatch, ahead: bool
 ) -> None:
     monkeypatch.setattr(process, "_BOOT", Path(__file__).with_name("reporting_boot.py"))
-    group = WorkerGroup(resolve(SequenceParallelConfig(devices="cpu")), 1, "hunyuan_video" if ahead else None)
+    recipe = recipe_of(tiny_models.path(), "cpu")
+    layout = resolve(SequenceParallelConfig(devices="cpu"))
+    group = WorkerGroup(layout, threads=1, first=recipe.to_json() if ahead else None)
     group.start()
     try:
-        RemoteModel(recipe_of(tiny_models.path(), "cpu"), group=group).ensure_loaded()
-        (facts,) = group.call("echo", {})
+        model = RemoteModel(recipe, group=group)
+        model.weights.ensure_loaded()
+        (facts,) = group.call(messages.ForgetCache(model=model.name, sampling=0))
     finally:
         group.stop()
     assert facts["hidden"] == []

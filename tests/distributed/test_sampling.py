@@ -16,17 +16,15 @@ import torch
 from torch import Tensor
 
 from parallel.cache.settings import FirstBlockCacheSettings
-from parallel.config import SequenceParallelConfig
 from parallel.errors import WorkerDiedError
 from parallel.host import group as group_module
 from parallel.host.cached_sampling import CachedSampling
-from parallel.host.recipe import Recipe
 from parallel.host.remote_model import RemoteModel
-from parallel.host.step_request import StepRequest
 from parallel.sampling.program import Program
 from parallel.sampling.recording import Recorder
-from tests.distributed.devices import kind, on_ranks
-from tests.distributed.tiny_models import Inputs, Model, StartGroup, TinyModels, WanInputs, loaded, relative_difference
+from parallel.sampling.step_request import StepRequest
+from tests.distributed.devices import kind
+from tests.distributed.tiny_models import FLUX, WAN, Inputs, Model, StartGroup, TinyModels, loaded, relative_difference
 
 FOUR = "cpu,cpu,cpu,cpu"
 TOLERANCE = kind().split
@@ -86,7 +84,7 @@ class Setting:
 
     model: Model
     solver: Solver
-    negative: Inputs | WanInputs | None = None
+    negative: Inputs | None = None
     """Of the second condition; its latent is not used."""
     together: bool = False
     """Both conditions in one call, as ComfyUI does where their shapes agree."""
@@ -97,18 +95,14 @@ class Setting:
 
 
 ODD = Inputs(frames=3, height=10, width=6, valid=(5,))
-PICTURE = Inputs(frames=None, height=9, width=7, references=((4, 12),), sigma=True, batch=2)
+PICTURE = Inputs(FLUX, frames=1, height=10, width=6, batch=2)
+CONCAT = Inputs(WAN, channels=36, frames=3, width=6)
 SETTINGS = {
-    "euler": Setting(Model(inputs=ODD), euler),
-    "guided": Setting(Model(inputs=ODD), with_memory_and_noise, replace(ODD, valid=(8,), seed=1), masked=True),
-    "together": Setting(Model(inputs=Inputs(batch=2)), heun, Inputs(batch=2, seed=1), together=True, masked=True),
-    "flux": Setting(Model({"family": "flux"}, PICTURE), with_memory_and_noise, replace(PICTURE, seed=1)),
-    "wan_i2v": Setting(
-        Model({"family": "wan", "context_dim": 64, "in_channels": 36}, WanInputs(channels=36, frames=3, width=6)),
-        heun,
-        WanInputs(channels=36, text=7),
-        concat=20,
-    ),
+    "euler": Setting(Model(ODD), euler),
+    "guided": Setting(Model(ODD), with_memory_and_noise, replace(ODD, valid=(8,), seed=1), masked=True),
+    "together": Setting(Model(Inputs(batch=2)), heun, Inputs(batch=2, seed=1), together=True, masked=True),
+    "flux": Setting(Model(PICTURE), with_memory_and_noise, replace(PICTURE, seed=1)),
+    "wan_i2v": Setting(Model(CONCAT, {"in_channels": 36}), heun, replace(CONCAT, text=7, seed=1), concat=20),
 }
 
 RUNS: list[tuple[str, str, dict[str, int]]] = [
@@ -132,13 +126,12 @@ class Sampling:
 
     def __init__(self, setting: Setting, dtype: torch.dtype = torch.float32):
         self.setting, self.dtype = setting, dtype
-        x, timestep, conditioning = setting.model.inputs.make()
-        self.largest = float(timestep.max())
-        channels = x.shape[1] - setting.concat
-        self.noise, self.beside = x[:, :channels], x[:, channels:]
-        self.conditions = [conditioning]
-        if setting.negative is not None:
-            self.conditions.append(setting.negative.make()[2])
+        self.conditions = [
+            replace(inputs, dtype=dtype).make() for inputs in (setting.model.inputs, setting.negative) if inputs
+        ]
+        x = self.conditions[0].x
+        self.largest = float(self.conditions[0].timestep.max())
+        self.noise, self.beside = x[:, : x.shape[1] - setting.concat].float(), x[:, x.shape[1] - setting.concat :]
         generator = torch.Generator().manual_seed(7)
         self.image = torch.randn(self.noise.shape, generator=generator)
         self.mask = (torch.rand(self.noise.shape[2:], generator=generator) > 0.3).float().expand(self.noise.shape)
@@ -148,18 +141,23 @@ class Sampling:
         return torch.linspace(1, 0, self.setting.steps + 1).tolist()
 
     def run(self, predict: Callable[..., Tensor], noise: Tensor, callback: Callback) -> Tensor:
-        def network(x: Tensor, sigma: float, conditioning: dict[str, Tensor], label: str) -> Tensor:
+        def network(x: Tensor, sigma: float, condition: StepRequest, label: str) -> Tensor:
+            x = x.to(self.dtype)
             if self.setting.concat:
                 x = torch.cat([x, self.beside], dim=1)
             timestep = torch.full((len(x),), self.largest * sigma)
-            return predict(x.to(self.dtype), timestep, conditioning, label, sigma).float()
+            return predict(replace(condition, x=x, timestep=timestep, label=label), sigma).float()
 
         def model(x: Tensor, sigma: float) -> Tensor:
             if self.setting.masked:
                 x = x * self.mask + (sigma * noise + (1 - sigma) * self.image) * (1 - self.mask)
             if self.setting.together:
-                both = {name: torch.cat([each[name] for each in self.conditions]) for name in self.conditions[0]}
-                given, other = network(torch.cat([x, x]), sigma, both, "0 1").chunk(2)
+                first, second = self.conditions
+                both = {
+                    name: torch.cat([first.conditioning[name], second.conditioning[name]])
+                    for name in first.conditioning
+                }
+                given, other = network(torch.cat([x, x]), sigma, replace(first, conditioning=both), "0 1").chunk(2)
                 velocity = other + (given - other) * 3.0
             else:
                 all_of = [network(x, sigma, each, str(i)) for i, each in enumerate(self.conditions)]
@@ -172,12 +170,9 @@ class Sampling:
     def record(self) -> Program:
         recorder = Recorder(self.noise.shape, torch.device("cpu"), most_bytes=2**30)
 
-        def predict(x: Any, timestep: Tensor, conditioning: dict[str, Tensor], label: str, sigma: float) -> Tensor:
-            shape = (len(x), *self.noise.shape[1:])
-            numbers = frozenset(map(int, label.split()))
-            return recorder.network(
-                StepRequest(x, timestep, conditioning, label), shape, conditions=numbers, sigma=sigma
-            )
+        def predict(request: StepRequest, sigma: float) -> Tensor:
+            shape = (len(request.x), *self.noise.shape[1:])
+            return recorder.network(request, shape, conditions=frozenset(map(int, request.label.split())), sigma=sigma)
 
         return recorder.finish(self.run(predict, recorder.given(self.noise), recorder.report))
 
@@ -185,8 +180,8 @@ class Sampling:
         """The result, and the denoised latents that the callback is shown."""
         shown: list[Tensor] = []
 
-        def predict(x: Tensor, timestep: Tensor, conditioning: dict[str, Tensor], label: str, sigma: float) -> Tensor:
-            return remote.steps([StepRequest(x, timestep, conditioning, label)], cache=cache, sigma=sigma)[0].clone()
+        def predict(request: StepRequest, sigma: float) -> Tensor:
+            return remote.steps([request], cache=cache, sigma=sigma)[0].clone()
 
         def callback(step: int, denoised: Tensor, x: Tensor, steps: int) -> None:
             shown.append(denoised.clone())
@@ -202,7 +197,7 @@ def expected(start_group: StartGroup, tiny_models: TinyModels) -> Callable[[str]
     def get(name: str) -> tuple[Tensor, list[Tensor]]:
         if name not in known:
             setting = SETTINGS[name]
-            with loaded(start_group("cpu"), tiny_models.path(**setting.model.checkpoint)) as remote:
+            with loaded(start_group("cpu"), setting.model.path(tiny_models)) as remote:
                 known[name] = Sampling(setting).stepwise(remote)
         return known[name]
 
@@ -226,8 +221,8 @@ def test_the_same_result_after_one_message(
         assert steps == setting.steps
         shown[step] = denoised
 
-    with loaded(start_group(devices), tiny_models.path(**setting.model.checkpoint), **degrees) as remote:
-        group = remote.group
+    with loaded(start_group(devices), setting.model.path(tiny_models), **degrees) as remote:
+        group = remote.weights.group
         assert group is not None
         for _ in range(2):  # the second time in the same memory
             sent = group.messages
@@ -257,8 +252,8 @@ def test_latents_travel_only_for_previews_that_are_due(
         shown.append(step)
         done.append(step + 1)
 
-    with loaded(start_group("cpu,cpu"), tiny_models.path(**setting.model.checkpoint)) as remote:
-        assert remote.group is not None
+    with loaded(start_group("cpu,cpu"), setting.model.path(tiny_models)) as remote:
+        assert remote.weights.group is not None
         _, report = remote.sample(
             Sampling(setting).record(),
             on_step=None if interval_s is None else on_step,
@@ -279,7 +274,7 @@ def test_latents_travel_only_for_previews_that_are_due(
 def test_two_previews_are_as_far_apart_as_asked(start_group: StartGroup, tiny_models: TinyModels):
     setting = replace(SETTINGS["euler"], steps=60)
     looked: list[float] = []
-    with loaded(start_group("cpu,cpu"), tiny_models.path(**setting.model.checkpoint)) as remote:
+    with loaded(start_group("cpu,cpu"), setting.model.path(tiny_models)) as remote:
         program = Sampling(setting).record()
         _, quick = remote.sample(program)
         interval = quick.seconds / 10
@@ -291,14 +286,10 @@ def test_two_previews_are_as_far_apart_as_asked(start_group: StartGroup, tiny_mo
 def test_bf16(start_group: StartGroup, tiny_models: TinyModels):
     """The latent stays in fp32, as in ComfyUI; the network gets and gives bf16."""
     sampling = Sampling(SETTINGS["wan_i2v"], torch.bfloat16)
-    path = tiny_models.path(**sampling.setting.model.checkpoint)
-    config = SequenceParallelConfig(devices=on_ranks("cpu,cpu"))
-    recipe = Recipe(path=str(path), weight_dtype=torch.bfloat16, compute_dtype=torch.bfloat16, config=config)
-    remote = RemoteModel(recipe, group=start_group("cpu,cpu"))
-    remote.ensure_loaded()
-    right, _ = sampling.stepwise(remote)
-    result, _ = remote.sample(sampling.record())
-    remote.unload()
+    path = sampling.setting.model.path(tiny_models)
+    with loaded(start_group("cpu,cpu"), path, torch.bfloat16) as remote:
+        right, _ = sampling.stepwise(remote)
+        result, _ = remote.sample(sampling.record())
     assert result.dtype == torch.float32
     assert not torch.equal(result.bfloat16().float(), result)
     assert relative_difference(result, right) <= 5e-3
@@ -308,16 +299,16 @@ def test_conditions_run_side_by_side(start_group: StartGroup, tiny_models: TinyM
     setting = SETTINGS["guided"]
     program = Sampling(setting).record()
     assert [len(network.passes) for network in program.networks] == [2] * setting.steps
-    with loaded(start_group("cpu,cpu"), tiny_models.path(**setting.model.checkpoint), cfg_degree=2) as remote:
+    with loaded(start_group("cpu,cpu"), setting.model.path(tiny_models), cfg_degree=2) as remote:
         remote.sample(program)
         assert [result["collectives"] for result in remote.last_step] == [0, 0], "no rank has a sequence to share"
 
 
 def test_a_cache_skips_and_counts_as_step_by_step(start_group: StartGroup, tiny_models: TinyModels):
-    model = Model({"depth": 2, "depth_single": 2}, ODD)
-    sampling = Sampling(replace(SETTINGS["euler"], model=model, steps=6))
+    setting = replace(SETTINGS["euler"], steps=6)
+    sampling = Sampling(setting)
     settings = FirstBlockCacheSettings(residual_diff_threshold=1e9, max_consecutive_hits=2)
-    with loaded(start_group("cpu,cpu"), tiny_models.path(**model.checkpoint)) as remote:
+    with loaded(start_group("cpu,cpu"), setting.model.path(tiny_models)) as remote:
         there, here = (CachedSampling(settings, first_sigma=0.9) for _ in range(2))
         right, _ = sampling.stepwise(remote, there)
         result, _ = remote.sample(sampling.record(), cache=here)
@@ -349,12 +340,12 @@ def test_cancels_at_any_time_leave_no_rank_waiting(
     right, _ = expected("guided")
     setting = SETTINGS["guided"]
     times = random.Random(0)
-    with loaded(start_group(devices), tiny_models.path(**setting.model.checkpoint), **degrees) as remote:
+    with loaded(start_group(devices), setting.model.path(tiny_models), **degrees) as remote:
         program = Sampling(setting).record()
         began = time.monotonic()
         remote.sample(program)
         lasts = time.monotonic() - began
-        group = remote.group
+        group = remote.weights.group
         assert group is not None
         pids = list(group.pids)
         cancelled = 0
@@ -377,7 +368,7 @@ def test_cancels_at_any_time_leave_no_rank_waiting(
 def test_a_callback_that_raises_stops_the_workers(start_group: StartGroup, tiny_models: TinyModels):
     """ComfyUI's progress bar raises at Cancel, too."""
     sampling = Sampling(replace(SETTINGS["euler"], steps=1000))
-    with loaded(start_group("cpu,cpu"), tiny_models.path(**SETTINGS["euler"].model.checkpoint)) as remote:
+    with loaded(start_group("cpu,cpu"), SETTINGS["euler"].model.path(tiny_models)) as remote:
         program, short = sampling.record(), Sampling(SETTINGS["euler"]).record()
         right, _ = remote.sample(short)
         reached: list[int] = []
@@ -394,8 +385,8 @@ def test_a_callback_that_raises_stops_the_workers(start_group: StartGroup, tiny_
 
 def test_a_killed_worker_ends_the_sampling_by_name(start_group: StartGroup, tiny_models: TinyModels):
     sampling = Sampling(replace(SETTINGS["euler"], steps=400))
-    with loaded(start_group("cpu,cpu"), tiny_models.path(**SETTINGS["euler"].model.checkpoint)) as remote:
-        group = remote.group
+    with loaded(start_group("cpu,cpu"), SETTINGS["euler"].model.path(tiny_models)) as remote:
+        group = remote.weights.group
         assert group is not None
 
         def kill(*_: Any) -> None:
@@ -403,7 +394,7 @@ def test_a_killed_worker_ends_the_sampling_by_name(start_group: StartGroup, tiny
 
         with pytest.raises(WorkerDiedError, match=r"rank 1.*'sample'"):
             remote.sample(sampling.record(), on_step=kill)
-        assert not remote.loaded
+        assert not remote.weights.loaded
 
 
 # --- memory -------------------------------------------------------------------------------------------------------
@@ -411,8 +402,8 @@ def test_a_killed_worker_ends_the_sampling_by_name(start_group: StartGroup, tiny
 
 def test_the_noise_of_a_sampling_takes_no_memory_after_it(start_group: StartGroup, tiny_models: TinyModels):
     setting = replace(SETTINGS["guided"], steps=40)
-    with loaded(start_group("cpu,cpu"), tiny_models.path(**setting.model.checkpoint)) as remote:
-        group = remote.group
+    with loaded(start_group("cpu,cpu"), setting.model.path(tiny_models)) as remote:
+        group = remote.weights.group
         assert group is not None
         segment = None
         most = 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
@@ -11,54 +12,37 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from parallel.checkpoints.source import Stored, open_source
 from parallel.config import SequenceParallelConfig, resolve
-from parallel.demo.checkpoint import SCALED_LAYOUTS
-from parallel.errors import WorkerDiedError, WorkerError
+from parallel.diffusers.tensors import mapped
+from parallel.errors import CheckpointError, WorkerDiedError, WorkerError
 from parallel.host import remote_weights
 from parallel.host.group import WorkerGroup
 from parallel.host.remote_model import RemoteModel
-from parallel.worker.resident import ResidentModel
+from parallel.wire.messages import Operation, Weights
+from tests.distributed.changed_weights import WEIGHTS, changed, write_changed
 from tests.distributed.devices import on_ranks
 from tests.distributed.process_facts import wait_until
-from tests.distributed.tiny_models import Inputs, StartGroup, TinyModels, recipe_of
+from tests.distributed.tiny_models import (
+    NETWORKS,
+    WAN,
+    Inputs,
+    StartGroup,
+    TinyModels,
+    loaded,
+    recipe_of,
+    step,
+)
 
 DEVICES = "cpu,cpu"
-QKV = "double_blocks.0.img_attn.qkv.weight"
-HEAD = "final_layer.adaLN_modulation.1.weight"
-SOME = (QKV, "single_blocks.0.linear1.weight", "single_blocks.0.linear1.bias", HEAD)
-FLUX_INPUTS = Inputs(frames=None, sigma=True)
-fp8 = torch.float8_e4m3fn
+QUERY = "transformer_blocks.0.attn.to_q.weight"
+SOME = (QUERY, "single_transformer_blocks.0.proj_mlp.weight", "x_embedder.proj.bias", "norm_out.linear.weight")
+PADDED = Inputs(valid=(5,))
 
 
 class Cancelled(Exception):
     """Stands for ComfyUI's InterruptProcessingException."""
-
-
-def change(name: str, stored: Stored, factor: float = 1.5) -> Stored:
-    """What the tests replace a weight by."""
-    tensor, scale = stored
-    if scale is None:
-        return Stored((tensor.float() * factor + 0.01).to(tensor.dtype))
-    return Stored((tensor.float() * -0.7).to(tensor.dtype), scale * factor)
-
-
-def write_changed(path: Path, target: Path, storage: torch.dtype) -> set[str]:
-    """The checkpoint with every tensor changed; returns their names."""
-    source, tensors = open_source(str(path)), load_file(path)
-    with source.reader() as read:
-        for name in source.tensors:
-            tensor, scale = read.stored(name)
-            keep = tensor.dtype if scale is not None else torch.float32 if source.scales else storage
-            changed = change(name, Stored(tensor.to(keep), scale))
-            tensors[source.files[name][1]] = changed.tensor
-            if changed.scale is not None:
-                tensors[source.files[source.scales[name]][1]] = torch.tensor(changed.scale)
-    save_file(tensors, target, source.metadata)
-    return set(source.tensors)
 
 
 @dataclass
@@ -66,136 +50,74 @@ class Case:
     """A model on the shared workers."""
 
     model: RemoteModel
-    inputs: Inputs
+    path: Path
 
     def step(self) -> Tensor:
-        return self.model.step(*self.inputs.make())
+        return step(self.model, PADDED)
 
     def replace(self, version: Any, names: Collection[str], factor: float = 1.5, **options: Any) -> None:
-        self.model.replace_weights(version, names, lambda name, stored: change(name, stored, factor), **options)
+        self.model.weights.replace(version, names, changed(self.path, factor), **options)
 
 
 @pytest.fixture
 def case(start_group: StartGroup, tiny_models: TinyModels) -> Iterator[Case]:
-    model = RemoteModel(recipe_of(tiny_models.path(), DEVICES), group=start_group(DEVICES))
-    model.ensure_loaded()
-    yield Case(model, Inputs(valid=(5,)))
-    model.unload()
+    with loaded(start_group(DEVICES), tiny_models.path()) as model:
+        yield Case(model, tiny_models.path())
 
 
 @pytest.fixture
-def sent(case: Case, monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+def sent(case: Case, monkeypatch: pytest.MonkeyPatch) -> list[Weights]:
     """The messages about weights from here on."""
-    assert case.model.group is not None
-    messages: list[dict[str, Any]] = []
-    call = case.model.group.call
+    group = case.model.weights.group
+    assert group is not None
+    messages: list[Weights] = []
+    call = group.call
 
-    def spy(operation: str, message: dict[str, Any], **options: Any) -> Any:
-        if operation == "weights":
+    def spy(message: Operation, **options: Any) -> Any:
+        if isinstance(message, Weights):
             messages.append(message)
-        return call(operation, message, **options)
+        return call(message, **options)
 
-    monkeypatch.setattr(case.model.group, "call", spy)
+    monkeypatch.setattr(group, "call", spy)
     return messages
 
 
-def predict(group: WorkerGroup, path: Path, inputs: Inputs, dtype: torch.dtype = torch.float32) -> Tensor:
-    model = RemoteModel(recipe_of(path, DEVICES, dtype), group=group)
-    model.ensure_loaded()
-    try:
-        return model.step(*inputs.make())
-    finally:
-        model.unload()
-
-
 @pytest.mark.parametrize(
-    ("checkpoint", "inputs", "storage"),
-    [
-        pytest.param({}, Inputs(), torch.float32, id="hunyuan_video"),
-        pytest.param({"names": "original", "prefix": "model.model."}, Inputs(), torch.float32, id="original_names"),
-        pytest.param({"dtype": torch.bfloat16}, Inputs(), torch.bfloat16, id="bf16"),
-        pytest.param({}, Inputs(), fp8, id="fp8"),
-        pytest.param({"family": "flux"}, FLUX_INPUTS, torch.float32, id="flux"),
-        pytest.param({"family": "flux"}, FLUX_INPUTS, fp8, id="flux_fp8"),
-        *(
-            pytest.param({"scaled": layout, "dtype": torch.bfloat16}, Inputs(), torch.float32, id=layout)
-            for layout in SCALED_LAYOUTS
-        ),
-        pytest.param({"scaled": "comfy_quant"}, Inputs(), fp8, id="scaled_and_fp8_chosen"),
-        pytest.param({"family": "flux", "scaled": "marker_2"}, FLUX_INPUTS, torch.float32, id="flux_scaled"),
-    ],
+    ("network", "dtype"), [*((network, torch.float32) for network in NETWORKS), (WAN, torch.bfloat16)]
 )
-def test_replaced_weights_give_what_a_checkpoint_with_them_gives(
-    start_group: StartGroup,
-    tiny_models: TinyModels,
-    tmp_path: Path,
-    checkpoint: dict[str, Any],
-    inputs: Inputs,
-    storage: torch.dtype,
+def test_replaced_weights_give_what_a_file_with_them_gives(
+    start_group: StartGroup, tiny_models: TinyModels, tmp_path: Path, network: str, dtype: torch.dtype
 ):
     """Every tensor of the file, so that none of them goes to a wrong place."""
-    group, path = start_group(DEVICES), tiny_models.path(**checkpoint)
-    names = write_changed(path, tmp_path / "changed.safetensors", storage)
-    expected = predict(group, tmp_path / "changed.safetensors", inputs, storage)
-    model = RemoteModel(recipe_of(path, DEVICES, storage), group=group)
-    model.ensure_loaded()
-    base = model.step(*inputs.make())
-    model.replace_weights("changed", names, change)
-    changed = model.step(*inputs.make())
-    model.replace_weights(None, (), change)
-    restored = model.step(*inputs.make())
-    model.unload()
-    assert torch.equal(changed, expected)
+    group, path, inputs = start_group(DEVICES), tiny_models.path(network), Inputs(network, dtype=dtype)
+    names = write_changed(path, tmp_path / "changed")
+    with loaded(group, tmp_path / "changed", dtype) as model:
+        expected = step(model, inputs)
+    with loaded(group, path, dtype) as model:
+        base = step(model, inputs)
+        model.weights.replace("changed", names, changed(path))
+        replaced = step(model, inputs)
+        model.weights.replace(None, (), changed(path))
+        restored = step(model, inputs)
+    assert torch.equal(replaced, expected)
     assert torch.equal(restored, base)
-    assert not torch.equal(changed, base)
+    assert not torch.equal(replaced, base)
 
 
-@pytest.mark.parametrize("family", ["hunyuan_video", "flux"])
-def test_a_diffusers_folder_takes_the_replacements_of_the_single_file(
-    start_group: StartGroup, tiny_models: TinyModels, tmp_path: Path, family: str
-):
-    inputs = FLUX_INPUTS if family == "flux" else Inputs()
-    group, path = start_group(DEVICES), tiny_models.path(family)
-    recipe = {"path": str(path), "weight_dtype": "float32", "compute_dtype": "float32"}
-    stock: Any = ResidentModel(recipe, torch.device("cpu"), lambda done, total: None).model
-    stock.save_pretrained(tmp_path)
-    results = []
-    for checkpoint in (path, tmp_path):
-        model = RemoteModel(recipe_of(checkpoint, DEVICES), group=group)
-        model.ensure_loaded()
-        base = model.step(*inputs.make())
-        model.replace_weights("changed", SOME, change)
-        results.append(model.step(*inputs.make()))
-        model.replace_weights(None, (), change)
-        assert torch.equal(model.step(*inputs.make()), base)
-        assert not torch.equal(results[-1], base)
-        model.unload()
-    assert torch.equal(*results)
-
-
-def test_each_replacement_starts_from_the_checkpoint(case: Case, tiny_models: TinyModels):
-    seen: dict[str, Tensor] = {}
-
-    def look(name: str, stored: Stored) -> Stored:
-        seen[name] = stored.tensor.clone()
-        return change(name, stored, 0.5)
-
+def test_each_replacement_starts_from_the_file(case: Case):
     case.replace("half", SOME, 0.5)
     half = case.step()
-    case.replace("other", [QKV, "single_blocks.0.linear2.weight"], -0.7)
+    case.replace("other", [QUERY, "single_transformer_blocks.0.proj_out.weight"], -0.7)
     assert not torch.equal(case.step(), half)
-    case.model.replace_weights("half again", SOME, look)
+    case.replace("half again", SOME, 0.5)
     assert torch.equal(case.step(), half)
-    stored = load_file(tiny_models.path())
-    assert seen.keys() == set(SOME)
-    assert all(torch.equal(tensor, stored[name]) for name, tensor in seen.items())
 
 
-def test_only_what_changes_travels(case: Case, sent: list[dict[str, Any]]):
+def test_only_what_changes_travels(case: Case, sent: list[Weights]):
     def touched() -> tuple[set[str], set[str]]:
         """Names of the tensors that travelled, and of those that the workers took from the file."""
-        put = {name for message in sent for name in message["put"]}
-        restored = {name for message in sent for name in message["restore"]}
+        put = {name for message in sent for name in message.put}
+        restored = {name for message in sent for name in message.restore}
         sent.clear()
         return put, restored
 
@@ -207,32 +129,29 @@ def test_only_what_changes_travels(case: Case, sent: list[dict[str, Any]]):
     case.step()
     case.step()
     assert touched() == (set(), set())
-    case.replace("second", [QKV], 0.5)
-    assert touched() == ({QKV}, set(SOME) - {QKV})
+    case.replace("second", [QUERY], 0.5)
+    assert touched() == ({QUERY}, set(SOME) - {QUERY})
     case.replace(None, ())
-    assert touched() == (set(), {QKV})
+    assert touched() == (set(), {QUERY})
 
 
-def test_shared_memory_holds_a_few_weights_at_a_time(
-    case: Case, sent: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
-):
+def test_shared_memory_holds_a_few_weights_at_a_time(case: Case, sent: list[Weights], monkeypatch: pytest.MonkeyPatch):
     case.replace("at once", SOME)
     expected = case.step()
     assert len(sent) == 1
     case.replace(None, ())
     sent.clear()
-    limit = 1 << 20
+    limit = 1 << 19
     monkeypatch.setattr(remote_weights, "_BATCH_BYTES", limit)
     told: list[tuple[int, int]] = []
     case.replace("in parts", SOME, on_progress=lambda done, total: told.append((done, total)))
     assert torch.equal(case.step(), expected)
-    stored = load_file(case.model.recipe.path)
-    sizes = [sum(stored[name].nbytes for name in message["put"]) for message in sent]
-    assert len(sizes) > 1
-    assert all(size <= limit or len(message["put"]) == 1 for size, message in zip(sizes, sent, strict=True))
-    total = sum(stored[name].nbytes for name in SOME)
-    assert [done for done, _ in told] == [sum(sizes[: i + 1]) for i in range(len(sizes))]
-    assert {entry[1] for entry in told} == {total}
+    stored = mapped(str(case.path))
+    sizes = [sum(stored[name].nbytes for name in message.put) for message in sent]
+    counts = [len(message.put) for message in sent]
+    assert len(SOME) > len(counts) > 1
+    assert all(size <= limit or count == 1 for size, count in zip(sizes, counts, strict=True))
+    assert told == [(sum(counts[: i + 1]), len(SOME)) for i in range(len(counts))]
 
 
 @pytest.mark.parametrize("after", [1, 2, 4])
@@ -263,7 +182,7 @@ def test_cancel_in_the_middle_leaves_nothing_half_done(case: Case, monkeypatch: 
 
 def test_cancel_while_the_workers_are_at_it(case: Case):
     """One of them is slow: the next call waits before it writes to the shared memory again."""
-    assert case.model.group is not None
+    assert case.model.weights.group is not None
     case.replace("first", SOME)
     expected = case.step()
     polls = 0
@@ -274,7 +193,7 @@ def test_cancel_while_the_workers_are_at_it(case: Case):
         if polls == len(SOME) + 3:
             raise Cancelled
 
-    slow = case.model.group.pids[0]
+    slow = case.model.weights.group.pids[0]
     os.kill(slow, signal.SIGSTOP)
     try:
         with pytest.raises(Cancelled):
@@ -288,64 +207,82 @@ def test_cancel_while_the_workers_are_at_it(case: Case):
 def test_a_failure_on_the_host_is_the_callers(case: Case):
     base = case.step()
 
-    def fail(name: str, stored: Stored) -> Stored:
+    def fail(name: str) -> Tensor:
         raise KeyError(name)
 
     with pytest.raises(KeyError):
-        case.model.replace_weights("broken", SOME, fail)
+        case.model.weights.replace("broken", SOME, fail)
     case.replace(None, ())
     assert torch.equal(case.step(), base)
 
 
-def test_a_checkpoint_that_went_away_is_named(start_group: StartGroup, tiny_models: TinyModels, tmp_path: Path):
-    path = tmp_path / "moved.safetensors"
-    path.write_bytes(tiny_models.path().read_bytes())
+@pytest.mark.parametrize(
+    ("name", "complaint"),
+    [
+        ("lora.down", "the network has no weight 'lora.down'"),
+        (QUERY, rf"the weight {QUERY} has the shape \[256, 256\], received \[3\]"),
+    ],
+    ids=["no_such_weight", "another_shape"],
+)
+def test_a_replacement_that_does_not_fit_is_refused(case: Case, name: str, complaint: str):
+    assert case.model.weights.group is not None
+    base, pids = case.step(), case.model.weights.group.pids
+    with pytest.raises(WorkerError, match=complaint) as caught:
+        case.model.weights.replace("broken", [name], lambda _: torch.zeros(3))
+    assert caught.value.remote_type == CheckpointError.__name__
+    case.replace("right", SOME)
+    case.replace(None, ())
+    assert torch.equal(case.step(), base)
+    assert case.model.weights.group.pids == pids
+
+
+def test_a_folder_that_went_away_is_named(start_group: StartGroup, tiny_models: TinyModels, tmp_path: Path):
+    path, away = tmp_path / "moved", tmp_path / "away"
+    shutil.copytree(tiny_models.path(), path)
     group = start_group(DEVICES)
-    model = RemoteModel(recipe_of(path, DEVICES), group=group)
-    model.ensure_loaded()
-    base, pids = model.step(*Inputs().make()), group.pids
-    model.replace_weights("changed", SOME, change)
-    path.rename(tmp_path / "away.safetensors")
-    with pytest.raises(WorkerError, match=r"moved\.safetensors: cannot read") as caught:
-        model.replace_weights(None, (), change)
-    assert caught.value.remote_type == "CheckpointError"
-    (tmp_path / "away.safetensors").rename(path)
-    model.replace_weights(None, (), change)
-    assert torch.equal(model.step(*Inputs().make()), base)
-    assert group.pids == pids  # an error of all workers alike leaves them running
-    model.unload()
+    with loaded(group, path) as model:
+        base, pids = step(model, PADDED), group.pids
+        model.weights.replace("changed", SOME, changed(path))
+        path.rename(away)
+        with pytest.raises(WorkerError, match=f"{path} is damaged or incomplete: .*{WEIGHTS}") as caught:
+            model.weights.replace(None, (), changed(away))
+        assert caught.value.remote_type == CheckpointError.__name__
+        away.rename(path)
+        model.weights.replace(None, (), changed(path))
+        assert torch.equal(step(model, PADDED), base)
+        assert group.pids == pids  # an error of all workers alike leaves them running
 
 
-def test_loading_again_starts_from_the_checkpoint(case: Case, sent: list[dict[str, Any]]):
+def test_loading_again_starts_from_the_file(case: Case, sent: list[Weights]):
     base = case.step()
     case.replace("changed", SOME)
-    changed = case.step()
-    case.model.unload()
-    case.model.ensure_loaded()
+    replaced = case.step()
+    case.model.weights.unload()
+    case.model.weights.ensure_loaded()
     assert torch.equal(case.step(), base)
     sent.clear()
     case.replace("changed", SOME)
-    assert {name for message in sent for name in message["put"]} == set(SOME)
-    assert torch.equal(case.step(), changed)
+    assert {name for message in sent for name in message.put} == set(SOME)
+    assert torch.equal(case.step(), replaced)
 
 
 def test_fresh_workers_are_given_the_weights_again(tiny_models: TinyModels):
-    layout = resolve(SequenceParallelConfig(devices=on_ranks(DEVICES)))
+    layout, path = resolve(SequenceParallelConfig(devices=on_ranks(DEVICES))), tiny_models.path()
     groups = [WorkerGroup(layout, threads=1) for _ in range(2)]
     results = []
     try:
-        model = RemoteModel(recipe_of(tiny_models.path(), DEVICES), group=groups[0])
+        model = RemoteModel(recipe_of(path, DEVICES), group=groups[0])
         for group in groups:
             group.start()
-            model._own_group = group
-            model.ensure_loaded()
-            model.replace_weights("changed", SOME, change)
-            results.append(model.step(*Inputs().make()))
+            model.weights._own_group = group
+            model.weights.ensure_loaded()
+            model.weights.replace("changed", SOME, changed(path))
+            results.append(step(model, PADDED))
             group._workers[-1].process.kill()
             assert wait_until(lambda group=group: not group.alive, seconds=5)
             with pytest.raises(WorkerDiedError):
-                model.replace_weights(None, (), change)
-            assert not model.loaded
+                model.weights.replace(None, (), changed(path))
+            assert not model.weights.loaded
     finally:
         for group in groups:
             group.stop()

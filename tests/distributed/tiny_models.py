@@ -1,349 +1,149 @@
-"""Tiny checkpoints, and the inputs of one step for them."""
+"""Tiny models, and the inputs of one step for them.
+
+They are diffusers' own classes: the engine's tests need no ComfyUI. Those of ComfyUI's classes are in `tests/comfyui`.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from parallel.adapters.base import pack_text
 from parallel.config import SequenceParallelConfig
-from parallel.demo.checkpoint import WRITERS
+from parallel.diffusers.folder import read_config, recipe, transformer_class
+from parallel.diffusers.request import request as request_of
+from parallel.diffusers.tiny import tiny_request, write_tiny
 from parallel.host.group import WorkerGroup
 from parallel.host.recipe import Recipe
 from parallel.host.remote_model import RemoteModel
+from parallel.sampling.step_request import StepRequest
+from parallel.wire.trees import restore
 from tests.distributed.devices import on_ranks
 
 StartGroup = Callable[[str], WorkerGroup]
-TEXT_WIDTH = 64
+HUNYUAN, FLUX = "HunyuanVideoTransformer3DModel", "FluxTransformer2DModel"
+WAN, COGVIDEOX = "WanTransformer3DModel", "CogVideoXTransformer3DModel"
+NETWORKS = (HUNYUAN, FLUX, WAN, COGVIDEOX)
 
 
 class TinyModels:
-    """A folder of checkpoints; asking twice for the same one writes it once."""
+    """A folder of folders; asking twice for the same one writes it once."""
 
     def __init__(self, folder: Path):
         self._folder = folder
         self._written: dict[str, Path] = {}
 
-    def path(self, family: str = "hunyuan_video", **options: Any) -> Path:
-        """The checkpoint that `parallel.demo.checkpoint` makes of these options."""
-        key = repr((family, sorted(options.items())))
+    def path(self, network: str = HUNYUAN, **options: Any) -> Path:
+        """What `parallel.diffusers.tiny.write_tiny` makes of these options."""
+        key = repr((network, sorted(options.items())))
         if key not in self._written:
-            path = self._folder / f"{len(self._written)}.safetensors"
-            WRITERS[family](path, **options)
+            path = self._folder / str(len(self._written))
+            write_tiny(path, network, **options)
             self._written[key] = path
         return self._written[key]
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """Sizes of one step's inputs."""
+    """Sizes of one step's inputs, see `tiny_request`."""
 
-    frames: int | None = 2
-    """None makes a picture's latent, without that dimension."""
+    network: str = HUNYUAN
+    frames: int = 2
     height: int = 8
     width: int = 8
     channels: int = 16
     text: int = 8
     valid: tuple[int, ...] | None = None
-    """Valid text tokens of each sample; None sends no mask."""
-    padding_first: bool = False
+    """Text tokens that a mask leaves to each sample, HunyuanVideo only."""
     batch: int = 1
-    first_frame: float | None = None
-    """Timestep of a given first frame."""
-    references: tuple[tuple[int, int], ...] = ()
-    """Heights and widths of further pictures, for FLUX."""
-    method: str | None = None
-    """How the references are placed."""
-    sigma: bool = False
-    """Timesteps of 0 to 1, not of 0 to 1000."""
     seed: int = 0
+    dtype: torch.dtype = torch.float32
+    others: Callable[[StepRequest], Mapping[str, Any]] | None = None
+    """Arguments of the network in place of those that the request has, or beside them; None takes one away."""
 
-    def make(self) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        """x, timestep, conditioning."""
-        generator = torch.Generator().manual_seed(self.seed)
-
-        def random(*shape: int) -> Tensor:
-            return torch.randn(shape, generator=generator)
-
-        conditioning = {
-            "context": random(self.batch, self.text, TEXT_WIDTH),
-            "y": random(self.batch, 768),
-            "guidance": torch.full((self.batch,), 6.0),
-        }
-        if self.valid is not None:
-            mask = (torch.arange(self.text)[None] < torch.tensor(self.valid)[:, None]).long()
-            conditioning["attention_mask"] = mask.flip(1) if self.padding_first else mask
-        if self.first_frame is not None:
-            conditioning["guiding_frame_index"] = torch.full((self.batch,), self.first_frame)
-        for i, size in enumerate(self.references):
-            conditioning[f"ref_latents.{i}"] = random(self.batch, self.channels, *size)
-        if self.method is not None:
-            conditioning["ref_latents_method"] = pack_text(self.method)
-        frames = () if self.frames is None else (self.frames,)
-        x = random(self.batch, self.channels, *frames, self.height, self.width)
-        return x, torch.linspace(900, 300, self.batch) / (1000 if self.sigma else 1), conditioning
+    def make(self, label: str = "") -> StepRequest:
+        """The request."""
+        fields = set(self.__dataclass_fields__) - {"network", "others"}
+        request = tiny_request(self.network, **{name: getattr(self, name) for name in fields}, label=label)
+        if self.others is None:
+            return request
+        named = {**arguments(request), **self.others(request)}
+        named.pop("return_dict")
+        return request_of(named.pop("hidden_states"), named.pop("timestep"), label=label, **named)
 
 
-@dataclass(frozen=True)
-class WanInputs:
-    """Sizes of one step's inputs for Wan."""
-
-    frames: int = 2
-    height: int = 8
-    width: int = 8
-    channels: int = 16
-    text: int = 8
-    image: int = 0
-    """CLIP's tokens; 0 sends none."""
-    clean_frames: int = 0
-    """Frames whose timestep is 0; with any, each frame has a timestep of its own."""
-    batch: int = 1
-
-    def make(self) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        """x, timestep, conditioning."""
-        generator = torch.Generator().manual_seed(0)
-
-        def random(*shape: int) -> Tensor:
-            return torch.randn(shape, generator=generator)
-
-        conditioning = {"context": random(self.batch, self.text, TEXT_WIDTH)}
-        if self.image:
-            conditioning["clip_fea"] = random(self.batch, self.image, 1280)
-        timestep = torch.linspace(900, 300, self.batch)
-        if self.clean_frames:
-            noisy = torch.arange(self.frames) >= self.clean_frames
-            timestep = timestep[:, None] * noisy
-            conditioning["denoise_mask"] = noisy.float()[None, None, :, None, None].expand(self.batch, 1, -1, 1, 1)
-        return random(self.batch, self.channels, self.frames, self.height, self.width), timestep, conditioning
+def arguments(request: StepRequest) -> dict[str, Any]:
+    """What the network is called with."""
+    tensors = {"x": request.x, "timestep": request.timestep, **request.conditioning}
+    named: dict[str, Any] = restore(request.arguments, tensors.__getitem__)["named"]
+    return named
 
 
-@dataclass(frozen=True)
-class Hunyuan15Inputs:
-    """Sizes of one step's inputs for HunyuanVideo 1.5."""
-
-    frames: int = 2
-    height: int = 4
-    width: int = 4
-    text: int = 8
-    valid: tuple[int, ...] | None = None
-    """As for HunyuanVideo."""
-    glyphs: int = 3
-    """ByT5's tokens; 0 sends none."""
-    image: int = 0
-    """SigLIP's."""
-    batch: int = 1
-
-    def make(self) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        """x, timestep, conditioning."""
-        generator = torch.Generator().manual_seed(0)
-
-        def random(*shape: int) -> Tensor:
-            return torch.randn(shape, generator=generator)
-
-        conditioning = {"context": random(self.batch, self.text, TEXT_WIDTH), "guidance": torch.tensor([6.0])}
-        if self.glyphs:
-            conditioning["txt_byt5"] = random(self.batch, self.glyphs, 1472)
-        if self.image:
-            conditioning["clip_fea"] = random(self.batch, self.image, 1152)
-        if self.valid is not None:
-            conditioning["attention_mask"] = (torch.arange(self.text)[None] < torch.tensor(self.valid)[:, None]).long()
-        x = random(self.batch, 65, self.frames, self.height, self.width)
-        return x, torch.linspace(900, 300, self.batch), conditioning
+def stock(path: Path, request: StepRequest) -> Tensor:
+    """What diffusers alone makes of a request in this process, as workers compute: by one thread, and with weights that
+    need no gradients, which select other kernels."""
+    network = transformer_class(read_config(str(path))["_class_name"])
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        model = network.from_pretrained(path, torch_dtype=request.x.dtype).eval().requires_grad_(False)
+        return model(**arguments(request))[0]
+    finally:
+        torch.set_num_threads(threads)
 
 
-@dataclass(frozen=True)
-class CogVideoXInputs:
-    """Sizes of one step's inputs for CogVideoX."""
-
-    frames: int = 2
-    height: int = 8
-    width: int = 8
-    channels: int = 16
-    text: int = 8
-    ofs: bool = False
-    batch: int = 1
-
-    def make(self) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        """x, timestep, conditioning."""
-        generator = torch.Generator().manual_seed(0)
-
-        def random(*shape: int) -> Tensor:
-            return torch.randn(shape, generator=generator)
-
-        conditioning = {"context": random(self.batch, self.text, TEXT_WIDTH)}
-        if self.ofs:
-            conditioning["ofs"] = torch.full((self.batch,), 2.0)
-        x = random(self.batch, self.channels, self.frames, self.height, self.width)
-        return x, torch.linspace(900, 300, self.batch), conditioning
+def step(remote: RemoteModel, inputs: Inputs) -> Tensor:
+    """The prediction for these inputs."""
+    return remote.steps([inputs.make()])[0]
 
 
-@dataclass(frozen=True)
-class MochiInputs:
-    """Sizes of one step's inputs for Mochi."""
-
-    frames: int = 2
-    height: int = 8
-    width: int = 8
-    text: int = 8
-    valid: int = 8
-    """Text tokens that are no padding."""
-    batch: int = 1
-
-    def make(self) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        """x, timestep, conditioning."""
-        generator = torch.Generator().manual_seed(0)
-        conditioning = {
-            "context": torch.randn(self.batch, self.text, TEXT_WIDTH, generator=generator),
-            "attention_mask": (torch.arange(self.text) < self.valid).long().repeat(self.batch, 1),
-            "num_tokens": pack_text(str(self.valid)),
-        }
-        x = torch.randn(self.batch, 12, self.frames, self.height, self.width, generator=generator)
-        return x, torch.linspace(0.9, 0.3, self.batch), conditioning
+def row(request: StepRequest, i: int) -> StepRequest:
+    """One sample of a request's batch."""
+    rows = slice(i, i + 1)
+    conditioning = {n: t[rows] if len(t) == len(request.x) else t for n, t in request.conditioning.items()}
+    return replace(request, x=request.x[rows], timestep=request.timestep[rows], conditioning=conditioning)
 
 
-@dataclass(frozen=True)
-class LTXVInputs:
-    """Sizes of one step's inputs for LTXV."""
-
-    frames: int = 2
-    height: int = 4
-    width: int = 4
-    text: int = 8
-    valid: tuple[int, ...] | None = None
-    """Valid text tokens of each sample; None sends no mask."""
-    rate: float = 25.0
-    clean_frames: int = 0
-    """Frames whose timestep is 0; with any, each token has a timestep of its own."""
-    batch: int = 1
-
-    def make(self) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        """x, timestep, conditioning."""
-        generator = torch.Generator().manual_seed(0)
-        conditioning = {
-            "context": torch.randn(self.batch, self.text, TEXT_WIDTH, generator=generator),
-            "frame_rate": pack_text(str(self.rate)),
-        }
-        if self.valid is not None:
-            conditioning["attention_mask"] = (torch.arange(self.text) < torch.tensor(self.valid)[:, None]).long()
-        timestep = torch.linspace(0.9, 0.3, self.batch)
-        if self.clean_frames:
-            noisy = (torch.arange(self.frames) >= self.clean_frames).repeat_interleave(self.height * self.width)
-            timestep = (timestep[:, None] * noisy)[..., None]
-        return (
-            torch.randn(self.batch, 128, self.frames, self.height, self.width, generator=generator),
-            timestep,
-            conditioning,
-        )
-
-
-@dataclass(frozen=True)
-class QwenImageInputs:
-    """Sizes of one step's inputs for Qwen-Image."""
-
-    frames: int = 1
-    height: int = 8
-    width: int = 8
-    text: int = 8
-    valid: tuple[int, ...] | None = None
-    """Valid text tokens of each sample; None sends no mask."""
-    references: tuple[tuple[int, int], ...] = ()
-    """Heights and widths of further pictures."""
-    method: str | None = None
-    """How the references are placed."""
-    batch: int = 1
-
-    def make(self) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        """x, timestep, conditioning."""
-        generator = torch.Generator().manual_seed(0)
-
-        def random(*shape: int) -> Tensor:
-            return torch.randn(shape, generator=generator)
-
-        conditioning = {"context": random(self.batch, self.text, TEXT_WIDTH)}
-        if self.valid is not None:
-            conditioning["attention_mask"] = (torch.arange(self.text) < torch.tensor(self.valid)[:, None]).long()
-        for i, size in enumerate(self.references):
-            conditioning[f"ref_latents.{i}"] = random(self.batch, 16, 1, *size)
-        if self.method is not None:
-            conditioning["ref_latents_method"] = pack_text(self.method)
-        x = random(self.batch, 16, self.frames, self.height, self.width)
-        return x, torch.linspace(0.9, 0.3, self.batch), conditioning
-
-
-@dataclass(frozen=True)
-class Flux2Inputs:
-    """Sizes of one step's inputs for FLUX.2."""
-
-    height: int = 4
-    width: int = 4
-    text: int = 8
-    references: tuple[tuple[int, int], ...] = ()
-    """Heights and widths of further pictures."""
-    method: str | None = None
-    """How the references are placed."""
-    batch: int = 1
-
-    def make(self) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        """x, timestep, conditioning."""
-        generator = torch.Generator().manual_seed(0)
-
-        def random(*shape: int) -> Tensor:
-            return torch.randn(shape, generator=generator)
-
-        conditioning = {"context": random(self.batch, self.text, TEXT_WIDTH), "guidance": torch.tensor([4.0])}
-        for i, size in enumerate(self.references):
-            conditioning[f"ref_latents.{i}"] = random(self.batch, 128, *size)
-        if self.method is not None:
-            conditioning["ref_latents_method"] = pack_text(self.method)
-        return random(self.batch, 128, self.height, self.width), torch.linspace(0.9, 0.3, self.batch), conditioning
-
-
-class StepInputs(Protocol):
-    """What makes the inputs of one step."""
-
-    def make(self) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        """x, timestep, conditioning."""
-
-
-def on(device: torch.device, inputs: StepInputs) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    """The inputs of a step, on a device."""
-    x, timestep, conditioning = inputs.make()
-    return x.to(device), timestep.to(device), {name: tensor.to(device) for name, tensor in conditioning.items()}
+def on(device: torch.device, request: StepRequest) -> StepRequest:
+    """A request with its tensors on a device."""
+    conditioning = {name: tensor.to(device) for name, tensor in request.conditioning.items()}
+    return replace(request, x=request.x.to(device), timestep=request.timestep.to(device), conditioning=conditioning)
 
 
 @dataclass(frozen=True)
 class Model:
-    """A checkpoint, the step it is asked for, and how it is loaded."""
+    """A model, the step it is asked for, and how it is loaded."""
 
-    checkpoint: dict[str, Any] = field(default_factory=dict)
-    """Arguments of `TinyModels.path`."""
-    inputs: StepInputs = field(default_factory=Inputs)
-    weight_dtype: torch.dtype = torch.float32
+    inputs: Inputs = field(default_factory=Inputs)
+    options: dict[str, Any] = field(default_factory=dict)
+    """Of `TinyModels.path`."""
+    weight_dtype: torch.dtype | None = None
+
+    def path(self, tiny_models: TinyModels) -> Path:
+        return tiny_models.path(self.inputs.network, **self.options)
 
 
-def recipe_of(path: Path, devices: str, weight_dtype: torch.dtype = torch.float32, **degrees: int) -> Recipe:
-    """fp32 arithmetic; `degrees` as in `SequenceParallelConfig`."""
-    config = SequenceParallelConfig(devices=on_ranks(devices), **degrees)
-    return Recipe(path=str(path), weight_dtype=weight_dtype, compute_dtype=torch.float32, config=config)
+def recipe_of(path: Path, devices: str, weight_dtype: torch.dtype | None = None, **options: Any) -> Recipe:
+    """`options` as in `SequenceParallelConfig`."""
+    return recipe(str(path), SequenceParallelConfig(devices=on_ranks(devices), **options), weight_dtype)
 
 
 @contextmanager
 def loaded(
-    group: WorkerGroup, path: Path, weight_dtype: torch.dtype = torch.float32, **degrees: int
+    group: WorkerGroup, path: Path, weight_dtype: torch.dtype | None = None, **options: Any
 ) -> Iterator[RemoteModel]:
     """The model on this group, for the time of the `with` block."""
-    model = RemoteModel(recipe_of(path, group.layout.describe(), weight_dtype, **degrees), group=group)
-    model.ensure_loaded()
+    model = RemoteModel(recipe_of(path, group.layout.describe(), weight_dtype, **options), group=group)
+    model.weights.ensure_loaded()
     try:
         yield model
     finally:
-        model.unload()
+        model.weights.unload()
 
 
 def relative_difference(actual: Tensor, expected: Tensor) -> float:

@@ -27,14 +27,14 @@ def order(folder: Path, fault: str, *ranks: int) -> None:
         (folder / f"{rank}.new").rename(folder / str(rank))
 
 
-def happen(fault: str, device: Any) -> None:
+def happen(fault: str, device: str) -> None:
     """Raises what PyTorch raises for this fault."""
     import torch
 
     if fault == OUT_OF_MEMORY:
         torch.empty(2**50, dtype=torch.uint8, device=device)
         raise AssertionError("there was room for 1 PiB")
-    assert fault == ILLEGAL_ACCESS and device.type == "cuda"
+    assert fault == ILLEGAL_ACCESS and device.startswith("cuda")
     near = torch.zeros(1, device=device)
     # PyTorch takes the size that such an object states. Half of it on is an address that nobody has mapped.
     interface = {"shape": (2**40,), "typestr": "<f4", "data": (near.data_ptr(), False), "version": 3}
@@ -44,7 +44,7 @@ def happen(fault: str, device: Any) -> None:
     raise AssertionError("the access was legal")
 
 
-def _install(ranks: Any, rank: int) -> None:
+def _install(ranks: Any, rank: int, device: str) -> None:
     """Adds the look to `ParallelContext.enter_block` of the engine's module `worker.ranks`."""
     file, enter_block = Path(os.environ[VARIABLE]) / str(rank), ranks.ParallelContext.enter_block
 
@@ -53,7 +53,7 @@ def _install(ranks: Any, rank: int) -> None:
         if self._block > 1 and file.exists():
             fault = file.read_text()
             file.unlink()
-            happen(fault, self._device)
+            happen(fault, device)
 
     ranks.ParallelContext.enter_block = enter
 
@@ -63,5 +63,5 @@ if __name__ == "__main__":
     sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != Path(__file__).resolve().parent]
     boot, settings = runpy.run_path(str(_BOOT)), json.loads(sys.argv[1])
     boot["import_engine"]()
-    _install(import_module(f"{boot['ENGINE']}.worker.ranks"), settings["rank"])
+    _install(import_module(f"{boot['ENGINE']}.worker.ranks"), settings["rank"], settings["device"])
     import_module(f"{boot['ENGINE']}.worker.loop").main(settings, entered)

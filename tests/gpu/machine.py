@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-PACKAGES = ("torch", "diffusers", "transformers", "safetensors", "einops", "pytest")
+PACKAGES = ("torch", "diffusers", "transformers", "safetensors", "numpy", "pytest")
 
 
 def describe() -> dict[str, Any]:

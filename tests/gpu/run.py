@@ -165,15 +165,9 @@ def _end(process: subprocess.Popen[str]) -> None:
         os.killpg(process.pid, signal.SIGKILL)
 
 
-def environment_for_parts(folder: Path, toy: bool) -> dict[str, str]:
-    """Of this process; with a stand-in for einops, of which the engine uses what PyTorch has, too."""
-    environment = dict(os.environ)
-    if toy:
-        environment |= {"SEQUENCE_PARALLEL_GPU_TOY": "1", sample.VARIABLE: "toy"}
-    if importlib.util.find_spec("einops") is None:
-        (folder / "einops.py").write_text("from functorch.einops import rearrange\n")
-        environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(folder), environment.get("PYTHONPATH", "")]))
-    return environment
+def environment_for_parts(toy: bool) -> dict[str, str]:
+    """Of this process, with what says that this is the toy."""
+    return os.environ | ({"SEQUENCE_PARALLEL_GPU_TOY": "1", sample.VARIABLE: "toy"} if toy else {})
 
 
 def kind_of_devices(toy: bool) -> str:
@@ -211,20 +205,19 @@ def main() -> int:
 
     kind, end = kind_of_devices(options.toy), time.monotonic() + 60 * options.minutes
     result: dict[str, Any] = {"minutes": options.minutes, "toy": options.toy, "parts": {}}
-    with tempfile.TemporaryDirectory() as folder:
-        environment = environment_for_parts(Path(folder), options.toy)
-        for part in PARTS:
-            if part.name != "machine" and options.only and part.name not in options.only:
-                continue
-            most_s = min(60 * options.minutes * part.share, end - time.monotonic())
-            if most_s < 1:
-                print(f"== {part.name}: no time left", flush=True)
-                result["parts"][part.name] = {"outcome": "no time left"}
-                continue
-            found = run_part(part, kind, options.toy, most_s, environment)
-            if part.name == "machine":
-                result |= found.pop("figures", {"date": None, "hardware": {"gpus": []}, "versions": {}})
-            result["parts"][part.name] = found
+    environment = environment_for_parts(options.toy)
+    for part in PARTS:
+        if part.name != "machine" and options.only and part.name not in options.only:
+            continue
+        most_s = min(60 * options.minutes * part.share, end - time.monotonic())
+        if most_s < 1:
+            print(f"== {part.name}: no time left", flush=True)
+            result["parts"][part.name] = {"outcome": "no time left"}
+            continue
+        found = run_part(part, kind, options.toy, most_s, environment)
+        if part.name == "machine":
+            result |= found.pop("figures", {"date": None, "hardware": {"gpus": []}, "versions": {}})
+        result["parts"][part.name] = found
     if options.output or not options.toy:
         folder = options.output or RESULTS
         folder.mkdir(parents=True, exist_ok=True)

@@ -1,9 +1,12 @@
 """One rank's share of a step of full-size models, on one device without peers: `python -m tests.gpu.shares [--toy]`.
 
 PyTorch's "fake" process group moves no data: arithmetic, packing and launches are those of rank 0 of a Ulysses group,
-and the link is not in the figures. Of HunyuanVideo's 20 + 40 and FLUX's 19 + 38 blocks it times steps with one slice of
-1 + 2 and with two; the difference is a slice's time, and the whole step is the first one and the other slices. Weights
-are random; times do not depend on them. Prints a line for each figure, and JSON at the end.
+and the link is not in the figures. The networks are diffusers' classes under their split plans. Of HunyuanVideo's
+20 + 40, FLUX's 19 + 38 and Wan's 40 blocks it times steps with one slice (1 + 2 blocks, or 1) and with two; the
+difference is a slice's time, and the whole step is the first one and the other slices. Weights are random; times do not
+depend on them. One rank alone runs HunyuanVideo with diffusers' mask of the text, for which PyTorch has slower kernels;
+ranks that share a sequence drop it, so what they gain is not to be read from the figure of one. Prints a line for each
+figure, and JSON at the end.
 """
 
 from __future__ import annotations
@@ -12,135 +15,61 @@ import argparse
 import json
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from functools import partial
 from statistics import median
 from typing import Any
 
 import torch
-import torch.distributed as dist
-from torch import Tensor, nn
-from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch import nn
 
-from parallel.adapters.registry import FAMILIES
-from parallel.attention.kernels import select
-from parallel.degrees import Degrees
-from parallel.wire.control import ControlPage
-from parallel.worker.ranks import ParallelContext, Ranks
+from tests.gpu.full_size import (
+    FLUX,
+    HUNYUAN_VIDEO,
+    WAN,
+    Model,
+    default_device,
+    inputs_of,
+    network_of,
+    settle,
+    share,
+    split,
+)
 
 WORLDS = (1, 2, 4, 8)
-BLOCKS = {
-    "num_attention_heads": 24, "attention_head_dim": 128, "num_layers": 2, "num_single_layers": 4,
-    "pooled_projection_dim": 768,
-}  # fmt: skip
-TOY = {"num_attention_heads": 2}
-
-
-@dataclass(frozen=True)
-class Model:
-    """A model's sizes, and those of its step."""
-
-    family: str
-    title: str
-    config: dict[str, Any]
-    slices: int
-    """How many times 1 + 2 blocks it has."""
-    latent: tuple[int, ...]
-    toy_latent: tuple[int, ...]
-    text: int
-    width: int
-    """Of the text's embeddings."""
-    timestep: float
-
-
-MODELS = (
-    Model(
-        "flux", "FLUX.1, 1024 × 1024", {"in_channels": 64, "guidance_embeds": True, "joint_attention_dim": 4096},
-        19, (1, 16, 128, 128), (1, 16, 16, 16), 512, 4096, 0.5,
-    ),
-    Model(
-        "hunyuan_video", "HunyuanVideo, 720p, 129 frames",
-        {
-            "in_channels": 16, "out_channels": 16, "num_refiner_layers": 2, "patch_size": 2, "patch_size_t": 1,
-            "guidance_embeds": True, "text_embed_dim": 4096,
-        },
-        20, (1, 16, 33, 90, 160), (1, 16, 2, 8, 8), 256, 4096, 500.0,
-    ),
-)  # fmt: skip
+MODELS = (FLUX, HUNYUAN_VIDEO, WAN)
 
 
 class Step:
     """Steps of a part of a model on one device."""
 
     def __init__(self, model: Model, device: torch.device, toy: bool):
-        self.device, self.dtype = device, torch.bfloat16 if device.type == "cuda" else torch.float32
-        self._adapter = FAMILIES[model.family]()
-        config = model.config | BLOCKS | (TOY if toy else {})
-        with torch.device("meta"):
-            network: Any = self._adapter.model_class()(**config)
-        self._network = network.to_empty(device=device).to(self.dtype).eval().requires_grad_(False)
-        for parameter in self._network.parameters():
-            parameter.normal_(0, 0.02)
-        self._blocks = {
-            name: getattr(self._network, name) for name in ("transformer_blocks", "single_transformer_blocks")
-        }
-        generator = torch.Generator().manual_seed(0)
+        self._model, self._device = model, device
+        self._network = network_of(model, 2, device, toy=toy)
+        self._blocks = {name: list(self._network.get_submodule(name)) for name in model.blocks}
+        self._inputs = inputs_of(model, device, toy=toy)
 
-        def random(*shape: int) -> Tensor:
-            return torch.randn(shape, generator=generator).to(device, self.dtype)
-
-        self._x = random(*(model.toy_latent if toy else model.latent))
-        self._timestep = torch.tensor([model.timestep], device=device)
-        self._conditioning = {
-            "context": random(1, 16 if toy else model.text, model.width),
-            "y": random(1, 768),
-            "guidance": torch.tensor([4.0], device=device, dtype=self.dtype),
-        }
-        self._out = torch.empty_like(self._x)
-
-    def milliseconds(self, context: ParallelContext, slices: int, repeats: int) -> float:
-        """Median of a step with so many slices of 1 + 2 blocks."""
-        for (name, blocks), count in zip(self._blocks.items(), (slices, 2 * slices), strict=True):
-            setattr(self._network, name, nn.ModuleList(list(blocks)[:count]))
+    def milliseconds(self, world_size: int, slices: int, repeats: int) -> float:
+        """Median of rank 0's share of a step with so many slices of the blocks."""
+        for name, count in self._model.of_slices(slices).items():
+            setattr(self._network, name, nn.ModuleList(self._blocks[name][:count]))
         times = []
-        for _ in range(repeats + 1):  # the first one warms up
-            self._settle()
-            began = time.perf_counter()
-            with torch.no_grad():
-                prepared = self._adapter.prepare(self._conditioning)
-                self._adapter.step(self._network, self._x, self._timestep, prepared, self._out, context)
-            self._settle()
-            times.append(1000 * (time.perf_counter() - began))
+        with torch.no_grad(), share(self._device, world_size) as run, split(self._model, self._network) as planned:
+            for _ in range(repeats + 1):  # the first one warms up
+                settle(self._device)
+                began = time.perf_counter()
+                run(planned, partial(self._network, **self._inputs))
+                times.append(1000 * (time.perf_counter() - began))
         return median(times[1:])
-
-    def _settle(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
-
-
-@contextmanager
-def share(device: torch.device, world_size: int) -> Iterator[ParallelContext]:
-    """Rank 0 of a Ulysses group of `world_size`, without peers."""
-    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=world_size)
-    control = ControlPage.create()
-    control.reset(world_size)
-    try:
-        ranks = Ranks((1.0,) * world_size, device, select("auto", device), alone=True)
-        yield ParallelContext(ranks, ranks.mesh(Degrees(ulysses=world_size)), control)
-    finally:
-        control.close()
-        dist.destroy_process_group()
 
 
 def measure(model: Model, device: torch.device, toy: bool) -> Iterator[tuple[int, dict[str, float | str]]]:
-    """For each world size: milliseconds of a whole step, and the peak of memory with 2 + 4 blocks."""
+    """For each world size: milliseconds of a whole step, and the peak of memory with two slices of the blocks."""
     step, repeats = Step(model, device, toy), 1 if toy else 3
     for world_size in WORLDS:
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
         try:
-            with share(device, world_size) as context:
-                one, two = (step.milliseconds(context, slices, repeats) for slices in (1, 2))
+            one, two = (step.milliseconds(world_size, slices, repeats) for slices in (1, 2))
         except torch.OutOfMemoryError:
             yield world_size, {"failed": "out of memory"}
             continue
@@ -155,7 +84,7 @@ def main() -> None:
     parser.add_argument("--toy", action="store_true", help="tiny sizes: shows that it runs, also on a CPU")
     toy = parser.parse_args().toy
     torch.set_num_threads(1)
-    device = torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
+    device = default_device()
     result: dict[str, dict[str, Any]] = {}
     for model in MODELS:
         title = f"{model.title} (toy)" if toy else model.title

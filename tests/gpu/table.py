@@ -36,7 +36,9 @@ def as_markdown(runs: Sequence[dict[str, Any]]) -> str:
     if any(figures for _, figures in shares):
         lines += [
             "",
-            "One rank's share of a step without what a link would take, ms (peak memory with 2 + 4 of the blocks):",
+            "One rank's share of a step without what a link would take, ms (peak memory with two slices of the blocks)."
+            " HunyuanVideo on one rank computes with diffusers' mask, in slower kernels; shares drop it, so compare"
+            " these with each other:",
         ]
         lines += ["", f"| model | GPU | {' | '.join(f'1 of {world}' for world in WORLDS)} |"]
         lines += [f"|---|---|{'---|' * len(WORLDS)}"]

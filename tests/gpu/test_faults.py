@@ -22,8 +22,9 @@ from parallel.host import group as group_module
 from parallel.host import pace, running, status
 from parallel.host import process as process_module
 from parallel.host.remote_model import RemoteModel
+from parallel.wire.messages import FreeMemory
 from tests.distributed.devices import chosen, kind, on_ranks
-from tests.distributed.tiny_models import Inputs, TinyModels, recipe_of, relative_difference
+from tests.distributed.tiny_models import Inputs, TinyModels, recipe_of, relative_difference, step
 from tests.gpu import faulty_boot
 from tests.gpu.faulty_boot import ILLEGAL_ACCESS, OUT_OF_MEMORY, order
 
@@ -53,8 +54,8 @@ class Faulty:
 
     @property
     def pids(self) -> list[int]:
-        assert self.model.group is not None
-        return list(self.model.group.pids)
+        assert self.model.weights.group is not None
+        return list(self.model.weights.group.pids)
 
     def fails(self, kind: type[WorkerError], disturb: Callable[[], None], most_s: float = MOST_S) -> WorkerError:
         """Runs steps, disturbs them after a while, and waits for the error: it comes in time, and is told once."""
@@ -69,7 +70,7 @@ class Faulty:
         try:
             with pytest.raises(kind) as caught:
                 while not disturbed or time.monotonic() - disturbed[0] < 4 * most_s:
-                    self.model.step(*LONG.make())
+                    step(self.model, LONG)
             seconds = time.monotonic() - disturbed[0]
         finally:
             timer.join()
@@ -80,20 +81,20 @@ class Faulty:
 
     def works(self) -> None:
         """As the next prompt does."""
-        self.model.ensure_loaded()
-        assert relative_difference(self.model.step(*SMALL.make()), self.expected) <= kind().split
+        self.model.weights.ensure_loaded()
+        assert relative_difference(step(self.model, SMALL), self.expected) <= kind().split
 
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Faulty]:
     folder = tmp_path_factory.mktemp("faults")
-    path = TinyModels(tmp_path_factory.mktemp("models")).path(heads=2, depth=2, depth_single=6)
+    path = TinyModels(tmp_path_factory.mktemp("models")).path(num_single_layers=6)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(process_module, "_BOOT", Path(faulty_boot.__file__))
         patch.setenv(faulty_boot.VARIABLE, str(folder))
         model = RemoteModel(recipe_of(path, on_ranks(RANKS)))
-        model.ensure_loaded()
-        yield Faulty(model, folder, model.step(*SMALL.make()))
+        model.weights.ensure_loaded()
+        yield Faulty(model, folder, step(model, SMALL))
     running.stop_all()
 
 
@@ -114,7 +115,7 @@ def test_cancel_in_the_middle_of_a_step(faulty: Faulty, monkeypatch: pytest.Monk
         raise Cancelled
 
     with pytest.raises(Cancelled):
-        faulty.model.step(*LONG.make(), poll=poll)
+        faulty.model.steps([LONG.make()], poll=poll)
     assert time.monotonic() - polled[0] <= 1
     faulty.works()
     print(f"the workers were free after {time.monotonic() - polled[0]:.2f} s")
@@ -124,18 +125,18 @@ def test_cancel_in_the_middle_of_a_step(faulty: Faulty, monkeypatch: pytest.Monk
 
 def test_unload_models_gives_the_memory_back(faulty: Faulty):
     """What ComfyUI's `/free` comes to."""
-    before, group = faulty.pids, faulty.model.group
+    before, group = faulty.pids, faulty.model.weights.group
     assert group is not None
-    faulty.model.step(*LONG.make())
+    step(faulty.model, LONG)
     in_use = [rank["memory"] for rank in group.status()["ranks"]]
-    weights = faulty.model.nbytes
-    faulty.model.unload()
-    group.call("free memory", {})
+    weights = faulty.model.weights.nbytes
+    faulty.model.weights.unload()
+    group.call(FreeMemory())
     left = [rank["memory"] for rank in group.status()["ranks"]]
     print(f"weights {weights / 2**20:.1f} MiB; in use {in_use} before and {left} after")
     if chosen() != "cpu":  # a CPU's allocator keeps what it likes
         assert all(now <= was - weights for now, was in zip(left, in_use, strict=True))
-    assert not faulty.model.loaded
+    assert not faulty.model.weights.loaded
     faulty.works()
     assert faulty.pids == before
 

@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from parallel.config import SequenceParallelConfig
-from parallel.demo.checkpoint import write_tiny_flux
+from parallel.diffusers.folder import recipe
+from parallel.diffusers.tiny import tiny_request, write_tiny
 from parallel.host import running
-from parallel.host.recipe import Recipe
 from parallel.host.remote_model import RemoteModel
 from parallel.quantise.settings import CAPABILITY, DYNAMIC, FP8Settings
 from parallel.worker.fp8_linear import fp8_layer, support
@@ -81,24 +81,19 @@ def test_rowwise_products_are_1_3_times_as_fast_on_flux_size_linears():
 
 @pytest.mark.parametrize("scheme", ["weight_only", pytest.param("auto", marks=capable)])
 def test_a_cuda_worker_in_fp8_is_near_one_without(tmp_path: Path, scheme: str):
-    path = tmp_path / "tiny.safetensors"
-    write_tiny_flux(path, heads=2, dtype=torch.bfloat16)
-    generator = torch.Generator().manual_seed(0)
-    x, y = torch.randn(1, 16, 32, 32, generator=generator), torch.randn(1, 768, generator=generator)
-    conditioning = {"context": torch.randn(1, 8, 64, generator=generator), "y": y, "guidance": torch.tensor([3.5])}
-    inputs = {name: tensor.bfloat16() for name, tensor in conditioning.items()}
-    bf16 = torch.bfloat16
-    config = SequenceParallelConfig(devices="cuda:0")
-    model = RemoteModel(Recipe(path=str(path), weight_dtype=bf16, compute_dtype=bf16, config=config))
+    path, network = tmp_path / "tiny", "FluxTransformer2DModel"
+    write_tiny(path, network, dtype=torch.bfloat16)
+    request = tiny_request(network, frames=1, height=32, width=32, dtype=torch.bfloat16)
+    model = RemoteModel(recipe(str(path), SequenceParallelConfig(devices="cuda:0")))
     try:
-        model.ensure_loaded()
-        plain = model.step(x.bfloat16(), torch.tensor([0.5]), inputs).float()
-        model.ensure_loaded(fp8=FP8Settings(scheme=scheme))
-        found = model.step(x.bfloat16(), torch.tensor([0.5]), inputs).float()
+        model.weights.ensure_loaded()
+        (plain,) = model.steps([request])
+        model.weights.ensure_loaded(fp8=FP8Settings(scheme=scheme))
+        (found,) = model.steps([request])
     finally:
         running.stop_all()
-    print(model.fp8_report)
-    assert model.fp8_report is not None
-    assert model.fp8_report.scheme == ("weight_only" if scheme == "weight_only" else "dynamic_rowwise")
+    print(model.weights.fp8_report)
+    assert model.weights.fp8_report is not None
+    assert model.weights.fp8_report.scheme == ("weight_only" if scheme == "weight_only" else "dynamic_rowwise")
     assert F.mse_loss(found, plain).sqrt() <= 0.08 * plain.square().mean().sqrt()
     assert not torch.equal(found, plain)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -13,17 +14,18 @@ from parallel.attention.kernels import select
 from parallel.attention.merge import merge
 from parallel.attention.traffic import Traffic
 from parallel.config import SequenceParallelConfig
-from parallel.demo.checkpoint import write_tiny_hunyuan_video
+from parallel.diffusers.folder import recipe
+from parallel.diffusers.tiny import TINY, tiny_request, write_tiny
 from parallel.host import running
-from parallel.host.recipe import Recipe
 from parallel.host.remote_model import RemoteModel
-from parallel.host.step_request import StepRequest
 from parallel.sampling.recording import Recorder
 
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
 ]
+
+NETWORK = "HunyuanVideoTransformer3DModel"
 
 
 @pytest.mark.parametrize("name", ["auto", "sdpa", "cudnn", "flash"])
@@ -41,20 +43,17 @@ def test_a_kernel_and_its_parts_merged_agree_with_fp32(name: str, dtype: torch.d
     assert (merged - exact).abs().max() <= allowed
 
 
-@pytest.mark.parametrize("scaled", ["", "comfy_quant"])
-def test_a_cuda_worker_agrees_with_a_cpu_worker(tmp_path: Path, scaled: str):
-    path = tmp_path / "tiny.safetensors"
-    write_tiny_hunyuan_video(path, heads=2, scaled=scaled)
-    generator = torch.Generator().manual_seed(0)
-    x, y = torch.randn(1, 16, 2, 8, 8, generator=generator), torch.randn(1, 768, generator=generator)
-    conditioning = {"context": torch.randn(1, 8, 64, generator=generator), "y": y, "guidance": torch.tensor([6.0])}
-    results = []
-    for device in ("cpu", "cuda:0"):
-        config = SequenceParallelConfig(devices=device)
-        recipe = Recipe(path=str(path), weight_dtype=torch.float32, compute_dtype=torch.float32, config=config)
-        model = RemoteModel(recipe)
-        model.ensure_loaded()
-        results.append(model.step(x, torch.tensor([500.0]), conditioning))
+def loaded_on(device: str, path: Path) -> RemoteModel:
+    model = RemoteModel(recipe(str(path), SequenceParallelConfig(devices=device)))
+    model.weights.ensure_loaded()
+    return model
+
+
+@pytest.mark.parametrize("network", TINY)
+def test_a_cuda_worker_agrees_with_a_cpu_worker(tmp_path: Path, network: str):
+    write_tiny(tmp_path / "tiny", network)
+    request = tiny_request(network, text=8, valid=(5,))
+    results = [loaded_on(device, tmp_path / "tiny").steps([request])[0] for device in ("cpu", "cuda:0")]
     running.stop_all()
     assert ((results[1] - results[0]).abs().max() / results[0].abs().max()) <= 1e-3  # TF32 is off by default
 
@@ -87,21 +86,19 @@ def sampled_on(device: str, path: Path) -> torch.Tensor:
     generator = torch.Generator().manual_seed(0)
     noise, extra, image = (torch.randn(1, 16, 2, 8, 8, generator=generator).to(device) for _ in range(3))
     mask = (image > 0).float()
-    y = torch.randn(1, 768, generator=generator)
-    conditioning = {"context": torch.randn(1, 8, 64, generator=generator), "y": y, "guidance": torch.tensor([6.0])}
+    asked = tiny_request(NETWORK)
+    asked = replace(asked, conditioning={name: tensor.to(device) for name, tensor in asked.conditioning.items()})
     recorder = Recorder(noise.shape, noise.device, most_bytes=2**20)
     x, sigmas = recorder.given(noise), torch.tensor([1.0, 0.6, 0.3, 0.0], device=device)
     for step, (sigma, following) in enumerate(pairwise(sigmas)):
         x = x * mask + image * (1 - mask)
         timestep = torch.full((1,), 1000.0, device=device) * sigma
-        request = StepRequest(x, timestep, {name: t.to(device) for name, t in conditioning.items()})
+        request = replace(asked, x=x, timestep=timestep)
         velocity = recorder.network(request, x.shape, conditions=frozenset({0}), sigma=float(sigma)).float()
         recorder.report(step, x - velocity * sigma, x, 3)
         x = x + velocity * (following - sigma) + 0.1 * following * extra
     shown: list[torch.Tensor] = []
-    config = SequenceParallelConfig(devices=device)
-    model = RemoteModel(Recipe(path=str(path), weight_dtype=torch.float32, compute_dtype=torch.float32, config=config))
-    model.ensure_loaded()
+    model = loaded_on(device, path)
     result, _ = model.sample(recorder.finish(x), on_step=lambda step, denoised, x, steps: shown.append(denoised))
     running.stop_all()
     assert result.device.type == shown[-1].device.type == torch.device(device).type
@@ -109,7 +106,8 @@ def sampled_on(device: str, path: Path) -> torch.Tensor:
 
 
 def test_a_sampling_on_a_cuda_worker_agrees_with_a_cpu_worker(tmp_path: Path):
-    path = tmp_path / "tiny.safetensors"
-    write_tiny_hunyuan_video(path, heads=2)
-    expected = sampled_on("cpu", path)
-    assert (sampled_on("cuda:0", path) - expected).abs().max() / expected.abs().max() <= 1e-3  # TF32 is off by default
+    write_tiny(tmp_path / "tiny", NETWORK)
+    expected = sampled_on("cpu", tmp_path / "tiny")
+    assert (
+        sampled_on("cuda:0", tmp_path / "tiny") - expected
+    ).abs().max() / expected.abs().max() <= 1e-3  # TF32 is off by default

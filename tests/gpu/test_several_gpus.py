@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,10 @@ import torch
 from torch import Tensor
 
 from parallel.config import SequenceParallelConfig
-from parallel.demo.checkpoint import write_tiny_hunyuan_video
+from parallel.diffusers.folder import recipe
+from parallel.diffusers.tiny import tiny_request, write_tiny
 from parallel.host import running
-from parallel.host.recipe import Recipe
 from parallel.host.remote_model import RemoteModel
-from parallel.host.step_request import StepRequest
 
 pytestmark = [
     pytest.mark.gpu,
@@ -27,6 +27,7 @@ pytestmark = [
 
 ROOT = Path(__file__).parents[2]
 ONE, TWO = "cuda:0", "cuda:0,cuda:1"
+NETWORK = "HunyuanVideoTransformer3DModel"
 
 PLANS: dict[str, dict[str, Any]] = {
     "ulysses": {"ulysses_degree": 2},
@@ -47,30 +48,20 @@ def no_workers_left() -> Iterator[None]:
 @pytest.mark.parametrize("plan", PLANS)
 def test_two_gpus_agree_with_one(tmp_path: Path, plan: str):
     """Twice, as the second step finds everything warm; three heads and odd numbers of tokens."""
-    path = tmp_path / "tiny.safetensors"
-    write_tiny_hunyuan_video(path, heads=3)
+    path = tmp_path / "tiny"
+    write_tiny(path, NETWORK, heads=3)
     for alone, together in zip(predictions(path, {}, ONE), predictions(path, PLANS[plan], TWO), strict=True):
         assert ((together - alone).abs().max() / alone.abs().max()) <= 1e-3  # TF32 is off by default
 
 
 def predictions(path: Path, plan: dict[str, Any], devices: str) -> list[Tensor]:
     """Of the positive and the negative prompt, which are of unequal length; two steps."""
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(1, 16, 3, 10, 6, generator=generator)
-    conditioning = [
-        {
-            "context": torch.randn(1, tokens, 64, generator=generator),
-            "y": torch.randn(1, 768, generator=generator),
-            "guidance": torch.tensor([6.0]),
-        }
-        for tokens in (7, 3)
-    ]
-    config = SequenceParallelConfig(**{"devices": devices, **plan})
-    model = RemoteModel(Recipe(path=str(path), weight_dtype=torch.float32, compute_dtype=torch.float32, config=config))
-    model.ensure_loaded()
+    prompts = [tiny_request(NETWORK, frames=3, height=10, width=6, text=text) for text in (7, 3)]
+    model = RemoteModel(recipe(str(path), SequenceParallelConfig(**{"devices": devices, **plan})))
+    model.weights.ensure_loaded()
     found: list[Tensor] = []
     for time in (900.0, 500.0):
-        requests = [StepRequest(x, torch.tensor([time]), each) for each in conditioning]
+        requests = [replace(prompt, timestep=torch.tensor([time]), label=str(i)) for i, prompt in enumerate(prompts)]
         found += model.steps(requests, conditions=2)
     return found
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from parallel.compilation import compiler as compiler_module
 from parallel.compilation import modules as modules_module
 from parallel.compilation.folder import VARIABLE
 from parallel.compilation.modules import CompiledModules
@@ -248,3 +249,36 @@ def test_a_step_in_other_sizes_of_one_is_compared_again(network: Model, caplog: 
             both(network, blocks, split, size=size)
             counts.append(caplog.text.count("(relative; allowed"))
     assert counts == [1, 1, 2]
+
+
+def test_signs_of_life_during_a_compilation(network: Model, monkeypatch: pytest.MonkeyPatch):
+    """A second's silence of a rank that compiles is not taken for its death; afterwards it is silent."""
+    monkeypatch.setattr(compiler_module, "_SIGN_S", 0.01)
+    signs: list[int] = []
+
+    def slow(graph: Any, inputs: Any) -> Any:
+        before = len(signs)
+        while len(signs) < before + 5:
+            torch.randn(100, 100).inverse()
+        return graph
+
+    monkeypatch.setattr(torch, "compile", compile_by(slow))
+    split = Split(network, PLAN, Deaf((1.0, 1.0)))
+    blocks = CompiledModules(CompileSettings(), lambda: signs.append(1), torch.device("cpu"))
+    both(network, blocks, split)
+    assert len(signs) >= 5 and blocks.take_tally().seconds > 0
+    count = len(signs)
+    both(network, blocks, split)
+    assert len(signs) <= count + 1 and not blocks.failure
+
+
+def test_blocks_that_take_no_options_are_left_as_they_are():
+    """Their attention cannot be put into a graph: so are diffusers'."""
+    network = nn.Module()
+    network.blocks = nn.ModuleList([nn.Linear(4, 4)])
+    split = Split(network, {"blocks": Site(cut={"input": Tokens(V)})}, SequenceRanks((1.0,)))
+    blocks, x = compiler(), torch.ones(1, 9, 4)
+    with torch.no_grad(), blocks.on(split.blocks):
+        assert torch.equal(network.blocks[0](x), nn.functional.linear(x, *network.blocks[0].parameters()))
+    tally = blocks.take_tally()
+    assert (tally.kinds, tally.graphs, tally.failure) == (0, 0, "")

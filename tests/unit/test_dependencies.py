@@ -1,4 +1,4 @@
-"""Which packages of the engine may import which, and who imports ComfyUI."""
+"""Which packages of the engine may import which, and who imports ComfyUI and diffusers."""
 
 from __future__ import annotations
 
@@ -14,7 +14,13 @@ ALLOWED = {
     "cache": {"degrees", "errors", "plan", "split"},
     "split": {"attention", "errors", "plan"},
     "plans": {"errors", "split"},
-    "comfyui": {"checkpoints", "errors", "plans", "vae"},
+    "compilation": {"errors", "split"},
+    "quantise": {"config", "errors", "split"},
+    "comfyui": {"diffusers", "errors", "plans", "split", "vae"},
+    "diffusers": {"config", "errors", "host", "plans", "quantise", "sampling", "split", "versions", "wire"},
+    "sampling": {"errors", "wire"},
+    "vae": {"errors"},
+    "wire": {"compilation", "degrees", "errors"},
 }
 """Package → what of the engine it may import besides itself."""
 
@@ -40,10 +46,19 @@ def test_arrows_point_down(package: str):
         assert found <= ALLOWED[package] | {package}, f"{file.name} imports {sorted(found - ALLOWED[package])}"
 
 
-def test_only_one_package_imports_comfyui():
+@pytest.mark.parametrize(("library", "packages"), [("comfy", {"comfyui"}), ("diffusers", {"demo", "diffusers"})])
+def test_a_library_is_imported_in_its_own_package(library: str, packages: set[str]):
+    """The demo decodes its video with a VAE of diffusers'."""
     importing = {
         file.relative_to(ENGINE).parts[0]
         for file in ENGINE.rglob("*.py")
-        if any(name.partition(".")[0] == "comfy" for name in imported(file))
+        if any(name.partition(".")[0] == library for name in imported(file))
     }
-    assert importing == {"comfyui"}
+    assert importing == packages
+
+
+def test_models_of_comfyuis_need_nothing_that_needs_diffusers():
+    """Only how a folder's tensors are mapped, which needs no library."""
+    found = {name for file in (ENGINE / "comfyui").rglob("*.py") for name in imported(file)}
+    assert {name for name in found if name.startswith("parallel.diffusers")} == {"parallel.diffusers.tensors"}
+    assert not {name for name in imported(ENGINE / "diffusers" / "tensors.py") if name.startswith("parallel.diffusers")}

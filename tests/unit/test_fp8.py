@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,20 +14,22 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from parallel.config import SequenceParallelConfig, resolve
-from parallel.demo.checkpoint import WRITERS
-from parallel.errors import ConfigError
+from parallel.diffusers.folder import recipe
+from parallel.diffusers.tiny import TINY, write_tiny
+from parallel.errors import ConfigError, UnsupportedError
 from parallel.host.recipe import Recipe
-from parallel.host.remote_model import RemoteModel
-from parallel.quantise.selection import matches, select
+from parallel.host.remote_weights import RemoteWeights
+from parallel.quantise.networks import linear_layers
+from parallel.quantise.selection import LinearLayer, matches, select_layers
 from parallel.quantise.settings import DYNAMIC, SCHEMES, FP8Report, FP8Settings, choose_scheme
 from parallel.worker.fp8_linear import E4M3, FP8Linear, become_fp8, quantised, to_fp8
-from parallel.worker.resident import ResidentModel
+from parallel.worker.split_network import SplitNetwork
 
 GOLDEN = load_file(Path(__file__).parents[1] / "golden" / "torchao" / "linear.safetensors")
 CPUS = resolve(SequenceParallelConfig(devices="cpu,cpu"))
 WORKS = dict.fromkeys(DYNAMIC, "")
 NO_ROWS = WORKS | {"dynamic_rowwise": "no such kernel"}
-BF16 = torch.bfloat16
+FLUX, WAN = "FluxTransformer2DModel", "WanTransformer3DModel"
 NONE = dict.fromkeys(DYNAMIC, "no FP8")
 LARGEST = 448.0
 """Of e4m3."""
@@ -112,76 +116,122 @@ def test_the_report_says_what_was_done():
 # --- which layers -------------------------------------------------------------------------------------------------
 
 
-def remote(folder: Path, family: str = "flux", storage: torch.dtype = torch.bfloat16, **options: Any) -> RemoteModel:
-    """A tiny checkpoint in bf16, not loaded."""
-    path = folder / "tiny.safetensors"
-    WRITERS[family](path, **{"heads": 1, "depth": 1, "dtype": torch.bfloat16, **options})
-    config = SequenceParallelConfig(devices="cpu")
-    return RemoteModel(Recipe(path=str(path), weight_dtype=storage, compute_dtype=torch.bfloat16, config=config))
+def tiny(folder: Path, network: str = FLUX, weight_dtype: torch.dtype | None = None, **options: Any) -> Recipe:
+    """Of a tiny model, in bf16 unless `options` say otherwise."""
+    write_tiny(folder / "tiny", network, **{"heads": 1, "dtype": torch.bfloat16, **options})
+    return recipe(str(folder / "tiny"), SequenceParallelConfig(devices="cpu"), weight_dtype)
 
 
-def resident(model: RemoteModel, scheme: str, skip: tuple[str, ...] = ()) -> ResidentModel:
-    fp8 = {"scheme": scheme, "skip": list(skip)}
-    return ResidentModel(model.recipe.to_json(), torch.device("cpu"), lambda done, total: None, fp8=fp8)
+def in_worker(recipe: Recipe, scheme: str = "", skip: tuple[str, ...] = ()) -> SplitNetwork:
+    """What a worker makes of it, with FP8 if there is a scheme."""
+    fp8 = {"scheme": scheme, "skip": list(skip)} if scheme else None
+    return SplitNetwork(recipe.to_json(), torch.device("cpu"), lambda done, total: None, fp8=fp8)
 
 
-def in_fp8(model: nn.Module) -> set[str]:
-    return {name for name, module in model.named_modules() if isinstance(getattr(module, "scale", None), Tensor)}
+def in_fp8(model: SplitNetwork) -> set[str]:
+    return {n for n, m in model._network.named_modules() if isinstance(getattr(m, "scale", None), Tensor)}
 
 
 @pytest.mark.parametrize("scheme", ["weight_only", "dynamic_rowwise", "dynamic_tensorwise"])
 @pytest.mark.parametrize(
-    "options", [{}, {"scaled": "comfy_quant"}, {"dtype": torch.float8_e4m3fn, "storage": torch.float8_e4m3fn}]
+    "options",
+    [{}, {"dtype": torch.float32}, {"dtype": torch.float32, "weight_dtype": torch.float16}],
+    ids=["bf16", "fp32", "kept as fp16"],
 )
 def test_the_host_knows_what_the_worker_does(tmp_path: Path, options: dict[str, Any], scheme: str):
     """Before and after are those of a model with and without FP8, and ComfyUI is told them before there is one."""
-    model = remote(tmp_path, **options)
-    plain = ResidentModel(model.recipe.to_json(), torch.device("cpu"), lambda done, total: None)
-    loaded = resident(model, scheme)
+    made = tiny(tmp_path, **options)
+    plain, loaded = in_worker(made), in_worker(made, scheme)
     report = loaded.fp8_report
     assert report is not None
-    assert loaded.nbytes + report["saved"] == pytest.approx(plain.nbytes, rel=0.005)  # but for biases stored in fp8
+    assert loaded.nbytes + report["saved"] == plain.nbytes
+    selection = select_layers(made.linear, scheme=scheme, skip=())
+    assert {**report, "saved": selection.saved} == selection.counts == report
+    assert selection.weights.keys() == {f"{name}.weight" for name in in_fp8(loaded)}
+    assert report["layers"] > 10 and not report["already"]
     if scheme == "weight_only":
-        selection = model.select_fp8(FP8Settings(scheme=scheme))
-        assert plain.nbytes - selection.saved == loaded.nbytes
-        assert bool(selection.weights) is not bool(options)
-        assert bool(selection.already) is bool(options)
-    else:
-        assert report["layers"] == len(in_fp8(loaded.model)) > 10
+        assert RemoteWeights(made).select_fp8(FP8Settings(scheme=scheme)) == selection
 
 
-@pytest.mark.parametrize("pattern", ["img_mlp", "transformer_blocks.*.ff"])
+@pytest.mark.parametrize("network", TINY)
+def test_fp8_is_for_the_blocks_and_not_for_their_modulation(tmp_path: Path, network: str):
+    found = RemoteWeights(tiny(tmp_path, network)).select_fp8(FP8Settings(scheme="weight_only"))
+    assert found.weights
+    for name in found.weights:
+        assert re.match(r"\w*blocks\.\d+\.", name) and not re.search("norm|mod", name), name
+
+
+@pytest.mark.parametrize(
+    ("layer", "stays"),
+    [
+        ("double_blocks.0.img_mod.lin", True),
+        ("blocks.0.mod_x", True),  # Mochi
+        ("double_layers.0.modC.1", True),  # AuraFlow
+        ("blocks.0.norm1.linear", True),  # CogVideoX
+        ("double_stream_layers.0.img_norm1.linear", True),  # Boogu
+        ("transformer_blocks.0.norm1_context.linear", True),  # diffusers
+        ("layers.0.adaLN_modulation.1", True),
+        ("blocks.0.self_attn.q", False),
+        ("single_transformer_blocks.0.proj_mlp", False),
+        ("single_blocks.0.linear1", False),
+    ],
+)
+def test_modulations_are_known_by_their_names(layer: str, stays: bool):
+    module: nn.Module = nn.Linear(16, 16)
+    for part in reversed(layer.split(".")):
+        number = int(part) if part.isdigit() else None
+        holder = nn.Module() if number is None else nn.ModuleList(nn.Identity() for _ in range(number))
+        holder.add_module(part, module)
+        module = holder
+    (found,) = linear_layers(module, [layer.partition(".")[0]], {f"{layer}.weight": torch.bfloat16})
+    assert (found.name, found.stays) == (layer, stays)
+
+
+def test_what_is_in_fp8_already_is_taken_over_by_schemes_that_multiply_in_it():
+    layers = [
+        LinearLayer("blocks.0.a", (32, 16), 1, is_fp8=True, stays=False),
+        LinearLayer("blocks.0.b", (32, 16), 2, is_fp8=False, stays=False),
+    ]
+    weight_only, rowwise = (select_layers(layers, scheme=s, skip=()) for s in ("weight_only", "dynamic_rowwise"))
+    assert (list(weight_only.weights), weight_only.already) == (["blocks.0.b.weight"], 1)
+    assert weight_only.saved == 32 * 16 - 4 * 32
+    assert (len(rowwise.weights), rowwise.already, rowwise.saved) == (2, 0, 32 * 16 - 2 * 4 * 32)
+
+
+def test_a_quantised_file_is_refused_by_name(tmp_path: Path):
+    made = replace(tiny(tmp_path), quantised="nvfp4")
+    with pytest.raises(UnsupportedError, match=r"cannot quantise FluxTransformer2DModel .*already \(nvfp4\)"):
+        RemoteWeights(made).select_fp8(FP8Settings())
+
+
+@pytest.mark.parametrize("pattern", ["ff", "transformer_blocks.*.ff", "net"])
 def test_skipped_layers_stay_as_they_are(tmp_path: Path, pattern: str):
-    """Named as in ComfyUI's files or as in diffusers."""
-    model = remote(tmp_path)
-    without = in_fp8(resident(model, "weight_only").model)
-    loaded = resident(model, "weight_only", (pattern,))
-    left = {"transformer_blocks.0.ff.net.0.proj", "transformer_blocks.0.ff.net.2"}
-    assert without - in_fp8(loaded.model) == left
-    plain = ResidentModel(model.recipe.to_json(), torch.device("cpu"), lambda done, total: None)
+    """Named as in the network."""
+    made = tiny(tmp_path, num_layers=1)
+    loaded, plain = in_worker(made, "weight_only", (pattern,)), in_worker(made)
+    left = {f"transformer_blocks.0.{name}" for name in ("ff.net.0.proj", "ff.net.2")}
+    if pattern == "net":
+        left |= {f"transformer_blocks.0.{name}" for name in ("ff_context.net.0.proj", "ff_context.net.2")}
+    assert in_fp8(in_worker(made, "weight_only")) - in_fp8(loaded) == left
     for name in left:
-        assert torch.equal(loaded.model.get_parameter(f"{name}.weight"), plain.model.get_parameter(f"{name}.weight"))
+        weights = [each._network.get_parameter(f"{name}.weight") for each in (loaded, plain)]
+        assert torch.equal(*weights)
 
 
-@pytest.mark.parametrize("pattern", ["img_mpl", "blocks.77"])
+@pytest.mark.parametrize("pattern", ["to_qq", "blocks.77"])
 def test_a_pattern_that_means_nothing_is_named(tmp_path: Path, pattern: str):
+    weights = RemoteWeights(tiny(tmp_path))
     with pytest.raises(ConfigError, match=rf"skip has the pattern '{pattern}', which fits no linear layer.*_blocks\.0"):
-        remote(tmp_path).select_fp8(FP8Settings(skip=f"img_mlp, {pattern}"))
+        weights.select_fp8(FP8Settings(skip=f"to_q, {pattern}"))
 
 
-@pytest.mark.parametrize(("scheme", "unfit"), [("dynamic_rowwise", 2), ("dynamic_tensorwise", 2), ("weight_only", 0)])
+@pytest.mark.parametrize(("scheme", "unfit"), [("dynamic_rowwise", 6), ("dynamic_tensorwise", 6), ("weight_only", 0)])
 def test_layers_of_odd_sizes_are_left_by_the_dynamic_schemes(tmp_path: Path, scheme: str, unfit: int):
-    model = remote(tmp_path)
-    adapter, source, dtypes = (
-        model.inspected.adapter,
-        model.inspected.source,
-        dict.fromkeys(("storage", "compute"), BF16),
-    )
-    for name, shape in {"img_mlp.0": (504, 128), "img_mlp.2": (128, 504)}.items():
-        model._tensors.shapes[f"double_blocks.0.{name}.weight"] = shape
-    found = select(source, adapter, model._tensors, scheme=scheme, skip=(), **dtypes)
+    """Two layers in each of three blocks."""
+    made = tiny(tmp_path, WAN, ffn_dim=200)
+    found, loaded = select_layers(made.linear, scheme=scheme, skip=()), in_worker(made, scheme)
     assert found.unfit == unfit
-    assert ("transformer_blocks.0.ff.net.2.weight" in found.weights) is not bool(unfit)
+    assert ("blocks.0.ffn.net.2" in in_fp8(loaded)) is not bool(unfit)
 
 
 @pytest.mark.parametrize("scheme", DYNAMIC)
@@ -189,7 +239,7 @@ def test_dynamic_schemes_are_refused_without_a_gpu(tmp_path: Path, scheme: str):
     with pytest.raises(
         ConfigError, match=rf"scheme is '{scheme}', which does not work on cpu: CPUs do not compute in FP8"
     ):
-        remote(tmp_path).select_fp8(FP8Settings(scheme=scheme))
+        RemoteWeights(tiny(tmp_path)).select_fp8(FP8Settings(scheme=scheme))
 
 
 @pytest.mark.parametrize("capability", [(8, 6), (8, 9)])
@@ -199,13 +249,12 @@ def test_old_gpus_are_refused_by_their_capability(
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: {"cuda:0": (9, 0)}.get(device, capability))
-    model = remote(tmp_path)
-    model._layout = resolve(SequenceParallelConfig(devices="cuda:0,cuda:1"))
+    weights = RemoteWeights(replace(tiny(tmp_path), config=SequenceParallelConfig(devices="cuda:0,cuda:1")))
     if capability < (8, 9):
         with pytest.raises(ConfigError, match=r"cuda:1: compute capability 8\.6, FP8 products need 8\.9"):
-            model.select_fp8(FP8Settings(scheme="dynamic_rowwise"))
+            weights.select_fp8(FP8Settings(scheme="dynamic_rowwise"))
     else:
-        assert model.select_fp8(FP8Settings(scheme="dynamic_rowwise")).weights
+        assert weights.select_fp8(FP8Settings(scheme="dynamic_rowwise")).weights
 
 
 # --- arithmetic ---------------------------------------------------------------------------------------------------

@@ -13,11 +13,14 @@ from torch import Tensor, nn
 from parallel.cache.blocks import StepPasses, block_cache
 from parallel.cache.hooked import cached_blocks
 from parallel.cache.settings import CacheSettings, FirstBlockCacheSettings, TeaCacheSettings
+from parallel.config import SequenceParallelConfig
 from parallel.degrees import Degrees
 from parallel.errors import UnsupportedError
+from parallel.host.cache_rules import cache_message, check_cache
 from parallel.host.cached_sampling import CachedSampling
-from parallel.host.network_cache import cache_message, check_cache
-from parallel.plans.comfyui import CHAINS, PLANS
+from parallel.host.recipe import Recipe
+from parallel.plans import comfyui, diffusers
+from parallel.plans.libraries import CHAINS
 from parallel.split import PlanError, SequenceRanks, Site, Split
 from parallel.split.chain import Chain
 from parallel.split.routes import ThroughTorch
@@ -159,36 +162,50 @@ def test_a_hidden_input_that_is_not_reached_is_named() -> None:
 
 FIRST, TEA = FirstBlockCacheSettings(residual_diff_threshold=0.1), TeaCacheSettings(rel_l1_thresh=0.1)
 WAN = {"num_heads": 12, "in_dim": 16, "out_dim": 16, "model_type": "t2v"}
+DIFFUSERS_WAN = {"num_attention_heads": 12, "in_channels": 16, "out_channels": 16, "image_dim": None}
+COGVIDEOX = {"num_attention_heads": 30, "in_channels": 16}
+
+
+def recipe(network: str, arguments: dict[str, Any] | None = None, library: Any = "comfyui") -> Recipe:
+    """Of a network of which only its class and arguments matter."""
+    return Recipe(
+        library=library,
+        path="model",
+        weight_dtype=None,
+        network=network,
+        config=SequenceParallelConfig(devices="cpu"),
+        nbytes=0,
+        in_the_file=0,
+        heads=1,
+        arguments=arguments or {},
+        channels=16,
+        linear=(),
+    )
 
 
 def test_chains_name_lists_and_arguments_of_their_plans() -> None:
-    for network, chain in CHAINS.items():
-        plan = PLANS[network]
-        plans = [plan(Kind()) for Kind in (_WithSingles, _WithoutSingles)] if callable(plan) else [plan]
-        for each in plans:
-            first = next(iter(chain.blocks))
-            assert chain.hidden in each[first].cut, network
-
-
-class _WithSingles:
-    single_blocks = (None,)
-
-
-class _WithoutSingles:
-    single_blocks = ()
+    for library in (comfyui, diffusers):
+        for network, chain in library.CHAINS.items():
+            plan = library.PLANS[network]
+            for each in plan.plans if isinstance(plan, comfyui.ByModel) else [plan]:
+                first = next(iter(chain.blocks))
+                assert chain.hidden in each[first].cut, network
 
 
 @pytest.mark.parametrize(
-    ("network", "config"),
+    ("library", "network", "config"),
     [
-        ("WanModel", WAN),
-        ("Flux", {"image_model": "flux", "vec_in_dim": 768}),
-        ("HunyuanVideo", {"vec_in_dim": 768}),
-        ("LTXVModel", {"num_layers": 28}),
+        ("comfyui", "WanModel", WAN),
+        ("comfyui", "Flux", {"image_model": "flux", "vec_in_dim": 768}),
+        ("comfyui", "HunyuanVideo", {"vec_in_dim": 768}),
+        ("comfyui", "LTXVModel", {"num_layers": 28}),
+        ("comfyui", "CogVideoXTransformer3DModel", COGVIDEOX),
+        ("diffusers", "WanTransformer3DModel", DIFFUSERS_WAN),
+        ("diffusers", "CogVideoXTransformer3DModel", COGVIDEOX | {"patch_size_t": None}),
     ],
 )
-def test_teacache_takes_networks_whose_polynomial_is_published(network: str, config: dict[str, Any]) -> None:
-    check_cache(TEA, network, config)
+def test_teacache_takes_networks_whose_polynomial_is_published(library: str, network: str, config: Any) -> None:
+    check_cache(TEA, recipe(network, config, library))
 
 
 @pytest.mark.parametrize(
@@ -201,19 +218,41 @@ def test_teacache_takes_networks_whose_polynomial_is_published(network: str, con
         (TEA, "HunyuanVideo", {"vec_in_dim": None}, "published for this model of the class HunyuanVideo"),
         (TEA, "WanModel", WAN | {"in_dim": 36}, "published for this Wan model .in_channels 36"),
         (TEA, "LTXVModel", {"num_layers": 48}, "published for this LTXV model .48 layers"),
-        (FIRST, "NewModel", {}, r"First Block Cache \(SP\) cannot skip blocks of NewModel: .* Anima, Chroma, Flux"),
+        (
+            FIRST,
+            "NewModel",
+            {},
+            r"First Block Cache \(SP\) cannot skip blocks of NewModel: .* Anima, AsymmDiTJoint, Chroma",
+        ),
     ],
 )
 def test_what_cannot_be_skipped_is_refused_by_name(
     settings: CacheSettings, network: str, config: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(UnsupportedError, match=message):
-        check_cache(settings, network, config)
+        check_cache(settings, recipe(network, config))
+
+
+@pytest.mark.parametrize(
+    ("settings", "network", "config", "message"),
+    [
+        (TEA, "FluxTransformer2DModel", {}, "published for FluxTransformer2DModel; use First Block Cache"),
+        (TEA, "HunyuanVideoTransformer3DModel", {}, "published for HunyuanVideoTransformer3DModel; use First"),
+        (TEA, "WanTransformer3DModel", DIFFUSERS_WAN | {"num_attention_heads": 2}, "this Wan model .*, 2 heads"),
+        (FIRST, "Flux", {}, "cannot skip blocks of Flux: .*FluxTransformer2DModel"),
+    ],
+)
+def test_what_cannot_be_skipped_of_diffusers_is_refused_by_name(
+    settings: CacheSettings, network: str, config: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(UnsupportedError, match=message):
+        check_cache(settings, recipe(network, config, "diffusers"))
 
 
 def test_first_block_cache_takes_every_network_that_says_so() -> None:
-    for network in CHAINS:
-        check_cache(FIRST, network, {})
+    for library, chains in CHAINS.items():
+        for network in chains:
+            check_cache(FIRST, recipe(network, library=library))
 
 
 def test_references_choose_the_polynomial_of_kontext() -> None:
@@ -221,7 +260,7 @@ def test_references_choose_the_polynomial_of_kontext() -> None:
     config = {"image_model": "flux", "vec_in_dim": 768}
     shapes = {"x": (1, 16, 8, 8)}
     plain, kontext = (
-        cache_message(sampling, 0.5, "Flux", config, more)["rule"]["coefficients"]
+        cache_message(sampling, 0.5, recipe("Flux", config), more).rule["coefficients"]
         for more in (shapes, shapes | {"ref_latents.0": (1, 16, 4, 4)})
     )
     assert plain != kontext

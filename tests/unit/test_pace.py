@@ -7,22 +7,47 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from parallel.compilation.settings import CompileSettings
+from parallel.degrees import Degrees
 from parallel.host import pace
 from parallel.host.pace import FACTOR, HALTED_S, LONGEST_S, SHORTEST_S, Pace, Watch, work_of
 from parallel.host.process_state import ENDED, in_words, state
+from parallel.wire.messages import Conditioning, FreeMemory, Pass, Request, RunNetwork, Sample, Step, Weights
+from parallel.wire.shared import TensorRef
 
-STEP = {
-    "model": "model-1",
-    "degrees": {"ulysses": 2},
-    "requests": [{"x": {"shape": [1, 16, 2, 8, 8]}}],
-    "compile": None,
-}
-SAMPLE = {"model": "model-1", "degrees": [{"ulysses": 2}], "size": 2048, "program": [{"network": [{}]}, {"report": 0}]}
+NOTHING = Conditioning(put={}, drop=[])
+
+
+def request(*shape: int) -> Request:
+    place = TensorRef("step", 0, shape, "float32")
+    return Request(x=place, timestep=place, out=place, conditioning={}, label="", arguments=None, parts=[])
+
+
+STEP = Step(
+    model="model-1",
+    degrees=Degrees(ulysses=2),
+    requests=[request(1, 16, 2, 8, 8)],
+    conditioning=NOTHING,
+    cache=None,
+    compile=None,
+)
+
+
+def network(passes: int) -> RunNetwork:
+    each = Pass(request=request(1, 16, 2, 8, 8), latents=[0], results=[1])
+    return RunNetwork(passes=[each] * passes, degrees=0, active=False)
+
+
+SAMPLE = Sample(
+    model="model-1", degrees=[Degrees(ulysses=2)], size=2048, constants={}, program=[network(1)], free=[[]], result=[],
+    out=TensorRef("sampling", 0, (1,), "float32"), previews=None, conditioning=NOTHING, cache=None, compile=None,
+)  # fmt: skip
 
 
 class Clock:
@@ -38,7 +63,7 @@ def worker(rank: int, pid: int | None = None) -> Any:
 
 
 def test_work_that_was_not_measured_gets_the_longest_patience() -> None:
-    assert Pace().patience(work_of("step", STEP)) == LONGEST_S == 600
+    assert Pace().patience(work_of(STEP)) == LONGEST_S == 600
 
 
 @pytest.mark.parametrize(
@@ -48,8 +73,8 @@ def test_work_that_was_not_measured_gets_the_longest_patience() -> None:
 def test_patience_follows_the_longest_silence_within_bounds(silences: tuple[float, ...], patience: float) -> None:
     measured = Pace()
     for silence in silences:
-        measured.measured(work_of("step", STEP), silence)
-    assert measured.patience(work_of("step", STEP)) == patience
+        measured.measured(work_of(STEP), silence)
+    assert measured.patience(work_of(STEP)) == patience
     assert SHORTEST_S >= 30
 
 
@@ -57,29 +82,29 @@ def test_patience_follows_the_longest_silence_within_bounds(silences: tuple[floa
     "changed",
     [
         {"model": "model-2"},
-        {"degrees": {"ulysses": 1, "ring": 2}},
-        {"requests": [{"x": {"shape": [1, 16, 33, 90, 160]}}]},
-        {"requests": STEP["requests"] * 2},
-        {"compile": {"mode": "default"}},
+        {"degrees": Degrees(ring=2)},
+        {"requests": [request(1, 16, 33, 90, 160)]},
+        {"requests": STEP.requests * 2},
+        {"compile": CompileSettings()},
     ],
 )
 def test_other_work_is_not_measured_against_this_one(changed: dict[str, Any]) -> None:
     measured = Pace()
-    measured.measured(work_of("step", STEP), 0.01)
-    assert measured.patience(work_of("step", STEP | changed)) == LONGEST_S
+    measured.measured(work_of(STEP), 0.01)
+    assert measured.patience(work_of(replace(STEP, **changed))) == LONGEST_S
 
 
-@pytest.mark.parametrize(("name", "value"), [("size", 4096), ("program", [{"network": [{}, {}]}])])
+@pytest.mark.parametrize(("name", "value"), [("size", 4096), ("program", [network(2)])])
 def test_samplings_of_other_sizes_are_other_work(name: str, value: Any) -> None:
-    assert work_of("sample", SAMPLE) != work_of("sample", SAMPLE | {name: value})
+    assert work_of(SAMPLE) != work_of(replace(SAMPLE, **{name: value}))
 
 
 def test_reading_files_is_not_measured() -> None:
     measured = Pace()
-    for operation in ("load", "weights", "echo"):
-        assert work_of(operation, {}) is None
-        measured.measured(work_of(operation, {}), 0.01)
-        assert measured.patience(work_of(operation, {})) == LONGEST_S
+    for message in (Weights(model="model-1"), FreeMemory()):
+        assert work_of(message) is None
+        measured.measured(work_of(message), 0.01)
+        assert measured.patience(work_of(message)) == LONGEST_S
 
 
 def test_not_every_kind_of_work_is_remembered_for_ever() -> None:

@@ -23,6 +23,8 @@ else:
 
 ROOT = Path(__file__).parents[2]
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+EXTRA: list[str] = PYPROJECT["project"]["optional-dependencies"]["scripts"]
+"""For scripts, the demo and the benchmarks."""
 
 
 def requirements() -> list[str]:
@@ -35,9 +37,49 @@ def test_both_requirement_lists_are_equal():
 
 
 def test_no_requirement_replaces_torch_or_caps_a_shared_package():
-    for requirement in requirements():
+    for requirement in [*requirements(), *EXTRA]:
         assert not re.match(r"(torch|torchvision|torchaudio|triton|nvidia.*)\b", requirement, re.IGNORECASE)
         assert not re.search(r"==|~=|<", requirement)
+
+
+def named(requirement: str) -> str:
+    """The module of a requirement."""
+    name = re.split(r"[<>=~!\[ ]", requirement)[0]
+    return {"Pillow": "PIL"}.get(name, name)
+
+
+def test_nodes_and_workers_import_what_is_required_or_comfyuis_own():
+    """And the rest only what the extra `scripts` brings; tqdm comes with diffusers, as with ComfyUI."""
+    required = {"torch", *map(named, requirements())}
+    comfyuis = {"aiohttp", "comfy", "comfy_api", "comfy_execution", "comfyui_version", "folder_paths", "server", "tqdm"}
+    scripts = {"tqdm", *map(named, EXTRA)}
+    optional = {"sageattention"}  # the user chooses it, and is told where it is missing
+    for path in python_files():
+        place = path.relative_to(ROOT).as_posix()
+        outside = {name for name in imported(path) if name not in sys.stdlib_module_names}
+        allowed = required | optional
+        if place.startswith(("parallel/diffusers/", "parallel/demo/", "parallel/bench/")):
+            allowed = allowed | scripts
+        if place == "__init__.py" or place.startswith(("nodes/", "parallel/comfyui/")):
+            allowed = allowed | comfyuis
+        assert outside <= allowed, f"{place} imports {sorted(outside - allowed)}"
+
+
+def imported(path: Path) -> set[str]:
+    """Packages that a file imports from outside, wherever in it."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            found.add(node.module)
+    return {name.partition(".")[0] for name in found}
+
+
+def test_development_has_what_scripts_need():
+    """It installs no package of this repository's: .ci/make-venv reads lists."""
+    lines = (ROOT / "tests" / "requirements.txt").read_text().splitlines()
+    assert set(EXTRA) <= set(lines)
 
 
 def test_changelog_knows_this_version():

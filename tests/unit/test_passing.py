@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from parallel.worker import passing
-from parallel.worker.passing import Cargo, Passing
+from parallel.worker.passing import Passing
 
 
 class Event:
@@ -84,6 +84,27 @@ class Device:
                     break
             else:
                 pytest.fail("all streams wait for each other")
+
+
+class Cargo:
+    """Parameters that travel together.
+
+    Args:
+        host: [n] uint8, their bytes in host memory.
+        parameters: each with its offset in these bytes, and now at home in them.
+    """
+
+    def __init__(self, host: Tensor, parameters: list[tuple[nn.Parameter, int]]):
+        self.host = host
+        self._parameters = [(parameter, parameter.data, offset) for parameter, offset in parameters]
+
+    def land(self, device: Tensor) -> None:
+        for parameter, home, offset in self._parameters:
+            parameter.data = device[offset : offset + home.nbytes].view(home.dtype).view(home.shape)
+
+    def leave(self) -> None:
+        for parameter, home, _ in self._parameters:
+            parameter.data = home
 
 
 SIZES = (3, 5, 2, 5)

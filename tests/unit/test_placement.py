@@ -9,7 +9,6 @@ import pytest
 from parallel.errors import ConfigError
 from parallel.placement import Memory, bytes_on_device, check_host_memory, choose
 from parallel.worker.free_memory import host_memory
-from parallel.worker.homes import share_of_rows
 
 GIB = 2**30
 LARGE_HOST = Memory(free=200 * GIB, total=256 * GIB)
@@ -66,13 +65,6 @@ def test_auto_on_cpus(free: int, mode: str, why: str):
 )  # fmt: skip
 def test_bytes_that_comfyui_is_to_make_room_for(mode: str, device: str, share: float):
     assert bytes_on_device(mode, 1000, 4, device) == 1000 * share
-
-
-@pytest.mark.parametrize("ranks", range(1, 6))
-def test_each_row_is_one_ranks(ranks: int):
-    for count in range(12):
-        rows = [row for rank in range(ranks) for row in range(count)[share_of_rows(count, rank, ranks)]]
-        assert rows == list(range(count))
 
 
 MEMINFO = "MemTotal:       1000 kB\nMemFree:         100 kB\nMemAvailable:    600 kB\n"

@@ -10,12 +10,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from parallel.host.step_request import StepRequest
 from parallel.sampling.program import Evaluate, Network, Program, Terms
 from parallel.sampling.recording import NotRecordable, RecordedLatent, Recorder, in_parts, packed
+from parallel.sampling.step_request import StepRequest
 
 SHAPE = (2, 3, 4)
 CPU = torch.device("cpu")
+CALL: Any = {"dict": {"args": {"list": []}, "named": {"dict": {}}}}
+"""Of the network's arguments, which are not recorded."""
 
 
 def random(seed: int, *shape: int) -> Tensor:
@@ -38,7 +40,7 @@ def predict(x: Tensor, time: float) -> Tensor:
     """The network's answer, or a place for it."""
     timestep = torch.full((len(x),), time)
     if isinstance(x, RecordedLatent):
-        request = StepRequest(x, timestep, {})
+        request = StepRequest(x, timestep, {}, CALL)
         return x.recorder.network(request, x.shape, conditions=frozenset({0}), sigma=time)
     return network(x, timestep)
 
@@ -199,7 +201,9 @@ def test_a_prediction_is_rounded_already():
     """The network answers in its own dtype, and ComfyUI goes on in fp32."""
     here = recorder()
     x = here.given(NOISE)
-    answer = here.network(StepRequest(x.bfloat16(), torch.ones(2), {}), SHAPE, conditions=frozenset({0}), sigma=1.0)
+    answer = here.network(
+        StepRequest(x.bfloat16(), torch.ones(2), {}, CALL), SHAPE, conditions=frozenset({0}), sigma=1.0
+    )
     assert answer.dtype == torch.bfloat16
     assert here.finish(x - answer.float()).networks[0].passes[0].request.x.dtype == torch.bfloat16
 
@@ -267,7 +271,7 @@ def test_a_packed_latent_goes_through_a_network_in_parts():
     x = recorder.given(random(1, 1, 1, 10)) * 2.0
     latent, parts = packed(unpacked(x.to(torch.bfloat16), shapes))
     assert (tuple(latent.shape), latent.dtype, parts) == ((1, 1, 10), torch.bfloat16, ((2, 3), (4, 1)))
-    request = StepRequest(latent, torch.ones(1), {}, parts=parts)
+    request = StepRequest(latent, torch.ones(1), {}, CALL, parts=parts)
     prediction = recorder.network(request, latent.shape, conditions=frozenset({0}), sigma=1.0)
     given = in_parts(prediction, parts)
     assert [tuple(part.shape) for part in given] == shapes

@@ -1,4 +1,4 @@
-"""The check of attention at its real length, in one process: kinds, tolerances, overflow, compiled blocks."""
+"""The check of attention at its real length, in one process: kinds, tolerances, overflow."""
 
 from __future__ import annotations
 
@@ -6,92 +6,78 @@ import itertools
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from parallel.attention.joint import Unexchanged
+from parallel.attention.between import StreamAttention
 from parallel.attention.kernels import Sdpa
-from parallel.attention.row_check import CheckedAttention, Kind, RowCheck, allowed_error, sampled_rows
+from parallel.attention.row_check import Kind, RowCheck, allowed_error, sampled_rows
 from parallel.degrees import Degrees
 from parallel.errors import UnsupportedError
 from parallel.mesh import Mesh
-from parallel.plan import SequencePlan
+from parallel.plan import AttentionPlan, SequencePlan
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda:0")
-PLAN = SequencePlan((40, 5), 3, (1.0,))
 MESH = Mesh(Degrees(), 0, None, None)
 
 
-class Doubled(Unexchanged):
-    def __init__(self) -> None:
-        super().__init__(Sdpa())
+class Checked:
+    """Attention of one rank, times a factor, with its check."""
 
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return 2 * super().__call__(q, k, v)
+    def __init__(self, factor: float = 1.0):
+        self.known: set[Kind] = set()
+        self._factor = factor
+        self._check = RowCheck(MESH, "sdpa", self.known.__contains__, self.known.add)
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+        plan = AttentionPlan((q.shape[2],), (k.shape[2],), 3, 3, (1.0,))
+        return StreamAttention(plan, 0, None, None, Sdpa(), check=self._check)(q, k, v, self._compute, mask)
+
+    def _compute(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+        return self._factor * F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
 
 
-def checked(attention: Unexchanged, known: set[Kind]) -> CheckedAttention:
-    return CheckedAttention(attention, PLAN, RowCheck(MESH, "sdpa", known.__contains__, known.add))
-
-
-def tensors(batch: int = 1, dtype: torch.dtype = torch.bfloat16, dim: int = 16) -> list[Tensor]:
+def tensors(batch: int = 1, dtype: torch.dtype = torch.bfloat16, dim: int = 16, tokens: int = 45) -> list[Tensor]:
     generator = torch.Generator().manual_seed(0)
-    return list(torch.randn(3, batch, 45, 3, dim, generator=generator).to(dtype))
+    return list(torch.randn(3, batch, 3, tokens, dim, generator=generator).to(dtype))
 
 
 def test_each_kind_is_checked_once():
-    known: set[Kind] = set()
-    attend = checked(Unexchanged(Sdpa()), known)
-    for number, options in enumerate([{}, {"batch": 2}, {"dtype": torch.float32}, {"dim": 32}], start=1):
+    attend = Checked()
+    mask = torch.ones(45, 45, dtype=torch.bool)
+    kinds = [{}, {"batch": 2}, {"dtype": torch.float32}, {"dim": 32}, {"tokens": 44}]
+    calls = [(*tensors(**options), None) for options in kinds] + [(*tensors(), mask)]
+    for number, call in enumerate(calls, start=1):
         for _ in range(2):
-            attend(*tensors(**options))
-            assert len(known) == number
+            attend(*call)
+            assert len(attend.known) == number
 
 
-@pytest.mark.parametrize("way", ["call", "with work", "start"])
-def test_a_wrong_attention_is_refused_however_it_is_called(way: str):
-    known: set[Kind] = set()
-    attend = checked(Doubled(), known)
-    ways = {
-        "call": lambda: attend(*tensors()),
-        "with work": lambda: attend.with_work(*tensors(), lambda: None),
-        "start": lambda: attend.start(*tensors())(),
-    }
+@pytest.mark.parametrize("mask", [None, torch.ones(45, 45, dtype=torch.bool)], ids=["plain", "masked"])
+def test_a_wrong_attention_is_refused_each_time(mask: Tensor | None):
+    attend = Checked(2.0)
     for _ in range(2):  # a refused kind is not taken for a checked one
         with pytest.raises(UnsupportedError, match=r"'sdpa' failed its check at 45 tokens .*Use another size"):
-            ways[way]()
-    assert not known
+            attend(*tensors(), mask)
+    assert not attend.known
 
 
 def test_inputs_that_are_not_finite_pass_unchecked():
     """A model that overflows does so on one device, too."""
-    known: set[Kind] = set()
-    attend, (q, k, v) = checked(Unexchanged(Sdpa()), known), tensors()
-    k[0, 7, 1, 3] = torch.inf
+    attend, (q, k, v) = Checked(), tensors()
+    k[0, 1, 7, 3] = torch.inf
     attend(q, k, v)
-    assert not known
+    assert not attend.known
     attend(*tensors())
-    assert known
+    assert attend.known
 
 
 def test_rows_without_a_value_are_equal():
-    attend, (q, k, v) = checked(Unexchanged(Sdpa()), known := set()), tensors()
-    attend(q, k, v.zero_())
-    assert known
-
-
-def test_the_check_runs_inside_compiled_blocks():
-    from parallel.attention.in_graph import InGraph, standing_for
-
-    def block(x: Tensor, attend: InGraph) -> Tensor:
-        return attend(x + 1, x, x - 1).relu()
-
-    compiled = torch.compile(block, fullgraph=True, backend="aot_eager")
-    x, known = tensors()[0], set[Kind]()
-    with standing_for([checked(Unexchanged(Sdpa()), known)]):
-        compiled(x, InGraph(0))
-    assert len(known) == 1
-    with standing_for([checked(Doubled(), set())]), pytest.raises(UnsupportedError, match="failed its check"):
-        compiled(x, InGraph(0))
+    """Values of zero, and queries that see no key, to which kernels give whatever they like."""
+    attend, (q, k, v) = Checked(), tensors()
+    attend(q, k, torch.zeros_like(v))
+    attend(q, k, v, (torch.arange(45) % 2 == 0)[:, None].expand(45, 45))
+    assert len(attend.known) == 2
 
 
 @pytest.mark.parametrize("weights", [(1.0,), (1.0, 2.0, 1.0), (1.0,) * 8])

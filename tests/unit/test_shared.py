@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from parallel.wire.shared import ALIGNMENT, Segment, TensorRef, dtype_name, lay_out
+from parallel.wire.typed import from_plain, to_plain
 
 ROOT = Path(__file__).parents[2]
 
@@ -22,8 +23,9 @@ Create = Callable[[int], Segment]
 _OTHER_PROCESS = """
 import json, sys
 from parallel.wire.shared import Segment, TensorRef
+from parallel.wire.typed import from_plain
 fd, size, ref = json.loads(sys.argv[1])
-Segment("s", fd, size).tensor(TensorRef.from_json(ref)).add_(1)
+Segment("s", fd, size).tensor(from_plain(TensorRef, ref)).add_(1)
 """
 
 
@@ -47,7 +49,7 @@ def test_two_processes_see_the_same_tensor(create: Create):
     x, y = (segment.tensor(ref) for ref in refs)
     x.copy_(torch.arange(15.0).view(3, 5))
     y.fill_(7)
-    argument = json.dumps([segment.fileno(), segment.size, refs[0].to_json()])
+    argument = json.dumps([segment.fileno(), segment.size, to_plain(refs[0])])
     subprocess.run(
         [sys.executable, "-c", _OTHER_PROCESS, argument],
         cwd=ROOT,
@@ -95,7 +97,7 @@ def test_tensors_are_laid_out_aligned_and_apart(create: Create):
 
 def test_a_ref_survives_its_message():
     (ref,), _ = lay_out("s", [((2, 3), torch.bfloat16)])
-    assert TensorRef.from_json(json.loads(json.dumps(ref.to_json()))) == ref
+    assert from_plain(TensorRef, json.loads(json.dumps(to_plain(ref)))) == ref
     assert ref.nbytes == 12
 
 
@@ -123,7 +125,7 @@ def test_a_dtype_that_cannot_travel_is_named(dtype: torch.dtype):
     with pytest.raises(ValueError, match=f"{name} tensor cannot travel"):
         lay_out("s", [((2,), dtype)])
     with pytest.raises(ValueError, match=f"'{name}' cannot travel"):
-        TensorRef.from_json({"segment": "s", "offset": 0, "shape": [2], "dtype": name})
+        from_plain(TensorRef, {"segment": "s", "offset": 0, "shape": [2], "dtype": name})
 
 
 def test_nothing_appears_in_dev_shm(create: Create):

@@ -10,10 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from parallel.attention.kernels import Kernel
 from parallel.parallelize import parallelize
 from parallel.plan import AttentionPlan
 from parallel.split import PlanError, SequenceRanks, Site, Split
-from parallel.split.routes import ThroughTorch
+from parallel.split.routes import ComfyRoute, ThroughTorch
 from parallel.split.rules import (
     Before,
     Behind,
@@ -372,3 +373,37 @@ def test_attention_of_modules_without_options_is_routed_while_they_run(fails: bo
         assert model(torch.randn(1, 4, 8)).shape == (1, 2, 8)
         assert ranks.attended == 1
     assert optimized_attention is before
+
+
+class Named(Kernel):
+    """Notes how many heads of keys it is given."""
+
+    name = "named"
+
+    def __init__(self) -> None:
+        self.keys: list[int] = []
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        self.keys.append(k.shape[1])
+        return q + 1
+
+    def with_lse(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        raise NotImplementedError
+
+
+@pytest.mark.parametrize("mask", [False, True])
+def test_a_kernel_that_the_user_has_chosen_computes_what_has_no_mask_also_on_one_rank(mask: bool):
+    kernel = Named()
+    streams = Streams(SequenceRanks((1.0,), chosen=kernel))
+    route = ComfyRoute(lambda: streams, ("image",), ("image",), "kind", "where")
+    assert not route.alone and ComfyRoute(lambda: streams_of((1,), 0), I, I, "kind", "where").alone
+
+    def own(q: Tensor, k: Tensor, v: Tensor, heads: int, **named: Any) -> Tensor:
+        return q + 2
+
+    q, k = torch.zeros(1, 4, 3, 8), torch.zeros(1, 2, 3, 8)
+    seen = torch.ones(1, 1, 1, 3, dtype=torch.bool) if mask else None
+    more = {"mask": seen, "skip_reshape": True, "skip_output_reshape": True, "transformer_options": {}}
+    out = route(own, q, k, k, 4, **more)
+    assert (out == (2 if mask else 1)).all()
+    assert kernel.keys == ([] if mask else [4])

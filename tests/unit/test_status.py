@@ -67,20 +67,9 @@ def test_phases_are_those_of_the_worker_that_the_others_waited_for():
     slow = {"python": 0.1, "torch": 3.0, "device": 0.4, "meeting": 0.2}
     figures.started([quick, slow])
     figures.loaded([{"libraries": 1.0, "weights": 0.5}, {"libraries": 0.7, "weights": 0.9}])
-    figures.self_checked(0.0)
     assert figures.to_json()["start"] == slow
     assert figures.to_json()["load"] == {"libraries": 0.7, "weights": 0.9}
     assert status.phases_text(figures.start) == "python 0.1 s, torch 3.0 s, device 0.4 s, meeting 0.2 s"
-
-
-def test_the_self_check_stays_shown_after_steps_without_one():
-    figures = GroupFigures()
-    figures.loaded([{"libraries": 1.0, "weights": 0.5}])
-    figures.self_checked(0.25)
-    figures.self_checked(0.0)
-    assert figures.to_json()["load"] == {"libraries": 1.0, "weights": 0.5, "self-check": 0.25}
-    figures.loaded([{"libraries": 0.0, "weights": 0.5}])
-    assert "self-check" not in figures.to_json()["load"]
 
 
 def test_weights_are_counted_while_they_are_held():

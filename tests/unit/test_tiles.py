@@ -13,8 +13,10 @@ from torch import Tensor
 from parallel.errors import WorkerOutOfMemoryError
 from parallel.host.group import Task
 from parallel.host.memory import GroupMemory
-from parallel.vae.tiles import Tile, TileRun
+from parallel.host.tiles import Tile, TileRun
+from parallel.wire import messages
 from parallel.wire.shared import TensorRef
+from parallel.wire.typed import to_plain
 
 
 class Ranks:
@@ -26,14 +28,14 @@ class Ranks:
         self.announced = False
         self.computed: list[int] = []
         self._room = room
-        self._given: list[tuple[Task, dict[str, Any]]] = []
+        self._given: list[tuple[Task, messages.Tile]] = []
 
-    def call(self, operation: str, message: Any, **_: Any) -> None:
+    def call(self, message: Any, **_: Any) -> None:
         self.announced = True
 
-    def submit(self, rank: int, operation: str, message: dict[str, Any]) -> Task:
+    def submit(self, rank: int, message: messages.Tile) -> Task:
         assert self.announced, "the workers do not know the shared memory"
-        self._given.append((Task(rank, operation), message))
+        self._given.append((Task(rank, message.name), message))
         return self._given[-1][0]
 
     def wait_for_tasks(self, condition: Callable[[], bool], poll: Any = None) -> None:
@@ -41,16 +43,16 @@ class Ranks:
             task, message = self._given.pop()
             task.reply = {"memory": 5, **self._answer(task.rank, message)}
 
-    def _answer(self, rank: int, message: dict[str, Any]) -> dict[str, Any]:
-        place, room = TensorRef.from_json(message["x"]), message["out"]
-        x = self.memory.segment(place.segment, 0).tensor(place).as_strided(message["shape"], message["stride"])
+    def _answer(self, rank: int, message: messages.Tile) -> dict[str, Any]:
+        place, room = message.x, message.out
+        x = self.memory.segment(place.segment, 0).tensor(place).as_strided(message.shape, message.stride)
         if x.numel() > self._room(rank):
             return {"ok": False, "error": {"out_of_memory": True}}
-        assert x.nbytes <= room["size"]
+        assert x.nbytes <= room.size
         self.computed.append(rank)
-        ref = TensorRef(room["segment"], room["offset"], tuple(x.shape), "float32")
+        ref = TensorRef(room.segment, room.offset, tuple(x.shape), "float32")
         self.memory.segment(ref.segment, 0).tensor(ref).copy_(x * 2)
-        return {"ok": True, "result": {"seconds": x.numel() / 100, "out": ref.to_json()}}
+        return {"ok": True, "result": {"seconds": x.numel() / 100, "out": to_plain(ref)}}
 
     def task_error(self, task: Task, advice: str) -> Exception:
         return WorkerOutOfMemoryError(advice, rank=task.rank)
@@ -100,10 +102,10 @@ def test_the_order_of_strides_travels_with_the_tile():
     """Pixels come with the channels last; convolutions of another memory format give other bits."""
     pixels = torch.randn(1, 8, 9, 3).movedim(-1, 1)[:, :, :6, 2:7]
     ranks = Ranks(1)
-    sent: list[dict[str, Any]] = []
+    sent: list[messages.Tile] = []
     submit = ranks.submit
-    ranks.submit = lambda rank, operation, message: (sent.append(message), submit(rank, operation, message))[1]
+    ranks.submit = lambda rank, message: (sent.append(message), submit(rank, message))[1]
     run = TileRun(ranks, "vae-1", "encode", [Tile(tuple(pixels.shape), 90, lambda: pixels)], torch.float32)
     run.announce()
     assert torch.equal(run.take(), 2 * pixels)
-    assert tuple(sent[0]["stride"]) == (90, 1, 15, 3)
+    assert tuple(sent[0].stride) == (90, 1, 15, 3)

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import math
 import os
 import sys
 from pathlib import Path
@@ -135,7 +136,7 @@ class SPTestNoClip:
 
 
 class SPTestControlNet:
-    """A ControlNet that adds the same vector to every token after the first block."""
+    """A ControlNet that adds another vector to each token of 2 × 2 latent pixels after the first block."""
 
     CATEGORY = "testing"
     RETURN_TYPES = ("CONTROL_NET",)
@@ -155,7 +156,10 @@ class _ConstantControl(ControlBase):
         self._vector = vector
 
     def get_control(self, x_noisy: torch.Tensor, *_: object) -> dict:
-        return {"input": [self.strength * self._vector.to(x_noisy)[None, None]], "output": []}
+        *frames, rows, columns = x_noisy.shape[2:]
+        tokens = math.prod(frames) * -(-rows // 2) * -(-columns // 2)
+        places = torch.linspace(1, 3, tokens).to(x_noisy)[None, :, None]
+        return {"input": [self.strength * places * self._vector.to(x_noisy)], "output": []}
 
     def copy(self) -> "_ConstantControl":
         copied = _ConstantControl(self._vector)

@@ -1,1 +1,0 @@
-"""Reading model files: shapes first, without touching a weight; then weights, one tensor at a time."""

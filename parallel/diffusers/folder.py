@@ -1,0 +1,187 @@
+"""A transformer folder of diffusers (`config.json` and safetensors): its class built without weights, its tensors
+mapped."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import re
+from collections.abc import Mapping
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..config import SequenceParallelConfig
+from ..errors import CheckpointError, UnsupportedError
+from ..host.recipe import Recipe
+from ..plans.diffusers import CHANNELS_DIM, PLANS
+from ..quantise.networks import linear_layers
+from ..split.routes import ThroughTorch
+from ..split.sites import Plan
+from ..versions import describe_libraries
+from .tensors import mapped
+
+CONFIG = "config.json"
+
+
+class NetworkFile:
+    """A folder, mapped.
+
+    Args:
+        path: of the folder.
+        weight_dtype: in which weights are kept and computed with; None is the file's. What diffusers keeps in fp32
+            stays so.
+        device: that the network will run on.
+
+    Raises:
+        CheckpointError: the folder is damaged, or incomplete.
+        UnsupportedError: its class has no plan.
+    """
+
+    routes = ThroughTorch
+    attention = "sdpa"
+
+    def __init__(self, path: str, weight_dtype: torch.dtype | None, device: torch.device):
+        self._path, self._weight_dtype = path, weight_dtype
+        self._config = read_config(path)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """By the network's names, mapped."""
+        ignored = transformer_class(self._config["_class_name"])._keys_to_ignore_on_load_unexpected or ()
+        return {
+            name: tensor
+            for name, tensor in mapped(self._path).items()
+            if not any(re.search(pattern, name) for pattern in ignored)
+        }
+
+    def network(self) -> tuple[nn.Module, dict[str, torch.dtype]]:
+        """Diffusers' network. Its parameters are the file's tensors, where they are mapped.
+
+        Returns:
+            The network; name of a parameter → dtype in which it is kept, where that is not the file's.
+        """
+        network = _empty(self._path, self._config)
+        tensors = self.tensors()
+        wanted = {name: parameter.shape for name, parameter in network.named_parameters()}
+        for name, tensor in tensors.items():
+            if name in wanted and tensor.shape != wanted[name]:
+                raise CheckpointError(
+                    f"{self._path}: tensor {name!r} has the shape {list(tensor.shape)},"
+                    f" but {type(network).__name__} needs {list(wanted[name])}"
+                )
+        missing, unexpected = network.load_state_dict(tensors, strict=False, assign=True)
+        for names, what in ((missing, "lacks"), (unexpected, "has, and should not have,")):
+            if names:
+                raise CheckpointError(
+                    f"{self._path} {what} {len(names)} tensors of {type(network).__name__}, e.g. {', '.join(names[:3])}"
+                )
+        return network.eval().requires_grad_(False), _changed_dtypes(network, tensors, self._weight_dtype)
+
+    def plan(self, network: nn.Module) -> Plan:
+        """Of the network's class."""
+        return PLANS[type(network).__name__]
+
+
+def recipe(path: str, config: SequenceParallelConfig, weight_dtype: torch.dtype | None = None) -> Recipe:
+    """What the workers are to build of a folder. Reads its headers; see `NetworkFile` for the arguments.
+
+    Raises:
+        CheckpointError: the folder is damaged.
+        UnsupportedError: its class has no plan, or diffusers cannot be imported.
+    """
+    with torch.device("meta"):
+        network = _made(path, read_config(path))
+    name, arguments = type(network).__name__, dict(network.config)  # with the defaults of what the file leaves out
+    tensors = NetworkFile(path, weight_dtype, torch.device("cpu")).tensors()
+    changed = _changed_dtypes(network, tensors, weight_dtype)
+    dtypes = {n: changed.get(n, tensor.dtype) for n, tensor in tensors.items()}
+    return Recipe(
+        library="diffusers",
+        path=path,
+        weight_dtype=weight_dtype,
+        network=name,
+        config=config,
+        nbytes=sum(prod(tensor.shape) * dtypes[n].itemsize for n, tensor in tensors.items()),
+        in_the_file=sum(tensor.nbytes for n, tensor in tensors.items() if n not in changed),
+        heads=arguments["num_attention_heads"],
+        arguments=arguments,
+        channels=arguments.get("out_channels") or arguments["in_channels"],
+        channels_dim=CHANNELS_DIM.get(name, 1),
+        linear=tuple(linear_layers(network, PLANS[name], dtypes)),
+    )
+
+
+def read_config(path: str) -> dict[str, Any]:
+    """A folder's `config.json`.
+
+    Raises:
+        CheckpointError: there is none, or it is damaged.
+        UnsupportedError: its class has no plan.
+    """
+    try:
+        config = json.loads((Path(path) / CONFIG).read_text(encoding="utf-8"))
+        name = str(config["_class_name"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{path} is no transformer folder of diffusers: {CONFIG}: {error!r}") from error
+    if name not in PLANS:
+        raise UnsupportedError(f"{path} is a {name}, which has no plan; plans exist for {', '.join(sorted(PLANS))}")
+    return dict(config)
+
+
+def transformer_class(name: str) -> Any:
+    """Diffusers' class.
+
+    Raises:
+        UnsupportedError: it cannot be imported, with the versions of all packages that diffusers imports.
+    """
+    try:
+        return getattr(importlib.import_module("diffusers"), name)
+    except Exception as error:  # an optional package of diffusers may raise anything while it is imported
+        raise UnsupportedError(
+            f"diffusers cannot be imported: {type(error).__name__}: {error} ({describe_libraries()})."
+            " Some of these packages do not fit together; `pip install -U diffusers transformers` brings a set that"
+            " does"
+        ) from error
+
+
+def _empty(path: str, config: Mapping[str, Any]) -> nn.Module:
+    """The network before its weights; the memory it asks for is never touched, so the system never gives it. Its
+    buffers are real: they are in no file."""
+    transformer_class(config["_class_name"])
+    from diffusers.models.modeling_utils import no_init_weights
+
+    with no_init_weights():
+        network = _made(path, config)
+    assert isinstance(network, nn.Module)
+    return network
+
+
+def _made(path: str, config: Mapping[str, Any]) -> Any:
+    """Its class's network, with whatever weights.
+
+    Raises:
+        CheckpointError: the class does not take these values.
+    """
+    made = transformer_class(config["_class_name"])
+    try:
+        return made.from_config(config)
+    except (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        raise CheckpointError(
+            f"{path}: {config['_class_name']} cannot be made as {CONFIG} says: {type(error).__name__}: {error}"
+        ) from error
+
+
+def _changed_dtypes(
+    network: nn.Module, tensors: Mapping[str, Tensor], weight_dtype: torch.dtype | None
+) -> dict[str, torch.dtype]:
+    """Tensors that are kept in another dtype than the file's."""
+    if weight_dtype is None:
+        return {}
+    fp32 = getattr(network, "_keep_in_fp32_modules", None) or ()
+    wanted = {
+        name: torch.float32 if any(part in name.split(".") for part in fp32) else weight_dtype for name in tensors
+    }
+    return {name: dtype for name, dtype in wanted.items() if tensors[name].dtype != dtype}

@@ -1,0 +1,11 @@
+"""The plans of both libraries, by the library's name."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from ..split.chain import Chain
+from . import Library, comfyui, diffusers
+
+CHAINS: Mapping[Library, Mapping[str, Chain]] = {"comfyui": comfyui.CHAINS, "diffusers": diffusers.CHAINS}
+"""Library → class → what caches between steps may skip."""

@@ -1,0 +1,379 @@
+"""What the host asks of its workers: a class for each operation, written by the host and read by the workers.
+
+Every rank gets the same, but for `Tile`, which one rank gets.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+from ..compilation.settings import CompileSettings
+from ..degrees import Degrees
+from .shared import TensorRef
+from .trees import Tree
+from .typed import from_plain, to_plain
+
+OPERATIONS: dict[str, type[Operation]] = {}
+"""Name → class."""
+Plain = dict[str, Any]
+"""JSON that another module knows: its docstring says which."""
+
+
+class Operation:
+    """Of one message. Subclasses are frozen dataclasses.
+
+    Attributes:
+        name: in messages, and in errors for people.
+    """
+
+    __slots__ = ()
+    name: ClassVar[str]
+
+    def __init_subclass__(cls) -> None:
+        OPERATIONS[cls.name] = cls
+
+    def to_json(self) -> Plain:
+        return {"op": self.name, "arguments": to_plain(self)}
+
+
+def read(message: Plain) -> Operation:
+    """What `Operation.to_json` has made.
+
+    Raises:
+        TypeError: it is no such thing.
+    """
+    return from_plain(OPERATIONS[message["op"]], message["arguments"])
+
+
+# --- models -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WeightsHome:
+    """Where a model's weights go."""
+
+    mode: str
+    """One of `placement.MODES` but `auto`."""
+    sharing: int
+    """Ranks of a sequence, which share sharded ones."""
+    segment: str = ""
+    """An empty memory file for offloaded ones, which belongs to the workers from then on."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Load(Operation):
+    """Builds a network and makes its weights resident."""
+
+    name = "load"
+    model: str
+    recipe: Plain
+    """`host.recipe.Recipe.to_json`."""
+    home: WeightsHome
+    fp8: Plain | None
+    """`quantise.settings.FP8Choice.to_json`."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Unload(Operation):
+    """Frees a model, and memory files that went with it."""
+
+    name = "unload"
+    model: str
+    drop: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Weights(Operation):
+    """Puts weights in the place of the file's, and the file's back in theirs."""
+
+    name = "weights"
+    model: str
+    put: dict[str, list[TensorRef]] = field(default_factory=dict)
+    """Weight → what it consists of (`plain.plain_tensors`)."""
+    restore: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ForgetCache(Operation):
+    """Frees what a sampling that is over has remembered. Nobody waits for it, and the model may be gone."""
+
+    name = "forget cache"
+    model: str
+    sampling: int
+
+
+# --- steps and samplings ----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Conditioning:
+    """What stays the same from step to step: each tensor travels once."""
+
+    put: dict[str, TensorRef]
+    """Key → tensor to keep a copy of."""
+    drop: list[str]
+    """Keys to forget."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CacheRule:
+    """A cache between steps, in this sampling."""
+
+    sampling: int
+    """A number that is never used again."""
+    rule: Plain
+    """`cache.settings.CacheSettings.rule`."""
+    active: bool
+    """Whether this step may skip blocks; a sampling says so for each pass."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Request:
+    """One call of the network."""
+
+    x: TensorRef
+    timestep: TensorRef
+    out: TensorRef
+    conditioning: dict[str, str]
+    """Name → key of what is kept."""
+    label: str
+    """See `sampling.step_request.StepRequest`, as for the following."""
+    arguments: Tree
+    parts: list[list[int]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Step(Operation):
+    """Runs this rank's part of requests; which samples are its group's follows from the degrees."""
+
+    name = "step"
+    model: str
+    degrees: Degrees
+    requests: list[Request]
+    conditioning: Conditioning
+    cache: CacheRule | None
+    compile: CompileSettings | None
+
+
+Terms = list[Any]
+"""A sum of products of numbered latents: [factor, [number, …]] each; see `sampling.program.plain`."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Evaluate:
+    """A latent is a sum."""
+
+    evaluate: int
+    """Its number."""
+    terms: Terms
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pass:
+    """One call of the network in a sampling."""
+
+    request: Request
+    latents: list[int]
+    """Those that x is made of."""
+    results: list[int]
+    """Those that the prediction is."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunNetwork:
+    """Passes side by side."""
+
+    passes: list[Pass]
+    degrees: int
+    """Which of the sampling's."""
+    active: bool
+    """Whether a cache may skip blocks."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Report:
+    """A step is done."""
+
+    step: int
+    steps: int
+    denoised: Terms
+    x: Terms
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Previews:
+    """Where latents are shown while a sampling runs."""
+
+    wanted: TensorRef
+    """[1]: how many may be shown."""
+    shown: TensorRef
+    """[ranks, 2]: how many a rank has shown, and of which step the last one was."""
+    latents: list[list[TensorRef]]
+    """Two pairs, denoised and x, which take turns."""
+    interval_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sample(Operation):
+    """Runs a whole sampling."""
+
+    name = "sample"
+    model: str
+    degrees: list[Degrees]
+    size: int
+    """Elements of a latent."""
+    constants: dict[str, TensorRef]
+    """Number → latent that is given."""
+    program: list[Evaluate | RunNetwork | Report]
+    free: list[list[int]]
+    """Latents that nobody needs after each instruction."""
+    result: Terms
+    out: TensorRef
+    previews: Previews | None
+    conditioning: Conditioning
+    cache: CacheRule | None
+    compile: CompileSettings | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Room:
+    """Space in a segment."""
+
+    segment: str
+    size: int
+    offset: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Call(Operation):
+    """Runs this rank's part of one of a network's methods."""
+
+    name = "call"
+    model: str
+    method: str
+    degrees: Degrees
+    arguments: Tree
+    held: dict[str, str]
+    """Name of a tensor in the arguments → key of what is kept."""
+    conditioning: Conditioning
+    room: Room
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Collect(Operation):
+    """Writes the result of the last call, which did not fit."""
+
+    name = "collect"
+    model: str
+    room: Room
+
+
+# --- tiles ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoadVAE(Operation):
+    """Rebuilds ComfyUI's VAE around weights that the host shares."""
+
+    name = "load vae"
+    vae: str
+    source: Plain
+    """See `worker.native_vae.NativeVAE`."""
+    state: dict[str, TensorRef]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class UnloadVAE(Operation):
+    """Frees it."""
+
+    name = "unload vae"
+    vae: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BeginTiles(Operation):
+    """All ranks hear of the segments that tiles will travel in."""
+
+    name = "begin tiles"
+    vae: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tile(Operation):
+    """Decodes or encodes one tile, on one rank."""
+
+    name = "tile"
+    vae: str
+    direction: str
+    x: TensorRef
+    """Its elements; shape and strides follow, since another memory format gives other bits."""
+    shape: list[int]
+    stride: list[int]
+    out: Room
+
+
+# --- the group --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FP8Support(Operation):
+    """Which FP8 products each rank's device has."""
+
+    name = "fp8 support"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FreeMemory(Operation):
+    """How much memory each rank's device has, and the machine."""
+
+    name = "free memory"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Recover(Operation):
+    """After an operation for which no rank had the memory: frees what it has left, and tries the device."""
+
+    name = "recover"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rest(Operation):
+    """After a sampling: other processes can have what its activations took."""
+
+    name = "rest"
+
+
+# --- benchmarks -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Echo(Operation):
+    """Each rank writes its share of x to out."""
+
+    name = "echo"
+    x: TensorRef
+    out: TensorRef
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Attention(Operation):
+    """One joint attention on random data, see `worker.measurement`."""
+
+    name = "attention"
+    degrees: Degrees
+    streams: list[int]
+    heads: int
+    head_dim: int
+    batch: int
+    pipeline: int
+    dtype: str
+    check: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Slow(Operation):
+    """From here on each rank is so many times slower."""
+
+    name = "slow"
+    times: list[int]

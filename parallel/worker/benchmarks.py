@@ -1,0 +1,68 @@
+"""What a worker does for the benchmarks: calls without a model, and being slow on purpose."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from typing import Any
+
+import torch
+
+from ..attention.traffic import Traffic
+from ..plan import SequencePlan
+from ..wire.messages import Attention, Echo, Slow
+from .host_link import HostLink
+from .measurement import Slowed, measure_attention
+from .ranks import Ranks
+from .tiles import Operations
+
+
+class Benchmarks:
+    """Of one rank.
+
+    Args:
+        link: to the host.
+        ranks: this rank among the others.
+    """
+
+    def __init__(self, link: HostLink, ranks: Ranks):
+        self._link, self._ranks = link, ranks
+        self._times = 1
+        self.operations: Operations = {Echo: self._echo, Attention: self._attention, Slow: self._slow}
+
+    def pace(self) -> contextlib.AbstractContextManager[Any]:
+        """Inside, this rank is as slow as it was made."""
+        return Slowed(self._times) if self._times > 1 else contextlib.nullcontext()
+
+    def _echo(self, message: Echo) -> dict[str, Any]:
+        """Writes this rank's share of the input to the output: a remote call without a model."""
+        began = time.perf_counter()
+        x, out = self._link.tensor(message.x).flatten(), self._link.tensor(message.out).flatten()
+        share = -(-x.numel() // self._ranks.world_size)
+        mine = slice(self._ranks.rank * share, (self._ranks.rank + 1) * share)
+        out[mine].copy_(x[mine])
+        return {"seconds": time.perf_counter() - began}
+
+    def _attention(self, message: Attention) -> dict[str, Any]:
+        """One attention on random data."""
+        mesh = self._ranks.mesh(message.degrees)
+        plan = SequencePlan(tuple(message.streams), message.heads, mesh.members(self._ranks.weights), mesh.degrees.ring)
+        device = self._ranks.device
+        traffic = Traffic(on_cuda=device.type == "cuda")
+        return measure_attention(
+            self._ranks.joint_attention(plan, mesh, message.pipeline, traffic),
+            traffic,
+            plan,
+            mesh.sp_rank,
+            self._ranks.kernel,
+            batch=message.batch,
+            head_dim=message.head_dim,
+            dtype=getattr(torch, message.dtype),
+            device=device,
+            check=message.check,
+        )
+
+    def _slow(self, message: Slow) -> dict[str, Any]:
+        """From here on this rank is so many times slower."""
+        self._times = message.times[self._ranks.rank]
+        return {}

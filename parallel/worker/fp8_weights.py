@@ -1,0 +1,62 @@
+"""Weights of a network that are quantised on their way into the workers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..quantise.networks import linear_layers
+from ..quantise.selection import Selection, select_layers
+from ..quantise.settings import FP8
+from .fp8_linear import become_fp8, quantised
+from .packed import Weight
+
+
+class FP8Weight(Weight):
+    """The weight of a linear layer of `fp8_linear`, and its scale. Takes values of the network's own dtype.
+
+    Args:
+        weight: the layer's, with the file's values; the layer becomes one of the scheme.
+        device: computes the scales.
+    """
+
+    def __init__(self, weight: Weight, scheme: str, device: torch.device):
+        super().__init__(weight.name, weight.module, weight.leaf, weight.dtype)
+        assert isinstance(self.module, nn.Linear)
+        self._scheme, self._device = scheme, device
+        become_fp8(self.module, scheme)
+        parameters = (self.module._parameters[name] for name in ("weight", "scale"))
+        self.form = [(parameter.shape, parameter.dtype) for parameter in parameters if parameter is not None]
+
+    def stored(self, pieces: Sequence[Tensor]) -> list[Tensor]:
+        (stored,) = super().stored(pieces)
+        return list(quantised(self._scheme, stored.to(self._device), 1.0 if stored.dtype in FP8 else None))
+
+    def _install(self, pieces: Sequence[Tensor]) -> None:
+        for name, piece in zip(("weight", "scale"), pieces, strict=True):
+            self.module._parameters[name] = nn.Parameter(piece, requires_grad=False)
+
+
+def quantise(
+    network: nn.Module, plan: Sequence[str], weights: Sequence[Weight], fp8: Mapping[str, Any], device: torch.device
+) -> tuple[list[Weight], Selection]:
+    """Makes linear layers of the blocks FP8's.
+
+    Args:
+        plan: of the network.
+        weights: all of it; none is quantised.
+        fp8: `scheme` and `skip` of `quantise.settings.FP8Choice`.
+
+    Returns:
+        The weights as they are kept now; what has been selected.
+
+    Raises:
+        ConfigError: `skip` has a pattern that means no layer.
+    """
+    layers = linear_layers(network, plan, {weight.name: weight.dtype for weight in weights})
+    selection = select_layers(layers, scheme=fp8["scheme"], skip=fp8["skip"])
+    kept = [FP8Weight(w, fp8["scheme"], device) if w.name in selection.weights else w for w in weights]
+    return kept, selection

@@ -1,0 +1,298 @@
+"""Writes tiny models of ComfyUI's own classes in its own file layout, with its Python:
+
+python -m tests.comfyui.write_models COMFYUI FOLDER
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from tests.comfyui import model_files as names
+from tests.comfyui import split_models
+from tests.comfyui.lora_files import write_lora_files
+
+_PREFIX = "model.diffusion_model."
+_TEXT = 64
+SCALED_LAYOUTS = ("marker_0", "marker_2", "comfy_quant", "metadata")
+"""How files of scaled fp8 name their scales; `marker_N` is the older way, N the marker's count of elements."""
+_UNSCALED = ("img_in", "final_layer.linear", "cond_type_embedding", "patch_embed.")
+
+_FLUX2 = (".linear_in.", ".linear_out.", ".to_qkv_mlp_proj.", "single_transformer_blocks.0.attn.to_out.")
+"""Of diffusers' names, those of FLUX.2 only."""
+
+# ComfyUI's names of HunyuanVideo's tensors → Tencent's.
+_ORIGINAL = [
+    (r"^(txt_in\.t_embedder|time_in|guidance_in)\.in_layer\.", r"\1.mlp.0."),
+    (r"^(txt_in\.t_embedder|time_in|guidance_in)\.out_layer\.", r"\1.mlp.2."),
+    (r"^txt_in\.c_embedder\.in_layer\.", "txt_in.c_embedder.linear_1."),
+    (r"^txt_in\.c_embedder\.out_layer\.", "txt_in.c_embedder.linear_2."),
+    (r"_attn\.qkv\.", "_attn_qkv."),
+    (r"_attn\.proj\.", "_attn_proj."),
+    (r"_attn\.norm\.query_norm\.", "_attn_q_norm."),
+    (r"_attn\.norm\.key_norm\.", "_attn_k_norm."),
+    (r"\.norm\.query_norm\.", ".q_norm."),
+    (r"\.norm\.key_norm\.", ".k_norm."),
+    (r"_mod\.lin\.", "_mod.linear."),
+    (r"\.modulation\.lin\.", ".modulation.linear."),
+    (r"(_mlp|\.\d+\.mlp)\.0\.", r"\1.fc1."),
+    (r"(_mlp|\.\d+\.mlp)\.2\.", r"\1.fc2."),
+]
+
+
+@dataclass(frozen=True, kw_only=True)
+class File:
+    """How a file is written."""
+
+    supported: str
+    """ComfyUI's entry in `comfy.supported_models`."""
+    config: dict[str, Any]
+    """What its detection finds."""
+    seed: int = 0
+    dtype: torch.dtype = torch.float32
+    prefix: str = ""
+    scaled: str = ""
+    """One of SCALED_LAYOUTS, for a file of that kind."""
+    scaled_dtype: torch.dtype = torch.float8_e4m3fn
+    original_names: bool = False
+    marks: tuple[str, ...] = ()
+    """Empty tensors that the file has besides."""
+    metadata: bool = False
+    """The configuration is in its header."""
+
+
+def hunyuan(*, depth: int = 1, depth_single: int = 1, **more: Any) -> dict[str, Any]:
+    return split_models.hunyuan(
+        2, depth=depth, depth_single_blocks=depth_single, context_in_dim=_TEXT, in_channels=16, **more
+    )
+
+
+def flux() -> dict[str, Any]:
+    return split_models.flux(2, depth=1, depth_single_blocks=1, context_in_dim=_TEXT)
+
+
+def flux2(**more: Any) -> dict[str, Any]:
+    sizes = {"in_channels": 128, "out_channels": 128, "depth": 1, "depth_single_blocks": 1, "context_in_dim": _TEXT}
+    return split_models.flux2(2) | sizes | more
+
+
+def wan(**more: Any) -> dict[str, Any]:
+    return split_models.wan(2, ffn_dim=384, **more)
+
+
+def hunyuan_15() -> dict[str, Any]:
+    return split_models.hunyuan_15(2) | {"in_channels": 65, "out_channels": 32, "depth": 2, "context_in_dim": _TEXT}
+
+
+def cogvideox(heads: int = 2, **more: Any) -> dict[str, Any]:
+    sizes = {"time_embed_dim": 96, "text_embed_dim": _TEXT, "sample_height": 60, "sample_width": 90}
+    return split_models.cogvideox(heads, **sizes, sample_frames=49, max_text_seq_length=226, **more)
+
+
+def mochi() -> dict[str, Any]:
+    width = 192
+    return split_models.mochi(2) | {
+        "hidden_size_x": width, "hidden_size_y": 96, "mlp_ratio_x": 12288 / width, "t5_feat_dim": _TEXT,
+        "t5_token_length": 256,
+    }  # fmt: skip
+
+
+def ltxv(heads: int, causal: bool = False) -> dict[str, Any]:
+    return split_models.ltxv(heads) | {
+        "num_layers": 2, "attention_head_dim": 64, "cross_attention_dim": 64 * heads, "caption_channels": _TEXT,
+        "causal_temporal_positioning": causal,
+    }  # fmt: skip
+
+
+def qwen_image() -> dict[str, Any]:
+    return split_models.qwen_image(2) | {"joint_attention_dim": _TEXT}
+
+
+_HUNYUAN_KINDS: dict[str, dict[str, Any]] = {
+    "hunyuan_video_fp16.safetensors": {"dtype": torch.float16},
+    "hunyuan_video_bf16.safetensors": {"dtype": torch.bfloat16},
+    "hunyuan_video_fp8.safetensors": {"dtype": torch.float8_e4m3fn},
+    "hunyuan_video_scaled_0.safetensors": {"scaled": "marker_0", "dtype": torch.bfloat16},
+    "hunyuan_video_scaled_2.safetensors": {"scaled": "marker_2", "original_names": True, "prefix": _PREFIX},
+    "hunyuan_video_comfy_quant.safetensors": {"scaled": "comfy_quant"},
+    "hunyuan_video_metadata.safetensors": {"scaled": "metadata"},
+}
+_FLUX_KINDS: dict[str, dict[str, Any]] = {
+    "flux_bf16.safetensors": {"dtype": torch.bfloat16, "prefix": _PREFIX},
+    "flux_fp8.safetensors": {"dtype": torch.float8_e4m3fn},
+    "flux_scaled_0.safetensors": {"scaled": "marker_0", "prefix": _PREFIX},
+    "flux_scaled_2.safetensors": {"scaled": "marker_2", "dtype": torch.float16},
+    "flux_comfy_quant.safetensors": {"scaled": "comfy_quant", "dtype": torch.bfloat16},
+}
+
+
+def files() -> dict[str, File]:
+    """Name → how it is written."""
+    video = {"supported": "HunyuanVideo"}
+    cog = {"supported": "CogVideoX_I2V"}
+    found = {
+        names.TINY: File(**video, config=hunyuan()),
+        names.DEEP: File(**video, config=hunyuan(depth=8, depth_single=24), seed=1),
+        names.ORIGINAL_NAMES: File(**video, config=hunyuan(), seed=2, original_names=True, prefix=_PREFIX),
+        names.NO_GUIDANCE: File(**video, config=hunyuan(guidance_embed=False), seed=3),
+        names.IMAGE_TO_VIDEO: File(**video, config=hunyuan() | {"in_channels": 33}, seed=4),
+        names.FLUX: File(supported="Flux", config=flux()),
+        names.WAN: File(supported="WAN21_T2V", config=wan(), prefix=_PREFIX),
+        names.WAN_COMFY_QUANT: File(supported="WAN21_T2V", config=wan(), scaled="comfy_quant"),
+        names.WAN_I2V: File(supported="WAN21_I2V", config=wan(model_type="i2v", in_dim=36), seed=1),
+        names.WAN_22_I2V: File(supported="WAN21_T2V", config=wan(in_dim=36), seed=2),
+        names.WAN_22_5B: File(supported="WAN22_T2V", config=wan(in_dim=48, out_dim=48), seed=3),
+        names.HUNYUAN_15: File(supported="HunyuanVideo15", config=hunyuan_15(), prefix=_PREFIX),
+        names.HUNYUAN_15_SCALED: File(supported="HunyuanVideo15", config=hunyuan_15(), scaled="comfy_quant"),
+        names.COGVIDEOX: File(supported="CogVideoX_T2V", config=cogvideox()),
+        names.COGVIDEOX_I2V: File(**cog, config=cogvideox() | {"in_channels": 32}, prefix=_PREFIX),
+        names.COGVIDEOX_15_I2V: File(**cog, config=cogvideox(patch_size_t=2, ofs_embed_dim=96) | {"in_channels": 32}),
+        names.COGVIDEOX_SCALED: File(supported="CogVideoX_T2V", config=cogvideox(), scaled="comfy_quant"),
+        names.COGVIDEOX_LEARNED: File(
+            supported="CogVideoX_T2V",
+            config=cogvideox(3, use_learned_positional_embeddings=True) | {"use_rotary_positional_embeddings": False},
+        ),
+        names.MOCHI: File(supported="GenmoMochi", config=mochi()),
+        names.LTXV: File(supported="LTXV", config=ltxv(2), prefix=_PREFIX, scaled="comfy_quant", metadata=True),
+        names.LTXV_CAUSAL: File(supported="LTXV", config=ltxv(3, causal=True), seed=1, metadata=True),
+        names.QWEN_IMAGE: File(supported="QwenImage", config=qwen_image()),
+        names.QWEN_IMAGE_2511: File(
+            supported="QwenImage", config=qwen_image(), seed=1, marks=("__index_timestep_zero__",)
+        ),
+        names.FLUX2: File(supported="Flux2", config=flux2(), prefix=_PREFIX),
+        names.FLUX2_KLEIN: File(supported="Flux2", config=flux2(guidance_embed=False), seed=1, scaled="comfy_quant"),
+        names.H3: File(supported="MiniMaxH3", config=split_models.minimax_h3(4)),
+        names.LTX23: File(supported="LTXAV", config=split_models.ltx23(4), metadata=True),
+        names.PIXART: File(supported="PixArtSigma", config=split_models.pixart()),
+        names.KREA2: File(supported="Krea2", config=split_models.krea2(4)),
+        names.Z_IMAGE: File(supported="Lumina2", config=split_models.lumina(3)),
+        names.WAN_VACE: File(supported="WAN21_Vace", config=split_models.wan_vace(3)),
+    }
+    found |= {name: File(**video, config=hunyuan(), **kind) for name, kind in _HUNYUAN_KINDS.items()}
+    return found | {name: File(supported="Flux", config=flux(), **kind) for name, kind in _FLUX_KINDS.items()}
+
+
+def tensors_of(network: nn.Module, seed: int) -> dict[str, Tensor]:
+    """Random weights of a sensible size: N(0, 1/√fan_in), norms near 1, biases near 0.
+
+    NumPy's RandomState stream is frozen for good, so a seed gives the same weights with every version.
+    """
+    random = np.random.RandomState(seed)
+    tensors = {}
+    for name, tensor in sorted(network.state_dict().items()):
+        values = random.standard_normal(tuple(tensor.shape)).astype(np.float32)
+        if tensor.ndim > 1:
+            values *= np.prod(tensor.shape[1:]) ** -0.5
+        else:
+            values = 0.1 * values + ("norm" in name and name.endswith((".weight", ".scale")))
+        tensors[name] = torch.from_numpy(np.asarray(values, dtype=np.float32))
+    return tensors
+
+
+def scaled_fp8(
+    tensors: dict[str, Tensor], layout: str, dtype: torch.dtype = torch.float8_e4m3fn
+) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Rounds the weights of linear layers to fp8 with one scale each, but for the first and the last.
+
+    Args:
+        tensors: a whole network.
+        layout: one of SCALED_LAYOUTS.
+        dtype: the fp8 one.
+
+    Returns:
+        Tensors and metadata of the file.
+    """
+    assert layout in SCALED_LAYOUTS, layout
+    found: dict[str, Tensor] = {}
+    layers: dict[str, dict[str, str]] = {}
+    new = layout in ("comfy_quant", "metadata")
+    for name, tensor in tensors.items():
+        if tensor.ndim != 2 or not name.endswith(".weight") or name.startswith(_UNSCALED):
+            found[name] = tensor
+            continue
+        layer = name.removesuffix(".weight")
+        scale = tensor.float().abs().max() / torch.finfo(dtype).max
+        found[name] = (tensor / scale).to(dtype)
+        found[f"{layer}.{'weight_scale' if new else 'scale_weight'}"] = scale
+        found[f"{layer}.{'input_scale' if new else 'scale_input'}"] = torch.tensor(0.5)
+        layers[layer] = {"format": str(dtype).removeprefix("torch.")}
+        if layout == "comfy_quant":
+            found[f"{layer}.comfy_quant"] = torch.tensor(list(json.dumps(layers[layer]).encode()), dtype=torch.uint8)
+    if not new:
+        found["scaled_fp8"] = torch.empty(int(layout[-1]), dtype=dtype)
+    return found, {"_quantization_metadata": json.dumps({"layers": layers})} if layout == "metadata" else {}
+
+
+def write(path: Path, file: File) -> None:
+    """Writes one file."""
+    tensors = tensors_of(split_models.empty_network(file.supported, file.config), file.seed)
+    tensors |= {name: torch.zeros(0) for name in file.marks}
+    if file.original_names:
+        for pattern, replacement in _ORIGINAL:
+            tensors = {re.sub(pattern, replacement, name): tensor for name, tensor in tensors.items()}
+    tensors = {name: tensor.to(file.dtype) for name, tensor in tensors.items()}
+    metadata = {"config": json.dumps({"transformer": file.config})} if file.metadata else {}
+    if file.scaled:
+        tensors, more = scaled_fp8(tensors, file.scaled, file.scaled_dtype)
+        metadata |= more
+    save_file({file.prefix + name: tensor.contiguous() for name, tensor in tensors.items()}, path, metadata)
+
+
+def _write_folder(folder: Path, file: File) -> None:
+    """The same weights as diffusers has them in its folders."""
+    from comfy.utils import flux_to_diffusers
+
+    tensors = tensors_of(split_models.empty_network(file.supported, file.config), file.seed)
+    sizes = {name: file.config[name] for name in ("depth", "depth_single_blocks", "hidden_size")}
+    found = {}
+    for theirs, ours in flux_to_diffusers(sizes).items():
+        name, part, *change = (ours, None) if isinstance(ours, str) else ours
+        if name not in tensors or any(part in theirs for part in _FLUX2):
+            continue
+        tensor = tensors[name] if part is None else tensors[name].narrow(*part)
+        for swap in change:
+            tensor = swap(tensor)  # of two halves: its own inverse
+        found[theirs] = tensor.contiguous()
+    folder.mkdir()
+    save_file(found, folder / "diffusion_pytorch_model.safetensors", {"format": "pt"})
+    (folder / "config.json").write_text(json.dumps({"_class_name": "FluxTransformer2DModel"}))
+
+
+def _write_krea_lora(path: Path) -> None:
+    layers = {"diffusion_model.blocks.0.attn.wq": (512, 512), "diffusion_model.blocks.2.mlp.up": (1408, 512)}
+    lora = {}
+    for layer, (rows, columns) in layers.items():
+        lora[f"{layer}.lora_A.weight"] = 0.1 * split_models.random(4, columns)
+        lora[f"{layer}.lora_B.weight"] = 0.1 * split_models.random(rows, 4)
+    save_file(lora, path)
+
+
+def main(comfyui: str, models: Path) -> None:
+    """Fills a ComfyUI models folder."""
+    from parallel.comfyui.start import prepare
+
+    prepare(comfyui, {"cpu": True})
+    import comfy.ldm.genmo.joint_model.asymm_models_joint as mochi
+
+    # Mochi's blocks take the released width for granted, see `test_pack.tiny_detection`.
+    feed_forward = mochi.FeedForward
+    mochi.FeedForward = lambda **options: feed_forward(**options | {"hidden_size": 4 * options["in_features"]})
+    folder = models / "diffusion_models"
+    for name, file in files().items():
+        write(folder / name, file)
+    _write_folder(folder / names.FLUX_FOLDER, files()[names.FLUX])
+    write_lora_files(models / "loras")
+    _write_krea_lora(models / "loras" / names.LORA)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], Path(sys.argv[2]))
