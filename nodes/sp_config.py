@@ -59,8 +59,8 @@ class SPConfigNode(io.ComfyNode):
                     options=list(ATTENTION_KERNELS),
                     default="auto",
                     tooltip="Attention kernel in the workers. auto: ComfyUI's own choice, in a ring PyTorch's. sdpa:"
-                    " PyTorch's. cudnn and flash need a CUDA device, sage also the package sageattention (8-bit: results"
-                    " differ slightly).",
+                    " PyTorch's. cudnn and flash need a CUDA device, sage also the package sageattention (8-bit:"
+                    " results differ slightly).",
                 ),
             ],
             outputs=[SPConfig.Output(display_name="sp_config")],

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..config import SequenceParallelConfig
-from ..errors import CheckpointError, UnsupportedError
+from ..errors import CheckpointError, ConfigError, UnsupportedError
 from ..host.recipe import Recipe
 from ..plans.diffusers import CHANNELS_DIM, PLANS
 from ..quantise.networks import linear_layers
@@ -25,6 +25,7 @@ from ..versions import describe_libraries
 from .tensors import mapped
 
 CONFIG = "config.json"
+_COMPUTES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 class NetworkFile:
@@ -89,9 +90,16 @@ def recipe(path: str, config: SequenceParallelConfig, weight_dtype: torch.dtype 
     """What the workers are to build of a folder. Reads its headers; see `NetworkFile` for the arguments.
 
     Raises:
+        ConfigError: diffusers' layers cannot compute in `weight_dtype`.
         CheckpointError: the folder is damaged.
         UnsupportedError: its class has no plan, or diffusers cannot be imported.
     """
+    if weight_dtype not in (None, *_COMPUTES):
+        allowed = ", ".join(str(dtype).removeprefix("torch.") for dtype in _COMPUTES)
+        raise ConfigError(
+            f"weight_dtype is {str(weight_dtype).removeprefix('torch.')}, in which diffusers' layers cannot compute;"
+            f" allowed are {allowed}, and None for the file's"
+        )
     with torch.device("meta"):
         network = _made(path, read_config(path))
     name, arguments = type(network).__name__, dict(network.config)  # with the defaults of what the file leaves out

@@ -1,10 +1,9 @@
 """Linear layers that multiply in FP8, and how weights get there.
 
 torchao does the same with tensor subclasses, and `tests/golden/torchao` holds its results to compare with. Here it is
-done with what torch has itself. Users keep the torch of their ComfyUI, and a torchao that does not fit it breaks
-diffusers' import. And torchao 0.18 makes NaN of rows that are all zero, quantises from bf16 only (Wan runs in fp16, and
-scaled-fp8 files would be rounded twice), and takes some eight passes over the activations unless compiled; here it is
-two.
+done with what torch has itself. Users keep the torch of their ComfyUI, which a torchao may not fit. And torchao 0.18
+makes NaN of rows that are all zero, quantises from bf16 only (Wan runs in fp16, and fp8 files would be rounded twice),
+and takes some eight passes over the activations unless compiled; here it is two.
 """
 
 from __future__ import annotations
@@ -75,7 +74,7 @@ def quantised(scheme: str, weight: Tensor, scale: float | None = None) -> tuple[
     """A linear layer's weight and scale under a scheme; of row-wise ones each row is for itself.
 
     Args:
-        weight: [N, K]. e4m3 is taken over as it is, so that scaled fp8 is not rounded twice.
+        weight: [N, K]. e4m3 is taken over as it is, so that fp8 is not rounded twice.
         scale: of a weight in fp8 (1 where it has none).
 
     Returns:

@@ -1,7 +1,4 @@
-"""Linear layers whose weights are kept in fp8, and made in the input's dtype for the time of each call.
-
-A layer's parameters stay the same objects and keep their memory, so they can be wherever a `Home` keeps them.
-"""
+"""Linear layers whose weights are kept in fp8, and made in the input's dtype for the time of each call."""
 
 from __future__ import annotations
 
@@ -21,7 +18,7 @@ class ScaledLinear(nn.Linear):
     """The true weight is `weight` (fp8) × `scale`."""
 
     scale: float | Tensor
-    """Of a file's tensor, as a plain number: no cast of the module rounds it; or of each row, a parameter [N, 1]."""
+    """Of each row, a parameter [N, 1]."""
 
     def forward(self, input: Tensor) -> Tensor:
         bias = None if self.bias is None else self.bias.to(input.dtype)

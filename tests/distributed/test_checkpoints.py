@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from parallel.diffusers.folder import transformer_class
-from parallel.errors import CheckpointError
+from parallel.errors import CheckpointError, ConfigError
 from tests.distributed.devices import chosen, kind
 from tests.distributed.tiny_models import (
     FLUX,
@@ -80,3 +80,8 @@ def test_a_folder_of_several_files(start_group: StartGroup, tiny_models: TinyMod
     (tmp_path / files[1]).unlink()
     with pytest.raises(CheckpointError, match=f"{tmp_path} is damaged or incomplete: .*{files[1]}"):
         recipe_of(tmp_path, "cpu,cpu")
+
+
+def test_a_dtype_that_diffusers_cannot_compute_in_is_refused_before_any_worker_is_started(tiny_models: TinyModels):
+    with pytest.raises(ConfigError, match=r"weight_dtype is float8_e4m3fn, .* allowed are float32, bfloat16, float16"):
+        recipe_of(tiny_models.path(), "cpu", torch.float8_e4m3fn)

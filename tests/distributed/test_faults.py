@@ -24,7 +24,7 @@ from parallel.host import process as process_module
 from parallel.host.cached_sampling import CachedSampling
 from parallel.host.group import WorkerGroup
 from parallel.host.remote_model import RemoteModel
-from parallel.wire.messages import Echo, FreeMemory, UnloadVAE
+from parallel.wire.messages import Echo, FreeMemory, Operation, UnloadVAE
 from parallel.wire.shared import lay_out
 from tests.distributed.faults import Faults, make_unkillable
 from tests.distributed.faulty_boot import AND_BROKEN, AND_HANGS, BROKEN, HELD_BYTES, OUT_OF_MEMORY
@@ -94,9 +94,9 @@ def spy_on_calls(group: WorkerGroup) -> list[str]:
     seen: list[str] = []
     call = group.call
 
-    def spy(operation: str, message: dict[str, Any], **options: Any) -> Any:
-        seen.append(operation)
-        return call(operation, message, **options)
+    def spy(message: Operation, **options: Any) -> Any:
+        seen.append(message.name)
+        return call(message, **options)
 
     group.call = spy  # type: ignore[method-assign]
     return seen

@@ -35,7 +35,7 @@ from parallel.host.remote_model import RemoteModel
 from parallel.measure import QuietRounds
 from parallel.sampling.step_request import StepRequest
 from parallel.wire import source_files
-from parallel.wire.messages import Echo, FreeMemory, Weights
+from parallel.wire.messages import Echo, FreeMemory, Operation, Step, Weights
 from parallel.wire.shared import lay_out
 from tests.distributed.devices import on_ranks
 from tests.distributed.process_facts import (
@@ -142,14 +142,14 @@ def test_unloading_frees_the_weights_and_keeps_the_processes(
     assert group.pids == pids
 
 
-def spy_on_calls(group: WorkerGroup, monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, dict[str, Any]]]:
-    """(operation, message) of every call from here on."""
-    seen: list[tuple[str, dict[str, Any]]] = []
+def spy_on_calls(group: WorkerGroup, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """The message of every call from here on."""
+    seen: list[Any] = []
     call = group.call
 
-    def spy(operation: str, message: dict[str, Any], **options: Any) -> Any:
-        seen.append((operation, message))
-        return call(operation, message, **options)
+    def spy(message: Operation, **options: Any) -> Any:
+        seen.append(message)
+        return call(message, **options)
 
     monkeypatch.setattr(group, "call", spy)
     return seen
@@ -164,9 +164,9 @@ def test_conditioning_travels_once(model: RemoteModel, group: WorkerGroup, monke
         """Names of the tensors that travelled, and the result. ComfyUI makes new tensors of equal values each time."""
         tensors = {name: tensor.clone() for name, tensor in {**request.conditioning, **changed}.items()}
         (result,) = model.steps([replace(request, conditioning=tensors)])
-        _, message = calls[-1]
-        (told,) = message["requests"]
-        return {name for name, key in told["conditioning"].items() if key in message["put"]}, result
+        message = calls[-1]
+        (told,) = message.requests
+        return {name for name, key in told.conditioning.items() if key in message.conditioning.put}, result
 
     sent, first = step()
     assert {"encoder_hidden_states", "pooled_projections", "encoder_attention_mask"} <= sent
@@ -199,7 +199,11 @@ def test_one_tensor_of_a_list_travels_when_it_changes(
         (first,) = model.steps([request(*residuals)])
         model.steps([request(*(each.clone() for each in residuals))])
         (other,) = model.steps([request(residuals[0], residuals[1] + 1)])
-    assert [len(message["put"]) for name, message in calls if name == "step"] == [len(plain.conditioning) + 2, 0, 1]
+    assert [len(call.conditioning.put) for call in calls if isinstance(call, Step)] == [
+        len(plain.conditioning) + 2,
+        0,
+        1,
+    ]
     assert not torch.equal(first, other)
 
 
@@ -209,8 +213,8 @@ def test_many_prompts_do_not_pile_up_in_the_workers(
     calls = spy_on_calls(group, monkeypatch)
     for seed in range(20):
         step(model, Inputs(valid=(5,), seed=100 + seed))
-    put = sum(len(message["put"]) for _, message in calls)
-    drop = sum(len(message["drop"]) for _, message in calls)
+    put = sum(len(call.conditioning.put) for call in calls)
+    drop = sum(len(call.conditioning.drop) for call in calls)
     assert put >= 40
     assert put - drop <= 16
 

@@ -79,7 +79,7 @@ def told(**changes: Any) -> dict[str, Any]:
             "WARNING: not compiled on worker rank 1: InvalidCxxCompiler: none",
         ),
         ([], "no step has run"),
-        ([[told(kinds=0)]], "WARNING: not compiled: this family's blocks cannot be compiled yet"),
+        ([[told(kinds=0)]], "WARNING: not compiled: the blocks of this network cannot be compiled"),
     ],
 )  # fmt: skip
 def test_the_report_names_ranks_and_causes(steps: list[list[dict[str, Any]]], text: str):
