@@ -54,7 +54,7 @@ def load_native_model(path: str, weight_dtype: str, config: SequenceParallelConf
     """A MODEL for the checkpoint at `path`. Reads the file's header only, and starts no process.
 
     Args:
-        path: a safetensors file, or a diffusers folder that ComfyUI converts.
+        path: a safetensors file, or a diffusers folder that `comfyui.detection` reads.
         weight_dtype: a key of WEIGHT_DTYPES.
         config: devices and degrees.
 

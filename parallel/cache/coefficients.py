@@ -45,17 +45,6 @@ _HEADS_OF_1_3B, _HEADS_OF_14B = 12, 40
 _LAYERS_OF_LTXV_2B = 28
 _LATENT_PIXELS_OF_480P = 832 * 480 // 64
 
-PUBLISHED = {
-    "hunyuan_video": "yes",
-    "flux": "yes",
-    "wan": "2.1",
-    "cogvideox": "yes",
-    "mochi": "yes",
-    "ltxv": "0.9.1",
-}
-"""Families that have a polynomial, and which of their models."""
-
-
 def coefficients(
     family: str, config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]] | None = None
 ) -> Polynomial:

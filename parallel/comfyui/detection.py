@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ..diffusers.tensors import mapped
 from ..errors import CheckpointError, UnknownModelError
+from .folders import in_comfyuis_names
 
 _FOREIGN_FORMATS = {
     ".wscales": "SVDQuant (Nunchaku)",
@@ -55,7 +56,7 @@ def detect(path: str, weight_dtype: torch.dtype | None, device: torch.device) ->
     """Goes the way of `comfy.sd.load_diffusion_model_state_dict`, as far as the choice of class and dtypes.
 
     Args:
-        path: a safetensors file, or a diffusers folder that ComfyUI converts.
+        path: a safetensors file, or a diffusers folder that ComfyUI converts, or of CogVideoX.
         weight_dtype: what the user chose; None leaves it to ComfyUI.
         device: that the network will run on.
 
@@ -74,6 +75,9 @@ def detect(path: str, weight_dtype: torch.dtype | None, device: torch.device) ->
     prefix = comfy.model_detection.unet_prefix_from_state_dict(state)
     if network := comfy.utils.state_dict_prefix_replace(dict(state), {prefix: ""}, filter_keys=True):
         state, metadata = comfy.utils.convert_old_quants(network, "", metadata=metadata)
+    sizes: dict[str, Any] = {}
+    if Path(path).is_dir() and (renamed := in_comfyuis_names(path, state)) is not None:
+        state, sizes = renamed
     try:
         config = comfy.model_detection.model_config_from_unet(state, "", metadata=metadata)
         if config is None and (converted := comfy.model_detection.convert_diffusers_mmdit(state, "")) is not None:
@@ -83,6 +87,7 @@ def detect(path: str, weight_dtype: torch.dtype | None, device: torch.device) ->
         raise UnknownModelError(f"{path}: this ComfyUI's detection fails ({type(error).__name__}: {error})") from error
     if config is None:
         raise UnknownModelError(f"{path}: this ComfyUI does not recognise the model")
+    config.unet_config.update(sizes)
     supported = list(config.supported_inference_dtypes)
     quantised = config.quant_config is not None
     storage = weight_dtype or comfy.model_management.unet_dtype(

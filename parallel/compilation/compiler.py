@@ -167,7 +167,7 @@ def _prepare(settings: CompileSettings) -> dict[str, Any]:
     torch.fx.experimental._config.use_duck_shape = False
     _signs.register()
     options = dict(torch._inductor.list_mode_options(settings.mode))
-    # What runs between the two operators of an attention is to stay there, where it hides the exchange.
+    # Attentions keep their order, which all ranks share; so may what lies between them.
     wanted = {"reorder_for_peak_memory": False}
     known = torch._inductor.list_options()
     return options | {name: value for name, value in wanted.items() if name in known}

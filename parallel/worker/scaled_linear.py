@@ -6,18 +6,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
-class CastLinear(nn.Linear):
-    """Weight and bias are kept in another dtype than the one of the arithmetic."""
-
-    def forward(self, input: Tensor) -> Tensor:
-        bias = None if self.bias is None else self.bias.to(input.dtype)
-        return F.linear(input, self.weight.to(input.dtype), bias)
-
-
 class ScaledLinear(nn.Linear):
     """The true weight is `weight` (fp8) × `scale`."""
 
-    scale: float | Tensor
+    scale: Tensor
     """Of each row, a parameter [N, 1]."""
 
     def forward(self, input: Tensor) -> Tensor:

@@ -29,6 +29,7 @@ COGVIDEOX_SCALED = "tiny_cogvideox_comfy_quant.safetensors"
 COGVIDEOX_LEARNED = "tiny_cogvideox_learned_positions.safetensors"
 HUNYUAN_15_SCALED = "tiny_hunyuan_15_comfy_quant.safetensors"
 FLUX_FOLDER = "tiny_flux_diffusers"  # the same weights as a diffusers transformer folder
+COGVIDEOX_FOLDER = "tiny_cogvideox_diffusers"
 SD_LIKE = "sd_like.safetensors"
 AURA_FLOW_LIKE = "aura_flow_like.safetensors"
 ORIGINAL_NAMES = "original_names.safetensors"  # Tencent's own parameter names, with the prefix of full checkpoints

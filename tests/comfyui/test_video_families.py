@@ -13,6 +13,7 @@ from tests.comfyui.latents import relative_difference, sample
 from tests.comfyui.model_files import (
     COGVIDEOX,
     COGVIDEOX_15_I2V,
+    COGVIDEOX_FOLDER,
     COGVIDEOX_I2V,
     COGVIDEOX_LEARNED,
     COGVIDEOX_SCALED,
@@ -93,6 +94,12 @@ def test_same_latent_under_every_split(server: ComfyServer, reference: Reference
     difference = relative_difference(sample(server, setting, swapped), reference(setting))
     print(f"{name}: {difference:.1e}")
     assert difference <= TOLERANCE
+
+
+def test_a_diffusers_folder_gives_what_its_single_file_gives(server: ComfyServer, reference: Reference) -> None:
+    """CogVideoX 1.5 is published as a folder only, which ComfyUI's own loader does not read."""
+    folder = replace(_COG, checkpoint=COGVIDEOX_FOLDER)
+    assert relative_difference(sample(server, folder, ULYSSES), reference(_COG)) <= TOLERANCE
 
 
 def test_those_comparisons_notice_a_lost_input(reference: Reference) -> None:

@@ -267,6 +267,29 @@ def _write_folder(folder: Path, file: File) -> None:
     (folder / "config.json").write_text(json.dumps({"_class_name": "FluxTransformer2DModel"}))
 
 
+_COGVIDEOX = [
+    (r"^blocks\.", "transformer_blocks."),
+    (r"\.(q|k|v)\.(weight|bias)$", r".attn1.to_\1.\2"),
+    (r"\.norm_(q|k)\.", r".attn1.norm_\1."),
+    (r"\.attn_out\.", ".attn1.to_out.0."),
+    (r"\.ff_proj\.", ".ff.net.0.proj."),
+    (r"\.ff_out\.", ".ff.net.2."),
+    (r"^time_embedding_linear_", "time_embedding.linear_"),
+]
+"""ComfyUI's names of CogVideoX's tensors → diffusers'."""
+
+
+def _write_cogvideox_folder(folder: Path, file: File) -> None:
+    """The same weights in diffusers' names."""
+    tensors = tensors_of(split_models.empty_network(file.supported, file.config), file.seed)
+    for pattern, replacement in _COGVIDEOX:
+        tensors = {re.sub(pattern, replacement, name): tensor for name, tensor in tensors.items()}
+    told = {name: value for name, value in file.config.items() if name != "image_model"}
+    folder.mkdir()
+    save_file(tensors, folder / "diffusion_pytorch_model.safetensors", {"format": "pt"})
+    (folder / "config.json").write_text(json.dumps({"_class_name": "CogVideoXTransformer3DModel", **told}))
+
+
 def _write_krea_lora(path: Path) -> None:
     layers = {"diffusion_model.blocks.0.attn.wq": (512, 512), "diffusion_model.blocks.2.mlp.up": (1408, 512)}
     lora = {}
@@ -290,6 +313,7 @@ def main(comfyui: str, models: Path) -> None:
     for name, file in files().items():
         write(folder / name, file)
     _write_folder(folder / names.FLUX_FOLDER, files()[names.FLUX])
+    _write_cogvideox_folder(folder / names.COGVIDEOX_FOLDER, files()[names.COGVIDEOX])
     write_lora_files(models / "loras")
     _write_krea_lora(models / "loras" / names.LORA)
 

@@ -1,0 +1,52 @@
+"""Diffusers folders of models that ComfyUI has the class of, and no conversion for.
+
+CogVideoX, whose version 1.5 is published in no other form. Its tensors are the same under other names.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+_COGVIDEOX = "CogVideoXTransformer3DModel"
+_NAMES = [
+    (r"^transformer_blocks\.", "blocks."),
+    (r"\.attn1\.to_([qkv])\.", r".\1."),
+    (r"\.attn1\.norm_([qk])\.", r".norm_\1."),
+    (r"\.attn1\.to_out\.0\.", ".attn_out."),
+    (r"\.ff\.net\.0\.proj\.", ".ff_proj."),
+    (r"\.ff\.net\.2\.", ".ff_out."),
+    (r"^(time|ofs)_embedding\.linear_(\d)\.", r"\1_embedding_linear_\2."),
+]
+"""Diffusers' → ComfyUI's."""
+_SIZES = (
+    "sample_width", "sample_height", "sample_frames", "max_text_seq_length", "temporal_compression_ratio",
+    "spatial_interpolation_scale", "temporal_interpolation_scale", "use_rotary_positional_embeddings",
+    "use_learned_positional_embeddings",
+)  # fmt: skip
+"""Of `config.json`, what a file's tensors do not tell; both classes call it so."""
+
+
+def in_comfyuis_names(path: str, state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+    """A folder's tensors by ComfyUI's names, and what of its configuration the tensors do not tell.
+
+    Returns:
+        None for a folder of another class.
+    """
+    try:
+        config = json.loads((Path(path) / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    if not isinstance(config, dict) or config.get("_class_name") != _COGVIDEOX:
+        return None
+    renamed = {}
+    for name, tensor in state.items():
+        for pattern, replacement in _NAMES:
+            name = re.sub(pattern, replacement, name)
+        renamed[name] = tensor
+    return renamed, {name: config[name] for name in _SIZES if name in config}
