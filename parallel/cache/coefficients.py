@@ -45,6 +45,7 @@ _HEADS_OF_1_3B, _HEADS_OF_14B = 12, 40
 _LAYERS_OF_LTXV_2B = 28
 _LATENT_PIXELS_OF_480P = 832 * 480 // 64
 
+
 def coefficients(
     family: str, config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]] | None = None
 ) -> Polynomial:

@@ -15,7 +15,7 @@ from ..config import Layout
 from ..degrees import Degrees
 from ..plan import share_of
 from ..sampling.program import Program
-from ..sampling.step_request import StepRequest
+from ..sampling.step_request import OF_ALL_SAMPLES, StepRequest
 from ..wire import messages
 from ..wire.shared import Segment, TensorRef, lay_out
 from ..wire.trees import flatten, restore
@@ -359,6 +359,8 @@ def _indivisible(request: StepRequest) -> str:
     they are what a model makes of itself.
     """
     for name, tensor in request.conditioning.items():
+        if name in OF_ALL_SAMPLES:
+            continue
         in_dictionary = any(not part.isdigit() for part in name.split(".")[1:])
         if tensor.ndim and len(tensor) not in ((1,) if in_dictionary else (1, len(request.x))):
             return name

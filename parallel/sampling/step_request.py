@@ -11,6 +11,9 @@ from ..wire.messages import Request
 from ..wire.shared import TensorRef
 from ..wire.trees import Tree
 
+OF_ALL_SAMPLES = ("transformer_options.sample_sigmas",)
+"""Tensors of a call that are no batch, whatever their length: the sampling's schedule."""
+
 
 @dataclass(frozen=True, slots=True)
 class StepRequest:

@@ -18,6 +18,7 @@ from ..errors import UnsupportedError
 from ..plan import ranges, shares
 from ..plans.libraries import CHAINS
 from ..quantise.selection import Selection
+from ..sampling.step_request import OF_ALL_SAMPLES
 from ..split import SequenceRanks, Split
 from ..split.blocks import planned_blocks
 from ..wire.messages import Request
@@ -196,7 +197,8 @@ class SplitNetwork:
             if name in latent:
                 return latent[name]
             value = other[name]
-            return value[rows] if value.ndim and len(value) == len(x) else value
+            of_each = value.ndim and len(value) == len(x) and name not in OF_ALL_SAMPLES
+            return value[rows] if of_each else value
 
         result = self._run("forward", restore(request.arguments, tensor), ranks, passes, compiler)
         if not isinstance(result, Tensor):

@@ -259,8 +259,9 @@ def test_what_needs_a_plan_is_refused_by_name_without_one(server: ComfyServer, s
 
 
 def test_a_batch_side_by_side(server: ComfyServer, reference: Reference) -> None:
-    batch = replace(_KREA2, batch=2, cfg=1.0)
+    batch, start = replace(_KREA2, batch=2, cfg=1.0, steps=1), server.mark()  # the schedule is as long as the batch
     assert relative_difference(sample(server, batch, DP), reference(batch)) <= TOLERANCE
+    assert "dp 2" in told_by_sampler(server, start)
 
 
 def test_a_lora_on_two_workers(server: ComfyServer, reference: Reference) -> None:

@@ -75,6 +75,7 @@ TEXT, IMAGE = torch.zeros(2, 5, 64), torch.zeros(3, 4)
     [
         ({"encoder_hidden_states": TEXT}, Degrees(dp=2)),
         ({"encoder_hidden_states": TEXT[:1]}, Degrees(dp=2)),
+        ({"encoder_hidden_states": TEXT, "transformer_options": {"sample_sigmas": torch.ones(9)}}, Degrees(dp=2)),
         ({"encoder_hidden_states": TEXT, "encoder_hidden_states_image": IMAGE}, Degrees(ulysses=2)),
         ({"encoder_hidden_states": TEXT, "kwargs": {"image": TEXT}}, Degrees(ulysses=2)),
     ],
