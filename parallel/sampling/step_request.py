@@ -11,8 +11,9 @@ from ..wire.messages import Request
 from ..wire.shared import TensorRef
 from ..wire.trees import Tree
 
-OF_ALL_SAMPLES = ("transformer_options.sample_sigmas",)
-"""Tensors of a call that are no batch, whatever their length: the sampling's schedule."""
+OF_ALL_SAMPLES = ("transformer_options.sample_sigmas", "transformer_options.sigmas")
+"""Tensors of a call that are no batch of it, whatever their length: the sampling's schedule, and the step's sigma, that
+ComfyUI repeats for the samples of one condition, however many conditions are in the call."""
 
 
 @dataclass(frozen=True, slots=True)
