@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import inspect
 import itertools
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -177,20 +176,24 @@ class _Cut:
         if self._whole is not None:
             surplus = [(self._surplus, value) for value in args[len(self._names) :]]
             for name, value in [*given.items(), *surplus]:
-                if value is not None and name not in self._whole:
+                if name not in self._whole and value is not None:
                     raise PlanError(f"{self._where} is given {_shown(name, value)}, which its plan does not know")
         if streams.ranks.size == 1:
             return None
-        new: dict[str, Any] = {}
-        streams.given = given
+        streams.given, new, changed = given, dict(given), False
         for name, rule in self._rules.items():
-            if given.get(name) is not None:
-                with _naming(self._where, name, given[name]):
-                    new[name] = applied("cut", rule, given[name], streams)
+            if (value := given.get(name)) is not None:
+                try:
+                    new[name] = part = applied("cut", rule, value, streams)
+                except PlanError as error:
+                    raise _named(error, self._where, name, value) from None
+                changed = changed or part is not value
         streams.given = {}
-        named = [new.get(name, value) for name, value in zip(self._names, args, strict=False)]
-        args = (*named, *args[len(named) :])
-        return args, {name: new.get(name, value) for name, value in kwargs.items()}
+        if not changed:
+            return None
+        places = min(len(args), len(self._names))
+        named = [new[name] for name in self._names[:places]]
+        return (*named, *args[places:]), {name: new[name] for name in kwargs}
 
 
 class _Joined:
@@ -200,17 +203,15 @@ class _Joined:
     def __call__(self, module: nn.Module, args: Any, out: Any) -> Any:
         if self._current().ranks.size == 1:
             return None
-        with _naming(f"{self._where} ({type(module).__name__})", "its result", out):
+        try:
             return applied("join", self._rule, out, self._current())
+        except PlanError as error:
+            raise _named(error, f"{self._where} ({type(module).__name__})", "its result", out) from None
 
 
-@contextmanager
-def _naming(where: str, name: str, value: Any) -> Iterator[None]:
-    """Says which value it was."""
-    try:
-        yield
-    except PlanError as error:
-        raise PlanError(f"{where}: {_shown(name, value)}: {error}") from None
+def _named(error: PlanError, where: str, name: str, value: Any) -> PlanError:
+    """The error with the module and the value that it is about."""
+    return PlanError(f"{where}: {_shown(name, value)}: {error}")
 
 
 def _shown(name: str, value: Any) -> str:

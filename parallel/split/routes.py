@@ -11,16 +11,15 @@ import inspect
 import sys
 from collections.abc import Callable, Mapping
 from functools import partial
+from threading import get_ident
 from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
 from ..attention.between import Compute
 from ..attention.kernels import Kernel
-from ..plan import AttentionPlan
 from .sites import PlanError
 from .streams import Names, Streams
 
@@ -65,7 +64,8 @@ class Route:
         Raises:
             PlanError: other tokens than the plan says, or a mask that fits neither them nor the whole.
         """
-        streams, ranks = self._current(), self._current().ranks
+        streams = self._current()
+        ranks = streams.ranks
         streams.routed[self._kind] = True
         if ranks.chosen is not None:
             compute = _by_kernel(ranks.chosen, compute)
@@ -80,15 +80,12 @@ class Route:
         heads, groups = q.shape[1], k.shape[1]
         if heads % groups:
             raise PlanError(f"{self._where}: {heads} heads of queries, which {groups} heads of keys do not divide")
-        plan = AttentionPlan(
-            streams.counts(self._queries), streams.counts(self._keys), heads, groups, ranks.weights, ranks.ring_degree
-        )
+        exchange = streams.exchange(self._queries, self._keys, heads, groups)
         q = streams.without_phantoms(q, self._queries, 2)
         k, v = (streams.without_phantoms(x, self._keys, 2) for x in (k, v))
         if mask is not None:
             mask = self._exchanged(self._exchanged(mask, -1, self._keys), -2, self._queries)
-        out = ranks.attention(plan)(q, k, v, compute, mask)
-        return streams.with_phantoms(out, self._queries, 2)
+        return streams.with_phantoms(exchange(q, k, v, compute, mask), self._queries, 2)
 
     def _exchanged(self, mask: Tensor, dim: int, names: Names) -> Tensor:
         """A mask over all tokens, in the order of the ranks, from one over the whole streams or this rank's tokens."""
@@ -124,7 +121,7 @@ class ComfyRoute(Route):
     """ComfyUI's attention override. What computes is ComfyUI's own attention function, or the user's own override."""
 
     def __call__(self, function: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
-        users = kwargs[OPTIONS].get(_USERS)
+        users = kwargs.get(OPTIONS, {}).get(_USERS)
         function = function if users is None else partial(users, function)
         q, k, v, mask, stays_apart, named = named_attention(args, kwargs)
 
@@ -160,24 +157,17 @@ class OverrideInGraph:
         raise NotImplementedError
 
 
-class TorchRoute(Route, TorchFunctionMode):
-    """`scaled_dot_product_attention`, wherever it is called while the module runs."""
+class TorchRoute(Route):
+    """Torch's attention function. What computes is that function."""
 
-    def __init__(self, *args: Any):
-        Route.__init__(self, *args)
-        TorchFunctionMode.__init__(self)
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func is not F.scaled_dot_product_attention:
-            return func(*args, **kwargs)
+    def __call__(self, function: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
         named = dict(zip(("query", "key", "value", "attn_mask", "dropout_p", "is_causal"), args, strict=False)) | kwargs
         q, k, v, mask = (named.pop(name, None) for name in ("query", "key", "value", "attn_mask"))
         if named.get("is_causal"):
             raise PlanError(f"{self._where}: causal attention depends on the order of tokens, which a split changes")
 
         def compute(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-            return func(q, k, v, attn_mask=mask, **named)
+            return function(q, k, v, attn_mask=mask, **named)
 
         return self.attend(q, k, v, mask, compute)
 
@@ -201,11 +191,7 @@ class ThroughOptions:
         place = place_of_options(module)
         taken = inspect.signature(type(module).forward).parameters
         if route is not None and OPTIONS not in taken and all(p.kind is not p.VAR_KEYWORD for p in taken.values()):
-            named = _ThroughName(self._current, route, module, where)
-            return route, [
-                module.register_forward_pre_hook(named.before),
-                module.register_forward_hook(named.after, always_call=True, prepend=True),
-            ]
+            return route, _routed_by_name(module, route, vars(sys.modules[type(module).__module__]), ATTENTION, where)
 
         def before(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
             options = args[place] if place < len(args) else kwargs.get(OPTIONS)
@@ -233,35 +219,8 @@ class ThroughOptions:
         return route, handles
 
 
-class _ThroughName:
-    """Routes of ComfyUI's modules that take no `transformer_options`: while one runs, the attention function that its
-    Python module has imported is the routed one."""
-
-    def __init__(self, current: Callable[[], Streams], route: ComfyRoute, module: nn.Module, where: str):
-        self._current, self._route, self._where = current, route, where
-        self._globals = vars(sys.modules[type(module).__module__])
-        self._original: Any = None
-
-    def before(self, module: nn.Module, args: Any) -> None:
-        if self._route.alone:
-            return
-        if ATTENTION not in self._globals:
-            raise PlanError(f"{self._where} takes no {OPTIONS}, nor knows {ATTENTION}: its attention cannot be routed")
-        self._route.expect()
-        self._original = original = self._globals[ATTENTION]
-
-        def routed(*args: Any, **kwargs: Any) -> Tensor:
-            return self._route(original, *args, **{OPTIONS: {}} | kwargs)
-
-        self._globals[ATTENTION] = routed
-
-    def after(self, module: nn.Module, args: Any, out: Any) -> None:
-        if self._original is not None:
-            self._globals[ATTENTION], self._original = self._original, None
-
-
 class ThroughTorch:
-    """Routes of models that call torch's attention. They are in force while the module's forward runs."""
+    """Routes of models that call torch's attention function, as diffusers' do."""
 
     def __init__(self, current: Callable[[], Streams]):
         self._current = current
@@ -272,23 +231,39 @@ class ThroughTorch:
         """Routes the attention of a module."""
         if streams is None:
             return None, []
-        route, entered = TorchRoute(self._current, *streams, kind, where), [False]
+        route = TorchRoute(self._current, *streams, kind, where)
+        return route, _routed_by_name(module, route, vars(F), F.scaled_dot_product_attention.__name__, where)
 
-        def before(module: nn.Module, args: Any) -> None:
-            if not route.alone:
-                route.expect()
-                route.__enter__()
-                entered[0] = True
 
-        def after(module: nn.Module, args: Any, out: Any) -> None:
-            if entered[0]:
-                entered[0] = False
-                route.__exit__(None, None, None)
+def _routed_by_name(
+    module: nn.Module, route: ComfyRoute | TorchRoute, namespace: dict[str, Any], name: str, where: str
+) -> list[RemovableHandle]:
+    """While the module runs, its attention function, which it looks up by `name` in a Python module's `namespace`, is
+    the routed one; for the thread that runs it."""
+    replaced: list[Any] = []
 
-        return route, [
-            module.register_forward_pre_hook(before),
-            module.register_forward_hook(after, always_call=True, prepend=True),
-        ]
+    def before(module: nn.Module, args: Any) -> None:
+        if route.alone:
+            return
+        if name not in namespace:
+            raise PlanError(f"{where} takes no {OPTIONS}, nor knows {name}: its attention cannot be routed")
+        route.expect()
+        original, thread = namespace[name], get_ident()
+
+        def routed(*args: Any, **kwargs: Any) -> Tensor:
+            return route(original, *args, **kwargs) if get_ident() == thread else original(*args, **kwargs)
+
+        namespace[name] = routed
+        replaced.append(original)
+
+    def after(module: nn.Module, args: Any, out: Any) -> None:
+        if replaced:
+            namespace[name] = replaced.pop()
+
+    return [
+        module.register_forward_pre_hook(before),
+        module.register_forward_hook(after, always_call=True, prepend=True),
+    ]
 
 
 def place_of_options(module: nn.Module) -> int:
@@ -306,7 +281,6 @@ def in_graph(options: Any) -> OverrideInGraph | None:
 def options_of(options: Mapping[str, Any], route: Route | None) -> dict[str, Any]:
     """`transformer_options` for a module with this route; without one attention goes the user's way."""
     users = options[_USERS] if _USERS in options else options.get(OVERRIDE)
-    rest = {name: value for name, value in options.items() if name not in (OVERRIDE, _USERS)}
-    if route is None and users is None:
-        return rest
-    return rest | {OVERRIDE: route or users, _USERS: users}
+    if route is None and users is None:  # ComfyUI calls what stands there, also if it is None
+        return {name: value for name, value in options.items() if name not in (OVERRIDE, _USERS)}
+    return {**options, OVERRIDE: route or users, _USERS: users}

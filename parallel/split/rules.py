@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .sites import PlanError
-from .streams import Names, Streams
+from .streams import Lengths, Names, Streams
 
 
 @dataclass(frozen=True)
@@ -29,18 +29,27 @@ class Tokens:
         """[…, S, …] → […, S_r, …]."""
         if not isinstance(value, Tensor) or value.ndim <= self.dim:
             raise PlanError(f"expected a tensor with the tokens of {self} along dim {self.dim}")
-        size = value.shape[self.dim]
-        if new := [name for name in self.streams if name not in streams]:
-            known = streams.total([name for name in self.streams if name in streams])
-            if len(new) > 1 or size <= known:
-                raise PlanError(f"dim {self.dim} does not tell the lengths of {', '.join(new)} (known: {known} tokens)")
-            streams.define(new[0], size - known)
-        whole, local = streams.total(self.streams), streams.local(self.streams)
-        if size == whole and size != 1:
-            return streams.once((self.streams, self.dim), value, lambda: streams.take(value, self.streams, self.dim))
-        if size in (1, local):
+        size, lengths = value.shape[self.dim], streams.lengths(self.streams)
+        if lengths is None:
+            lengths = self._defined(size, streams)
+        if size == 1 or size == lengths.local != lengths.total:
             return value
-        raise PlanError(f"dim {self.dim} is neither 1, the whole {whole} tokens of {self}, nor this rank's {local}")
+        if size == lengths.total:
+            return streams.once((self.streams, self.dim), value, lambda: streams.take(value, self.streams, self.dim))
+        raise PlanError(
+            f"dim {self.dim} is neither 1, the whole {lengths.total} tokens of {self}, nor this rank's {lengths.local}"
+        )
+
+    def _defined(self, size: int, streams: Streams) -> Lengths:
+        """The stream that is new has what is left of `size`."""
+        new = [name for name in self.streams if name not in streams]
+        known = streams.total(tuple(name for name in self.streams if name in streams))
+        if len(new) > 1 or size <= known:
+            raise PlanError(f"dim {self.dim} does not tell the lengths of {', '.join(new)} (known: {known} tokens)")
+        streams.define(new[0], size - known)
+        lengths = streams.lengths(self.streams)
+        assert lengths is not None
+        return lengths
 
     def join(self, value: Tensor, streams: Streams) -> Tensor:
         """[…, S_r, …] → […, S, …]."""
@@ -63,6 +72,9 @@ class Ranges:
 
     def cut(self, value: Sequence[Any], streams: Streams) -> list[Any]:
         """The parts that this rank has some of, over its own tokens."""
+        return streams.once(self, value, lambda: self._own(value, streams))
+
+    def _own(self, value: Sequence[Any], streams: Streams) -> list[Any]:
         if self.behind:
             moved = streams.total((self.behind,)) - streams.local((self.behind,))
             value = [(start + moved if start else 0, stop + moved, *rest) for start, stop, *rest in value]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..plan import shares
+from ..attention.between import StreamAttention
+from ..plan import AttentionPlan, shares
 from .ranks import SequenceRanks
 
 Names = tuple[str, ...]
@@ -50,6 +51,20 @@ class Stream:
         return torch.arange(first, last) if self.kept is None else self.kept[first:last]
 
 
+@dataclass(frozen=True, slots=True)
+class Lengths:
+    """Numbers of tokens of some streams together. Every block asks for them several times."""
+
+    total: int
+    """Of the whole streams, padding included."""
+    counts: tuple[int, ...]
+    """That each rank owns."""
+    local: int
+    """That this rank works on: its own, and phantoms."""
+    phantoms: bool
+    """Whether it has any."""
+
+
 class Streams:
     """The streams of one forward pass, as they become known.
 
@@ -70,7 +85,9 @@ class Streams:
         self.routed: dict[str, bool] = {}
         self.skipping = False
         self._streams: dict[str, Stream] = {}
-        self._made: dict[Any, tuple[Any, weakref.ref[Tensor]]] = {}
+        self._lengths: dict[Names, Lengths] = {}
+        self._exchanges: dict[Any, StreamAttention] = {}
+        self._made: dict[Any, tuple[Any, Any]] = {}
         self._indices: dict[Any, Tensor] = {}
 
     def __contains__(self, name: str) -> bool:
@@ -86,22 +103,58 @@ class Streams:
         enough = 1 if count >= self.ranks.size else 0
         owned = shares(count, self.ranks.weights, minimum=enough)
         self._streams[name] = Stream(total, None if kept is None else kept.cpu(), tuple(accumulate(owned, initial=0)))
+        self._lengths.clear()
+        self._exchanges.clear()
 
     def described(self) -> Hashable:
         """Tokens of each stream known so far, and who owns how many; the same on all ranks."""
         return tuple((name, stream.total, stream.starts) for name, stream in self._streams.items())
 
-    def total(self, names: Sequence[str]) -> int:
+    def lengths(self, names: Names) -> Lengths | None:
+        """Of these streams together; None while one of them is not known."""
+        if (known := self._lengths.get(names)) is None:
+            streams = [self._streams[name] for name in names if name in self._streams]
+            if len(streams) < len(names):
+                return None
+            owned = [stream.count(self.ranks.rank) for stream in streams]
+            known = self._lengths[names] = Lengths(
+                total=sum(stream.total for stream in streams),
+                counts=tuple(sum(stream.count(rank) for stream in streams) for rank in range(self.ranks.size)),
+                local=sum(max(1, count) for count in owned),
+                phantoms=not all(owned),
+            )
+        return known
+
+    def total(self, names: Names) -> int:
         """Tokens of the whole streams, padding included."""
-        return sum(self._streams[name].total for name in names)
+        return self._known(names).total
 
     def counts(self, names: Names) -> tuple[int, ...]:
         """Tokens that each rank owns."""
-        return tuple(sum(self._streams[name].count(rank) for name in names) for rank in range(self.ranks.size))
+        return self._known(names).counts
 
     def local(self, names: Names) -> int:
         """Tokens that this rank works on: its own, and phantoms."""
-        return sum(max(1, self._streams[name].count(self.ranks.rank)) for name in names)
+        return self._known(names).local
+
+    def _known(self, names: Names) -> Lengths:
+        lengths = self.lengths(names)
+        assert lengths is not None, f"the plan asks for the length of {'+'.join(names)} before an argument gives it"
+        return lengths
+
+    def exchange(self, queries: Names, keys: Names, heads: int, groups: int) -> StreamAttention:
+        """The attention of queries with keys of these streams, over the ranks.
+
+        Args:
+            heads: of the queries.
+            groups: heads of the keys, which divide them.
+        """
+        key = queries, keys, heads, groups
+        if (known := self._exchanges.get(key)) is None:
+            tokens, ranks = (self.counts(queries), self.counts(keys)), self.ranks
+            plan = AttentionPlan(*tokens, heads, groups, ranks.weights, ranks.ring_degree)
+            known = self._exchanges[key] = ranks.attention(plan)
+        return known
 
     def index(self, names: Names, device: torch.device, rank: int | None = None) -> Tensor:
         """Positions in the whole streams, int64.
@@ -137,19 +190,18 @@ class Streams:
 
     def without_phantoms(self, value: Tensor, names: Names, dim: int) -> Tensor:
         """Only the tokens that this rank owns."""
-        rank = self.ranks.rank
-        if all(self._streams[name].count(rank) for name in names):
+        if not self._known(names).phantoms:
             return value
+        rank = self.ranks.rank
         parts = value.split([max(1, self._streams[name].count(rank)) for name in names], dim)
         owned = [part for part, name in zip(parts, names, strict=True) if self._streams[name].count(rank)]
         return torch.cat(owned, dim) if owned else value.narrow(dim, 0, 0)
 
     def with_phantoms(self, value: Tensor, names: Names, dim: int) -> Tensor:
         """The reverse: zeros where the phantoms are."""
-        rank = self.ranks.rank
-        counts = [self._streams[name].count(rank) for name in names]
-        if all(counts):
+        if not self._known(names).phantoms:
             return value
+        counts = [self._streams[name].count(self.ranks.rank) for name in names]
         zeros = value.new_zeros([*value.shape[:dim], 1, *value.shape[dim + 1 :]])
         return torch.cat(
             [part if count else zeros for part, count in zip(value.split(counts, dim), counts, strict=True)], dim
@@ -164,14 +216,16 @@ class Streams:
         whole = value.new_zeros([*value.shape[:dim], self.total(names), *value.shape[dim + 1 :]])
         return whole.index_copy(dim, self.index(names, value.device), gathered)
 
-    def once(self, key: Any, value: Tensor, make: Callable[[], Any]) -> Any:
+    def once(self, key: Any, value: Any, make: Callable[[], Any]) -> Any:
         """`make()`, once in this forward pass for as long as `value` lives: all blocks share position tables.
 
         Not of what gradients flow through: under activation checkpointing a block that runs again must do what it did.
         """
-        if value.requires_grad:
+        if value.requires_grad if isinstance(value, Tensor) else torch.is_grad_enabled():
             return make()
         key = key, id(value)
         if key not in self._made:
-            self._made[key] = make(), weakref.ref(value, lambda _: self._made.pop(key, None))
+            # A list knows no weak reference; it is kept, so that no other one gets its id.
+            of = weakref.ref(value, lambda _: self._made.pop(key, None)) if isinstance(value, Tensor) else value
+            self._made[key] = make(), of
         return self._made[key][0]

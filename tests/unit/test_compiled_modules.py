@@ -160,8 +160,13 @@ def test_the_first_block_of_a_kind_runs_with_the_others_and_the_compiled_one_bes
 
     class Counting(Deaf):
         def attention(self, plan: Any) -> Any:
-            exchanged.append(plan.tokens[0])
-            return super().attention(plan)
+            attend = super().attention(plan)
+
+            def counting(*args: Any) -> Any:
+                exchanged.append(plan.tokens[0])
+                return attend(*args)
+
+            return counting
 
     split = Split(network, PLAN, Counting((1.0, 1.0)))
     run(network)
