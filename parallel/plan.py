@@ -8,11 +8,10 @@ weights. Shares may be uneven; a rank may own no text token, or no head. Nothing
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from fractions import Fraction
 from functools import cached_property
 from itertools import accumulate
-from typing import Protocol
 
 from .errors import ConfigError
 
@@ -69,38 +68,13 @@ def share_of(batches: Sequence[int], group: int, groups: int) -> list[slice]:
     ]
 
 
-class Led(Protocol):
-    """What the agreement to stop needs to know."""
-
-    @property
-    def leader(self) -> int: ...
-
-
-class HeadPlan(Protocol):
-    """What an exchange of tokens for heads needs to know."""
-
-    @property
-    def heads(self) -> int: ...
-    @property
-    def ring_degree(self) -> int: ...
-    @property
-    def ulysses_degree(self) -> int: ...
-    @property
-    def tokens(self) -> tuple[int, ...]: ...
-    @property
-    def head_ranges(self) -> tuple[Range, ...]: ...
-    @property
-    def local_heads(self) -> tuple[int, ...]: ...
-    @property
-    def chunks(self) -> tuple[int, ...]: ...
-    def row(self, rank: int) -> slice: ...
-
-
 @dataclass(frozen=True)
 class AttentionPlan:
-    """Who has which tokens and heads in one attention of a split model.
+    """Who has which tokens and heads in one attention.
 
-    Ranks form `ring_degree` rows of Ulysses groups, see `SequencePlan`. Grouped queries stay with their keys.
+    Ranks form `ring_degree` rows of Ulysses groups: each row owns a contiguous chunk of the sequence, and ranks of the
+    same column own the same heads, whose keys and values travel around the column's ring. Grouped queries stay with
+    their keys.
 
     Args:
         tokens: queries of each rank.
@@ -118,9 +92,27 @@ class AttentionPlan:
     weights: tuple[float, ...]
     ring_degree: int = 1
 
+    @classmethod
+    def of_sequence(cls, total: int, heads: int, weights: tuple[float, ...], ring_degree: int = 1) -> AttentionPlan:
+        """One joint sequence of `total` tokens, cut in proportion to the ranks' weights.
+
+        Raises:
+            ConfigError: fewer tokens than ranks.
+        """
+        if total < len(weights):
+            raise ConfigError(
+                f"tokens is {total}; {len(weights)} ranks need one each: use fewer devices, or more tokens"
+            )
+        tokens = shares(total, weights, minimum=1)
+        return cls(tokens, tokens, heads, heads, weights, ring_degree)
+
+    @property
+    def world_size(self) -> int:
+        return len(self.weights)
+
     @cached_property
     def ulysses_degree(self) -> int:
-        return len(self.weights) // self.ring_degree
+        return self.world_size // self.ring_degree
 
     @cached_property
     def local_groups(self) -> tuple[int, ...]:
@@ -165,105 +157,19 @@ class AttentionPlan:
         start = rank // self.ulysses_degree * self.ulysses_degree
         return slice(start, start + self.ulysses_degree)
 
-    def _of_rows(self, counts: tuple[int, ...]) -> tuple[int, ...]:
-        return tuple(sum(counts[self.row(rank)]) for rank in range(0, len(self.weights), self.ulysses_degree))
-
-
-@dataclass(frozen=True, slots=True)
-class SequencePlan:
-    """The split of one joint attention over the ranks of a sequence-parallel group.
-
-    With a ring, the ranks form `ring_degree` rows of Ulysses groups: each row owns a contiguous chunk of the sequence,
-    and ranks of the same column own the same heads, whose keys and values travel around the column's ring.
-
-    Args:
-        streams: token counts of the joint sequence's streams in order, e.g. (video, text). The first must have at
-            least one token per rank; the others may be empty.
-        heads: attention heads.
-        weights: relative speed of each rank.
-        ring_degree: rows.
-
-    Raises:
-        ConfigError: fewer tokens than ranks.
-    """
-
-    streams: tuple[int, ...]
-    heads: int
-    weights: tuple[float, ...]
-    ring_degree: int = 1
-    token_ranges: tuple[Range, ...] = field(init=False)
-    """Each rank's tokens of the joint sequence."""
-    head_ranges: tuple[Range, ...] = field(init=False)
-    """Each rank's heads between the two exchanges."""
-
-    def __post_init__(self) -> None:
-        world = len(self.weights)
-        assert world % self.ring_degree == 0, "rows of equal length"
-        if self.streams[0] < world:
-            raise ConfigError(
-                f"devices gives {world} ranks to one sequence, but this latent has only {self.streams[0]} tokens;"
-                f" at least one token per rank is needed: use fewer devices or a larger size"
-            )
-        columns = [sum(self.weights[c :: self.ulysses_degree]) for c in range(self.ulysses_degree)]
-        heads = ranges(shares(self.heads, columns))
-        object.__setattr__(self, "token_ranges", ranges(shares(sum(self.streams), self.weights, minimum=1)))
-        object.__setattr__(self, "head_ranges", heads * self.ring_degree)
-
-    @property
-    def world_size(self) -> int:
-        return len(self.weights)
-
-    @property
-    def ulysses_degree(self) -> int:
-        return self.world_size // self.ring_degree
-
-    @property
-    def key_ranges(self) -> tuple[Range, ...]:
-        """Keys of each rank: those of its tokens."""
-        return self.token_ranges
-
-    @property
-    def tokens(self) -> tuple[int, ...]:
-        return tuple(stop - start for start, stop in self.token_ranges)
-
-    @property
-    def local_heads(self) -> tuple[int, ...]:
-        return tuple(stop - start for start, stop in self.head_ranges)
-
-    @property
-    def chunks(self) -> tuple[int, ...]:
-        """Tokens of each row: the sequence as the ring sees it."""
-        width = self.ulysses_degree
-        return tuple(sum(self.tokens[row * width : (row + 1) * width]) for row in range(self.ring_degree))
-
-    @property
-    def leader(self) -> int:
-        """A rank that owns a head, so that no rank can finish an attention before the leader has joined it."""
-        return next(rank for rank, heads in enumerate(self.local_heads) if heads)
-
-    def row(self, rank: int) -> slice:
-        """The ranks of `rank`'s Ulysses group."""
-        start = rank // self.ulysses_degree * self.ulysses_degree
-        return slice(start, start + self.ulysses_degree)
-
-    def stream_ranges(self, rank: int) -> tuple[Range, ...]:
-        """The rank's tokens within each stream, counted from that stream's start; empty ranges are (n, n)."""
-        start, stop = self.token_ranges[rank]
-        local = []
-        for first, last in ranges(self.streams):
-            inside = min(max(start, first), last), min(max(stop, first), last)
-            local.append((inside[0] - first, inside[1] - first))
-        return tuple(local)
-
     def exchange_bytes(self, rank: int, batch: int, head_dim: int, itemsize: int) -> int:
         """Bytes that `rank` sends to other ranks in one attention.
 
         Ulysses: q, k, v out and the result back, within the row. Ring: keys and values of every chunk but the next
         row's own pass through this rank once.
         """
-        tokens, heads = self.tokens[rank], self.local_heads[rank]
-        row = rank // self.ulysses_degree
-        scatter = 3 * tokens * (self.heads - heads)
-        gather = (self.chunks[row] - tokens) * heads
-        ring = 2 * (sum(self.chunks) - self.chunks[(row + 1) % self.ring_degree]) * heads if self.ring_degree > 1 else 0
+        heads, row = self.local_heads[rank], rank // self.ulysses_degree
+        scatter = self.tokens[rank] * (self.heads - heads)
+        scatter += 2 * self.keys[rank] * (self.groups - self.local_groups[rank])
+        gather = (self.chunks[row] - self.tokens[rank]) * heads
+        passed = sum(self.key_chunks) - self.key_chunks[(row + 1) % self.ring_degree]
+        ring = 2 * passed * heads if self.ring_degree > 1 else 0
         return (scatter + gather + ring) * batch * head_dim * itemsize
+
+    def _of_rows(self, counts: tuple[int, ...]) -> tuple[int, ...]:
+        return tuple(sum(counts[self.row(rank)]) for rank in range(0, self.world_size, self.ulysses_degree))

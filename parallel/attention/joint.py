@@ -8,7 +8,7 @@ from typing import Protocol
 import torch.distributed as dist
 from torch import Tensor
 
-from ..plan import HeadPlan
+from ..plan import AttentionPlan
 from .common_memory import CommonMemoryExchange
 from .kernels import Kernel
 from .ring import RingAttention
@@ -34,7 +34,7 @@ class Unexchanged:
 
 
 def joint_attention(
-    plan: HeadPlan,
+    plan: AttentionPlan,
     rank: int,
     ulysses: dist.ProcessGroup | None,
     ring: dist.ProcessGroup | None,

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from ..errors import UnsupportedError
 from ..mesh import Mesh
-from ..plan import AttentionPlan, Range, SequencePlan
+from ..plan import AttentionPlan, Range
 
 T = TypeVar("T")
 Kind = tuple[object, ...]
@@ -86,7 +86,7 @@ class RowCheck:
     @torch.no_grad()
     def __call__(
         self,
-        plan: SequencePlan | AttentionPlan,
+        plan: AttentionPlan,
         q: Tensor,
         k: Tensor,
         v: Tensor,
@@ -119,7 +119,7 @@ class RowCheck:
             raise UnsupportedError(self._complaint(plan, q, error, allowed))
         self._passed(kind)
 
-    def _complaint(self, plan: SequencePlan | AttentionPlan, q: Tensor, error: float, allowed: float) -> str:
+    def _complaint(self, plan: AttentionPlan, q: Tensor, error: float, allowed: float) -> str:
         degrees = self._mesh.degrees
         choices = [] if self._kernel == "sdpa" else ["attention sdpa"]
         choices += ["ulysses_degree 1"] * (degrees.ulysses > 1) + ["ring_degree 1"] * (degrees.ring > 1)
@@ -137,7 +137,7 @@ def row_errors(
     k: Tensor,
     v: Tensor,
     out: Tensor,
-    plan: SequencePlan | AttentionPlan,
+    plan: AttentionPlan,
     mesh: Mesh,
     mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:

@@ -24,7 +24,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..plan import HeadPlan, Range, ranges, shares
+from ..plan import AttentionPlan, Range, ranges, shares
 from .common_memory import CommonMemoryExchange
 from .exchange import CollectiveExchange, Exchange, Joined, Pieces
 from .traffic import Traffic
@@ -51,7 +51,7 @@ class UlyssesAttention:
 
     def __init__(
         self,
-        plan: HeadPlan,
+        plan: AttentionPlan,
         rank: int,
         group: dist.ProcessGroup,
         local: Local,

@@ -21,7 +21,7 @@ from ..errors import ConfigError
 from ..host.group import WorkerGroup
 from ..host.remote_model import RemoteModel
 from ..measure import QuietRounds
-from ..plan import SequencePlan
+from ..plan import AttentionPlan
 from ..sampling.step_request import StepRequest
 from ..wire.messages import Attention, Slow
 
@@ -109,7 +109,7 @@ def bench_attention(work: Workload) -> tuple[Result, str]:
             group.stop()
     times = [median(max(rank["ms"] for rank in ranks) for ranks in runs) for runs in zip(*rounds, strict=True)]
     kernel = median(max(rank["kernel_ms"] for rank in ranks) for _, ranks, *_ in rounds)
-    plan = SequencePlan((work.tokens, work.text), work.heads, layouts[1].speeds, degrees.ring)
+    plan = AttentionPlan.of_sequence(work.tokens + work.text, work.heads, layouts[1].speeds, degrees.ring)
     result = _result(work, degrees, times) | {
         "collectives_per_attention": checked[0]["collectives"],
         "bytes_sent_per_attention": max(r["bytes_sent"] for r in checked),

@@ -18,7 +18,7 @@ from ..attention.traffic import Traffic
 from ..degrees import RequestedDegrees
 from ..errors import ConfigError
 from ..mesh import Mesh
-from ..plan import SequencePlan
+from ..plan import AttentionPlan
 from ..worker.measurement import measure_attention
 from .run import Workload
 
@@ -38,7 +38,7 @@ def bench_share(work: Workload, world_size: int, rank: int) -> tuple[dict[str, A
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world_size)
     try:
         mesh = Mesh.build(degrees)
-        plan = SequencePlan((work.tokens, work.text), work.heads, (1.0,) * world_size, degrees.ring)
+        plan = AttentionPlan.of_sequence(work.tokens + work.text, work.heads, (1.0,) * world_size, degrees.ring)
         kernel = select("auto", device)
         times = []
         for _ in range(work.rounds + 1):

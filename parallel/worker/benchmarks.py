@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from ..attention.traffic import Traffic
-from ..plan import SequencePlan
+from ..plan import AttentionPlan
 from ..wire.messages import Attention, Echo, Slow
 from .host_link import HostLink
 from .measurement import Slowed, measure_attention
@@ -46,7 +46,8 @@ class Benchmarks:
     def _attention(self, message: Attention) -> dict[str, Any]:
         """One attention on random data."""
         mesh = self._ranks.mesh(message.degrees)
-        plan = SequencePlan(tuple(message.streams), message.heads, mesh.members(self._ranks.weights), mesh.degrees.ring)
+        weights = mesh.members(self._ranks.weights)
+        plan = AttentionPlan.of_sequence(sum(message.streams), message.heads, weights, mesh.degrees.ring)
         device = self._ranks.device
         traffic = Traffic(on_cuda=device.type == "cuda")
         return measure_attention(

@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from ..attention.joint import JointAttention
 from ..attention.kernels import Kernel
 from ..attention.traffic import Traffic
-from ..plan import SequencePlan
+from ..plan import AttentionPlan
 
 
 class Slowed(TorchDispatchMode):
@@ -37,7 +37,7 @@ class Slowed(TorchDispatchMode):
 def measure_attention(
     attend: JointAttention,
     traffic: Traffic,
-    plan: SequencePlan,
+    plan: AttentionPlan,
     rank: int,
     kernel: Kernel,
     *,
@@ -59,7 +59,7 @@ def measure_attention(
         `max_abs_err`.
     """
     generator = torch.Generator().manual_seed(0)
-    shape = (3, batch, sum(plan.streams), plan.heads, head_dim)
+    shape = (3, batch, sum(plan.tokens), plan.heads, head_dim)
     q, k, v = torch.randn(shape, generator=generator).to(device, dtype)
     start, stop = plan.token_ranges[rank]
     mine = [x[:, start:stop] for x in (q, k, v)]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import collections
 import itertools
 from collections.abc import Hashable
-from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -20,7 +19,7 @@ from ..cache.blocks import Total
 from ..degrees import Degrees
 from ..errors import StepCancelled
 from ..mesh import COLLECTIVE_TIMEOUT, Mesh
-from ..plan import Led, SequencePlan
+from ..plan import AttentionPlan
 from ..split import SequenceRanks
 from ..wire.control import ControlPage
 from .run_ahead import Paces, RunAhead
@@ -131,7 +130,7 @@ class Ranks:
         """
         weights = mesh.members(self.weights)
         # The fastest rank leads: it owns tokens and a head, whatever the plans of the single attentions.
-        leader = _Leader(weights.index(max(weights)), work)
+        leader = weights.index(max(weights))
         return SequenceRanks(
             weights,
             mesh.sp_rank,
@@ -146,14 +145,14 @@ class Ranks:
             common=self.common(mesh),
             launched=self._ring_exchanges,
             check=self.row_check(mesh, self.kernel.name if mesh.degrees.ring > 1 or self._chosen else attention),
-            enter_block=partial(context.enter_block, leader),
+            enter_block=partial(context.enter_block, leader, work),
         )
 
     @property
     def rank(self) -> int:
         return dist.get_rank()
 
-    def joint_attention(self, plan: SequencePlan, mesh: Mesh, pipeline: int, traffic: Traffic) -> JointAttention:
+    def joint_attention(self, plan: AttentionPlan, mesh: Mesh, pipeline: int, traffic: Traffic) -> JointAttention:
         """This rank's part of the joint attention of `plan` under `mesh`."""
         common = self.common(mesh)
         return joint_attention(
@@ -206,14 +205,6 @@ class Ranks:
         return RowCheck(mesh, kernel, self._passed.__contains__, self._passed.add)
 
 
-@dataclass(frozen=True, slots=True)
-class _Leader:
-    """What `enter_block` needs of a plan, before one is known."""
-
-    leader: int
-    work: Hashable
-
-
 class ParallelContext:
     """A step under a mesh: this rank's sequence-parallel group shares a sequence.
 
@@ -229,13 +220,14 @@ class ParallelContext:
         self.traffic = Traffic(on_cuda=ranks.device.type == "cuda")
         self._run_ahead = ranks.run_ahead(mesh)
 
-    def enter_block(self, plan: Led) -> None:
+    def enter_block(self, leader: int, work: Hashable) -> None:
+        """Beats, and stops where all ranks agree to; see `Ranks.sequence` for the arguments."""
         # Two requests of a pass may be of unequal length; the first one's pace is taken for both.
-        run_ahead = self._run_ahead.enter((plan, self._mesh.degrees)) if self._run_ahead is not None else 0
+        run_ahead = self._run_ahead.enter((work, self._mesh.degrees)) if self._run_ahead is not None else 0
         self._control.beat(self._mesh.rank)
         block, self._block = self._block, self._block + 1
-        leader = self.rank == plan.leader
-        if self._control.should_stop(block, group=self._mesh.group, leader=leader, run_ahead=run_ahead):
+        leads = self.rank == leader
+        if self._control.should_stop(block, group=self._mesh.group, leader=leads, run_ahead=run_ahead):
             raise StepCancelled(f"stopped before block {block}")
 
     def finish(self) -> None:

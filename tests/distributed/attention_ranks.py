@@ -24,7 +24,7 @@ from torch import Tensor
 from parallel.attention.joint import joint_attention
 from parallel.attention.kernels import Sdpa
 from parallel.attention.traffic import Traffic
-from parallel.plan import SequencePlan
+from parallel.plan import AttentionPlan
 from tests.distributed.devices import meet
 
 HEAD_DIM = 16
@@ -55,8 +55,8 @@ class Case:
         return f"{degrees} speeds {speeds} heads {self.heads} tokens {self.video}+{self.text} batch {self.batch}"
 
     @property
-    def plan(self) -> SequencePlan:
-        return SequencePlan((self.video, self.text), self.heads, self.weights, self.ring)
+    def plan(self) -> AttentionPlan:
+        return AttentionPlan.of_sequence(self.video + self.text, self.heads, self.weights, self.ring)
 
 
 _ULYSSES = [(1.0,), (1.0, 1.0), (2.0, 1.0), (1.0, 1.0, 1.0), (3.0, 1.0, 1.0), (1.0,) * 4, (1.0, 2.0, 1.0, 4.0)]

@@ -20,7 +20,7 @@ from parallel.attention.common_memory import CommonMemory, CommonMemoryExchange
 from parallel.attention.joint import joint_attention
 from parallel.attention.kernels import Sdpa
 from parallel.attention.traffic import Traffic
-from parallel.plan import SequencePlan
+from parallel.plan import AttentionPlan
 from tests.distributed.devices import meet
 
 LATE_S = 0.3
@@ -56,7 +56,7 @@ def main(rank: int, world: int, store: str, results: str, memory: str) -> None:
     device = meet(rank, world, store)
     group = dist.group.WORLD
     assert group is not None
-    ulysses, ring = SequencePlan((64,), 4, (1.0, 1.0)), SequencePlan((64,), 4, (1.0, 1.0), 2)
+    ulysses, ring = (AttentionPlan.of_sequence(64, 4, (1.0, 1.0), ring_degree) for ring_degree in (1, 2))
     x = torch.randn(1, 32, 4, 16, device=device)
     on_cuda = device.type == "cuda"
     figures = {name: Traffic(on_cuda=on_cuda) for name in ("ulysses", "ring", "busy ring")}

@@ -23,7 +23,7 @@ from parallel.attention.kernels import Sdpa
 from parallel.attention.traffic import Traffic
 from parallel.degrees import Degrees
 from parallel.mesh import Mesh
-from parallel.plan import SequencePlan, share_of
+from parallel.plan import AttentionPlan, share_of
 from parallel.split import SequenceRanks
 from parallel.wire.control import ControlPage
 from parallel.worker.ranks import ParallelContext, Ranks
@@ -117,9 +117,8 @@ def _run_sample(
     reference = _masked(*(x.float() for x in whole), keep)
     single = _masked(*whole, keep)
 
-    plan = SequencePlan(
-        (case.video, case.valid[sample]), case.heads, mesh.members(case.plan.weights), mesh.degrees.ring
-    )
+    total = case.video + case.valid[sample]
+    plan = AttentionPlan.of_sequence(total, case.heads, mesh.members(case.plan.weights), mesh.degrees.ring)
     mine = slice(*plan.token_ranges[mesh.sp_rank])
     traffic = Traffic(on_cuda=ranks.device.type == "cuda")
     attention = ranks.joint_attention(plan, mesh, case.pipeline, traffic)
@@ -138,7 +137,7 @@ def _run_sample(
     )
 
 
-def _collectives(plan: SequencePlan, rank: int, pipeline: int) -> int:
+def _collectives(plan: AttentionPlan, rank: int, pipeline: int) -> int:
     row = plan.local_heads[plan.row(rank)]
     chunks = max(1, min(pipeline, *row)) if plan.ulysses_degree > 1 else 1
     hops = plan.ring_degree - 1 if plan.local_heads[rank] else 0

@@ -55,15 +55,10 @@ def expected_collectives(case: Case, rank: int) -> list[str]:
 
 
 def test_the_cases_include_the_hard_ones():
-    """Ranks without a text token, with nothing but text, without a head; a leader that is not rank 0."""
+    """Ranks without a head, also the first one; uneven tokens and rows; several heads in every chunk."""
     plans = [case.plan for case in CASES]
-    streams = [plan.stream_ranges(rank) for plan in plans for rank in range(plan.world_size)]
-    counts = [(video[1] - video[0], text[1] - text[0]) for video, text in streams]
-    assert any(video and not text for video, text in counts)
-    assert any(text and not video for video, text in counts)
-    assert any(video and text for video, text in counts)
     assert any(0 in plan.local_heads for plan in plans)
     assert any(len(set(plan.tokens)) > 1 for plan in plans)
-    assert any(plan.leader > 0 for plan in plans)
+    assert any(plan.local_heads[0] == 0 for plan in plans)
     assert any(plan.ring_degree > 1 and len(set(plan.chunks)) > 1 for plan in plans)
     assert any(min(plan.local_heads) > 1 for plan, case in zip(plans, CASES, strict=True) if case.pipeline > 1)

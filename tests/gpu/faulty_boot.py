@@ -48,8 +48,8 @@ def _install(ranks: Any, rank: int, device: str) -> None:
     """Adds the look to `ParallelContext.enter_block` of the engine's module `worker.ranks`."""
     file, enter_block = Path(os.environ[VARIABLE]) / str(rank), ranks.ParallelContext.enter_block
 
-    def enter(self: Any, plan: Any) -> None:
-        enter_block(self, plan)
+    def enter(self: Any, *pace: Any) -> None:
+        enter_block(self, *pace)
         if self._block > 1 and file.exists():
             fault = file.read_text()
             file.unlink()

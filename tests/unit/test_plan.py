@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from parallel.errors import ConfigError
-from parallel.plan import SequencePlan, ranges, share_of, shares, spread
+from parallel.plan import AttentionPlan, ranges, share_of, shares, spread
 
 WEIGHTS = st.lists(
     st.one_of(st.integers(1, 9).map(float), st.floats(0.01, 100, allow_nan=False)), min_size=1, max_size=8
@@ -18,12 +18,11 @@ WEIGHTS = st.lists(
 
 
 @st.composite
-def plans(draw: st.DrawFn) -> SequencePlan:
+def plans(draw: st.DrawFn) -> AttentionPlan:
     weights = tuple(draw(WEIGHTS))
-    video = draw(st.integers(len(weights), 500))
-    others = draw(st.lists(st.integers(0, 40), max_size=2))
+    total = draw(st.integers(len(weights), 500))
     ring_degree = draw(st.sampled_from([d for d in range(1, len(weights) + 1) if len(weights) % d == 0]))
-    return SequencePlan((video, *others), draw(st.integers(1, 30)), weights, ring_degree)
+    return AttentionPlan.of_sequence(total, draw(st.integers(1, 30)), weights, ring_degree)
 
 
 # --- shares and ranges --------------------------------------------------------------------------------------------
@@ -90,22 +89,23 @@ def test_ranges_are_contiguous(sizes: list[int]):
 # --- the plan -----------------------------------------------------------------------------------------------------
 
 
-def rows(plan: SequencePlan) -> list[range]:
+def rows(plan: AttentionPlan) -> list[range]:
     """The ranks of each Ulysses group, in the order of the ring."""
     width = plan.world_size // plan.ring_degree
     return [range(row * width, (row + 1) * width) for row in range(plan.ring_degree)]
 
 
 @given(plans())
-def test_every_token_has_one_owner(plan: SequencePlan):
-    assert [i for start, stop in plan.token_ranges for i in range(start, stop)] == list(range(sum(plan.streams)))
+def test_every_token_has_one_owner(plan: AttentionPlan):
+    total = sum(plan.tokens)
+    assert [i for start, stop in plan.token_ranges for i in range(start, stop)] == list(range(total))
     assert min(plan.tokens) >= 1
-    assert plan.tokens == shares(sum(plan.streams), plan.weights, minimum=1)
+    assert plan.tokens == plan.keys == shares(total, plan.weights, minimum=1)
     assert plan.chunks == tuple(sum(plan.tokens[rank] for rank in row) for row in rows(plan))
 
 
 @given(plans())
-def test_every_head_has_one_owner_in_each_row_the_same_in_all(plan: SequencePlan):
+def test_every_head_has_one_owner_in_each_row_the_same_in_all(plan: AttentionPlan):
     columns = [plan.head_ranges[rank] for rank in rows(plan)[0]]
     assert [i for start, stop in columns for i in range(start, stop)] == list(range(plan.heads))
     for row in rows(plan):
@@ -116,61 +116,28 @@ def test_every_head_has_one_owner_in_each_row_the_same_in_all(plan: SequencePlan
 
 
 @given(plans())
-def test_stream_ranges_partition_each_stream(plan: SequencePlan):
-    for stream, length in enumerate(plan.streams):
-        owned = [plan.stream_ranges(rank)[stream] for rank in range(plan.world_size)]
-        assert [i for start, stop in owned for i in range(start, stop)] == list(range(length))
-    for rank in range(plan.world_size):
-        assert sum(stop - start for start, stop in plan.stream_ranges(rank)) == plan.tokens[rank]
-
-
-@given(plans())
-def test_all_ranks_compute_the_same_plan(plan: SequencePlan):
+def test_all_ranks_compute_the_same_plan(plan: AttentionPlan):
     weights = tuple(float(str(w)) for w in plan.weights)
-    again = SequencePlan(tuple(plan.streams), plan.heads, weights, plan.ring_degree)
+    again = AttentionPlan.of_sequence(sum(plan.tokens), plan.heads, weights, plan.ring_degree)
     assert again == plan
     assert (again.token_ranges, again.head_ranges) == (plan.token_ranges, plan.head_ranges)
 
 
-@given(plans())
-def test_the_leader_is_the_first_rank_with_a_head(plan: SequencePlan):
-    assert plan.local_heads[plan.leader] > 0
-    assert not any(plan.local_heads[: plan.leader])
-
-
-def test_text_lies_behind_the_video():
-    plan = SequencePlan((10, 5), 4, (1.0, 1.0, 1.0))
-    assert [plan.stream_ranges(rank) for rank in range(3)] == [
-        ((0, 5), (0, 0)),
-        ((5, 10), (0, 0)),
-        ((10, 10), (0, 5)),
-    ]
-
-
 def test_fewer_heads_than_ranks():
-    plan = SequencePlan((8, 2), 2, (1.0, 1.0, 1.0, 1.0))
-    assert plan.local_heads == (1, 1, 0, 0)
-    assert plan.leader == 0
+    assert AttentionPlan.of_sequence(10, 2, (1.0, 1.0, 1.0, 1.0)).local_heads == (1, 1, 0, 0)
 
 
-def test_the_leader_need_not_be_rank_0():
-    plan = SequencePlan((8,), 1, (1.0, 3.0))
-    assert plan.local_heads == (0, 1)
-    assert plan.leader == 1
+def test_the_faster_rank_gets_the_only_head():
+    assert AttentionPlan.of_sequence(8, 1, (1.0, 3.0)).local_heads == (0, 1)
 
 
-@pytest.mark.parametrize("text", [0, 100])
-def test_fewer_video_tokens_than_ranks_are_refused(text: int):
-    with pytest.raises(ConfigError) as caught:
-        SequencePlan((2, text), 24, (1.0, 1.0, 1.0))
-    message = str(caught.value)
-    assert message.startswith("devices gives 3 ranks")
-    assert "only 2 tokens" in message
-    assert "use fewer devices or a larger size" in message
+def test_fewer_tokens_than_ranks_are_refused():
+    with pytest.raises(ConfigError, match="tokens is 2; 3 ranks need one each: use fewer devices, or more tokens"):
+        AttentionPlan.of_sequence(2, 24, (1.0, 1.0, 1.0))
 
 
 @given(plans(), st.integers(1, 3), st.sampled_from([64, 128]), st.sampled_from([2, 4]))
-def test_exchange_bytes_count_what_others_get(plan: SequencePlan, batch: int, head_dim: int, itemsize: int):
+def test_exchange_bytes_count_what_others_get(plan: AttentionPlan, batch: int, head_dim: int, itemsize: int):
     one_head_of_one_token = batch * head_dim * itemsize
     sent = [0] * plan.world_size
     for row in rows(plan):  # q, k, v to the owners of the heads, the result back
@@ -207,4 +174,4 @@ def test_cond_and_uncond_go_to_different_groups():
 
 
 def test_one_rank_sends_nothing():
-    assert SequencePlan((8, 3), 4, (1.0,)).exchange_bytes(0, 1, 128, 4) == 0
+    assert AttentionPlan.of_sequence(11, 4, (1.0,)).exchange_bytes(0, 1, 128, 4) == 0

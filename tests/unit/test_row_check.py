@@ -15,7 +15,7 @@ from parallel.attention.row_check import Kind, RowCheck, allowed_error, sampled_
 from parallel.degrees import Degrees
 from parallel.errors import UnsupportedError
 from parallel.mesh import Mesh
-from parallel.plan import AttentionPlan, SequencePlan
+from parallel.plan import AttentionPlan
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda:0")
 MESH = Mesh(Degrees(), 0, None, None)
@@ -82,7 +82,7 @@ def test_rows_without_a_value_are_equal():
 
 @pytest.mark.parametrize("weights", [(1.0,), (1.0, 2.0, 1.0), (1.0,) * 8])
 def test_sampled_rows_reach_the_edges_of_every_share(weights: tuple[float, ...]):
-    plan = SequencePlan((70_000, 256), 24, weights)
+    plan = AttentionPlan.of_sequence(70_256, 24, weights)
     rows = sampled_rows(plan.token_ranges)
     assert rows == sorted(set(rows)) and len(rows) <= 8 + 2 * len(weights)
     assert {token for start, stop in plan.token_ranges for token in (start, stop - 1)} <= set(rows)
@@ -91,7 +91,7 @@ def test_sampled_rows_reach_the_edges_of_every_share(weights: tuple[float, ...])
 
 
 def test_as_many_rows_as_there_are_tokens_at_most():
-    assert sampled_rows(SequencePlan((3, 0), 1, (1.0, 1.0)).token_ranges) == [0, 1, 2]
+    assert sampled_rows(AttentionPlan.of_sequence(3, 1, (1.0, 1.0)).token_ranges) == [0, 1, 2]
 
 
 def test_tolerances_follow_what_computes():
