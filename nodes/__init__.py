@@ -7,6 +7,7 @@ from comfy_api.latest import ComfyExtension, io
 from ..parallel.versions import OLDEST_COMFYUI, OLDEST_TORCH, require
 from . import panel
 from .first_block_cache import SPFirstBlockCache
+from .load_checkpoint import SPLoadCheckpoint
 from .load_diffusion_model import SPLoadDiffusionModel
 from .quantize_fp8 import SPQuantizeFP8
 from .sampler import SPSampler
@@ -29,6 +30,7 @@ class SequenceParallelExtension(ComfyExtension):
         return [
             SPConfigNode,
             SPLoadDiffusionModel,
+            SPLoadCheckpoint,
             SPFirstBlockCache,
             SPTeaCache,
             SPQuantizeFP8,

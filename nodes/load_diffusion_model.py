@@ -12,7 +12,7 @@ from comfy_api.latest import io
 from ..parallel.config import SequenceParallelConfig
 from ..parallel.errors import ConfigError
 from .native_model import WEIGHT_DTYPES, load_native_model
-from .settings import default_config, read
+from .settings import default_config, default_devices
 from .sp_config import SPConfig
 
 _FOLDER, _CONFIG = "diffusion_models", "config.json"
@@ -64,12 +64,7 @@ class SPLoadDiffusionModel(io.ComfyNode):
     @classmethod
     def fingerprint_inputs(cls, **inputs: Any) -> str:
         """Another setting of the default devices is another MODEL, though no input has changed."""
-        if "sp_config" in inputs:  # connected, so the setting does not count; ComfyUI gives None for it here
-            return ""
-        try:
-            return read().devices
-        except ConfigError as error:  # `execute` raises it; raised here, ComfyUI would only log it
-            return str(error)
+        return default_devices(inputs)
 
 
 def _choices() -> list[str]:

@@ -7,10 +7,12 @@ proxy whose parameters have no data. So every sampler, guider, scheduler and Mod
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import comfy.cli_args
 import comfy.model_management
 import comfy.sd
+import folder_paths
 import torch
 from comfy.patcher_extension import WrappersMP
 
@@ -51,7 +53,7 @@ _ENOUGH = 1 << 10
 
 
 def load_native_model(path: str, weight_dtype: str, config: SequenceParallelConfig) -> SequenceParallelPatcher:
-    """A MODEL for the checkpoint at `path`. Reads the file's header only, and starts no process.
+    """A MODEL for the diffusion model at `path`. Reads the file's header only, and starts no process.
 
     Args:
         path: a safetensors file, or a diffusers folder that `comfyui.detection` reads.
@@ -65,24 +67,55 @@ def load_native_model(path: str, weight_dtype: str, config: SequenceParallelConf
         raise UnsupportedError(
             "weight_dtype fp8_e4m3fn_fast is not supported; use fp8_e4m3fn, or default with FP8 Quantize (SP)"
         )
+    dtype = WEIGHT_DTYPES[weight_dtype]
+    return _in_workers(_detected(path, dtype, config), path, dtype, config)
+
+
+def load_native_checkpoint(path: str, config: SequenceParallelConfig) -> tuple[SequenceParallelPatcher, Any, Any]:
+    """MODEL, CLIP and VAE of the checkpoint at `path`. Of its diffusion model only the header is read; CLIP and VAE are
+    what ComfyUI's own loader makes of the file.
+
+    Args:
+        path: a safetensors file.
+        config: devices and degrees.
+
+    Raises:
+        ConfigError, CheckpointError, UnsupportedError: with a message for the user.
+    """
+    detected = _detected(path, None, config, checkpoint=True)
+    model = _in_workers(detected, path, None, config)
+    if not detected.checkpoint:  # so does ComfyUI with a file that has a diffusion model only
+        return model, None, comfy.sd.VAE(sd={})
+    embeddings = folder_paths.get_folder_paths("embeddings")
+    _, clip, vae, _ = comfy.sd.load_checkpoint_guess_config(path, output_model=False, embedding_directory=embeddings)
+    return model, clip, vae
+
+
+def _detected(
+    path: str, dtype: torch.dtype | None, config: SequenceParallelConfig, *, checkpoint: bool = False
+) -> Detected:
     is_folder = Path(path).is_dir()
     if not is_folder and not path.endswith(_SAFETENSORS):
         raise UnsupportedError(
             f"{path}: only {' and '.join(_SAFETENSORS)} files are read, whose parts all workers can map; other formats"
             " can run code, or are of other packs. Use the model's safetensors file"
         )
-    layout = resolve(config)
-    device = torch.device(layout.devices[0].name)
-    dtype = WEIGHT_DTYPES[weight_dtype]
+    device = torch.device(resolve(config).devices[0].name)
     try:
-        detected = detect(path, dtype, device)
+        return detect(path, dtype, device, checkpoint=checkpoint)
     except UnknownModelError as error:
         if is_folder:
             raise UnsupportedError(
                 f"{path} is a diffusers folder that ComfyUI does not convert; use the model's single file for ComfyUI"
             ) from error
         raise
-    model = detected.model_config.get_model(dict(detected.state), "", device=torch.device("meta"))
+
+
+def _in_workers(
+    detected: Detected, path: str, dtype: torch.dtype | None, config: SequenceParallelConfig
+) -> SequenceParallelPatcher:
+    layout = resolve(config)
+    model = detected.base_model(torch.device("meta"))
     network = model.diffusion_model
     plan = plan_of(network)
     if not plan:

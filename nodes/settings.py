@@ -112,6 +112,21 @@ def default_config() -> SequenceParallelConfig:
     return SequenceParallelConfig(devices=read().devices)
 
 
+def default_devices(inputs: Mapping[str, Any]) -> str:
+    """What `fingerprint_inputs` of a node with an optional `sp_config` returns: another setting of the default devices
+    makes another MODEL, though no input has changed.
+
+    Args:
+        inputs: as ComfyUI gives them there; of an input that is connected the value is None.
+    """
+    if "sp_config" in inputs:  # so the setting does not count
+        return ""
+    try:
+        return read().devices
+    except ConfigError as error:  # `execute` raises it; raised here, ComfyUI would only log it
+        return str(error)
+
+
 def keep_alive_seconds() -> float:
     """For `running.keep_alive`; a value that is not allowed keeps the workers."""
     try:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +41,14 @@ class Detected:
     """Of the network, mapped, by the file's names without a prefix."""
     storage: torch.dtype
     """Of weights that are not quantised."""
+    checkpoint: dict[str, Tensor] = field(default_factory=dict)
+    """The whole of a checkpoint, by its own names: text encoders and VAEs, and marks that decide how it is sampled."""
+    prefix: str = ""
+    """Of the network's names in it."""
+
+    def base_model(self, device: torch.device | None = None) -> Any:
+        """ComfyUI's `BaseModel` of the file, without weights."""
+        return self.model_config.get_model(self.checkpoint or dict(self.state), self.prefix, device=device)
 
     @property
     def compute(self) -> torch.dtype:
@@ -52,13 +60,15 @@ class Detected:
         return dict(self.model_config.process_unet_state_dict(dict(self.state)))
 
 
-def detect(path: str, weight_dtype: torch.dtype | None, device: torch.device) -> Detected:
+def detect(path: str, weight_dtype: torch.dtype | None, device: torch.device, *, checkpoint: bool = False) -> Detected:
     """Goes the way of `comfy.sd.load_diffusion_model_state_dict`, as far as the choice of class and dtypes.
 
     Args:
         path: a safetensors file, or a diffusers folder that ComfyUI converts, or of CogVideoX.
         weight_dtype: what the user chose; None leaves it to ComfyUI.
         device: that the network will run on.
+        checkpoint: goes the way of `comfy.sd.load_state_dict_guess_config` instead, which also looks at what lies
+            beside the network. The network is the same either way.
 
     Raises:
         CheckpointError: it is damaged.
@@ -71,15 +81,22 @@ def detect(path: str, weight_dtype: torch.dtype | None, device: torch.device) ->
             f"{path} is quantised as {what}, which this ComfyUI does not read; use the model's bf16, fp16, fp8 or int8"
             " file"
         )
-    state, metadata = comfy.utils.convert_old_quants(state, "", metadata=metadata)
     prefix = comfy.model_detection.unet_prefix_from_state_dict(state)
-    if network := comfy.utils.state_dict_prefix_replace(dict(state), {prefix: ""}, filter_keys=True):
-        state, metadata = comfy.utils.convert_old_quants(network, "", metadata=metadata)
+    whole: dict[str, Tensor] = {}
     sizes: dict[str, Any] = {}
-    if Path(path).is_dir() and (renamed := in_comfyuis_names(path, state)) is not None:
-        state, sizes = renamed
+    config = None
     try:
-        config = comfy.model_detection.model_config_from_unet(state, "", metadata=metadata)
+        if checkpoint:
+            whole, told = comfy.utils.convert_old_quants(dict(state), prefix, metadata=metadata)
+            config = comfy.model_detection.model_config_from_unet(whole, prefix, metadata=told)
+        if config is not None:
+            state = comfy.utils.state_dict_prefix_replace(dict(whole), {prefix: ""}, filter_keys=True)
+        else:  # no checkpoint, or ComfyUI takes it for a diffusion model, too
+            whole, prefix = {}, ""
+            state, metadata = _of_a_network(state, metadata)
+            if Path(path).is_dir() and (renamed := in_comfyuis_names(path, state)) is not None:
+                state, sizes = renamed
+            config = comfy.model_detection.model_config_from_unet(state, "", metadata=metadata)
         if config is None and (converted := comfy.model_detection.convert_diffusers_mmdit(state, "")) is not None:
             state = converted
             config = comfy.model_detection.model_config_from_unet(state, "")
@@ -97,7 +114,16 @@ def detect(path: str, weight_dtype: torch.dtype | None, device: torch.device) ->
     )
     cast = comfy.model_management.unet_manual_cast(None if quantised else storage, device, supported)
     config.set_inference_dtype(storage, cast, device=device)
-    return Detected(config, state, storage)
+    return Detected(config, state, storage, whole, prefix)
+
+
+def _of_a_network(state: dict[str, Tensor], metadata: Any) -> tuple[dict[str, Tensor], Any]:
+    """A diffusion model's tensors without a prefix, and metadata; marks of older quantised layouts are replaced."""
+    state, metadata = comfy.utils.convert_old_quants(state, "", metadata=metadata)
+    prefix = comfy.model_detection.unet_prefix_from_state_dict(state)
+    if network := comfy.utils.state_dict_prefix_replace(dict(state), {prefix: ""}, filter_keys=True):
+        state, metadata = comfy.utils.convert_old_quants(network, "", metadata=metadata)
+    return state, metadata
 
 
 def _read(path: str) -> tuple[dict[str, Tensor], Any]:

@@ -71,7 +71,7 @@ class NetworkFile:
 
 def _empty(detected: Detected) -> nn.Module:
     """The network before its weights; the memory it asks for is never touched, so the system never gives it."""
-    network = detected.model_config.get_model(dict(detected.state), "").diffusion_model
+    network = detected.base_model().diffusion_model
     assert isinstance(network, nn.Module)
     return network
 

@@ -41,7 +41,7 @@ def model_files(
     stash = request.config.stash
     if _MODELS not in stash:
         models = tmp_path_factory.mktemp("models")
-        for name in ("diffusion_models", "loras"):
+        for name in ("diffusion_models", "checkpoints", "loras"):
             (models / name).mkdir()
         write_model_files(installation, models)
         stash[_MODELS] = models

@@ -38,6 +38,7 @@ class Text:
     guidance: float = 6.0
     width: int = 64
     glyphs: int = 0  # tokens of ByT5, for HunyuanVideo 1.5
+    pooled: int = 768
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,7 @@ class Setting:
     """All that decides the result of a sampling graph."""
 
     checkpoint: str = "tiny.safetensors"
+    whole: bool = False  # a checkpoint with VAE and more, for Load Checkpoint
     weight_dtype: str = "default"
     width: int = 64
     height: int = 48
@@ -100,6 +102,12 @@ class GraphBuilder:
         self.graph[node_id] = {"class_type": class_type, "inputs": inputs}
         return [node_id, 0]
 
+    def add_whole_loader(self, checkpoint: str, swapped: Swapped | None) -> Link:
+        """Outputs model, CLIP and VAE."""
+        if swapped is None:
+            return self.add("CheckpointLoaderSimple", ckpt_name=checkpoint)
+        return self.add("SPLoadCheckpoint", ckpt_name=checkpoint, sp_config=self.add("SPConfig", **vars(swapped)))
+
     def add_loader(self, checkpoint: str, swapped: Swapped | None, weight_dtype: str = "default") -> Link:
         if swapped is None:
             return self.add("UNETLoader", unet_name=checkpoint, weight_dtype=weight_dtype)
@@ -113,7 +121,7 @@ class GraphBuilder:
             tokens=text.tokens,
             valid_tokens=text.tokens if text.valid is None else text.valid,
             width=text.width,
-            pooled_width=768,
+            pooled_width=text.pooled,
             guidance=text.guidance,
             glyph_tokens=text.glyphs,
         )
@@ -122,7 +130,10 @@ class GraphBuilder:
 def sampling_graph(setting: Setting, swapped: Swapped | None = None) -> Graph:
     """Loader, model nodes, sampler and SaveLatent (node id OUTPUT)."""
     builder = GraphBuilder()
-    model = builder.add_loader(setting.checkpoint, swapped, setting.weight_dtype)
+    if setting.whole:
+        model = builder.add_whole_loader(setting.checkpoint, swapped)
+    else:
+        model = builder.add_loader(setting.checkpoint, swapped, setting.weight_dtype)
     for class_type, inputs in setting.model_nodes:
         model = builder.add(class_type, model=model, **dict(inputs))
     add_sampling(builder, setting, model)
@@ -173,6 +184,12 @@ def add_sampling(builder: GraphBuilder, setting: Setting, model: Link, output: s
     if setting.audio:
         samples = builder.add("SPTestFlatLatent", samples=samples)
     builder.add("SaveLatent", node_id=output, samples=samples, filename_prefix="latents/test")
+
+
+def with_audio(builder: GraphBuilder, setting: Setting, positive: Link, latent: Link) -> tuple[Link, Link]:
+    """7 audio tokens beside the video."""
+    audio = builder.add("SPTestVideoLatent", seed=2, frames=0, height=7, width=16, channels=8)
+    return positive, builder.add("LTXVConcatAVLatent", video_latent=latent, audio_latent=audio)
 
 
 def add_start_image(builder: GraphBuilder, setting: Setting, positive: Link, negative: Link) -> tuple[Link, Link, Link]:

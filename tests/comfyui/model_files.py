@@ -49,6 +49,8 @@ KREA2 = "tiny_krea_2.safetensors"
 Z_IMAGE = "tiny_z_image.safetensors"
 WAN_VACE = "tiny_wan_vace.safetensors"
 PIXART = "tiny_pixart.safetensors"  # of a class that has no plan
+SDXL = "tiny_sdxl.safetensors"  # a checkpoint: predicts v, as a mark beside the network says, and has a VAE
+LTX23_WHOLE = "tiny_ltx_2.3_whole.safetensors"  # a checkpoint with the VAEs of pictures and of sound
 LORA = "krea_2_lora.safetensors"
 
 # Files of the same networks in other dtypes and layouts.

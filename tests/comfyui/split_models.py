@@ -249,6 +249,18 @@ def ltxv(heads: int) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def sdxl() -> dict[str, Any]:
+    """A UNet of ComfyUI's, with SDXL's conditioning on sizes."""
+    return {
+        "in_channels": 4, "out_channels": 4, "model_channels": 64, "channel_mult": [1, 2, 4],
+        "num_res_blocks": [1, 1, 1], "transformer_depth": [0, 1, 1], "transformer_depth_middle": 1,
+        "transformer_depth_output": [0, 0, 1, 1, 1, 1], "num_head_channels": 64, "context_dim": 64,
+        "use_linear_in_transformer": True, "use_spatial_transformer": True, "num_classes": "sequential",
+        "adm_in_channels": 768 + 6 * 256, "image_size": 32, "use_checkpoint": False, "legacy": False,
+        "use_temporal_attention": False,
+    }  # fmt: skip
+
+
 def lumina(heads: int, **more: Any) -> dict[str, Any]:
     return {
         "image_model": "lumina2", "patch_size": 2, "in_channels": 16, "dim": 128 * heads, "cap_feat_dim": 48,

@@ -20,6 +20,7 @@ from tests.comfyui.graphs import (
     fresh,
     model_node,
     sampling_graph,
+    with_audio,
 )
 from tests.comfyui.latents import relative_difference, sample
 from tests.comfyui.model_files import FLUX, H3, KREA2, LORA, LTX23, PIXART, QWEN_IMAGE, WAN, WAN_VACE, Z_IMAGE
@@ -35,12 +36,6 @@ ONE, TWO, RING = Swapped("cpu"), Swapped("cpu,cpu"), Swapped("cpu,cpu", ring_deg
 CFG, DP = Swapped("cpu,cpu", cfg_degree=2), Swapped("cpu,cpu", dp_degree=2)
 THREE = Swapped("cpu*4,cpu*2,cpu")
 HYBRID = Swapped("cpu,cpu,cpu,cpu", ulysses_degree=2, ring_degree=2)
-
-
-def with_audio(builder: GraphBuilder, setting: Setting, positive: Link, latent: Link) -> tuple[Link, Link]:
-    """7 audio tokens beside the video."""
-    audio = builder.add("SPTestVideoLatent", seed=2, frames=0, height=7, width=16, channels=8)
-    return positive, builder.add("LTXVConcatAVLatent", video_latent=latent, audio_latent=audio)
 
 
 def with_control_video(builder: GraphBuilder, setting: Setting, positive: Link, latent: Link) -> tuple[Link, Link]:

@@ -290,6 +290,33 @@ def _write_cogvideox_folder(folder: Path, file: File) -> None:
     (folder / "config.json").write_text(json.dumps({"_class_name": "CogVideoXTransformer3DModel", **told}))
 
 
+_LTX_VAE = {
+    "dims": 3, "in_channels": 3, "out_channels": 3, "latent_channels": 128, "norm_layer": "pixel_norm", "patch_size": 4,
+    "latent_log_var": "uniform", "causal_decoder": False, "encoder_base_channels": 16, "decoder_base_channels": 16,
+    "blocks": [["res_x", 1], *([["compress_all", 1], ["res_x", 1]] * 3)],
+}  # fmt: skip
+
+
+def _write_checkpoints(folder: Path) -> None:
+    """Networks with what lies beside them in checkpoints."""
+    from comfy.ldm.lightricks.vae.causal_video_autoencoder import VideoVAE
+    from comfy.taesd.taesd import TAESD
+
+    def save(name: str, network: dict[str, Tensor], beside: dict[str, Tensor], metadata: dict[str, Any]) -> None:
+        named = {_PREFIX + key: tensor for key, tensor in network.items()} | beside
+        whole = {key: tensor.contiguous() for key, tensor in named.items()}
+        save_file(whole, folder / name, {"config": json.dumps(metadata)} if metadata else {})
+
+    vae = {f"first_stage_model.{name}": tensor for name, tensor in tensors_of(TAESD(), 1).items()}
+    unet = tensors_of(split_models.empty_network("SDXL", split_models.sdxl()), 0)
+    save(names.SDXL, unet, {**vae, "v_pred": torch.zeros(0)}, {})
+    config = split_models.ltx23(4)
+    vae = {f"vae.{name}": tensor for name, tensor in tensors_of(VideoVAE(config=_LTX_VAE), 1).items()}
+    sound = {f"{part}.decoder.conv_in.weight": torch.zeros(8, 8, 3) for part in ("audio_vae", "vocoder")}
+    network = tensors_of(split_models.empty_network("LTXAV", config), 0)
+    save(names.LTX23_WHOLE, network, vae | sound, {"transformer": config, "vae": _LTX_VAE})
+
+
 def _write_krea_lora(path: Path) -> None:
     layers = {"diffusion_model.blocks.0.attn.wq": (512, 512), "diffusion_model.blocks.2.mlp.up": (1408, 512)}
     lora = {}
@@ -314,6 +341,7 @@ def main(comfyui: str, models: Path) -> None:
         write(folder / name, file)
     _write_folder(folder / names.FLUX_FOLDER, files()[names.FLUX])
     _write_cogvideox_folder(folder / names.COGVIDEOX_FOLDER, files()[names.COGVIDEOX])
+    _write_checkpoints(models / "checkpoints")
     write_lora_files(models / "loras")
     _write_krea_lora(models / "loras" / names.LORA)
 

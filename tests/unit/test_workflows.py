@@ -24,6 +24,7 @@ PUBLISHED = {
         "devices", "ulysses_degree", "ring_degree", "cfg_degree", "dp_degree", "weights", "attention",
     ],
     "SPLoadDiffusionModel": ["unet_name", "weight_dtype"],
+    "SPLoadCheckpoint": ["ckpt_name"],
     "SPFirstBlockCache": ["residual_diff_threshold", "start_percent", "end_percent", "max_consecutive_hits"],
     "SPTeaCache": ["rel_l1_thresh", "start_percent", "end_percent"],
     "SPQuantizeFP8": ["scheme", "skip"],

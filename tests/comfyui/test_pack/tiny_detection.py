@@ -5,10 +5,11 @@ The networks themselves are ComfyUI's own. Applied where ComfyUI runs, in the wo
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import comfy.ldm.genmo.joint_model.asymm_models_joint as mochi
 import comfy.model_detection as model_detection
+import comfy.supported_models as supported_models
 
 HIDDEN_OF_THE_ASSERTION = 1536 * 8
 """ComfyUI's Mochi blocks assert that their MLP has this width, the released one's."""
@@ -57,6 +58,15 @@ _LUMINA_WIDTHS = (2304, 3840)
 _SIZES = {"mochi_preview": _mochi_sizes, "qwen_image": _qwen_image_sizes, "lumina2": _lumina_sizes}
 
 
+class TinySDXL(supported_models.SDXL):
+    """ComfyUI knows its UNets by their sizes."""
+
+    unet_config: ClassVar = {
+        **supported_models.SDXL.unet_config, "model_channels": 64, "transformer_depth": [0, 1, 1], "context_dim": 64,
+        "adm_in_channels": 768 + 6 * 256,
+    }  # fmt: skip
+
+
 def apply() -> None:
     """Makes the detection read these sizes from the file; of released files it finds what it found before."""
     detect = model_detection.detect_unet_config
@@ -69,5 +79,6 @@ def apply() -> None:
         return config
 
     model_detection.detect_unet_config = detect_sizes
+    supported_models.models.append(TinySDXL)
     feed_forward = mochi.FeedForward
     mochi.FeedForward = lambda **options: feed_forward(**options | {"hidden_size": 4 * options["in_features"]})
