@@ -49,11 +49,9 @@ def main(arguments: list[str] | None = None) -> int:
     plan = commands.add_parser("plan", parents=[common], help="draft a split plan of a class of ComfyUI's")
     plan.add_argument("network", help="a network's class in ComfyUI, e.g. Flux, or a safetensors file")
     plan.add_argument("--config", default="", help="arguments of its constructor: JSON, or a file of it")
-    for name, text in (
-        ("input", "of its forward; [1,16,10,14] is a tensor's shape"),
-        ("larger", "what an input is with a larger latent"),
-    ):
-        plan.add_argument(f"--{name}", action="append", default=[], metavar="NAME=JSON", help=text)
+    several: dict[str, Any] = {"action": "append", "default": [], "metavar": "NAME=JSON"}
+    plan.add_argument("--input", **several, help="of its forward; [1,16,10,14] is a tensor's shape")
+    plan.add_argument("--larger", **several, help="what an input is with a larger latent")
 
     options = parser.parse_args(arguments)
     logging.basicConfig(
@@ -74,6 +72,10 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _run(options: argparse.Namespace) -> tuple[dict[str, Any], str, int]:
+    if options.command in ("demo", "bench") and options.devices == "auto":
+        import torch
+
+        options.devices = "auto" if torch.cuda.is_available() else "cpu,cpu"  # one CPU worker would split nothing
     if options.command == "demo":
         from .demo.run import run_demo
 

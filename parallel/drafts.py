@@ -31,25 +31,24 @@ def draft(
         ConfigError: ComfyUI, the class or an argument is not there or not enough.
     """
     settings = _config(config)
-    given, grown = (dict(_input(each) for each in some) for some in (inputs, larger))
+    given, grown = (dict(map(_input, some)) for some in (inputs, larger))
     trial = _trial()
     from .plans.comfyui import plan_of
-    from .plans.drafting import Draft, written
+    from .plans.drafting import Draft, source, written
 
-    def make(device: str) -> Any:
+    def made_on(device: str) -> Any:
         if network.endswith((".safetensors", ".sft")):
             return trial.network_of_file(network, torch.device(device))
         return trial.network_of_class(network, settings, torch.device(device))
 
     def drafted_of(made: Any) -> Draft:
         """With larger latents where small ones are a few tokens, as pixels are."""
-        name = type(made).__name__
-        drafted = Draft(name, trial.Trial(made, given, grown).record())
+        drafted = Draft(trial.passes(made, given, grown))
         if min((sizes[0] for sizes in drafted.streams.values()), default=ENOUGH) < ENOUGH:
-            drafted = Draft(name, trial.Trial(made, given, grown, times=8).record())
+            drafted = Draft(trial.passes(made, given, grown, times=8))
         return drafted
 
-    made = make("meta")
+    made = made_on("meta")
     try:
         drafted = drafted_of(made)
     except NotImplementedError as error:  # its shapes depend on values, which the meta device has not
@@ -58,14 +57,24 @@ def draft(
                 f"{network} runs on a CPU only ({error}), and has {count} parameters; give a config with at most"
                 f" {trial.RUNS_ON_CPU}"
             ) from error
-        made = make("cpu")
+        made = made_on("cpu")
         drafted = drafted_of(made)
-    existing = written(plan) if (plan := plan_of(made)) else ""
-    text = [drafted.tree(), "", "A draft; see CONTRIBUTING, Add a model by a plan:", drafted.plan()]
+    name = type(made).__name__
+    existing = written(name, plan) if (plan := plan_of(made)) else ""
+    text = [drafted.tree(), "", "A draft; see CONTRIBUTING, Add a model by a plan. The order of streams is a guess."]
+    text += [written(name, drafted.plan)] if drafted.plan else ["# no list of blocks attends to tokens of the latent"]
     if existing:
-        text += ["", f"{drafted.network} has this plan:", existing]
-    result = {"class": drafted.network, "streams": drafted.streams, "sites": drafted.sites, "plan": existing}
-    return result, "\n".join(text)
+        text += ["", f"{name} has this plan:", existing]
+    sites = {
+        path: {
+            "cut": {argument: source(rule) for argument, rule in site.cut.items()},
+            "whole": (site.whole or "").split(),
+            "attention": {module: source(pair) for module, pair in site.attention.items()},
+            "join": source(site.join) if site.join else "",
+        }
+        for path, site in drafted.plan.items()
+    }
+    return {"class": name, "streams": drafted.streams, "sites": sites, "plan": existing}, "\n".join(text)
 
 
 def _trial() -> ModuleType:

@@ -2,38 +2,31 @@
 
 from __future__ import annotations
 
-# A pack's module name is the path of its folder; ComfyUI would show it before the name of an error.
-_SHOWN_AS = "sequence_parallel"
-
 
 class EngineError(RuntimeError):
     """Base class of every error that the engine raises on purpose."""
 
-    __module__ = _SHOWN_AS
+    # A pack's module name is the path of its folder; ComfyUI would show it before the name of an error.
+    __module__ = "sequence_parallel"
+
+    def __init_subclass__(cls) -> None:
+        cls.__module__ = EngineError.__module__
 
 
 class ConfigError(EngineError, ValueError):
     """A setting is not usable. The message names the knob, the value received and what is allowed."""
 
-    __module__ = _SHOWN_AS
-
 
 class CheckpointError(EngineError):
     """A checkpoint file is missing, damaged, or not what its model's class expects."""
-
-    __module__ = _SHOWN_AS
 
 
 class UnsupportedError(EngineError, NotImplementedError):
     """A model, input or option that this engine would compute wrongly or not at all, refused by name."""
 
-    __module__ = _SHOWN_AS
-
 
 class UnknownModelError(UnsupportedError):
     """A file that ComfyUI does not recognise, or not how it is quantised."""
-
-    __module__ = _SHOWN_AS
 
 
 class WorkerError(EngineError):
@@ -45,8 +38,6 @@ class WorkerError(EngineError):
         remote_traceback: the worker's traceback, every line prefixed with its rank.
     """
 
-    __module__ = _SHOWN_AS
-
     def __init__(self, message: str, *, rank: int, remote_type: str = "", remote_traceback: str = ""):
         super().__init__(message)
         self.rank = rank
@@ -57,16 +48,10 @@ class WorkerError(EngineError):
 class WorkerOutOfMemoryError(WorkerError):
     """A worker's device ran out of memory."""
 
-    __module__ = _SHOWN_AS
-
 
 class WorkerDiedError(WorkerError):
     """A worker process ended, was killed, or stopped answering."""
 
-    __module__ = _SHOWN_AS
-
 
 class StepCancelled(EngineError):
     """Raised inside a worker, on every rank at the same block, when the host asked to stop."""
-
-    __module__ = _SHOWN_AS

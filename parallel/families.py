@@ -6,7 +6,6 @@ from typing import Any
 
 from .plans.comfyui import CHAINS, DESCRIBED, PLANS, ByModel, takes_control
 from .split.blocks import reached_into
-from .split.sites import Plan
 
 _TITLES = {
     "title": "model",
@@ -26,7 +25,8 @@ def families() -> list[dict[str, Any]]:
     """What each network of ComfyUI's can do. What works with every one, by how it is built, says yes for each."""
     found = []
     for name, described in DESCRIBED.items():
-        plans = _plans(name)
+        plan = PLANS[name]
+        plans = plan.plans if isinstance(plan, ByModel) else (plan,)
         found.append(
             {
                 "title": described.title,
@@ -49,11 +49,6 @@ def as_markdown() -> str:
     rows = [list(_TITLES.values()), ["---"] * len(_TITLES)]
     rows += [[", ".join(row[key]) if isinstance(row[key], list) else row[key] for key in _TITLES] for row in families()]
     return "".join(f"| {' | '.join(row)} |\n" for row in rows)
-
-
-def _plans(name: str) -> tuple[Plan, ...]:
-    plan = PLANS[name]
-    return plan.plans if isinstance(plan, ByModel) else (plan,)
 
 
 def _yes(does: bool) -> str:

@@ -65,19 +65,16 @@ class Workload:
     def configs(self) -> list[SequenceParallelConfig]:
         """One device alone, all of them, and, if some are slow, all of them with equal shares.
 
-        On a machine without a GPU, `auto` is two CPU workers here.
-
         Raises:
             ConfigError: the degrees do not fit the devices, or `slow` does not.
         """
-        devices = "cpu,cpu" if self.devices == "auto" and not torch.cuda.is_available() else self.devices
         config = partial(SequenceParallelConfig, ulysses_degree=self.ulysses_degree, ring_degree=self.ring_degree)
-        layout = resolve(config(devices=devices))
+        layout = resolve(config(devices=self.devices))
         names = [device.name for device in layout.devices]
-        configs = [SequenceParallelConfig(devices=names[0]), config(devices=devices)]
+        configs = [SequenceParallelConfig(devices=names[0]), config(devices=self.devices)]
         if self.slow:
             if len(self.slow) != len(names) or min(self.slow) < 1:
-                raise ConfigError(f"slow is {self.slow}; give a whole number of 1 or more for each of {devices}")
+                raise ConfigError(f"slow is {self.slow}; give a whole number of 1 or more for each of {self.devices}")
             configs.append(config(devices=",".join(names)))
         return configs
 

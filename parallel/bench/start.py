@@ -28,7 +28,7 @@ def bench_start(devices: str, rounds: int) -> tuple[dict[str, Any], str]:
     """Starts workers, loads a tiny HunyuanVideo and takes one step, both ways in turn.
 
     Args:
-        devices: as in SP Config; `auto` is every GPU, or two CPU workers.
+        devices: as in SP Config.
         rounds: how often each way.
 
     Returns:
@@ -37,8 +37,6 @@ def bench_start(devices: str, rounds: int) -> tuple[dict[str, Any], str]:
     """
     if rounds < 1:
         raise ConfigError(f"rounds is {rounds}; allowed are 1 or more")
-    if devices == "auto" and not torch.cuda.is_available():
-        devices = "cpu,cpu"
     config = SequenceParallelConfig(devices=devices)
     layout = resolve(config)
     with tempfile.TemporaryDirectory(prefix="sequence-parallel-bench-") as folder:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..plans.comfyui import plan_of
 from ..split.routes import ThroughOptions
 from ..split.sites import Plan
-from .detection import Detected, detect, quantised_layers
+from .detection import detect, quantised_layers
 
 log = logging.getLogger("sequence_parallel.worker")
 
@@ -51,7 +51,9 @@ class NetworkFile:
         Returns:
             The network; name of a parameter → dtype in which ComfyUI keeps it, where that is not the file's.
         """
-        network = _empty(self._detected)
+        # Before its weights: the memory it asks for is never touched, so the system never gives it.
+        network = self._detected.base_model().diffusion_model
+        assert isinstance(network, nn.Module)
         tensors = self.tensors()
         parameters = {name for name, _ in network.named_parameters()}
         dtypes = changed_dtypes(tensors, network)
@@ -67,13 +69,6 @@ class NetworkFile:
     def plan(self, network: nn.Module) -> Plan:
         """Of the network's class; empty if it has none."""
         return plan_of(network)
-
-
-def _empty(detected: Detected) -> nn.Module:
-    """The network before its weights; the memory it asks for is never touched, so the system never gives it."""
-    network = detected.base_model().diffusion_model
-    assert isinstance(network, nn.Module)
-    return network
 
 
 def changed_dtypes(tensors: Mapping[str, Tensor], network: nn.Module) -> dict[str, torch.dtype]:

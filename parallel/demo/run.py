@@ -39,7 +39,7 @@ def run_demo(*, devices: str, steps: int, output: str) -> tuple[dict[str, Any], 
     """Runs the demo.
 
     Args:
-        devices: as in SP Config; `auto` is every GPU, or two CPU workers.
+        devices: as in SP Config.
         steps: denoising steps that are timed; one more warms up.
         output: path of the animated file.
 
@@ -48,8 +48,6 @@ def run_demo(*, devices: str, steps: int, output: str) -> tuple[dict[str, Any], 
     """
     if steps < 1:
         raise ConfigError(f"steps is {steps}; allowed are 1 or more")
-    if devices == "auto" and not torch.cuda.is_available():
-        devices = "cpu,cpu"
     layout = resolve(SequenceParallelConfig(devices=devices))
     alone = resolve(SequenceParallelConfig(devices=layout.devices[0].name))
     with tempfile.TemporaryDirectory(prefix="sequence-parallel-demo-") as folder:

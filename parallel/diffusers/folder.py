@@ -64,8 +64,12 @@ class NetworkFile:
         Returns:
             The network; name of a parameter → dtype in which it is kept, where that is not the file's.
         """
-        network = _empty(self._path, self._config)
         tensors = self.tensors()
+        from diffusers.models.modeling_utils import no_init_weights
+
+        # The memory that weights ask for is never touched, so the system never gives it. Buffers are in no file.
+        with no_init_weights():
+            network: nn.Module = _made(self._path, self._config)
         wanted = {name: parameter.shape for name, parameter in network.named_parameters()}
         for name, tensor in tensors.items():
             if name in wanted and tensor.shape != wanted[name]:
@@ -153,18 +157,6 @@ def transformer_class(name: str) -> Any:
             " Some of these packages do not fit together; `pip install -U diffusers transformers` brings a set that"
             " does"
         ) from error
-
-
-def _empty(path: str, config: Mapping[str, Any]) -> nn.Module:
-    """The network before its weights; the memory it asks for is never touched, so the system never gives it. Its
-    buffers are real: they are in no file."""
-    transformer_class(config["_class_name"])
-    from diffusers.models.modeling_utils import no_init_weights
-
-    with no_init_weights():
-        network = _made(path, config)
-    assert isinstance(network, nn.Module)
-    return network
 
 
 def _made(path: str, config: Mapping[str, Any]) -> Any:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor
 
 from ..errors import CheckpointError
@@ -24,8 +25,7 @@ def mapped(path: str) -> dict[str, Tensor]:
     found: dict[str, Tensor] = {}
     try:
         for name in _files(folder):
-            with safe_open(folder / name, framework="pt") as file:
-                found |= {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (it is no mapping)
+            found |= load_file(folder / name)
     except (OSError, ValueError, SafetensorError) as error:
         raise CheckpointError(f"{path} is damaged or incomplete: {error}") from error
     return found

@@ -1,10 +1,11 @@
-"""What a model's modules are called with in a forward pass, and which attention it computes: names and shapes."""
+"""What a model's modules are called with in a forward pass, and which attention they compute: names and shapes."""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch.nn.functional as F
@@ -14,108 +15,91 @@ from torch.overrides import TorchFunctionMode
 from ..split.routes import OPTIONS, OVERRIDE
 
 Tree = Any
-"""A value's shapes: a tuple of sizes for a tensor, a list or dictionary of trees, a type's name for the rest."""
+"""A value's shapes: a tuple of sizes for a tensor, a list of trees for its like, a text for the rest."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Call:
     """A module's first call."""
 
     kind: str
     """Class of the module."""
-    arguments: Mapping[str, Tree]
+    arguments: dict[str, Tree]
     """By name; without those that are None, and without `transformer_options`."""
-    absent: tuple[str, ...]
+    absent: list[str]
     """Arguments that were None or not given."""
     options: bool
     """Whether it was given `transformer_options`."""
-    result: Tree
+    result: Tree = None
+    attended: list[tuple[Any, Any, bool]] = field(default_factory=list)
+    """Queries, keys, and whether it was given `transformer_options`, by which it can be routed: each attention while
+    this was the innermost module, in all its calls."""
 
 
-@dataclass(frozen=True, slots=True)
-class Attended:
-    """One attention."""
+def record(network: nn.Module, arguments: Mapping[str, Any]) -> dict[str, Call]:
+    """Calls a network of ComfyUI's. Nothing is left behind.
 
-    module: str
-    """The innermost module that ran."""
-    queries: int
-    keys: int
-    options: bool
-    """Whether it was given `transformer_options`, by which it can be routed."""
+    Args:
+        arguments: of its forward, by name, but for `transformer_options`.
 
-
-@dataclass(slots=True)
-class Recording:
-    """A forward pass."""
-
-    calls: dict[str, Call] = field(default_factory=dict)
-    """Path of the module → its first call, in the order in which modules begin."""
-    attended: list[Attended] = field(default_factory=list)
-
-
-def record(network: nn.Module, run: Callable[[dict[str, Any]], Any]) -> Recording:
-    """Records `run(transformer_options)`, which calls the network with these options. Nothing is left behind.
-
-    Attention that is given the options is not computed: its result is zeros.
+    Returns:
+        Path of a module → its first call, in the order in which modules begin.
     """
-    recording, running = Recording(), [""]
-    handles = []
+    recorder, handles = _Recorder(), []
     for path, module in network.named_modules():
-        before, after = _hooks(path, recording, running)
-        handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
-        handles.append(module.register_forward_hook(after, always_call=True))
-
-    def override(function: Any, *args: Any, **kwargs: Any) -> Tensor:
-        named = dict(zip(("q", "k", "v", "heads"), args, strict=False)) | kwargs
-        q, k, v, heads = (named[name] for name in ("q", "k", "v", "heads"))
-        apart = bool(named.get("skip_reshape"))
-        recording.attended.append(Attended(running[-1], q.shape[-2], k.shape[-2], True))
-        batch, length, width = q.shape[0], q.shape[-2], v.shape[-1] if apart else v.shape[-1] // heads
-        if named.get("skip_output_reshape"):
-            return q.new_zeros(batch, heads, length, width)
-        return q.new_zeros(batch, length, heads * width)
-
+        handles += [
+            module.register_forward_pre_hook(partial(recorder.begin, path), with_kwargs=True),
+            module.register_forward_hook(partial(recorder.end, path), always_call=True),
+        ]
     try:
-        with _Unrouted(recording, running):
-            run({OVERRIDE: override})
+        with recorder:
+            network(**arguments, transformer_options={OVERRIDE: recorder.routed})
     finally:
         for handle in handles:
             handle.remove()
-    return recording
+    return recorder.calls
 
 
-class _Unrouted(TorchFunctionMode):
-    """Attention that goes to torch directly, or by way of ComfyUI without the options."""
+class _Recorder(TorchFunctionMode):
+    """Sees all attention that ends in torch's, as ComfyUI's does with `--use-pytorch-cross-attention`."""
 
-    def __init__(self, recording: Recording, running: list[str]):
+    def __init__(self) -> None:
         super().__init__()
-        self._recording, self._running = recording, running
+        self.calls: dict[str, Call] = {}
+        self._running: list[str] = []
+        self._options = False
+
+    def begin(self, path: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._running.append(path)
+        if path in self.calls:
+            return
+        names = list(inspect.signature(type(module).forward).parameters)[1:]
+        given = {n: v for n, v in (dict(zip(names, args, strict=False)) | kwargs).items() if v is not None}
+        self.calls[path] = Call(
+            kind=type(module).__name__,
+            arguments={name: shapes(value) for name, value in given.items() if name != OPTIONS},
+            absent=[name for name in names if name not in (*given, OPTIONS, "args", "kwargs")],
+            options=OPTIONS in given,
+        )
+
+    def end(self, path: str, module: nn.Module, args: tuple[Any, ...], result: Any) -> None:
+        self._running.pop()
+        if self.calls[path].result is None:
+            self.calls[path].result = shapes(result)
+
+    def routed(self, function: Any, *args: Any, **kwargs: Any) -> Any:
+        """ComfyUI calls it in place of its attention `function`, where this has the options."""
+        self._options = True
+        try:
+            return function(*args, **kwargs)
+        finally:
+            self._options = False
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is F.scaled_dot_product_attention:
-            q, k = args[0], args[1]
-            self._recording.attended.append(Attended(self._running[-1], q.shape[-2], k.shape[-2], False))
+            queries, keys = (each.shape[-2] for each in args[:2])
+            self.calls[self._running[-1]].attended.append((queries, keys, self._options))
         return func(*args, **(kwargs or {}))
-
-
-def _hooks(path: str, recording: Recording, running: list[str]) -> tuple[Any, Any]:
-    def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        running.append(path)
-        if path in recording.calls:
-            return
-        names = list(inspect.signature(type(module).forward).parameters)[1:]
-        given = dict(zip(names, args, strict=False)) | kwargs
-        arguments = {name: shapes(value) for name, value in given.items() if value is not None and name != OPTIONS}
-        absent = tuple(name for name in names if given.get(name) is None and name not in (OPTIONS, "args", "kwargs"))
-        recording.calls[path] = Call(type(module).__name__, arguments, absent, OPTIONS in given, None)
-
-    def after(module: nn.Module, args: Any, result: Any) -> None:
-        running.pop()
-        call = recording.calls[path]
-        if call.result is None:
-            recording.calls[path] = Call(call.kind, call.arguments, call.absent, call.options, shapes(result))
-
-    return before, after
 
 
 def shapes(value: Any) -> Tree:
@@ -124,6 +108,4 @@ def shapes(value: Any) -> Tree:
         return tuple(value.shape)
     if isinstance(value, tuple | list):
         return [shapes(each) for each in value]
-    if isinstance(value, Mapping):
-        return {str(name): shapes(each) for name, each in value.items()}
-    return type(value).__name__
+    return f"{{{', '.join(map(str, value))}}}" if isinstance(value, Mapping) else type(value).__name__
