@@ -10,7 +10,8 @@ import comfy.utils
 import torch
 
 from ..parallel.errors import WorkerOutOfMemoryError
-from ..parallel.host.group import Progress, WorkerGroup
+from ..parallel.host.calls import Progress
+from ..parallel.host.group import WorkerGroup
 from .watching import LoadText
 
 

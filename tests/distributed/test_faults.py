@@ -317,7 +317,7 @@ def test_a_task_that_breaks_the_context_ends_the_group(case: Case, kind: str, ke
     case.events.clear()
     with group.tasks():
         task = group.submit(1, message)
-        group.wait_for_tasks(lambda: task.reply is not None)
+        group.wait_for(lambda: task.answered)
         error = group.task_error(task, "ADVICE")
     case.faults.clear()
     assert error.rank == 1
