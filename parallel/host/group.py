@@ -183,5 +183,5 @@ def _threads_per_worker(layout: Layout) -> int:
     CPU models PyTorch's convolutions give other bits with another number of threads."""
     if layout.device_type == "cpu":
         return max(1, torch.get_num_threads() // layout.world_size)
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = len(os.sched_getaffinity(0))
     return min(4, max(1, cores // layout.world_size))  # a GPU worker only reads files and launches kernels
