@@ -173,7 +173,8 @@ class SplitNetwork:
         Raises:
             UnsupportedError: naming the argument, and those that there are.
         """
-        given, signature = restore(arguments, lambda name: None), inspect.signature(getattr(self._network, method))
+        given = restore(arguments, lambda name: torch.empty(0))  # in the place of every tensor
+        signature = inspect.signature(getattr(self._network, method))
         try:
             signature.bind(*given["args"], **given["named"])
         except TypeError as error:
