@@ -10,8 +10,7 @@ from comfy.patcher_extension import WrappersMP
 
 from ..parallel.cache.settings import CacheSettings
 from ..parallel.errors import UnsupportedError
-from ..parallel.host.cache_rules import check_cache
-from ..parallel.host.cached_sampling import CachedSampling
+from ..parallel.host.cached_sampling import CachedSampling, check_cache
 from .cached_call import SAMPLING
 from .node_text import tell
 from .shell_patcher import SequenceParallelPatcher

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Any
 
 import comfy.model_management
 import comfy.model_patcher
@@ -10,17 +10,9 @@ import comfy.utils
 import torch
 
 from ..parallel.errors import WorkerOutOfMemoryError
-from ..parallel.host.group import Progress, WorkerGroup
+from ..parallel.host.calls import Progress
+from ..parallel.host.resident import Resident
 from .watching import LoadText
-
-
-class Held(Protocol):
-    """Weights in the workers."""
-
-    @property
-    def group(self) -> WorkerGroup | None: ...
-
-    def unload(self) -> None: ...
 
 
 class WorkersPatcher(comfy.model_patcher.ModelPatcher):
@@ -30,7 +22,7 @@ class WorkersPatcher(comfy.model_patcher.ModelPatcher):
     """
 
     @property
-    def held(self) -> Held:
+    def held(self) -> Resident:
         raise NotImplementedError
 
     def _prepare(self) -> None:

@@ -10,9 +10,28 @@ from typing import Any
 
 from ..cache.settings import CacheSettings, Shapes
 from ..degrees import Degrees
+from ..errors import UnsupportedError
+from ..plans.libraries import CHAINS
+from ..plans.published import known_as
 from ..wire.messages import CacheRule
+from .recipe import Recipe
 
 _NUMBERS = itertools.count(1)
+
+
+def check_cache(settings: CacheSettings, recipe: Recipe, shapes: Shapes | None = None) -> dict[str, Any]:
+    """By what the workers decide which blocks of a network they skip.
+
+    Raises:
+        UnsupportedError: its plan does not say which blocks may be skipped, or TeaCache has no polynomial for it.
+    """
+    chains = CHAINS[recipe.library]
+    if recipe.network not in chains:
+        raise UnsupportedError(
+            f"{settings.name} cannot skip blocks of {recipe.network}: its split plan does not say which; it can for"
+            f" {', '.join(chains)}. Use EasyCache"
+        )
+    return settings.rule(*known_as(recipe.network, recipe.arguments), shapes)
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,13 +77,16 @@ class CachedSampling:
         """After a Cancel or a failure: some ranks may remember a step that others do not."""
         self.number = next(_NUMBERS)
 
-    def message(self, sigma: float, family: str, config: Mapping[str, Any], shapes: Shapes) -> CacheRule:
+    def message(self, sigma: float, recipe: Recipe, shapes: Shapes) -> CacheRule:
         """What the workers are to be told with a step.
 
+        Args:
+            shapes: of the call's tensors.
+
         Raises:
-            UnsupportedError: see `CacheSettings.rule`.
+            UnsupportedError: see `check_cache`.
         """
-        rule = self.settings.rule(family, config, shapes)
+        rule = check_cache(self.settings, recipe, shapes)
         return CacheRule(sampling=self.number, rule=rule, active=self.is_active(sigma))
 
     def is_active(self, sigma: float) -> bool:

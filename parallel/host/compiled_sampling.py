@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 from ..compilation.settings import CompileSettings
+
+_ADDED = ("seconds", "graphs", "breaks", "recompilations")
+"""Figures of a rank that are added up over the steps."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,9 +29,6 @@ class CompileReport:
     """Kinds of blocks that are compiled."""
     failures: tuple[tuple[int, str], ...]
     """Ranks whose blocks ran uncompiled, and why."""
-
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
 
     def __str__(self) -> str:
         if self.failures:
@@ -52,22 +53,17 @@ class CompiledSampling:
 
     def __init__(self, settings: CompileSettings):
         self.settings = settings
-        self._steps = 0
-        self._seconds: list[float] = []
-        self._counts: list[list[int]] = []
-        self._kinds = 0
+        self._steps = self._kinds = 0
+        self._ranks: dict[int, Counter[str]] = defaultdict(Counter)
+        """Rank → figures of `_ADDED`."""
         self._failures: dict[int, str] = {}
 
     def count(self, results: Sequence[Mapping[str, Any]]) -> None:
         """Takes in what the ranks said of a step."""
         self._steps += 1
-        self._seconds = self._seconds or [0.0] * len(results)
-        self._counts = self._counts or [[0, 0, 0] for _ in results]
         for rank, result in enumerate(results):
             told = result["compile"]
-            self._seconds[rank] += told["seconds"]
-            for i, what in enumerate(("graphs", "breaks", "recompilations")):
-                self._counts[rank][i] += told[what]
+            self._ranks[rank].update({name: told[name] for name in _ADDED})
             self._kinds = max(self._kinds, told["kinds"])
             if told["failure"]:
                 self._failures[rank] = told["failure"]
@@ -75,17 +71,9 @@ class CompiledSampling:
     @property
     def report(self) -> CompileReport:
         """So far."""
-        graphs, breaks, recompilations = map(max, zip(*self._counts, strict=True)) if self._counts else (0, 0, 0)
-        return CompileReport(
-            name=self.settings.name,
-            steps=self._steps,
-            seconds=max(self._seconds, default=0.0),
-            graphs=graphs,
-            breaks=breaks,
-            recompilations=recompilations,
-            kinds=self._kinds,
-            failures=tuple(sorted(self._failures.items())),
-        )
+        most = {name: max((of_rank[name] for of_rank in self._ranks.values()), default=0) for name in _ADDED}
+        failures = tuple(sorted(self._failures.items()))
+        return CompileReport(name=self.settings.name, steps=self._steps, kinds=self._kinds, failures=failures, **most)
 
 
 def _count(number: int, what: str) -> str:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ..wire.shared import Segment, TensorRef, lay_out
 
@@ -30,11 +31,24 @@ class GroupMemory:
             current.close()
         return segment
 
+    def write(self, name: str, tensors: Sequence[Tensor]) -> list[TensorRef]:
+        """Copies tensors to the start of the segment `name`; returns their places."""
+        refs, size = lay_out(name, [(tensor.shape, tensor.dtype) for tensor in tensors])
+        segment = self.segment(name, size)
+        for tensor, ref in zip(tensors, refs, strict=True):
+            segment.tensor(ref).copy_(tensor)
+        return refs
+
     def drop(self, name: str) -> None:
         """Forgets a segment; its memory goes when the workers have dropped it too."""
         self._new.pop(name, None)
         if (segment := self._segments.pop(name, None)) is not None:
             segment.close()
+
+    def clear(self, name: str) -> None:
+        """Gives the memory of a segment, if there is one, back to the system; what lies in it is lost."""
+        if name in self._segments:
+            self._segments[name].clear()
 
     def for_results(
         self, tensors: Sequence[tuple[Sequence[int], torch.dtype]]

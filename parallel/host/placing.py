@@ -9,7 +9,8 @@ from dataclasses import replace
 from ..config import Layout, SequenceParallelConfig
 from ..placement import Memory, Placement, bytes_on_device, check_host_memory, choose
 from ..wire.messages import FreeMemory, WeightsHome
-from .group import Poll, WorkerGroup
+from .calls import Poll
+from .group import WorkerGroup
 
 
 class Placing:
@@ -72,10 +73,11 @@ class Placing:
         finally:
             group.memory.drop(segment)  # it belongs to the workers now
 
-    def expected_bytes(self, nbytes: int) -> int:
-        """Of weights on one worker's device when they are loaded; under `auto` as much as it may be."""
-        return bytes_on_device(self._asked, nbytes, self._sharing, self._device_type)
+    def expected_bytes(self, nbytes: int, mode: str | None = None) -> int:
+        """Of weights on one worker's device when they are loaded; under `auto` as much as it may be.
 
-    def bytes_on_device(self, placement: Placement, nbytes: int) -> int:
-        """As `expected_bytes`, where it is settled."""
-        return bytes_on_device(placement.mode, nbytes, self._sharing, self._device_type)
+        Args:
+            nbytes: of a whole copy.
+            mode: where they are, once that is settled.
+        """
+        return bytes_on_device(mode or self._asked, nbytes, self._sharing, self._device_type)

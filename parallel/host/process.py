@@ -20,6 +20,7 @@ from ..config import Layout, WorkerDevice
 from ..wire import source_files
 from ..wire.channel import Channel, ChannelClosed
 from ..wire.control import SIZE as CONTROL_SIZE
+from ..wire.messages import MemoryUse
 from .environment import initial_environment, worker_environment
 from .process_state import in_words, state
 
@@ -48,9 +49,7 @@ class WorkerProcess:
         start_seconds: phases of its start, in order: python, torch (with this pack's modules), device, meeting.
         gone: it has ended.
         left_behind: it did not end when it was killed, and nobody waits for it any more.
-        memory: bytes in use when it last answered.
-        free: bytes that its GPU had left then, whoever uses the others; None on a CPU.
-        cached: bytes of its GPU that it had taken then and did not use.
+        memory: what it has last said of it.
         total: bytes of its GPU, or of the system.
         title: its device's name, for people.
         last_lines: what it last wrote to its output.
@@ -72,9 +71,7 @@ class WorkerProcess:
         self.ready = False
         self.gone = False
         self.left_behind = False
-        self.memory = 0
-        self.free: int | None = None
-        self.cached = 0
+        self.memory = MemoryUse(used=0, free=None, cached=0)
         self.total = 0
         self.title = ""
         self.start_seconds: dict[str, float] = {}
@@ -121,12 +118,11 @@ class WorkerProcess:
 
     def device_status(self) -> dict[str, Any]:
         """Its device and the memory there, in bytes. `free` of a system's memory is as of now."""
-        free = _available_bytes() if self.device.type == "cpu" else self.free
         return {
             "device": self.device.name,
             "title": self.title,
-            "memory": self.memory,
-            "free": free,
+            "memory": self.memory.used,
+            "free": _available_bytes() if self.device.type == "cpu" else self.memory.free,
             "total": self.total,
         }
 
@@ -153,8 +149,8 @@ class WorkerProcess:
                 pass
         how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
         text = f"{self.describe()} {how}{during}"
-        if self.memory:
-            text += f"; it had {self.memory / 2**20:.0f} MiB in use"
+        if self.memory.used:
+            text += f"; it had {self.memory.used / 2**20:.0f} MiB in use"
         if code == -signal.SIGKILL:
             text += "; if nobody ended it, the system ran out of memory (see dmesg)"
         elif code > 0 or not self.ready:

@@ -17,24 +17,22 @@ from ..plan import share_of
 from ..sampling.program import Program
 from ..sampling.step_request import OF_ALL_SAMPLES, StepRequest
 from ..wire import messages
-from ..wire.shared import Segment, TensorRef, lay_out
+from ..wire.shared import Segment, TensorRef
 from ..wire.trees import flatten, restore
 from ..wire.typed import from_plain
-from .cache_rules import cache_message
 from .cached_sampling import CachedSampling
+from .calls import Poll, Progress
 from .compiled_sampling import CompiledSampling
-from .group import Poll, Progress, WorkerGroup
+from .group import WorkerGroup
 from .recipe import Recipe
 from .remote_weights import RemoteWeights
-from .sampling import OnStep, SampleReport, Sent
+from .sampling import OUTPUT_DTYPE, OnStep, SampleReport, Sent
 from .sent_conditioning import SentConditioning
 
 log = logging.getLogger("sequence_parallel")
 
 _ROOM = 1 << 20
 """Bytes for a method's results; more are collected by a second message."""
-OUTPUT_DTYPE = torch.float32
-"""Of predictions. It holds whatever a network computes in, and samplers compute in it."""
 
 
 class RemoteModel:
@@ -82,15 +80,12 @@ class RemoteModel:
 
     def forget(self, cache: CachedSampling) -> None:
         """Frees what the workers remember of a sampling, without waiting."""
-        if (group := self.weights.group) is not None and self.weights.loaded:
-            group.post(messages.ForgetCache(model=self.name, sampling=cache.number))
+        self.weights.post(messages.ForgetCache(model=self.name, sampling=cache.number))
 
     def rest(self) -> None:
         """After a sampling, without waiting: GPUs get back what its activations took."""
-        if self._layout.device_type != "cuda":
-            return
-        if (group := self.weights.group) is not None and self.weights.loaded:
-            group.post(messages.Rest())
+        if self._layout.device_type == "cuda":
+            self.weights.post(messages.Rest())
 
     def degrees(self, conditions: int, requests: Sequence[StepRequest] = ()) -> Degrees:
         """How a step with so many conditions is split; a change is logged."""
@@ -148,17 +143,10 @@ class RemoteModel:
             WorkerError: a worker failed; the weights are gone unless `loaded` still says otherwise.
         """
         degrees = self.degrees(conditions, requests)
-        told = None if cache is None else cache_message(cache, sigma, self.recipe, requests[0].shapes)
-        group = self._loaded_in()
-        group.settle(poll)
-        inputs, outputs = [], []
-        for request in requests:
-            inputs += [request.x, request.timestep]
-            outputs.append((self.output_shape(request), OUTPUT_DTYPE))
-        in_refs, size = lay_out("step", [(tensor.shape, tensor.dtype) for tensor in inputs])
-        segment = group.memory.segment("step", size)
-        for tensor, ref in zip(inputs, in_refs, strict=True):
-            segment.tensor(ref).copy_(tensor)
+        told = None if cache is None else cache.message(sigma, self.recipe, requests[0].shapes)
+        group = self.weights.settled(poll)
+        in_refs = group.memory.write("step", [tensor for each in requests for tensor in (each.x, each.timestep)])
+        outputs = [(self.output_shape(request), OUTPUT_DTYPE) for request in requests]
         results, out_refs, lend = group.memory.for_results(outputs)
         keys, conditioning = self._conditioning.update([request.conditioning for request in requests], group)
         message = messages.Step(
@@ -174,11 +162,7 @@ class RemoteModel:
             cache=told,
             compile=None if compiled is None else compiled.settings,
         )
-        try:
-            self.last_step = group.call(message, poll=poll)
-        except BaseException:
-            self._begin_anew(cache)
-            raise
+        self.last_step = self._ask(group, message, poll, cache)
         if cache is not None:
             cache.count(self.last_step, degrees)
         if compiled is not None:
@@ -188,12 +172,24 @@ class RemoteModel:
             _hand_over(results, ref, request.x.device, lend) for ref, request in zip(out_refs, requests, strict=True)
         ]
 
-    def _begin_anew(self, cache: CachedSampling | None) -> None:
-        """After a Cancel or a failure: what the workers hold now is unknown, so it is sent, and remembered, again."""
-        self._conditioning.clear()
-        if cache is not None:
-            self.forget(cache)
-            cache.restart()
+    def _ask(
+        self,
+        group: WorkerGroup,
+        message: messages.Operation,
+        poll: Poll | None,
+        cache: CachedSampling | None = None,
+        on_progress: Progress | None = None,
+    ) -> list[dict[str, Any]]:
+        """Each rank's result. After a Cancel or a failure, what the workers hold is unknown, so it is sent, and
+        remembered, again."""
+        try:
+            return group.call(message, poll=poll, on_progress=on_progress)
+        except BaseException:
+            self._conditioning.clear()
+            if cache is not None:
+                self.forget(cache)
+                cache.restart()
+            raise
 
     def _note_step(
         self,
@@ -244,17 +240,9 @@ class RemoteModel:
         passes = [each.request for network in networks for each in network.passes]
         told = None
         if cache is not None and passes:
-            told = cache_message(cache, 0.0, self.recipe, passes[0].shapes)
-        group = self._loaded_in()
-        group.settle(poll)
-        sent = Sent(
-            program,
-            degrees,
-            group.memory,
-            with_previews=on_step is not None,
-            interval_s=interval_s,
-            output_dtype=OUTPUT_DTYPE,
-        )
+            told = cache.message(0.0, self.recipe, passes[0].shapes)
+        group = self.weights.settled(poll)
+        sent = Sent(program, degrees, group.memory, with_previews=on_step is not None, interval_s=interval_s)
         kinds = [tuple((name, id(tensor)) for name, tensor in each.conditioning.items()) for each in passes]
         different = {kind: each.conditioning for kind, each in zip(kinds, passes, strict=True)}
         keys, conditioning = self._conditioning.update(list(different.values()), group)
@@ -268,11 +256,7 @@ class RemoteModel:
             compiled=None if compiled is None else compiled.settings,
         )
         before, began = group.messages, time.monotonic()
-        try:
-            results = group.call(message, poll=poll, on_progress=sent.followed(on_step, on_progress))
-        except BaseException:
-            self._begin_anew(cache)
-            raise
+        results = self._ask(group, message, poll, cache, sent.followed(on_step, on_progress))
         seconds = time.monotonic() - began
         report = SampleReport(program.steps, len(passes), group.messages - before, seconds, sent.previews)
         if cache is not None:
@@ -309,9 +293,8 @@ class RemoteModel:
         tensors: dict[str, Tensor] = {}
         first = [flatten(value, str(i), tensors) for i, value in enumerate(args)]
         tree = {"dict": {"args": {"list": first}, "named": flatten(dict(named), "named", tensors)}}
-        group, (degrees, _) = self._loaded_in(), self._chosen(1, ())
-        degrees = self._all_in_one(degrees)
-        group.settle(poll)
+        group = self.weights.settled(poll)
+        degrees = self._all_in_one(self._chosen(1, ())[0])
         (held,), conditioning = self._conditioning.update([tensors], group)
         room = messages.Room(segment="call-results", size=_ROOM)
         results = group.memory.segment(room.segment, room.size)
@@ -324,25 +307,15 @@ class RemoteModel:
             conditioning=conditioning,
             room=room,
         )
-        try:
-            told = group.call(message, poll=poll)
-            if (needed := told[0]["needed"]) > room.size:
-                room = replace(room, size=needed)
-                results = group.memory.segment(room.segment, room.size)
-                collect = messages.Collect(model=self.name, room=room)
-                told = [{**told[0], **collected} for collected in group.call(collect, poll=poll)]
-        except BaseException:
-            self._conditioning.clear()
-            raise
+        told = self._ask(group, message, poll)[0]
+        if told["needed"] > room.size:
+            room = replace(room, size=told["needed"])
+            results = group.memory.segment(room.segment, room.size)
+            told |= self._ask(group, messages.Collect(model=self.name, room=room), poll)[0]
         device = next(iter(tensors.values())).device
-        refs = [from_plain(TensorRef, ref) for ref in told[0]["out"]]
+        refs = [from_plain(TensorRef, ref) for ref in told["out"]]
         found = {str(i): results.tensor(ref).clone().to(device) for i, ref in enumerate(refs)}
-        return restore(told[0]["structure"], found.__getitem__)
-
-    def _loaded_in(self) -> WorkerGroup:
-        group = self.weights.group
-        assert group is not None, "load the weights first"
-        return group
+        return restore(told["structure"], found.__getitem__)
 
 
 def _hand_over(segment: Segment, ref: TensorRef, device: torch.device, lend: bool) -> Tensor:

@@ -9,17 +9,18 @@ from collections.abc import Callable, Collection, Hashable, Iterable, Iterator
 from torch import Tensor
 
 from ..config import resolve
-from ..errors import UnsupportedError, WorkerError
+from ..errors import UnsupportedError
 from ..placement import Placement
 from ..quantise.selection import Selection, select_layers
-from ..quantise.settings import NODE, FP8Report, FP8Settings, likely_scheme, refuse_devices
+from ..quantise.settings import NODE, FP8Report, FP8Settings, choose_scheme, likely_scheme, refuse_devices
 from ..wire import messages
 from ..wire.plain import plain_tensors
-from ..wire.shared import lay_out
-from . import quantising, running, status
-from .group import Poll, Progress, WorkerGroup
+from . import running, status
+from .calls import Poll, Progress
+from .group import WorkerGroup
 from .placing import Placing
 from .recipe import Recipe
+from .resident import Resident
 from .sampling import SEGMENT
 
 log = logging.getLogger("sequence_parallel")
@@ -32,18 +33,14 @@ Replace = Callable[[str], Tensor]
 """Name of a weight → what the workers are to use, of its shape; of a quantised one a tensor of its own class."""
 
 
-class RemoteWeights:
+class RemoteWeights(Resident):
     """Where the weights of one model are: in which group of workers, how, and since when.
-
-    They may come and go (eviction, a crash, another layout): `ensure_loaded` brings them back.
 
     Args:
         recipe: what to load.
         group: use this group instead of the shared one of the recipe's configuration.
 
     Attributes:
-        name: of the model in the workers.
-        nbytes: bytes of weights that one worker has on its device; 0 when not loaded.
         placement: where the weights are, or were last, and why.
         fp8: by which settings they are, or were last, quantised on the way.
         fp8_report: what has been quantised, of the weights that were loaded last.
@@ -54,9 +51,9 @@ class RemoteWeights:
     """
 
     def __init__(self, recipe: Recipe, group: WorkerGroup | None = None):
+        name = f"model-{next(_MODELS)}"
+        super().__init__(name, messages.Unload(model=name))
         self.recipe = recipe
-        self.name = f"model-{next(_MODELS)}"
-        self.nbytes = 0
         self.placement: Placement | None = None
         self.fp8: FP8Settings | None = None
         self.fp8_report: FP8Report | None = None
@@ -64,21 +61,9 @@ class RemoteWeights:
         self.layout = resolve(recipe.config)
         self._placing = Placing(recipe.config, self.layout, whole=not recipe.planned)
         self._own_group = group
-        self._group: WorkerGroup | None = None
-        self._generation = 0
         self._version: Hashable = None
         self._replaced: set[str] = set()
         """Weights that are, or may be, other than the file's in the workers."""
-
-    @property
-    def loaded(self) -> bool:
-        """Whether the workers hold the weights."""
-        return self._group is not None and self._group.alive and self._group.generation == self._generation
-
-    @property
-    def group(self) -> WorkerGroup | None:
-        """The workers that it was last loaded in."""
-        return self._group
 
     @property
     def sharded(self) -> bool:
@@ -135,10 +120,13 @@ class RemoteWeights:
             self.select_fp8(fp8)  # refuses before any worker is started
         recipe = self.recipe
         group = self._own_group or running.acquire(recipe.config, poll, first=recipe.to_json())
-        if self.loaded and group is self._group and fp8 == self.fp8:
+        if self.loaded and group is self.group and fp8 == self.fp8:
             return self.nbytes
         nbytes = self._whole_bytes(fp8)
-        choice = quantising.choose(fp8, group, poll)
+        choice = None
+        if fp8 is not None:
+            support = [result["support"] for result in group.call(messages.FP8Support(), poll=poll)]
+            choice = choose_scheme(fp8, group.layout, support)
         self.unload()  # what is loaded otherwise makes room for this
         in_the_file = recipe.in_the_file if fp8 is None else 0
         placement = self._placing.settle(group, poll, nbytes, in_the_file=in_the_file)
@@ -150,10 +138,9 @@ class RemoteWeights:
                 fp8=None if choice is None else choice.to_json(),
             )
             results = group.call(message, poll=poll, on_progress=on_progress)
-        self._group, self._generation, self.placement, self.fp8 = group, group.generation, placement, fp8
+        self.placement, self.fp8 = placement, fp8
         self._forgotten()
-        self.nbytes = max(result["nbytes"] for result in results)
-        group.figures.holds(self.name, recipe.path, self.nbytes)
+        self._arrived(group, recipe.path, max(result["nbytes"] for result in results))
         group.figures.loaded([result["seconds"] for result in results])
         log.info(
             "%s: %s, weights %s (%s): %.0f MiB %s; loaded in %s",
@@ -163,7 +150,13 @@ class RemoteWeights:
             else f"on each of {len(results)} workers",
             status.phases_text(group.figures.load),
         )  # fmt: skip
-        self.fp8_report = quantising.report(choice, results[0]["fp8"], self._placing, placement, self.nbytes)
+        self.fp8_report = None
+        if choice is not None:
+            counts = dict(results[0]["fp8"])
+            before = self.nbytes + self._placing.expected_bytes(counts.pop("saved"), placement.mode)
+            self.fp8_report = FP8Report(
+                scheme=choice.scheme, reason=choice.reason, bytes_before=before, bytes_after=self.nbytes, **counts
+            )
         return self.nbytes
 
     def replace(
@@ -188,13 +181,12 @@ class RemoteWeights:
             on_progress: told in weights.
 
         Raises:
-            CheckpointError: there is no such weight, or its replacement does not fit it.
-            WorkerError: a worker failed; the next call starts over.
+            WorkerError: a worker failed; the next call starts over. Its `remote_type` is CheckpointError where there is
+                no such weight, or its replacement does not fit it.
         """
         if version == self._version:
             return
-        group = self._group
-        assert group is not None, "call ensure_loaded first"
+        group = self.settled(poll)
         self._version = object()  # no caller's: whatever ends this early, the next call does it all
         if restored := sorted(self._replaced - set(names)):
             group.call(messages.Weights(model=self.name, restore=restored), poll=poll)
@@ -202,12 +194,7 @@ class RemoteWeights:
         done = 0
         for batch in _batches(_made(sorted(names), replace, poll)):
             group.settle(poll)
-            tensors = [piece for _, pieces in batch for piece in pieces]
-            refs, size = lay_out("weights", [(piece.shape, piece.dtype) for piece in tensors])
-            segment = group.memory.segment("weights", size)
-            for piece, ref in zip(tensors, refs, strict=True):
-                segment.tensor(ref).copy_(piece)
-            places = iter(refs)
+            places = iter(group.memory.write("weights", [piece for _, pieces in batch for piece in pieces]))
             put = {name: [next(places) for _ in pieces] for name, pieces in batch}
             self._replaced |= put.keys()
             group.call(messages.Weights(model=self.name, put=put), poll=poll)
@@ -217,25 +204,12 @@ class RemoteWeights:
         self._version = version
 
     def unload(self) -> None:
-        """Frees the weights in the workers; the processes stay."""
-        group, was_loaded = self._group, self.loaded
-        self._group, self._generation, self.nbytes = None, 0, 0
+        """See `Resident.unload`. A sampling that was cancelled has left its noise, which goes, too."""
+        group = self.group
         self._forgotten()
-        if group is not None and was_loaded:
-            group.figures.dropped(self.name)
-            try:
-                # A sampling that was cancelled has left its noise.
-                group.call(messages.Unload(model=self.name, drop=[SEGMENT]))
-                group.memory.drop(SEGMENT)
-            except WorkerError as error:  # the weights have gone with the workers
-                log.warning("%s", error)
-
-    def release(self) -> None:
-        """As `unload`, without waiting: for a finalizer, which may run in the middle of anything."""
-        if self._group is not None and self.loaded:
-            self._group.figures.dropped(self.name)
-            self._group.post(messages.Unload(model=self.name))
-        self._group, self._generation = None, 0
+        super().unload()
+        if group is not None:
+            group.memory.clear(SEGMENT)
 
     def _whole_bytes(self, fp8: FP8Settings | None) -> int:
         """Of a whole copy of the weights."""

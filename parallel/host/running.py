@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from ..config import Layout, SequenceParallelConfig, resolve
 from . import status
-from .group import Poll, WorkerGroup
+from .calls import Poll, held
+from .group import WorkerGroup
 
 log = logging.getLogger("sequence_parallel")
 
 _IDLE_CHECK_S = 5.0
-_SLICE_S = 0.05
 
 _lock = threading.Lock()
 _groups: list[WorkerGroup] = []
@@ -41,7 +40,7 @@ def acquire(
         WorkerDiedError: a worker could not start.
     """
     layout = resolve(config)
-    with _locked(poll):
+    with held(_lock, poll):
         for group in list(_groups):
             if group.alive and group.layout.same_workers(layout):
                 group.last_used = time.monotonic()
@@ -50,18 +49,6 @@ def acquire(
                 group.stop()
                 _groups.remove(group)
         return _start(layout, poll, first)
-
-
-@contextlib.contextmanager
-def _locked(poll: Poll | None) -> Iterator[None]:
-    """Holds the lock; while another thread starts workers under it, `poll` is called."""
-    while not _lock.acquire(timeout=_SLICE_S):
-        if poll is not None:
-            poll()
-    try:
-        yield
-    finally:
-        _lock.release()
 
 
 def _start(layout: Layout, poll: Poll | None = None, first: Mapping[str, Any] | None = None) -> WorkerGroup:

@@ -14,10 +14,12 @@ from ..degrees import Degrees
 from ..sampling.program import Evaluate, Network, Pass, Program, plain
 from ..wire import messages
 from ..wire.shared import TensorRef, lay_out
-from .group import Progress
+from .calls import Progress
 from .memory import GroupMemory
 
 SEGMENT = "sampling"
+OUTPUT_DTYPE = torch.float32
+"""Of predictions. It holds whatever a network computes in, and samplers compute in it."""
 
 OnStep = Callable[[int, Tensor, Tensor, int], None]
 """Called with the step's number (from 0), the denoised latent, the latent, and the number of steps: as ComfyUI's
@@ -48,7 +50,6 @@ class Sent:
         memory: of the group.
         with_previews: whether somebody wants to look.
         interval_s: least seconds between two looks; 0: at every step.
-        output_dtype: of predictions; None: of the network's latent.
     """
 
     def __init__(
@@ -58,11 +59,9 @@ class Sent:
         memory: GroupMemory,
         *,
         with_previews: bool,
-        interval_s: float = 0.0,
-        output_dtype: torch.dtype | None = None,
+        interval_s: float,
     ):
         self._program = program
-        self._output_dtype = output_dtype
         self._of_network = list(degrees)
         self.degrees = list(dict.fromkeys(degrees))
         self._tensors: list[tuple[tuple[int, ...], torch.dtype]] = []
@@ -203,7 +202,7 @@ class Sent:
         if key not in self._places:
             self._places[key] = (
                 self._room(x.shape, x.dtype),
-                self._room(each.output_shape, self._output_dtype or x.dtype),
+                self._room(each.output_shape, OUTPUT_DTYPE),
             )
         timestep = each.request.timestep
         if id(timestep) not in self._timesteps:  # the recorder has one tensor for each value

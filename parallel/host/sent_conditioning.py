@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from ..wire.messages import Conditioning
-from ..wire.shared import TensorRef, lay_out
 from .group import WorkerGroup
 
 _KEPT = 16
@@ -52,14 +51,8 @@ class SentConditioning:
         drop, self._stale = self._stale, []
         while len(self._sent) > max(_KEPT, sum(map(len, keys))):
             drop.append(self._sent.popitem(last=False)[0])
-        put: dict[str, TensorRef] = {}
-        if new:
-            refs, size = lay_out("conditioning", [(tensor.shape, tensor.dtype) for tensor in new.values()])
-            segment = group.memory.segment("conditioning", size)
-            for (key, tensor), ref in zip(new.items(), refs, strict=True):
-                segment.tensor(ref).copy_(tensor)
-                put[key] = ref
-        return keys, Conditioning(put=put, drop=drop)
+        refs = group.memory.write("conditioning", list(new.values())) if new else []
+        return keys, Conditioning(put=dict(zip(new, refs, strict=True)), drop=drop)
 
 
 def _same(a: Tensor, b: Tensor) -> bool:

@@ -83,14 +83,13 @@ class Sampling:
     step: int = 0
     """How many have been done."""
     running: bool = False
-    _began: float = 0.0
     _first_done: float = 0.0
     _last_done: float = 0.0
 
     def __enter__(self) -> Sampling:
         global _sampling
         _sampling = self
-        self.running, self._began = True, time.monotonic()
+        self.running = True
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -149,13 +148,14 @@ class GroupFigures:
         start: phases of the start of the worker that the others waited for: python, torch, device, meeting.
         load: phases of the last load on the worker that took longest: libraries, weights; empty before a model was
             loaded.
+        plan: the last step's degrees, and why these.
     """
 
     def __init__(self) -> None:
         self.start: Phases = {}
         self.load: Phases = {}
         self._held: dict[str, tuple[str, int]] = {}
-        self._plan: tuple[Degrees, str] | None = None
+        self.plan: tuple[Degrees, str] | None = None
         self._results: list[Mapping[str, Any]] = []
         self._cache: Mapping[str, Any] | None = None
         self._speedup: float | None = None
@@ -186,11 +186,6 @@ class GroupFigures:
         """Bytes on each worker."""
         return sum(nbytes for _, nbytes in list(self._held.values()))
 
-    @property
-    def plan(self) -> tuple[Degrees, str] | None:
-        """The last step's degrees, and why these."""
-        return self._plan
-
     def stepped(
         self,
         work: Hashable,
@@ -209,7 +204,7 @@ class GroupFigures:
             cache: the report so far of the sampling's cache, if it has one (`CacheReport.to_json`). Such steps are not
                 compared with others: which blocks they skip differs from step to step.
         """
-        self._plan, self._results, self._cache = (degrees, reason), list(results), cache
+        self.plan, self._results, self._cache = (degrees, reason), list(results), cache
         self._speedup = None
         if cache is not None:
             return
@@ -229,8 +224,8 @@ class GroupFigures:
 
     def to_json(self) -> dict[str, Any]:
         plan = None
-        if self._plan is not None:
-            degrees, reason = self._plan
+        if self.plan is not None:
+            degrees, reason = self.plan
             plan = {**asdict(degrees), "reason": reason}
         results = self._results
         step = None

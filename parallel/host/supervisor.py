@@ -18,7 +18,8 @@ from typing import Any
 
 from ..config import Layout
 from ..wire.channel import ChannelBlocked, ChannelClosed, Message
-from .process import WorkerProcess
+from .process import SEND_TIMEOUT_S, WorkerProcess
+from .process_state import in_words, state
 
 log = logging.getLogger("sequence_parallel")
 
@@ -36,14 +37,14 @@ class Supervisor:
         threads: CPU threads of each worker.
         control: descriptor of the control page.
         first: recipe of the model that they will load first, if known.
-        changed: held for `on_message`, and notified after everything that a worker says.
-        on_message: called with a worker's answer or progress.
+        on_message: called with a worker's answer or progress, while `changed` is held.
         on_end: called with a worker that has ended although nobody has asked it to.
-        on_blocked: called with a worker that takes no messages, in the thread that wanted to send one.
-        on_failure: called with what keeps this thread from going on.
+        on_loss: called with a rank, and why it, or all, cannot be used any more: it takes no messages (in the thread
+            that wanted to send one), or this thread cannot go on.
 
     Attributes:
         workers: those that have been started.
+        changed: notified after everything that a worker says.
     """
 
     def __init__(
@@ -52,18 +53,15 @@ class Supervisor:
         threads: int,
         control: int,
         first: Mapping[str, Any] | None,
-        changed: threading.Condition,
         *,
         on_message: Callable[[WorkerProcess, Message], None],
         on_end: Callable[[WorkerProcess], None],
-        on_blocked: Callable[[WorkerProcess], None],
-        on_failure: Callable[[Exception], None],
+        on_loss: Callable[[int, str], None],
     ):
         self.workers: list[WorkerProcess] = []
+        self.changed = threading.Condition()
         self._layout, self._threads, self._control, self._first = layout, threads, control, first
-        self._changed = changed
-        self._tell_message, self._tell_end, self._tell_failure = on_message, on_end, on_failure
-        self._tell_blocked = on_blocked
+        self._tell_message, self._tell_end, self._tell_loss = on_message, on_end, on_loss
         self._ending = False
         self._posted: deque[Message] = deque()
         self._store = os.memfd_create("sequence-parallel:store")
@@ -81,10 +79,13 @@ class Supervisor:
 
     def send(self, rank: int, message: Message, fds: tuple[int, ...] = ()) -> None:
         """Where the worker has ended, its socket says so, and `on_end` is called."""
+        worker = self.workers[rank]
         try:
-            self.workers[rank].channel.send(message, fds)
+            worker.channel.send(message, fds)
         except ChannelBlocked:
-            self._tell_blocked(self.workers[rank])
+            words = in_words(state(worker.process.pid))
+            text = f"{worker.describe()} has read nothing of what it was sent for {SEND_TIMEOUT_S:g} s ({words})"
+            self._tell_loss(rank, f"{text}. The next prompt starts fresh workers")
         except ChannelClosed:
             pass
 
@@ -156,7 +157,7 @@ class Supervisor:
                 self._listen(selector)
         except Exception as error:
             log.exception("the supervisor of the workers failed")
-            self._tell_failure(error)
+            self._tell_loss(len(self.workers), f"the workers could not be supervised: {error}")
         self._wait_for_ends(2 * LEAVE_S)  # they die with this thread, so it stays until they have left
         for worker in self.workers:
             worker.close()
@@ -195,7 +196,7 @@ class Supervisor:
             return False
         for fd in fds:
             os.close(fd)
-        with self._changed:
+        with self.changed:
             if message.get("event") == "ready":
                 worker.ready, worker.title, worker.total = True, message["title"], message["total"]
                 worker.start_seconds = message["seconds"]
@@ -203,7 +204,7 @@ class Supervisor:
                 log.log(message["level"], "[rank %d] %s", worker.rank, message["text"])
             else:
                 self._tell_message(worker, message)
-            self._changed.notify_all()
+            self.changed.notify_all()
         return True
 
     def _on_output(self, worker: WorkerProcess) -> bool:

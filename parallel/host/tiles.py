@@ -13,7 +13,8 @@ from ..vae.schedule import Schedule
 from ..wire import messages
 from ..wire.shared import TensorRef, dtype_name, lay_out
 from ..wire.typed import from_plain
-from .group import Poll, Progress, Task, WorkerGroup
+from .calls import Call, Poll, Progress
+from .group import WorkerGroup
 
 IN, OUT = "tiles in", "tiles out"
 """Names of the segments that hold tiles on their way."""
@@ -93,15 +94,12 @@ class TileRun:
         self._out = group.memory.segment(OUT, window * self._out_size)
         self._free_in = list(range(window))
         self._free_out = list(range(window))
-        self._flying: dict[int, tuple[Task, int, int]] = {}
+        self._flying: dict[int, tuple[Call, int, int]] = {}
         self._arrived: dict[int, tuple[TensorRef, int]] = {}
         self._taken = 0
         self._finished = 0
         self._lent: int | None = None
-
-    def announce(self) -> None:
-        """Makes the segments known to all ranks; before `group.tasks()`."""
-        self._group.call(messages.BeginTiles(vae=self._vae), poll=self._poll)
+        group.call(messages.BeginTiles(vae=vae), poll=poll)
 
     def take(self) -> Tensor:
         """The next tile's result, in the VAE's dtype; it is overwritten after the next call.
@@ -110,7 +108,7 @@ class TileRun:
             WorkerError: a worker died or failed; `WorkerOutOfMemoryError` if no rank has the memory for a tile.
         """
         if self._lent is not None:
-            self._put_back(self._lent)
+            self._free_out.append(self._lent)
             self._lent = None
         while True:
             self._collect()
@@ -119,7 +117,7 @@ class TileRun:
                 ref, self._lent = self._arrived.pop(self._taken)
                 self._taken += 1
                 return self._out.tensor(ref)
-            self._group.wait_for_tasks(self._any_reply, self._poll)
+            self._group.wait_for(self._any_reply, self._poll)
 
     def close(self) -> None:
         """Gives the memory of the slots back."""
@@ -127,7 +125,7 @@ class TileRun:
         self._out.clear()
 
     def _any_reply(self) -> bool:
-        return any(task.reply is not None for task, _, _ in self._flying.values())
+        return any(task.answered for task, _, _ in self._flying.values())
 
     def _hand_out(self) -> None:
         while (choice := self._schedule.next(self._taken)) is not None:
@@ -153,29 +151,25 @@ class TileRun:
 
     def _collect(self) -> None:
         for tile, (task, slot_in, slot_out) in list(self._flying.items()):
-            if task.reply is None:
+            if not task.answered:
                 continue
+            ((rank, reply),) = task.replies.items()
             del self._flying[tile]
             self._free_in.append(slot_in)
             rank_bytes = self.figures.rank_bytes
-            rank_bytes[task.rank] = max(rank_bytes[task.rank], task.reply["memory"])
-            if not task.reply["ok"]:
-                self._put_back(slot_out)
-                out_of_memory = task.reply["error"]["out_of_memory"]
-                if out_of_memory and self._schedule.out_of_memory(tile, task.rank):
+            rank_bytes[rank] = max(rank_bytes[rank], reply.memory.used if reply.memory else 0)
+            if reply.error is not None:
+                self._free_out.append(slot_out)
+                if reply.error.out_of_memory and self._schedule.out_of_memory(tile, rank):
                     continue
                 raise self._group.task_error(task, ADVICE)
-            result = task.reply["result"]
-            self._schedule.finished(tile, task.rank, result["seconds"])
-            ref = from_plain(TensorRef, result["out"])
+            self._schedule.finished(tile, rank, reply.result["seconds"])
+            ref = from_plain(TensorRef, reply.result["out"])
             self.figures.bytes_back += ref.nbytes
             self._arrived[tile] = (ref, slot_out)
             self._finished += 1
             if self._on_progress is not None:
                 self._on_progress(self._finished, len(self._tiles))
-
-    def _put_back(self, slot_out: int) -> None:
-        self._free_out.append(slot_out)
 
 
 def _aligned(nbytes: int) -> int:

@@ -1,10 +1,11 @@
-"""What the host asks of its workers: a class for each operation, written by the host and read by the workers.
+"""What the host asks of its workers, a class for each operation, and what a worker replies.
 
 Every rank gets the same, but for `Tile`, which one rank gets.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -33,8 +34,14 @@ class Operation:
     def __init_subclass__(cls) -> None:
         OPERATIONS[cls.name] = cls
 
-    def to_json(self) -> Plain:
-        return {"op": self.name, "arguments": to_plain(self)}
+    def to_json(self, number: int = 0, segments: Sequence[Plain] = ()) -> Plain:
+        """The message.
+
+        Args:
+            number: of the reply (`Reply.id`); 0 where nobody waits for one.
+            segments: name and size of those whose descriptors come along.
+        """
+        return {"op": self.name, "arguments": to_plain(self), "id": number, "segments": segments}
 
 
 def read(message: Plain) -> Operation:
@@ -44,6 +51,50 @@ def read(message: Plain) -> Operation:
         TypeError: it is no such thing.
     """
     return from_plain(OPERATIONS[message["op"]], message["arguments"])
+
+
+# --- replies ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Failure:
+    """An exception in a worker."""
+
+    type: str
+    message: str
+    traceback: str
+    expected: bool
+    """The engine raised it on purpose."""
+    out_of_memory: bool
+    resumable: bool
+    """What this rank shares with others is as before, as far as it can tell."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MemoryUse:
+    """Of a rank, in bytes."""
+
+    used: int
+    """By its process: of the GPU by PyTorch's allocator, in use or cached; on a CPU what is resident."""
+    free: int | None
+    """What its GPU has left, whoever uses the others; None on a CPU: the host looks at the system's memory itself."""
+    cached: int
+    """Of its GPU, what it has taken and does not use: free for its next step, and only for it."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reply:
+    """To an operation."""
+
+    id: int
+    """The message's."""
+    launched: dict[str, int]
+    """Group of ranks → how many collectives this rank has launched there (`worker.ranks.Ranks.launched`)."""
+    memory: MemoryUse | None
+    """None of a device that has failed and answers no more."""
+    result: Any = None
+    """JSON; None if it failed or was cancelled."""
+    error: Failure | None = None
 
 
 # --- models -----------------------------------------------------------------------------------------------------------
@@ -76,11 +127,10 @@ class Load(Operation):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Unload(Operation):
-    """Frees a model, and memory files that went with it."""
+    """Frees a model."""
 
     name = "unload"
     model: str
-    drop: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

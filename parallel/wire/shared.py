@@ -10,7 +10,6 @@ from __future__ import annotations
 import ctypes
 import mmap
 import os
-import tempfile
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -63,11 +62,7 @@ class Segment:
     def create(cls, name: str, size: int) -> Segment:
         """A new, zeroed segment of at least `size` bytes."""
         size = max(ALIGNMENT, size)
-        if hasattr(os, "memfd_create"):
-            fd = os.memfd_create(f"sequence-parallel:{name}", os.MFD_CLOEXEC)
-        else:  # not Linux: a file that has no name from the first moment
-            with tempfile.TemporaryFile() as file:
-                fd = os.dup(file.fileno())
+        fd = os.memfd_create(f"sequence-parallel:{name}", os.MFD_CLOEXEC)
         os.ftruncate(fd, size)
         return cls(name, fd, size)
 
@@ -110,9 +105,8 @@ class Segment:
         return torch.frombuffer(buffer, dtype=dtype, count=prod(ref.shape), offset=ref.offset).view(ref.shape)
 
     def clear(self) -> None:
-        """Gives the memory of all of it back to the system, where it can; what lies in it is lost."""
-        if hasattr(mmap, "MADV_REMOVE"):
-            self._map.madvise(mmap.MADV_REMOVE)
+        """Gives the memory of all of it back to the system; what lies in it is lost."""
+        self._map.madvise(mmap.MADV_REMOVE)
 
     def close(self) -> None:
         """Drops this process's descriptor; the mapping goes when the last tensor on it goes."""

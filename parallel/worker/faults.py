@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import traceback
-from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from ..errors import EngineError
+from ..wire.messages import Failure
 
 _OUT_OF_MEMORY = (
     ("out of memory",),
@@ -20,28 +20,27 @@ _OUT_OF_MEMORY = (
 """Words of errors of CUDA's, cuBLAS's, PyTorch's and the system's allocators, whatever their class."""
 
 
-def describe(error: BaseException, attached: bool) -> dict[str, Any]:
+def describe(error: BaseException, attached: bool) -> Failure:
     """The exception as plain data.
 
     Args:
         attached: whether this rank has mapped the shared memory that came with the operation.
 
     Returns:
-        `type`, `message`, `traceback`; `expected`: the engine raised it on purpose; `out_of_memory`; `resumable`: what
-        this rank shares with others is as before, as far as it can tell. It is not where a collective itself failed,
-        which may have begun on some ranks only, or where shared memory is missing.
+        `resumable` is false where a collective itself failed, which may have begun on some ranks only, or where shared
+        memory is missing.
     """
     text = str(error).lower()
     out_of_memory = isinstance(error, torch.OutOfMemoryError | MemoryError)
     out_of_memory = out_of_memory or any(all(word in text for word in words) for words in _OUT_OF_MEMORY)
-    return {
-        "type": type(error).__name__,
-        "message": str(error),
-        "traceback": "".join(traceback.format_exception(error)),
-        "expected": isinstance(error, EngineError),
-        "out_of_memory": out_of_memory,
-        "resumable": attached and not isinstance(error, dist.DistError),
-    }
+    return Failure(
+        type=type(error).__name__,
+        message=str(error),
+        traceback="".join(traceback.format_exception(error)),
+        expected=isinstance(error, EngineError),
+        out_of_memory=out_of_memory,
+        resumable=attached and not isinstance(error, dist.DistError),
+    )
 
 
 def let_go(error: BaseException) -> None:

@@ -30,7 +30,8 @@ from ..attention import kernels
 from ..attention.common_memory import CommonMemory
 from ..errors import StepCancelled
 from ..wire.channel import Channel, ChannelClosed, Message
-from ..wire.messages import FP8Support, FreeMemory, Recover, Rest, read
+from ..wire.messages import FP8Support, FreeMemory, MemoryUse, Recover, Reply, Rest, read
+from ..wire.typed import to_plain
 from . import faults
 from .benchmarks import Benchmarks
 from .fp8_linear import support
@@ -103,7 +104,8 @@ class Worker:
             if message["op"] == "attach":
                 self._link.attach(message["segments"], fds)
                 continue
-            figures: dict[str, int | None] = {}
+            memory: MemoryUse | None = None
+            outcome: dict[str, Any] = {}
             attached = False
             try:
                 self._link.attach(message["segments"], fds)
@@ -111,17 +113,16 @@ class Worker:
                 self._libraries.wait()
                 with self._benchmarks.pace():
                     operation = read(message)
-                    result = self._operations[type(operation)](operation)
-                reply = {"ok": True, "result": result}
+                    outcome = {"result": self._operations[type(operation)](operation)}
             except StepCancelled:
-                reply = {"ok": True, "result": None, "cancelled": True}
+                pass
             except BaseException as error:
-                figures = self._figures()
-                reply = {"ok": False, "error": faults.describe(error, attached)}
+                memory = self._memory_use()
+                outcome = {"error": faults.describe(error, attached)}
                 faults.let_go(error)
-            self._channel.send(
-                {"id": message["id"], "launched": self._ranks.launched(), **(figures or self._figures()), **reply}
-            )
+            memory = memory or self._memory_use()
+            reply = Reply(id=message["id"], launched=self._ranks.launched(), memory=memory, **outcome)
+            self._channel.send(to_plain(reply))
 
     # --- operations ---------------------------------------------------------------------------------------------
 
@@ -156,28 +157,15 @@ class Worker:
         if self._ranks.memory is not None:
             self._ranks.memory.release()
 
-    def _figures(self) -> dict[str, int | None]:
-        """Of this rank's memory; none of a device that has failed and answers no more."""
-        with contextlib.suppress(RuntimeError):
-            return {"memory": self._memory(), "free": self._free(), "cached": self._cached()}
-        return {}
-
-    def _memory(self) -> int:
-        """Bytes that this process has taken: of the GPU by PyTorch's allocator, in use or cached; on a CPU what is
-        resident."""
-        if self._device.type == "cuda":
-            return torch.cuda.memory_reserved(self._device)
-        return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
-
-    def _free(self) -> int | None:
-        """Bytes that the GPU has left, whoever uses the others; the host looks after the system's memory itself."""
-        return int(torch.cuda.mem_get_info(self._device)[0]) if self._device.type == "cuda" else None
-
-    def _cached(self) -> int:
-        """Bytes of the GPU that this process has taken and does not use: free for its next step, and only for it."""
+    def _memory_use(self) -> MemoryUse | None:
         if self._device.type != "cuda":
-            return 0
-        return torch.cuda.memory_reserved(self._device) - torch.cuda.memory_allocated(self._device)
+            resident = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+            return MemoryUse(used=resident, free=None, cached=0)
+        with contextlib.suppress(RuntimeError):  # a device that has failed
+            used, allocated = torch.cuda.memory_reserved(self._device), torch.cuda.memory_allocated(self._device)
+            free = int(torch.cuda.mem_get_info(self._device)[0])
+            return MemoryUse(used=used, free=free, cached=used - allocated)
+        return None
 
 
 class _ToHost(logging.Handler):

@@ -99,8 +99,6 @@ class Models:
 
     def _unload(self, message: Unload) -> dict[str, Any]:
         self._drop(message.model)
-        for name in message.drop:
-            self._link.drop(name)
         self._give_memory_back()
         return {}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
@@ -166,6 +167,21 @@ class SplitNetwork:
             if name in self._quantised or name in tensors:
                 self.home.put(name, self._quantised[name] if name in self._quantised else [tensors[name]])
 
+    def check_arguments(self, arguments: Tree, method: str = "forward") -> None:
+        """Refuses a call that the method would not take. The ranks refuse alike, before any exchange, and stay usable.
+
+        Raises:
+            UnsupportedError: naming the argument, and those that there are.
+        """
+        given = restore(arguments, lambda name: torch.empty(0))  # in the place of every tensor
+        signature = inspect.signature(getattr(self._network, method))
+        try:
+            signature.bind(*given["args"], **given["named"])
+        except TypeError as error:
+            raise UnsupportedError(
+                f"{type(self._network).__name__}.{method}: {error}; it takes {', '.join(signature.parameters)}"
+            ) from None
+
     def step(
         self,
         request: Request,
@@ -224,6 +240,7 @@ class SplitNetwork:
         Returns:
             The whole result, on every rank.
         """
+        self.check_arguments(arguments, method)
         return self._run(method, restore(arguments, lambda name: self._held[held[name]]), ranks)
 
     def _run(

@@ -135,6 +135,8 @@ class Steps:
         compiler: CompiledModules | None,
     ) -> None:
         """This rank's part of requests that run side by side; the results lie in shared memory when it returns."""
+        for request in requests:
+            model.check_arguments(request.arguments)
         total = None if cache is None else self._ranks.total(mesh, context.traffic)
         batches = [request.x.shape[0] for request in requests]
         for request, rows in zip(requests, share_of(batches, mesh.group, mesh.degrees.groups), strict=True):

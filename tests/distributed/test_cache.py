@@ -20,7 +20,7 @@ from parallel.cache.settings import CacheSettings, FirstBlockCacheSettings, TeaC
 from parallel.diffusers.folder import read_config, transformer_class
 from parallel.diffusers.tensors import mapped
 from parallel.errors import UnsupportedError
-from parallel.host import group as group_module
+from parallel.host import calls
 from parallel.host.cached_sampling import CachedSampling
 from parallel.host.remote_model import RemoteModel
 from parallel.measure import QuietRounds
@@ -399,7 +399,7 @@ def cancel() -> None:
 @pytest.fixture
 def often_polled(monkeypatch: pytest.MonkeyPatch) -> None:
     """These steps take milliseconds; Cancel is to come in the middle of them."""
-    monkeypatch.setattr(group_module, "_SLICE_S", 0.0005)
+    monkeypatch.setattr(calls, "_SLICE_S", 0.0005)
 
 
 def test_what_is_remembered_ends_with_the_sampling_a_cancel_a_size_and_the_weights(

@@ -18,8 +18,7 @@ import torch
 from parallel.cache.settings import FirstBlockCacheSettings
 from parallel.config import SequenceParallelConfig
 from parallel.errors import EngineError, WorkerDiedError, WorkerError, WorkerOutOfMemoryError
-from parallel.host import group as group_module
-from parallel.host import pace, running, status
+from parallel.host import calls, pace, running, status
 from parallel.host import process as process_module
 from parallel.host.cached_sampling import CachedSampling
 from parallel.host.group import WorkerGroup
@@ -74,10 +73,10 @@ class Case:
     def goes_on(self, pids: list[int]) -> None:
         """The same workers give the right result, with the weights that they have."""
         assert self.model.weights.loaded
-        calls = spy_on_calls(self.group)
+        seen = spy_on_calls(self.group)
         self.model.weights.ensure_loaded()
         assert torch.equal(self.step(), self.expected)
-        assert calls == ["step"]
+        assert seen == ["step"]
         assert self.group.pids == pids
 
     def starts_anew(self, pids: list[int]) -> None:
@@ -160,7 +159,7 @@ def case(
 def patient(monkeypatch: pytest.MonkeyPatch) -> None:
     """For tests that must not fail because the machine is busy: all ranks will answer."""
     for name in ("_GRACE_OUT_OF_MEMORY_S", "_PROBE_S"):
-        monkeypatch.setattr(group_module, name, 60.0)
+        monkeypatch.setattr(calls, name, 60.0)
 
 
 def ranks_of(case: Case) -> range:
@@ -275,7 +274,7 @@ def test_out_of_memory_that_breaks_the_device_starts_anew(case: Case, patient: N
 
 @pytest.mark.parametrize("layout", [TWO], indirect=True)
 def test_out_of_memory_that_leaves_the_device_hanging_starts_anew(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(group_module, "_PROBE_S", 1.0)
+    monkeypatch.setattr(calls, "_PROBE_S", 1.0)
     pids = list(case.group.pids)
     case.faults.order(AND_HANGS, ranks_of(case))
     assert "next prompt starts fresh ones" in str(case.fails(WorkerOutOfMemoryError))
@@ -317,7 +316,7 @@ def test_a_task_that_breaks_the_context_ends_the_group(case: Case, kind: str, ke
     case.events.clear()
     with group.tasks():
         task = group.submit(1, message)
-        group.wait_for_tasks(lambda: task.reply is not None)
+        group.wait_for(lambda: task.answered)
         error = group.task_error(task, "ADVICE")
     case.faults.clear()
     assert error.rank == 1

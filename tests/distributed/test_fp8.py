@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from parallel.errors import ConfigError
-from parallel.host import quantising, remote_weights
+from parallel.host import remote_weights
 from parallel.host.remote_model import RemoteModel
 from parallel.quantise.settings import FP8Choice, FP8Settings
 from tests.distributed.changed_weights import changed, write_changed
@@ -54,7 +54,7 @@ def on_cpus(monkeypatch: pytest.MonkeyPatch) -> None:
     def as_asked(fp8: FP8Settings, *others: Any) -> FP8Choice:
         return FP8Choice(scheme=fp8.scheme, skip=fp8.patterns)
 
-    monkeypatch.setattr(quantising, "choose_scheme", as_asked)
+    monkeypatch.setattr(remote_weights, "choose_scheme", as_asked)
     monkeypatch.setattr(remote_weights, "refuse_devices", lambda *_: None)
 
 

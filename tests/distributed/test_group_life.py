@@ -465,7 +465,7 @@ def test_a_start_that_is_cancelled_leaves_nothing(bare_group: WorkerGroup):
 
 def test_workers_leave_by_themselves_when_told_to(bare_group: WorkerGroup):
     bare_group.start()
-    processes = [worker.process for worker in bare_group._workers]
+    processes = [worker.process for worker in bare_group.workers]
     bare_group.stop()
     assert [process.returncode for process in processes] == [0, 0]
     with pytest.raises(EngineError, match="the workers were stopped"):

@@ -338,6 +338,24 @@ def test_an_input_that_does_not_fit_is_refused(start_group: StartGroup, tiny_mod
         assert group.pids == pids
 
 
+@pytest.mark.parametrize("devices", ["cpu", "cpu,cpu"])
+def test_an_argument_that_the_network_does_not_have_is_refused(
+    start_group: StartGroup, tiny_models: TinyModels, devices: str
+):
+    """By name, before any work; the workers and the weights stay. Also where only one of two groups is given it."""
+    group, known = start_group(devices), Inputs()
+    with loaded(group, tiny_models.path(), cfg_degree=group.layout.world_size) as remote:
+        before, pids = step(remote, known), group.pids
+        requests = [known.make("cond"), Inputs(others=lambda _: {"unheard_of": 0.5}).make("uncond")]
+        with pytest.raises(
+            WorkerError, match="unexpected keyword argument 'unheard_of'; it takes hidden_states, "
+        ) as error:
+            remote.steps(requests, conditions=2)
+        assert error.value.remote_type == UnsupportedError.__name__
+        assert torch.equal(step(remote, known), before)
+        assert group.pids == pids
+
+
 def without_a_tensor(folder: Path) -> None:
     tensors = load_file(folder / WEIGHTS)
     del tensors["single_transformer_blocks.0.attn.to_q.bias"]

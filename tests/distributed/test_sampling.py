@@ -17,7 +17,7 @@ from torch import Tensor
 
 from parallel.cache.settings import FirstBlockCacheSettings
 from parallel.errors import WorkerDiedError
-from parallel.host import group as group_module
+from parallel.host import calls
 from parallel.host.cached_sampling import CachedSampling
 from parallel.host.remote_model import RemoteModel
 from parallel.sampling.program import Program
@@ -336,7 +336,7 @@ def test_cancels_at_any_time_leave_no_rank_waiting(
     devices: str,
     degrees: dict[str, int],
 ):
-    monkeypatch.setattr(group_module, "_SLICE_S", 0.0005)
+    monkeypatch.setattr(calls, "_SLICE_S", 0.0005)
     right, _ = expected("guided")
     setting = SETTINGS["guided"]
     times = random.Random(0)

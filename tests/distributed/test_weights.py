@@ -278,7 +278,7 @@ def test_fresh_workers_are_given_the_weights_again(tiny_models: TinyModels):
             model.weights.ensure_loaded()
             model.weights.replace("changed", SOME, changed(path))
             results.append(step(model, PADDED))
-            group._workers[-1].process.kill()
+            group.workers[-1].process.kill()
             assert wait_until(lambda group=group: not group.alive, seconds=5)
             with pytest.raises(WorkerDiedError):
                 model.weights.replace(None, (), changed(path))

@@ -18,8 +18,7 @@ import pytest
 from torch import Tensor
 
 from parallel.errors import WorkerDiedError, WorkerError, WorkerOutOfMemoryError
-from parallel.host import group as group_module
-from parallel.host import pace, running, status
+from parallel.host import calls, pace, running, status
 from parallel.host import process as process_module
 from parallel.host.remote_model import RemoteModel
 from parallel.wire.messages import FreeMemory
@@ -107,7 +106,7 @@ def faulty(made: Faulty) -> Iterator[Faulty]:
 
 
 def test_cancel_in_the_middle_of_a_step(faulty: Faulty, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(group_module, "_SLICE_S", 0.0005)
+    monkeypatch.setattr(calls, "_SLICE_S", 0.0005)
     before, polled = faulty.pids, []
 
     def poll() -> None:

@@ -276,7 +276,7 @@ def test_a_polynomial_below_zero_is_no_distance():
 
 def test_steps_outside_the_window_may_not_skip():
     sampling = CachedSampling(FirstBlockCacheSettings(residual_diff_threshold=0.1), first_sigma=0.8, last_sigma=0.3)
-    active = [sampling.message(sigma, "flux", {}, {}).active for sigma in (1.0, 0.8, 0.5, 0.3, 0.1)]
+    active = [sampling.is_active(sigma) for sigma in (1.0, 0.8, 0.5, 0.3, 0.1)]
     assert active == [False, True, True, False, False]
 
 

@@ -16,8 +16,7 @@ from parallel.cache.settings import CacheSettings, FirstBlockCacheSettings, TeaC
 from parallel.config import SequenceParallelConfig
 from parallel.degrees import Degrees
 from parallel.errors import UnsupportedError
-from parallel.host.cache_rules import cache_message, check_cache
-from parallel.host.cached_sampling import CachedSampling
+from parallel.host.cached_sampling import CachedSampling, check_cache
 from parallel.host.recipe import Recipe
 from parallel.plans import comfyui, diffusers
 from parallel.plans.libraries import CHAINS
@@ -260,7 +259,7 @@ def test_references_choose_the_polynomial_of_kontext() -> None:
     config = {"image_model": "flux", "vec_in_dim": 768}
     shapes = {"x": (1, 16, 8, 8)}
     plain, kontext = (
-        cache_message(sampling, 0.5, recipe("Flux", config), more).rule["coefficients"]
+        sampling.message(0.5, recipe("Flux", config), more).rule["coefficients"]
         for more in (shapes, shapes | {"ref_latents.0": (1, 16, 4, 4)})
     )
     assert plain != kontext

@@ -17,6 +17,7 @@ from parallel.diffusers.request import request
 from parallel.diffusers.tiny import TINY, write_tiny
 from parallel.errors import StepCancelled
 from parallel.host import remote_weights
+from parallel.host.memory import GroupMemory
 from parallel.host.recipe import Recipe
 from parallel.host.remote_model import RemoteModel
 from parallel.host.remote_weights import RemoteWeights
@@ -98,12 +99,13 @@ def test_a_sample_that_is_not_taken_apart_keeps_its_group(folder: Path) -> None:
 # --- replaced weights ---------------------------------------------------------------------------------------------
 
 
-class Workers:
+class Workers(GroupMemory):
     """Stands for a group: notes what it is asked, and has the values that it was sent."""
 
-    alive, generation = True, 1
+    alive = True
 
     def __init__(self) -> None:
+        super().__init__()
         self.memory = self
         self.asked: list[tuple[list[str], list[str]]] = []
         self.sizes: list[int] = []
@@ -114,7 +116,7 @@ class Workers:
 
     def segment(self, name: str, size: int) -> Segment:
         self.sizes.append(size)
-        return Segment.create(name, size)
+        return super().segment(name, size)
 
     def call(self, message: Weights, poll: Any = None) -> list[dict[str, Any]]:
         if self.fails:
@@ -132,7 +134,7 @@ def workers() -> Workers:
 def weights(folder: Path, workers: Workers) -> RemoteWeights:
     """As if they were loaded."""
     made = RemoteWeights(of(folder))
-    made._group, made._generation = workers, 1  # type: ignore[assignment]
+    made.group = workers  # type: ignore[assignment]
     return made
 
 

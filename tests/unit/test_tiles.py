@@ -11,12 +11,16 @@ import torch
 from torch import Tensor
 
 from parallel.errors import WorkerOutOfMemoryError
-from parallel.host.group import Task
+from parallel.host.calls import Call
 from parallel.host.memory import GroupMemory
 from parallel.host.tiles import Tile, TileRun
 from parallel.wire import messages
 from parallel.wire.shared import TensorRef
 from parallel.wire.typed import to_plain
+
+FULL = messages.Failure(
+    type="OutOfMemoryError", message="", traceback="", expected=False, out_of_memory=True, resumable=True
+)
 
 
 class Ranks:
@@ -28,34 +32,37 @@ class Ranks:
         self.announced = False
         self.computed: list[int] = []
         self._room = room
-        self._given: list[tuple[Task, messages.Tile]] = []
+        self._given: list[tuple[Call, messages.Tile]] = []
 
     def call(self, message: Any, **_: Any) -> None:
         self.announced = True
 
-    def submit(self, rank: int, message: messages.Tile) -> Task:
+    def submit(self, rank: int, message: messages.Tile) -> Call:
         assert self.announced, "the workers do not know the shared memory"
-        self._given.append((Task(rank, message.name), message))
+        self._given.append((Call(len(self._given), message.name, (rank,)), message))
         return self._given[-1][0]
 
-    def wait_for_tasks(self, condition: Callable[[], bool], poll: Any = None) -> None:
+    def wait_for(self, condition: Callable[[], bool], poll: Any = None) -> None:
         while not condition():
             task, message = self._given.pop()
-            task.reply = {"memory": 5, **self._answer(task.rank, message)}
+            (rank,), memory = task.ranks, messages.MemoryUse(used=5, free=None, cached=0)
+            task.replies[rank] = messages.Reply(
+                id=task.number, launched={}, memory=memory, **self._answer(rank, message)
+            )
 
     def _answer(self, rank: int, message: messages.Tile) -> dict[str, Any]:
         place, room = message.x, message.out
         x = self.memory.segment(place.segment, 0).tensor(place).as_strided(message.shape, message.stride)
         if x.numel() > self._room(rank):
-            return {"ok": False, "error": {"out_of_memory": True}}
+            return {"error": FULL}
         assert x.nbytes <= room.size
         self.computed.append(rank)
         ref = TensorRef(room.segment, room.offset, tuple(x.shape), "float32")
         self.memory.segment(ref.segment, 0).tensor(ref).copy_(x * 2)
-        return {"ok": True, "result": {"seconds": x.numel() / 100, "out": to_plain(ref)}}
+        return {"result": {"seconds": x.numel() / 100, "out": to_plain(ref)}}
 
-    def task_error(self, task: Task, advice: str) -> Exception:
-        return WorkerOutOfMemoryError(advice, rank=task.rank)
+    def task_error(self, task: Call, advice: str) -> Exception:
+        return WorkerOutOfMemoryError(advice, rank=task.ranks[0])
 
 
 SHAPES = [(1, 4, 6, 6), (1, 4, 6, 2), (1, 4, 2, 6), (1, 4, 2, 2)] * 5
@@ -69,7 +76,6 @@ def start(ranks: Ranks, told: list[tuple[int, int]] | None = None) -> TileRun:
     tiles = [Tile(shape, torch.Size(shape).numel(), lambda i=i, s=shape: make(i, s)) for i, shape in enumerate(SHAPES)]
     progress = None if told is None else lambda done, total: told.append((done, total))
     run = TileRun(ranks, "vae-1", "decode", tiles, torch.float32, on_progress=progress)
-    run.announce()
     return run
 
 
@@ -106,6 +112,5 @@ def test_the_order_of_strides_travels_with_the_tile():
     submit = ranks.submit
     ranks.submit = lambda rank, message: (sent.append(message), submit(rank, message))[1]
     run = TileRun(ranks, "vae-1", "encode", [Tile(tuple(pixels.shape), 90, lambda: pixels)], torch.float32)
-    run.announce()
     assert torch.equal(run.take(), 2 * pixels)
     assert tuple(sent[0].stride) == (90, 1, 15, 3)

@@ -7,15 +7,16 @@ from typing import Any
 import pytest
 
 from parallel.host import verdict
+from parallel.wire.messages import Failure, Reply
 
 
-def reply(message: str = "", launched: dict[str, int] | None = None, **kind: bool) -> dict[str, Any]:
+def reply(message: str = "", launched: dict[str, int] | None = None, **kind: bool) -> Reply:
     known = {"expected": False, "out_of_memory": False, "resumable": True}
-    error = {"type": "RuntimeError", "message": message, **known, **kind}
-    return {"ok": False, "error": error, "launched": launched or {"group 0": 7}}
+    error = Failure(type="RuntimeError", message=message, traceback="", **{**known, **kind})
+    return Reply(id=1, launched=launched or {"group 0": 7}, memory=None, error=error)
 
 
-def short(message: str = "", **others: Any) -> dict[str, Any]:
+def short(message: str = "", **others: Any) -> Reply:
     return reply(message, out_of_memory=True, **others)
 
 
@@ -33,7 +34,7 @@ def test_ranks_may_say_in_their_own_words_that_they_are_out_of_memory() -> None:
     ],
     ids=["refused", "broken", "in a collective", "behind"],
 )
-def test_out_of_memory_of_some_ranks_is_not_that_of_all(other: dict[str, Any]) -> None:
+def test_out_of_memory_of_some_ranks_is_not_that_of_all(other: Reply) -> None:
     assert not verdict.short_of_memory([short(), other])
 
 
@@ -57,7 +58,7 @@ def test_groups_that_a_rank_does_not_belong_to_are_not_compared() -> None:
 
 
 def test_what_was_raised_first_and_on_purpose_is_the_cause() -> None:
-    errors = [each["error"] for each in (reply("connection closed"), short("full"), reply("no", expected=True))]
+    errors = [each.error for each in (reply("connection closed"), short("full"), reply("no", expected=True))]
     assert verdict.first_cause(errors) == 2
     assert verdict.first_cause(errors[:2]) == 1
     assert verdict.first_cause(errors[:1] * 2) == 0

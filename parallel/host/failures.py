@@ -1,0 +1,159 @@
+"""How a group fails: what the error says, and that everybody hears of the first one."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Sequence
+from typing import NoReturn
+
+from ..config import Layout
+from ..errors import EngineError, WorkerDiedError, WorkerError, WorkerOutOfMemoryError
+from ..wire.messages import Failure
+from . import status
+from .pace import Stuck
+from .process import WorkerProcess
+from .supervisor import REAP_S, Supervisor
+
+log = logging.getLogger("sequence_parallel")
+
+_FRESH = ". The workers were stopped; the next prompt starts fresh ones"
+ADVICE = "Use a smaller size or fewer frames, more devices, weights 'offload', or an fp8 weight_dtype"
+"""What a user can do when the memory is short."""
+
+
+class Fate:
+    """Whether a group's workers can be used, or what has ended them: a failure, or somebody who stopped them.
+
+    Args:
+        supervisor: of the workers.
+        end: ends the group; called in a thread that hears of the failure.
+
+    Attributes:
+        failure: the first one, once it is known.
+        failing: a failure is known, or is about to be.
+        stopped: why somebody has stopped the workers; empty while nobody has.
+    """
+
+    def __init__(self, supervisor: Supervisor, end: Callable[[], None]):
+        self.failure: WorkerError | None = None
+        self.failing = False
+        self.stopped = ""
+        self._supervisor, self._changed, self._end = supervisor, supervisor.changed, end
+
+    def stop(self, reason: str) -> bool:
+        """From now on calls fail for this reason. False if somebody has stopped the workers before."""
+        with self._changed:
+            if self.stopped:
+                return False
+            self.stopped = reason
+            return True
+
+    def check(self) -> None:
+        """Raises what has ended the workers, if anything has.
+
+        Raises:
+            WorkerError: the failure.
+            EngineError: somebody has stopped them.
+        """
+        if self.failure is not None:
+            self._end()
+            raise self.failure
+        if self.stopped:
+            raise EngineError(self.stopped)
+
+    def check_pending(self) -> None:
+        """As `check`, where another thread is about to make a failure known."""
+        with self._changed:
+            self._changed.wait_for(lambda: self.failure is not None or bool(self.stopped), timeout=2 * REAP_S)
+        self.check()
+
+    def lose(self, failure: WorkerError) -> None:
+        """Ends the processes, since peers would wait for a lost one in a collective, and makes the failure known: once,
+        where a second rank reports what the first one caused. Its message then also names what could not be ended."""
+        with self._changed:
+            if self.failing or self.stopped:
+                return
+            self.failing = True
+        left_behind = self._supervisor.kill()
+        failure.args = (". ".join([str(failure), *(worker.describe_left_behind() for worker in left_behind)]),)
+        with self._changed:
+            self.failure = failure
+            self._changed.notify_all()
+        out_of_memory = isinstance(failure, WorkerOutOfMemoryError)
+        status.tell(status.OUT_OF_MEMORY if out_of_memory else status.CRASHED, str(failure))
+
+    def lose_and_raise(self, failure: WorkerError) -> NoReturn:
+        """As `lose`; raises this failure, or the one that came first."""
+        self.lose(failure)
+        self.check_pending()
+        raise failure
+
+    def lose_unasked(self, rank: int, text: str) -> None:
+        """As `lose`, where nobody may be waiting for an answer."""
+        failure = WorkerDiedError(text, rank=rank)
+        self.lose(failure)
+        if self.failure is failure:
+            log.error("%s", failure)
+
+
+def not_started(workers: Sequence[WorkerProcess], layout: Layout, seconds: float) -> WorkerDiedError:
+    """Of workers that are late, at the start of a group."""
+    late = [worker for worker in workers if not worker.ready]
+    names = ", ".join(worker.describe() for worker in late) or "the workers"
+    said = late[0].output_so_far() if late else ""
+    text = f"{names} did not start within {seconds:g} s{_advice_on_silence(layout)}{said}"
+    return WorkerDiedError(text, rank=late[0].rank if late else 0)
+
+
+def stuck(found: Stuck, layout: Layout, operation: str) -> WorkerDiedError:
+    """Of workers that do not go on."""
+    names = " or ".join(worker.describe() for worker in found.workers)
+    text = f"{names} stopped answering in '{operation}': {found.reason}{_advice_on_silence(layout)}{_FRESH}"
+    return WorkerDiedError(text, rank=found.workers[0].rank)
+
+
+def raised(worker: WorkerProcess, operation: str, failure: Failure, *, kept: bool, advice: str = ADVICE) -> WorkerError:
+    """Of an exception in a worker.
+
+    Args:
+        kept: whether the group stays usable.
+        advice: what a user can do when it was the memory.
+    """
+    if failure.expected and kept:
+        text = failure.message
+    else:
+        text = f"{worker.describe()} failed in '{operation}': {failure.type}: {failure.message}"
+        text += f" (memory in use there: {worker.memory.used / 2**20:.0f} MiB)"
+    if failure.out_of_memory:
+        text += f". {advice}"
+    elif not failure.expected and "cuda error" in failure.message.lower():
+        text += ". The GPU takes no more work from this process; if it comes back, look for 'Xid' in dmesg"
+    kind = WorkerOutOfMemoryError if failure.out_of_memory else WorkerError
+    return kind(
+        text if kept else text + _FRESH,
+        rank=worker.rank,
+        remote_type=failure.type,
+        remote_traceback=prefixed(worker.rank, failure.traceback),
+    )
+
+
+def prefixed(rank: int, text: str) -> str:
+    """A worker's text, each line with its rank."""
+    return "\n".join(f"[rank {rank}] {line}" for line in text.rstrip().splitlines())
+
+
+def report_left_behind(workers: Iterable[WorkerProcess]) -> None:
+    """Tells of processes that could not be ended."""
+    if text := ". ".join(worker.describe_left_behind() for worker in workers):
+        log.error("%s", text)
+        status.tell(status.CRASHED, text)
+
+
+def _advice_on_silence(layout: Layout) -> str:
+    """What silent GPUs most often mean."""
+    if layout.device_type != "cuda" or layout.world_size == 1:
+        return ""
+    return (
+        "; often such GPUs cannot reach each other directly: start ComfyUI with the environment variable"
+        " NCCL_P2P_DISABLE=1 (NCCL_DEBUG=INFO tells more)"
+    )
