@@ -1,4 +1,4 @@
-"""Linear layers that multiply in FP8, and how weights get there.
+"""Linear layers that multiply in FP8, or keep their weights in it, and how weights get there.
 
 torchao does the same with tensor subclasses, and `tests/golden/torchao` holds its results to compare with. Here it is
 done with what torch has itself. Users keep the torch of their ComfyUI, which a torchao may not fit. And torchao 0.18
@@ -13,7 +13,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..quantise.settings import DYNAMIC
-from .scaled_linear import ScaledLinear
 
 E4M3 = torch.float8_e4m3fn
 LARGEST = torch.finfo(E4M3).max
@@ -63,6 +62,17 @@ class FP8Linear(nn.Linear):
             use_fast_accum=True,
         )
         return out.view(*input.shape[:-1], self.out_features).to(input.dtype)
+
+
+class ScaledLinear(nn.Linear):
+    """The true weight is `weight` (fp8) × `scale`, and is made in the input's dtype for the time of each call."""
+
+    scale: Tensor
+    """Of each row, a parameter [N, 1]."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        bias = None if self.bias is None else self.bias.to(input.dtype)
+        return F.linear(input, self.weight.to(input.dtype).mul_(self.scale), bias)
 
 
 def is_rowwise(scheme: str) -> bool:
