@@ -15,32 +15,31 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import suppress
+from operator import attrgetter
 from typing import Any
 
 import torch
 
-_matmul, _cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
-_SWITCHES: dict[str, tuple[Any, str]] = {
-    "fp16_accumulation": (_matmul, "allow_fp16_accumulation"),
-    "fp16_reduced_precision_reduction": (_matmul, "allow_fp16_reduced_precision_reduction"),
-    "bf16_reduced_precision_reduction": (_matmul, "allow_bf16_reduced_precision_reduction"),
-    "cudnn": (_cudnn, "enabled"),
-    "cudnn_benchmark": (_cudnn, "benchmark"),
-    "cudnn_deterministic": (_cudnn, "deterministic"),
-    "cudnn_tf32": (_cudnn, "allow_tf32"),
+_SWITCHES = {
+    "fp16_accumulation": "cuda.matmul.allow_fp16_accumulation",
+    "fp16_reduced_precision_reduction": "cuda.matmul.allow_fp16_reduced_precision_reduction",
+    "bf16_reduced_precision_reduction": "cuda.matmul.allow_bf16_reduced_precision_reduction",
+    "cudnn": "cudnn.enabled",
+    "cudnn_benchmark": "cudnn.benchmark",
+    "cudnn_deterministic": "cudnn.deterministic",
+    "cudnn_tf32": "cudnn.allow_tf32",
+    "fp32_precision": "fp32_precision",
+    "cudnn_fp32_precision": "cudnn.fp32_precision",
+    "cudnn_conv_fp32_precision": "cudnn.conv.fp32_precision",
+    "cudnn_rnn_fp32_precision": "cudnn.rnn.fp32_precision",
+    "cuda_matmul_fp32_precision": "cuda.matmul.fp32_precision",
+    "mkldnn_conv_fp32_precision": "mkldnn.conv.fp32_precision",
+    "mkldnn_rnn_fp32_precision": "mkldnn.rnn.fp32_precision",
+    "mkldnn_matmul_fp32_precision": "mkldnn.matmul.fp32_precision",
 }
-_FP32_PRECISION: dict[str, tuple[str, ...]] = {
-    "fp32_precision": (),
-    "cudnn_fp32_precision": ("cudnn",),
-    "cudnn_conv_fp32_precision": ("cudnn", "conv"),
-    "cudnn_rnn_fp32_precision": ("cudnn", "rnn"),
-    "cuda_matmul_fp32_precision": ("cuda", "matmul"),
-    "mkldnn_conv_fp32_precision": ("mkldnn", "conv"),
-    "mkldnn_rnn_fp32_precision": ("mkldnn", "rnn"),
-    "mkldnn_matmul_fp32_precision": ("mkldnn", "matmul"),
-}
-"""Where below `torch.backends` each is, from the general to the special. `mkldnn.fp32_precision` itself is left out:
-assigning it sets the general one (torch 2.13), and its operators' values say the same."""
+"""Where below `torch.backends` each is, in the order in which they are set: of precisions from the general to the
+special. `mkldnn.fp32_precision` itself is left out: assigning it sets the general one (torch 2.13), and its operators'
+values say the same."""
 
 
 def read() -> dict[str, Any]:
@@ -51,12 +50,9 @@ def read() -> dict[str, Any]:
     }
     with suppress(RuntimeError):  # the newer interface says what this one cannot
         found["float32_matmul_precision"] = torch.get_float32_matmul_precision()
-    for name, (owner, attribute) in _SWITCHES.items():
+    for name, path in _SWITCHES.items():
         with suppress(AttributeError, RuntimeError):
-            found[name] = getattr(owner, attribute)
-    for name, path in _FP32_PRECISION.items():
-        with suppress(AttributeError):
-            found[name] = _below_backends(path).fp32_precision
+            found[name] = attrgetter(path)(torch.backends)
     return found
 
 
@@ -68,12 +64,10 @@ def apply(switches: Mapping[str, Any]) -> None:
     torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(switches["reduction_math_sdp"])
     if (precision := switches.get("float32_matmul_precision")) is not None:
         torch.set_float32_matmul_precision(precision)
-    for name, (owner, attribute) in _SWITCHES.items():
+    for name, path in _SWITCHES.items():
         if name in switches:
-            setattr(owner, attribute, switches[name])
-    for name, path in _FP32_PRECISION.items():
-        if name in switches:
-            _below_backends(path).fp32_precision = switches[name]
+            owner, _, attribute = f"backends.{path}".rpartition(".")
+            setattr(attrgetter(owner)(torch), attribute, switches[name])
 
 
 def _deterministic() -> list[bool]:
@@ -82,10 +76,3 @@ def _deterministic() -> list[bool]:
         torch.are_deterministic_algorithms_enabled(),
         torch.is_deterministic_algorithms_warn_only_enabled(),
     ]
-
-
-def _below_backends(path: tuple[str, ...]) -> Any:
-    owner: Any = torch.backends
-    for name in path:
-        owner = getattr(owner, name)
-    return owner

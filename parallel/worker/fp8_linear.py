@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..quantise.settings import DYNAMIC
+from ..quantise.settings import DYNAMIC, TENSORWISE
 
 E4M3 = torch.float8_e4m3fn
 LARGEST = torch.finfo(E4M3).max
@@ -75,11 +75,6 @@ class ScaledLinear(nn.Linear):
         return F.linear(input, self.weight.to(input.dtype).mul_(self.scale), bias)
 
 
-def is_rowwise(scheme: str) -> bool:
-    """Whether each row of a weight has a scale of its own."""
-    return scheme != "dynamic_tensorwise"
-
-
 def quantised(scheme: str, weight: Tensor, scale: float | None = None) -> tuple[Tensor, Tensor]:
     """A linear layer's weight and scale under a scheme; of row-wise ones each row is for itself.
 
@@ -91,14 +86,14 @@ def quantised(scheme: str, weight: Tensor, scale: float | None = None) -> tuple[
         [N, K] e4m3; [N, 1] or [1, 1] fp32.
     """
     if weight.dtype != E4M3:
-        return to_fp8(weight if scale is None else weight.float().mul_(scale), rowwise=is_rowwise(scheme))
+        return to_fp8(weight if scale is None else weight.float().mul_(scale), rowwise=scheme != TENSORWISE)
     assert scale is not None
-    return weight, torch.full((len(weight) if is_rowwise(scheme) else 1, 1), scale, device=weight.device)
+    return weight, torch.full((len(weight) if scheme != TENSORWISE else 1, 1), scale, device=weight.device)
 
 
 def become_fp8(layer: nn.Linear, scheme: str) -> None:
     """Makes a linear layer one of the scheme, with the parameters that it needs, still without data."""
-    rows = layer.out_features if is_rowwise(scheme) else 1
+    rows = layer.out_features if scheme != TENSORWISE else 1
     layer.__class__ = FP8Linear if scheme in DYNAMIC else ScaledLinear
     layer._parameters["weight"] = nn.Parameter(torch.empty_like(layer.weight, dtype=E4M3, device="meta"), False)
     layer._parameters["scale"] = nn.Parameter(torch.empty(rows, 1, dtype=torch.float32, device="meta"), False)

@@ -52,7 +52,7 @@ class SplitNetwork:
         attention: what its attention computes with, by the names of `attention.kernels`.
 
     Raises:
-        UnsupportedError: the library makes another network of it here, or it has no plan.
+        UnsupportedError: the library makes another network of it here.
         PlanError: its class has changed.
         CheckpointError: the file is damaged.
         ConfigError: `skip` has a pattern that means no layer.
@@ -75,7 +75,7 @@ class SplitNetwork:
         name = type(self._network).__name__
         if name != recipe["network"]:
             raise UnsupportedError(
-                f"{recipe['path']}: ComfyUI makes a {recipe['network']} of it, and the workers a {name}"
+                f"{recipe['path']}: the host makes a {recipe['network']} of it, the workers a {name}"
             )
         self.attention = self._file.attention
         self._device = device
@@ -125,12 +125,14 @@ class SplitNetwork:
         else:
             self._caches.pop(sampling, None)
 
-    def compiled(self, settings: CompileSettings, sign_of_life: Callable[[], None]) -> CompiledModules:
+    def compiled(self, settings: CompileSettings | None, sign_of_life: Callable[[], None]) -> CompiledModules | None:
         """The compiler of this network's blocks, kept as long as the network: MODELs that share it can want different
-        ones.
+        ones, or none.
 
-        See `Compiler` for the arguments.
+        See `CompiledModules` for the arguments.
         """
+        if settings is None:
+            return None
         if settings not in self._compilers:
             from ..compilation.modules import CompiledModules  # takes a second, and is rarely wanted
 

@@ -81,6 +81,6 @@ def test_tf32_is_taken_over_by_whichever_interface_it_was_set(
 
 
 def test_a_switch_that_this_torch_does_not_have_is_left_out(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setitem(numerics._SWITCHES, "of_tomorrow", (torch.backends.cudnn, "of_tomorrow"))
-    monkeypatch.setitem(numerics._FP32_PRECISION, "also_of_tomorrow", ("cudnn", "of_tomorrow"))
+    monkeypatch.setitem(numerics._SWITCHES, "of_tomorrow", "cudnn.of_tomorrow")
+    monkeypatch.setitem(numerics._SWITCHES, "also_of_tomorrow", "cudnn.of_tomorrow.fp32_precision")
     assert not {"of_tomorrow", "also_of_tomorrow"} & numerics.read().keys()
