@@ -119,14 +119,10 @@ class Pass:
 
     def __init__(self, cache: BlockCache, key: Hashable, inputs: Hashable, total: Total):
         self._cache, self._key, self._inputs, self._total = cache, key, inputs, total
+        self.after_first = cache.after_first
         self._compared: Tensors = ()
         self._timings: list[tuple[Mark, Mark]] = []
         self._began: Mark = 0.0
-
-    @property
-    def after_first(self) -> bool:
-        """See `BlockCache.after_first`."""
-        return self._cache.after_first
 
     def change(self, compared: Tensors) -> Tensors | None:
         """What to add in place of the blocks that may be skipped; None where they are to be computed.

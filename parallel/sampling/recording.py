@@ -110,10 +110,7 @@ class RecordedPart(Tensor):
     def __repr__(self, **_: Any) -> str:  # type: ignore[override]
         return f"RecordedPart({self.start}:{self.stop}, shape={tuple(self.shape)}, dtype={self.dtype})"
 
-    @classmethod
-    def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        with torch._C.DisableTorchFunctionSubclass():
-            return function(*args, **(kwargs or {}))
+    __torch_function__ = torch._C._disabled_torch_function_impl
 
     @classmethod
     def __torch_dispatch__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
@@ -124,9 +121,9 @@ class RecordedPart(Tensor):
                 return _whole_of(first)
         elif packet is _aten.slice and first.ndim == 3 and args[1] == 2:
             start, stop, step = (*args[2:], None, None, None)[:3]
-            start, stop = min(start or 0, first.shape[2]), min(first.shape[2] if stop is None else stop, first.shape[2])
             if step not in (None, 1):
                 raise NotRecordable("the sampler takes a part of the latent apart")
+            start, stop, _ = slice(start, stop).indices(first.shape[2])
             return cls(first.whole, first.start + start, first.start + stop, (*first.shape[:2], stop - start))
         elif packet in (_aten.view, _aten._unsafe_view, _aten.reshape, _aten.alias, _aten.detach):
             shape = torch.empty(first.shape, device="meta").reshape(args[1]).shape if len(args) > 1 else first.shape
@@ -539,8 +536,7 @@ def _slice(a: RecordedLatent, dim: int = 0, start: int | None = None, stop: int 
     """Of a packed latent, whose parts are one behind the other; such a latent has one channel."""
     if (a.ndim, dim, step, a.shape[1]) != (3, 2, 1, 1) or a._concat is not None:
         raise NotRecordable("the sampler takes the latent apart")
-    length = a.shape[2]
-    first, last = min(start or 0, length), min(length if stop is None else stop, length)
+    first, last, _ = slice(start, stop).indices(a.shape[2])
     return RecordedPart(a, first, last, (a.shape[0], 1, last - first))
 
 

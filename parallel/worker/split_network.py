@@ -67,10 +67,10 @@ class SplitNetwork:
         fp8: Mapping[str, Any] | None = None,
     ):
         began = time.perf_counter()
-        library = library_of(recipe)
+        open_file = library_of(recipe)
         self.libraries_s = time.perf_counter() - began
         dtype = None if recipe["weight_dtype"] is None else getattr(torch, recipe["weight_dtype"])
-        self._file = library.NetworkFile(recipe["path"], dtype, device)
+        self._file = open_file(recipe["path"], dtype, device)
         self._network, dtypes = self._file.network()
         name = type(self._network).__name__
         if name != recipe["network"]:
@@ -162,11 +162,12 @@ class SplitNetwork:
 
     def restore_weights(self, names: Sequence[str]) -> None:
         """Undoes `put_weight`: reads the file's again. A name that is not in it has been refused there."""
-        plain = [name for name in names if name not in self._quantised]
-        tensors = self._file.tensors() if plain else {}
+        tensors = self._file.tensors() if any(name not in self._quantised for name in names) else {}
         for name in names:
-            if name in self._quantised or name in tensors:
-                self.home.put(name, self._quantised[name] if name in self._quantised else [tensors[name]])
+            if name in self._quantised:
+                self.home.put(name, self._quantised[name])
+            elif name in tensors:
+                self.home.put(name, [tensors[name]])
 
     def step(
         self,
