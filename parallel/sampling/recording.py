@@ -110,7 +110,7 @@ class RecordedPart(Tensor):
     def __repr__(self, **_: Any) -> str:  # type: ignore[override]
         return f"RecordedPart({self.start}:{self.stop}, shape={tuple(self.shape)}, dtype={self.dtype})"
 
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @classmethod
     def __torch_dispatch__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
@@ -251,7 +251,7 @@ class Recorder:
             conditions,
         )
         last = self.program.instructions[-1] if self.program.instructions else None
-        # Their latents were computed before that instruction, or are given: nothing came in between.
+        # Then its latents were computed before that instruction, or are given: nothing came in between.
         if isinstance(last, Network) and last.sigma == sigma and last.results.isdisjoint(latents):
             last.passes.append(made)
         else:
@@ -332,8 +332,6 @@ class Recorder:
             return sums * (parts // len(sums))
         if not isinstance(value, Tensor):
             return [{(): float(value)} if value else {}] * parts
-        if value.ndim > len(self.program.shape) or (value.ndim and value.shape[0] == 0):
-            raise NotRecordable(f"the sampler combines the latent with a tensor of shape {list(value.shape)}")
         whole = (self.program.shape[0] * parts, *self.program.shape[1:])
         try:
             value.expand(whole)
