@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-_SWITCHES: dict[str, str] = {
+_SWITCHES = {
     "fp16_accumulation": "cuda.matmul.allow_fp16_accumulation",
     "fp16_reduced_precision_reduction": "cuda.matmul.allow_fp16_reduced_precision_reduction",
     "bf16_reduced_precision_reduction": "cuda.matmul.allow_bf16_reduced_precision_reduction",
@@ -37,9 +37,9 @@ _SWITCHES: dict[str, str] = {
     "mkldnn_rnn_fp32_precision": "mkldnn.rnn.fp32_precision",
     "mkldnn_matmul_fp32_precision": "mkldnn.matmul.fp32_precision",
 }
-"""Where below `torch.backends` each is, in the order in which they are set: the older ones, then the newer ones from
-the general to the special. `mkldnn.fp32_precision` itself is left out: assigning it sets the general one (torch 2.13),
-and its operators' values say the same."""
+"""Where below `torch.backends` each is, in the order in which they are set: of precisions from the general to the
+special. `mkldnn.fp32_precision` itself is left out: assigning it sets the general one (torch 2.13), and its operators'
+values say the same."""
 
 
 def read() -> dict[str, Any]:
@@ -66,8 +66,8 @@ def apply(switches: Mapping[str, Any]) -> None:
         torch.set_float32_matmul_precision(precision)
     for name, path in _SWITCHES.items():
         if name in switches:
-            owner, _, attribute = path.rpartition(".")
-            setattr(attrgetter(owner)(torch.backends) if owner else torch.backends, attribute, switches[name])
+            owner, _, attribute = f"backends.{path}".rpartition(".")
+            setattr(attrgetter(owner)(torch), attribute, switches[name])
 
 
 def _deterministic() -> list[bool]:

@@ -8,6 +8,7 @@ are added up at all is known to every rank alike; otherwise a rank would wait fo
 
 from __future__ import annotations
 
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field
@@ -18,12 +19,13 @@ import torch
 from torch import Tensor
 
 from ..degrees import Degrees
-from .clock import Mark, mark, seconds_between
 
 Tensors = tuple[Tensor, ...]
 """What a cache compares, or adds: of each stream of the latent's tokens (e.g. video and audio) a tensor [B, …]."""
 Total = Callable[[Tensor], None]
 """Adds a tensor up, in place, over the ranks that share the sequence."""
+Mark = float | torch.cuda.Event
+"""A moment in the order of a device's work."""
 
 
 @dataclass(slots=True)
@@ -117,14 +119,10 @@ class Pass:
 
     def __init__(self, cache: BlockCache, key: Hashable, inputs: Hashable, total: Total):
         self._cache, self._key, self._inputs, self._total = cache, key, inputs, total
+        self.after_first = cache.after_first
         self._compared: Tensors = ()
         self._timings: list[tuple[Mark, Mark]] = []
         self._began: Mark = 0.0
-
-    @property
-    def after_first(self) -> bool:
-        """See `BlockCache.after_first`."""
-        return self._cache.after_first
 
     def change(self, compared: Tensors) -> Tensors | None:
         """What to add in place of the blocks that may be skipped; None where they are to be computed.
@@ -223,12 +221,8 @@ class StepPasses:
         Args:
             split: who owns which tokens, and other sizes; alike on all ranks that share the sequence.
         """
-        return self._cache.enter(*self._next(split), self._total)
-
-    def _next(self, *inputs: Hashable) -> tuple[Hashable, Hashable]:
-        """Key and inputs of the next pass."""
         key, self._count = (self._request, self._count), self._count + 1
-        return key, (self._shape, *inputs)
+        return self._cache.enter(key, (self._shape, split), self._total)
 
 
 def block_cache(rule: Mapping[str, Any], device: torch.device) -> BlockCache:
@@ -249,3 +243,20 @@ def relative_changes(new: Tensors, old: Tensors, total: Total) -> list[float]:
     total(sums)
     changes, sizes = sums.tolist()
     return [change / size if size else inf for change, size in zip(changes, sizes, strict=True)]
+
+
+def mark(device: torch.device) -> Mark:
+    """This moment; waits for nothing."""
+    if device.type != "cuda":
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
+def seconds_between(start: Mark, end: Mark) -> float:
+    """To be called when the device has passed both marks."""
+    if isinstance(start, torch.cuda.Event) and isinstance(end, torch.cuda.Event):
+        return start.elapsed_time(end) / 1000
+    assert isinstance(start, float) and isinstance(end, float), "two marks of one device"
+    return end - start

@@ -68,6 +68,8 @@ class _Call:
         self._lists: dict[str, list[nn.Module]] = {path: modules for path, modules in blocks if modules}
         rule = plan[next(iter(chain.blocks))].cut[chain.hidden]
         self._rules: tuple[Tokens | Grid, ...] = rule if isinstance(rule, tuple) else (rule,)
+        self._dims = [rule.dim if isinstance(rule, Tokens) else 1 for rule in self._rules]
+        """Of the hidden states' tokens."""
         self._pass: Pass | None = None
         self._start: Tensors = ()
         """Where the blocks that may be skipped start from; after a hit, where they end."""
@@ -175,16 +177,15 @@ class _Call:
         if self._pass is None:
             return value
         found, start, self._start, self._left = _tensors(value), self._start, (), True
-        dims = [_token_dim(rule) for rule in self._rules]
-        others = [x.shape[dim] - y.shape[dim] for dim, x, y in zip(dims, found, start, strict=True)]
+        others = [x.shape[dim] - y.shape[dim] for dim, x, y in zip(self._dims, found, start, strict=True)]
         if not self._split.streams.skipping:
-            ends = [x.narrow(dim, n, x.shape[dim] - n) for dim, n, x in zip(dims, others, found, strict=True)]
+            ends = [x.narrow(dim, n, x.shape[dim] - n) for dim, n, x in zip(self._dims, others, found, strict=True)]
             self._pass.computed(tuple(torch.sub(new, old, out=old) for new, old in zip(ends, start, strict=True)))
             return value
         self._split.streams.skipping = False
         new = tuple(
             torch.cat([x.narrow(dim, 0, n), y], dim) if n else y
-            for dim, n, x, y in zip(dims, others, found, start, strict=True)
+            for dim, n, x, y in zip(self._dims, others, found, start, strict=True)
         )
         return new[0] if isinstance(value, Tensor) else type(value)(new)
 
@@ -193,7 +194,7 @@ class _Call:
         name = self._chain.modulated
         value = given[name] if name in given else _input_of(module, name, args, kwargs)
         assert isinstance(value, Tensor)
-        ((dim,), (hidden,)) = [_token_dim(rule) for rule in self._rules], _tensors(given[self._chain.hidden])
+        (dim,), (hidden,) = self._dims, _tensors(given[self._chain.hidden])
         per_token = value.ndim > dim and value.shape[dim] == hidden.shape[dim]
         return self._owned([value])[0] if per_token else value
 
@@ -201,9 +202,9 @@ class _Call:
         """[B, S_r, …] → [B, …] of the tokens that this rank owns; [S_r, …] of a network without batches → [1, …]."""
         streams = self._split.streams
         owned = []
-        for rule, value in zip(self._rules, values, strict=True):
-            dim, names = _token_dim(rule), rule.streams if isinstance(rule, Tokens) else (rule.stream,)
+        for rule, dim, value in zip(self._rules, self._dims, values, strict=True):
             if streams.ranks.size > 1:
+                names = rule.streams if isinstance(rule, Tokens) else (rule.stream,)
                 value = streams.without_phantoms(value, names, dim)
             owned.append(value if dim else value[None])
         return tuple(owned)
@@ -213,8 +214,7 @@ class _Call:
         streams = self._split.streams
         if streams.ranks.size == 1:
             return tuple(x.shape for x in hidden)
-        dims = [_token_dim(rule) for rule in self._rules]
-        others = tuple((*x.shape[:dim], *x.shape[dim + 1 :]) for dim, x in zip(dims, hidden, strict=True))
+        others = tuple((*x.shape[:dim], *x.shape[dim + 1 :]) for dim, x in zip(self._dims, hidden, strict=True))
         return streams.described(), others
 
     def _at(self, path: str) -> nn.Module:
@@ -266,10 +266,6 @@ def _input_of(module: nn.Module, path: str, args: Any, kwargs: Any) -> Tensor:
     finally:
         handle.remove()
     raise PlanError(f"{type(module).__name__} does not call {path}, whose input TeaCache compares")
-
-
-def _token_dim(rule: Tokens | Grid) -> int:
-    return rule.dim if isinstance(rule, Tokens) else 1
 
 
 def _tensors(value: Any) -> Tensors:

@@ -1,8 +1,7 @@
-"""What compiles in one worker: PyTorch's compiler with a user's settings, its counts, and signs of life meanwhile."""
+"""PyTorch's compiler in one worker: its options for a user's settings, its counts, and signs of life meanwhile."""
 
 from __future__ import annotations
 
-import logging
 import threading
 import time
 from collections.abc import Callable
@@ -14,8 +13,6 @@ from torch import Tensor
 
 from .folder import use_folder
 from .settings import CompileSettings
-
-log = logging.getLogger("sequence_parallel")
 
 _SIGN_S = 1.0
 _LONGEST_S = 1800.0
@@ -42,82 +39,12 @@ class Tally:
     """Why blocks run as without compilation, if they do."""
 
 
-class Compiler:
-    """Compiles functions of one resident model on one rank, for one set of settings.
+class Compilations:
+    """Follows the compilations of this process: their seconds, and a thread that gives signs of life during each.
 
-    A failure to compile, whatever its kind, is logged, and from then on all functions run as they are; only a new
-    object tries again.
-
-    Args:
-        settings: the user's.
-        sign_of_life: called about once a second during a compilation, from another thread.
+    Attributes:
+        give: called about once a second during a compilation, from another thread.
     """
-
-    def __init__(self, settings: CompileSettings, sign_of_life: Callable[[], None]):
-        self.settings = settings
-        self._sign_of_life = sign_of_life
-        self._compiled: dict[Any, Callable[..., Any]] = {}
-        self._graphs_of: dict[Any, int] = {}
-        self._tally = Tally()
-        self.failure = ""
-        """Why nothing is compiled any more, if that is so."""
-        try:
-            self._options = _prepare(settings)
-        except Exception as error:
-            self.give_up(describe(error))
-
-    def take_tally(self) -> Tally:
-        """What has been done since the last time."""
-        tally, self._tally = self._tally, Tally()
-        tally.kinds, tally.failure = len(self._compiled), self.failure
-        return tally
-
-    def give_up(self, cause: str) -> None:
-        """From here on nothing is compiled."""
-        self.failure = cause
-        log.warning("%s: the blocks run uncompiled: %s", self.settings.name, cause)
-
-    def _compile(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """As one graph; it is compiled when it is called."""
-        return torch.compile(function, fullgraph=True, dynamic=self.settings.dynamic, options=self._options)
-
-    def _watched(self, kind: Any) -> _Watch:
-        """Inside, what is compiled is for this kind of block."""
-        return _Watch(self, kind)
-
-
-class _Watch:
-    """Counts and times what is compiled during one call of a block."""
-
-    def __init__(self, owner: Compiler, kind: Any):
-        self._owner, self._kind = owner, kind
-
-    def __enter__(self) -> None:
-        from torch._dynamo.utils import counters
-
-        _signs.give = self._owner._sign_of_life
-        self._counters = counters
-        self._seconds = _signs.seconds
-        self._before = self._count()
-
-    def __exit__(self, *_: object) -> None:
-        if _signs.seconds == self._seconds:
-            return
-        (graphs, breaks), tally = self._count(), self._owner._tally
-        new = graphs - self._before[0]
-        known = self._owner._graphs_of.get(self._kind, 0)
-        self._owner._graphs_of[self._kind] = known + new
-        tally.seconds += _signs.seconds - self._seconds
-        tally.graphs += new
-        tally.breaks += breaks - self._before[1]
-        tally.recompilations += new if known else max(0, new - 1)
-
-    def _count(self) -> tuple[int, int]:
-        return self._counters["stats"]["unique_graphs"], sum(self._counters["graph_break"].values())
-
-
-class _SignsOfLife:
-    """Follows the compilations of this process: their seconds, and a thread that gives signs of life during each."""
 
     def __init__(self) -> None:
         self.give: Callable[[], None] = lambda: None
@@ -147,10 +74,17 @@ class _SignsOfLife:
             give()
 
 
-_signs = _SignsOfLife()
+compilations = Compilations()
 
 
-def _prepare(settings: CompileSettings) -> dict[str, Any]:
+def graphs_and_breaks() -> tuple[int, int]:
+    """Of this process so far."""
+    from torch._dynamo.utils import counters
+
+    return counters["stats"]["unique_graphs"], sum(counters["graph_break"].values())
+
+
+def prepare(settings: CompileSettings) -> dict[str, Any]:
     """The compiler's options.
 
     Raises:
@@ -165,7 +99,7 @@ def _prepare(settings: CompileSettings) -> dict[str, Any]:
     limits.recompile_limit = max(limits.recompile_limit, _VARIANTS)
     # Sizes that happen to be equal at first (of text and picture, say) are not taken to be always.
     torch.fx.experimental._config.use_duck_shape = False
-    _signs.register()
+    compilations.register()
     options = dict(torch._inductor.list_mode_options(settings.mode))
     # Attentions keep their order, which all ranks share; so may what lies between them.
     wanted = {"reorder_for_peak_memory": False}

@@ -15,17 +15,18 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from ..split.hooks import Block
 from ..split.in_graph import Calls, InGraph, running
 from ..split.routes import OPTIONS, OVERRIDE, place_of_options
-from .compiler import Compiler, describe, plain
+from .compiler import Tally, compilations, describe, graphs_and_breaks, plain, prepare
 from .replay import Recorded, Replayed, difference
 from .settings import CompileSettings
 
@@ -39,18 +40,37 @@ ALLOWED_QUANTIZED = 0.2
 whole step of the format."""
 
 
-class CompiledModules(Compiler):
+class CompiledModules:
     """The compiler of a split network's blocks on one rank, for one set of settings. It is in force inside `on`.
 
+    A failure to compile, whatever its kind, is logged, and from then on all blocks run as they are; only a new object
+    tries again.
+
     Args:
-        settings, sign_of_life: see `Compiler`.
+        settings: the user's.
+        sign_of_life: called about once a second during a compilation, from another thread.
         device: of the blocks.
     """
 
     def __init__(self, settings: CompileSettings, sign_of_life: Callable[[], None], device: torch.device):
-        super().__init__(settings, sign_of_life)
+        self._settings, self._sign_of_life = settings, sign_of_life
+        self._compiled: dict[Any, Callable[..., Any]] = {}
+        self._graphs_of: dict[Any, int] = {}
         self._compared: set[Any] = set()
+        self._tally = Tally()
         self._override = InGraph(device)
+        self.failure = ""
+        """Why nothing is compiled any more, if that is so."""
+        try:
+            self._options = prepare(settings)
+        except Exception as error:
+            self._failed(error)
+
+    def take_tally(self) -> Tally:
+        """What has been done since the last time."""
+        tally, self._tally = self._tally, Tally()
+        tally.kinds, tally.failure = len(self._compiled), self.failure
+        return tally
 
     @contextmanager
     def on(self, blocks: Sequence[Block]) -> Iterator[None]:
@@ -74,7 +94,7 @@ class CompiledModules(Compiler):
         if self.failure or call is None:
             return kind.forward(block.module, *args, **kwargs)
         compiled = self._kind(kind)
-        signature = (kind, call.signature(self.settings.dynamic))
+        signature = (kind, call.signature(self._settings.dynamic))
         if signature not in self._compared:
             self._compared.add(signature)
             return self._compare(block, compiled, call)
@@ -91,14 +111,34 @@ class CompiledModules(Compiler):
         return kind.forward(block.module, *args, **kwargs)
 
     def _kind(self, kind: Any) -> Callable[..., Any]:
+        """Compiled as one graph, when it is called."""
         if kind not in self._compiled:
-            self._compiled[kind] = self._compile(kind.forward)
+            self._compiled[kind] = torch.compile(
+                kind.forward, fullgraph=True, dynamic=self._settings.dynamic, options=self._options
+            )
         return self._compiled[kind]
+
+    @contextmanager
+    def _watched(self, kind: Any) -> Iterator[None]:
+        """Counts and times what is compiled inside: for this kind of block."""
+        compilations.give = self._sign_of_life
+        seconds, (graphs, breaks) = compilations.seconds, graphs_and_breaks()
+        try:
+            yield
+        finally:
+            if compilations.seconds != seconds:
+                graphs, breaks = (now - then for now, then in zip(graphs_and_breaks(), (graphs, breaks), strict=True))
+                known = self._graphs_of.get(kind, 0)
+                self._graphs_of[kind] = known + graphs
+                self._tally.seconds += compilations.seconds - seconds
+                self._tally.graphs += graphs
+                self._tally.breaks += breaks
+                self._tally.recompilations += graphs if known else max(0, graphs - 1)
 
     def _compare(self, block: Block, compiled: Callable[..., Any], call: _Call) -> Any:
         """Runs the block uncompiled, and compiled beside it. Returns the uncompiled result."""
         kind: Any = type(block.module)
-        copies = call.cloned()
+        copies = call.mapped(torch.clone)  # blocks may work in place
         recorded = Recorded(block.routes, call.options)
         with running(recorded):
             result = self._with_override(kind.forward, block.module, call)
@@ -116,13 +156,13 @@ class CompiledModules(Compiler):
 
     def _judge(self, module: nn.Module, result: Any, other: Any, differences: Sequence[tuple[str, float]]) -> None:
         """Gives up where anything differs by more than is allowed."""
-        expected, found = list(_tensors(result)), list(_tensors(other))
+        expected, found = _tensors(result), _tensors(other)
         if [(x.shape, x.dtype) for x in expected] != [(x.shape, x.dtype) for x in found]:
             raise TypeError(f"compiled, {type(module).__name__} returns other shapes or dtypes")
         results = [("its result", difference(x, y)) for x, y in zip(found, expected, strict=True)]
         where, worst = max([*differences, *results], key=lambda named: _size(named[1]), default=("", 0.0))
         allowed = allowed_difference(module, expected)
-        log.info("%s: compiled, %s of %s differs by %.1g (relative; allowed %.1g)", self.settings.name, where,
+        log.info("%s: compiled, %s of %s differs by %.1g (relative; allowed %.1g)", self._settings.name, where,
                  type(module).__name__, worst, allowed)  # fmt: skip
         if not worst <= allowed:
             raise ValueError(
@@ -135,53 +175,49 @@ class CompiledModules(Compiler):
         return call.run(function, module, self._override)
 
     def _failed(self, error: Exception) -> None:
-        log.info("%s: the compiler failed", self.settings.name, exc_info=True)
-        self.give_up(describe(error))
+        """From here on nothing is compiled."""
+        self.failure = describe(error)
+        log.info("%s: the compiler failed", self._settings.name, exc_info=True)
+        log.warning("%s: the blocks run uncompiled: %s", self._settings.name, self.failure)
 
 
 @dataclass(slots=True)
 class _Call:
-    """What a block is called with."""
+    """What a block is called with, but for the options."""
 
     args: tuple[Any, ...]
+    """With None in their place, if they are among these."""
     kwargs: dict[str, Any]
+    options: Mapping[str, Any]
+    """Its `transformer_options`."""
     place: int
     """Of the options in `args`, or beyond."""
 
     @classmethod
     def of(cls, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Call | None:
         """None where no options are given, so that attention cannot be put into a graph."""
-        call = cls(args, kwargs, place_of_options(module))
-        return call if isinstance(call.options, Mapping) else None
+        place, options = place_of_options(module), kwargs.get(OPTIONS)
+        if place < len(args):
+            options, args = args[place], (*args[:place], None, *args[place + 1 :])
+        kwargs = {name: value for name, value in kwargs.items() if name != OPTIONS}
+        return cls(args, kwargs, options, place) if isinstance(options, Mapping) else None
 
-    @property
-    def options(self) -> Any:
-        """Its `transformer_options`."""
-        return self.args[self.place] if self.place < len(self.args) else self.kwargs.get(OPTIONS)
-
-    def cloned(self) -> _Call:
-        """With copies of all tensors, since blocks may work in place."""
-        return self._mapped(lambda tensor: tensor.clone())
+    def mapped(self, change: Callable[[Tensor], Tensor]) -> _Call:
+        """With other tensors."""
+        kwargs = {name: _mapped(value, change) for name, value in self.kwargs.items()}
+        return replace(self, args=_mapped(self.args, change), kwargs=kwargs)
 
     def run(self, function: Callable[..., Any], module: nn.Module, override: Any) -> Any:
         """Calls a block's function with this override of attention."""
-        options = {**self.options, OVERRIDE: override}
-        made = self._mapped(plain)
-        if self.place < len(self.args):
-            args = (*made.args[: self.place], options, *made.args[self.place + 1 :])
-            return function(module, *args, **made.kwargs)
-        return function(module, *made.args, **(made.kwargs | {OPTIONS: options}))
+        options, made = {**self.options, OVERRIDE: override}, self.mapped(plain)
+        if self.place < len(made.args):
+            return function(module, *made.args[: self.place], options, *made.args[self.place + 1 :], **made.kwargs)
+        return function(module, *made.args, **made.kwargs, **{OPTIONS: options})
 
     def signature(self, dynamic: bool) -> Any:
         """What a graph is made for: of dynamic sizes, only whether they are 0 or 1."""
-        named = {name: value for name, value in self.kwargs.items() if name != OPTIONS}
-        args = [value for i, value in enumerate(self.args) if i != self.place]
-        return _signature([args, sorted(named.items())], dynamic)
-
-    def _mapped(self, change: Callable[[Tensor], Tensor]) -> _Call:
-        args = tuple(arg if i == self.place else _mapped(arg, change) for i, arg in enumerate(self.args))
-        kwargs = {name: arg if name == OPTIONS else _mapped(arg, change) for name, arg in self.kwargs.items()}
-        return _Call(args, kwargs, self.place)
+        args = (*self.args[: self.place], *self.args[self.place + 1 :])
+        return _signature([args, sorted(self.kwargs.items())], dynamic)
 
 
 def allowed_difference(module: nn.Module, results: Sequence[Tensor]) -> float:
@@ -198,16 +234,12 @@ def _size(value: float) -> float:
     return value if value == value else float("inf")
 
 
-def _tensors(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, tuple | list):
-        for item in value:
-            yield from _tensors(item)
+def _tensors(value: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor)]
 
 
 def _mapped(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    """A nest of tuples and lists with its tensors changed."""
+    """A nest of tuples and lists with its tensors changed. `tree_map` takes six times as long, at each block."""
     if isinstance(value, Tensor):
         return change(value)
     if type(value) in (tuple, list):
@@ -221,6 +253,4 @@ def _signature(value: Any, dynamic: bool) -> Any:
         return value.dtype, value.device, sizes
     if isinstance(value, tuple | list):
         return tuple(_signature(item, dynamic) for item in value)
-    if value is None or isinstance(value, bool | str):
-        return value
-    return type(value)
+    return value if value is None or isinstance(value, bool | str) else type(value)

@@ -9,7 +9,7 @@ from fnmatch import fnmatchcase
 from math import prod
 
 from ..errors import ConfigError
-from .settings import DYNAMIC
+from .settings import DYNAMIC, TENSORWISE
 
 _MULTIPLE = 16
 """Of both sides of a weight, for `torch._scaled_mm`."""
@@ -89,7 +89,7 @@ def select_layers(layers: Iterable[LinearLayer], *, scheme: str, skip: Sequence[
             unfit += 1
         else:
             weights[f"{layer.name}.weight"] = layer.shape
-            scales = 1 if scheme == "dynamic_tensorwise" else layer.shape[0]
+            scales = 1 if scheme == TENSORWISE else layer.shape[0]
             saved += prod(layer.shape) * (layer.itemsize - 1) - 4 * scales
     for pattern in skip:
         if pattern not in used:

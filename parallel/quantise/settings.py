@@ -14,6 +14,8 @@ from ..errors import ConfigError
 NODE = "FP8 Quantize (SP)"
 DYNAMIC = ("dynamic_rowwise", "dynamic_tensorwise")
 """Schemes that multiply in FP8: activations are rounded, too, with scales of the moment. The first is the better."""
+TENSORWISE = DYNAMIC[1]
+"""The only scheme with one scale for a whole weight; the others have one for each of its rows."""
 WEIGHT_ONLY = "weight_only"
 FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 SCHEMES = ("auto", *DYNAMIC, WEIGHT_ONLY)

@@ -57,6 +57,11 @@ class Network:
         """How many of cond and uncond run here."""
         return max(1, len(frozenset().union(*(each.conditions for each in self.passes))))
 
+    @property
+    def results(self) -> set[int]:
+        """Of all passes."""
+        return {latent for each in self.passes for latent in each.results}
+
 
 @dataclass(frozen=True, slots=True)
 class Report:
@@ -101,23 +106,19 @@ class Program:
         needed = {latent for _, latents in self.result for latent in latents}
         freed: list[list[int]] = []
         for instruction in reversed(self.instructions):
-            here = _read(instruction) | _written(instruction)
+            here = _used(instruction)
             freed.append(sorted(here - needed - self.constants.keys()))
             needed |= here
         return freed[::-1]
 
 
-def _read(instruction: Instruction) -> set[int]:
+def _used(instruction: Instruction) -> set[int]:
+    """Latents that it reads or makes."""
     if isinstance(instruction, Network):
-        return {latent for each in instruction.passes for latent in each.latents}
-    terms = instruction.terms if isinstance(instruction, Evaluate) else [*instruction.denoised, *instruction.x]
-    return {latent for _, latents in terms for latent in latents}
-
-
-def _written(instruction: Instruction) -> set[int]:
-    if isinstance(instruction, Network):
-        return {latent for each in instruction.passes for latent in each.results}
-    return {instruction.to} if isinstance(instruction, Evaluate) else set()
+        return instruction.results.union(*(each.latents for each in instruction.passes))
+    if isinstance(instruction, Evaluate):
+        return {instruction.to}.union(*(latents for _, latents in instruction.terms))
+    return {latent for _, latents in [*instruction.denoised, *instruction.x] for latent in latents}
 
 
 def plain(terms: Terms) -> list[Any]:

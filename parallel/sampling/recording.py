@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from itertools import accumulate
+from itertools import accumulate, count
 from math import isfinite, prod
 from typing import Any
 
@@ -110,10 +110,7 @@ class RecordedPart(Tensor):
     def __repr__(self, **_: Any) -> str:  # type: ignore[override]
         return f"RecordedPart({self.start}:{self.stop}, shape={tuple(self.shape)}, dtype={self.dtype})"
 
-    @classmethod
-    def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        with torch._C.DisableTorchFunctionSubclass():
-            return function(*args, **(kwargs or {}))
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @classmethod
     def __torch_dispatch__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
@@ -124,9 +121,9 @@ class RecordedPart(Tensor):
                 return _whole_of(first)
         elif packet is _aten.slice and first.ndim == 3 and args[1] == 2:
             start, stop, step = (*args[2:], None, None, None)[:3]
-            start, stop = min(start or 0, first.shape[2]), min(first.shape[2] if stop is None else stop, first.shape[2])
             if step not in (None, 1):
                 raise NotRecordable("the sampler takes a part of the latent apart")
+            start, stop, _ = slice(start, stop).indices(first.shape[2])
             return cls(first.whole, first.start + start, first.start + stop, (*first.shape[:2], stop - start))
         elif packet in (_aten.view, _aten._unsafe_view, _aten.reshape, _aten.alias, _aten.detach):
             shape = torch.empty(first.shape, device="meta").reshape(args[1]).shape if len(args) > 1 else first.shape
@@ -209,7 +206,7 @@ class Recorder:
 
     def __init__(self, shape: Sequence[int], device: torch.device, *, most_bytes: int):
         self.program = Program(tuple(shape), device)
-        self._numbers = 0
+        self._numbers = count(1)
         self._most_bytes = self._room = most_bytes
         self._known: dict[tuple[Any, ...], list[Tensor]] = {}
         self._numbered: dict[int, int] = {}
@@ -219,7 +216,7 @@ class Recorder:
 
     def given(self, tensor: Tensor) -> RecordedLatent:
         """A latent whose data is known, as the sampling is to see it."""
-        return self._made([_Sum(self._of_tensor(tensor))])
+        return RecordedLatent(self, [_Sum(self._of_tensor(tensor))])
 
     def network(
         self, request: StepRequest, output_shape: Sequence[int], *, conditions: frozenset[int], sigma: float
@@ -238,7 +235,7 @@ class Recorder:
         if tuple(output_shape) != (batch * len(x._sums), *rest):
             raise NotRecordable(f"the network turns a latent of {list(self.program.shape)} into {list(output_shape)}")
         latents = tuple(self._settled(each) for each in x._sums)
-        results = tuple(self._number() for _ in latents)
+        results = tuple(next(self._numbers) for _ in latents)
         self._predictions |= set(results)
         made = Pass(
             replace(
@@ -254,7 +251,8 @@ class Recorder:
             conditions,
         )
         last = self.program.instructions[-1] if self.program.instructions else None
-        if isinstance(last, Network) and last.sigma == sigma and _is_free_of(made, last):
+        # Then its latents were computed before that instruction, or are given: nothing came in between.
+        if isinstance(last, Network) and last.sigma == sigma and last.results.isdisjoint(latents):
             last.passes.append(made)
         else:
             self.program.instructions.append(Network([made], sigma))
@@ -281,7 +279,7 @@ class Recorder:
         """
         tensor = tensor.detach()
         flat = tensor.reshape(-1)
-        looked_at = flat[:: max(1, flat.numel() // _SAMPLE)].float().cpu() if flat.numel() else flat.float().cpu()
+        looked_at = flat[:: max(1, flat.numel() // _SAMPLE)].float().cpu()
         key = (tuple(tensor.shape), tensor.dtype, float(looked_at.sum()), float(looked_at.abs().sum()))
         for known in self._known.get(key, []):
             if torch.equal(known, tensor.to(known.device)):
@@ -296,20 +294,13 @@ class Recorder:
 
     # --- parts ----------------------------------------------------------------------------------------------------
 
-    def _number(self) -> int:
-        self._numbers += 1
-        return self._numbers
-
-    def _made(self, sums: list[_Sum], dtype: torch.dtype = torch.float32) -> RecordedLatent:
-        return RecordedLatent(self, sums, dtype)
-
     def _settled(self, each: _Sum) -> int:
         """The number of a latent that has, or now gets, the value of the sum."""
         if len(each.terms) == 1:
             ((latents, factor),) = each.terms.items()
             if factor == 1.0 and len(latents) == 1:
                 return latents[0]
-        number = self._number()
+        number = next(self._numbers)
         self.program.instructions.append(Evaluate(number, _listed(each.terms)))
         each.terms = {(number,): 1.0}
         return number
@@ -327,7 +318,7 @@ class Recorder:
                 raise NotRecordable(
                     f"the noise of all steps would take more than {self._most_bytes / 2**30:g} GiB of memory"
                 )
-            self._numbered[id(whole)] = number = self._number()
+            self._numbered[id(whole)] = number = next(self._numbers)
             self.program.constants[number] = whole
         return {(self._numbered[id(whole)],): 1.0}
 
@@ -340,9 +331,7 @@ class Recorder:
                 raise NotRecordable("the sampler combines latents of different batch sizes")
             return sums * (parts // len(sums))
         if not isinstance(value, Tensor):
-            return [_number_as_sum(value)] * parts
-        if value.ndim > len(self.program.shape) or (value.ndim and value.shape[0] == 0):
-            raise NotRecordable(f"the sampler combines the latent with a tensor of shape {list(value.shape)}")
+            return [{(): float(value)} if value else {}] * parts
         whole = (self.program.shape[0] * parts, *self.program.shape[1:])
         try:
             value.expand(whole)
@@ -363,16 +352,7 @@ class Recorder:
             if len(each.terms) > _MOST_TERMS:
                 self._settled(each)
             sums.append(each)
-        return self._made(sums)
-
-
-def _is_free_of(made: Pass, earlier: Network) -> bool:
-    """Whether the pass can run beside those of an instruction.
-
-    Its latents were computed before that instruction, or are given: nothing came in between.
-    """
-    results = {result for each in earlier.passes for result in each.results}
-    return results.isdisjoint(made.latents)
+        return RecordedLatent(self, sums)
 
 
 def _terms(latent: RecordedLatent) -> Terms:
@@ -389,11 +369,6 @@ def _require_fp32(latent: RecordedLatent) -> None:
         raise NotRecordable("the sampler calculates with a rounded latent, or one with further channels")
 
 
-def _number_as_sum(value: Any) -> dict[tuple[int, ...], float]:
-    number = float(value)
-    return {(): number} if number else {}
-
-
 def _uniform(tensor: Tensor) -> float | None:
     """The one value of a tensor, if it has only one."""
     if tensor.numel() == 1:
@@ -404,8 +379,6 @@ def _uniform(tensor: Tensor) -> float | None:
 
 
 # --- arithmetic -------------------------------------------------------------------------------------------------------
-
-Elementwise = Callable[..., list[dict[tuple[int, ...], float]]]
 
 
 def _recorder_of(*values: Any) -> tuple[Recorder, int]:
@@ -447,10 +420,6 @@ def _sub(a: Any, b: Any, *, alpha: float = 1) -> RecordedLatent:
     return _add(a, b, alpha=-alpha)
 
 
-def _rsub(a: Any, b: Any, alpha: float = 1) -> RecordedLatent:
-    return _add(b, a, alpha=-alpha)
-
-
 def _mul(a: Any, b: Any) -> RecordedLatent:
     recorder, parts = _recorder_of(a, b)
     pairs = list(zip(recorder.sums_of(a, parts), recorder.sums_of(b, parts), strict=True))
@@ -462,28 +431,12 @@ def _mul(a: Any, b: Any) -> RecordedLatent:
 def _div(a: Any, b: Any) -> RecordedLatent:
     if isinstance(b, RecordedLatent):
         raise NotRecordable("the sampler divides by the latent")
-    if not isinstance(b, Tensor):
-        return _mul(a, 1.0 / float(b)) if b else _infinite()
-    value = _uniform(b)
+    value = _uniform(b) if isinstance(b, Tensor) else float(b)
     if value is None:
         return _mul(a, b.reciprocal())
-    return _mul(a, 1.0 / value) if value else _infinite()
-
-
-def _infinite() -> RecordedLatent:
-    raise NotRecordable("the sampler multiplies the latent by something that is not finite")
-
-
-def _neg(a: RecordedLatent) -> RecordedLatent:
-    return _mul(a, -1.0)
-
-
-def _lerp(start: Any, end: Any, weight: Any) -> RecordedLatent:
-    return _add(start, _mul(_sub(end, start), weight))
-
-
-def _addcmul(a: Any, b: Any, c: Any, *, value: float = 1) -> RecordedLatent:
-    return _add(a, _mul(b, c), alpha=value)
+    if not value:
+        raise NotRecordable("the sampler multiplies the latent by something that is not finite")
+    return _mul(a, 1.0 / value)
 
 
 def _in_place(operation: Callable[..., RecordedLatent]) -> Callable[..., RecordedLatent]:
@@ -545,20 +498,20 @@ def _zeros_like(a: RecordedLatent, *, dtype: torch.dtype | None = None, **_: Any
     return zeros
 
 
-def _filled(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    def like(a: RecordedLatent, *, dtype: torch.dtype | None = None, device: Any = None, **_: Any) -> Tensor:
-        return make(a.shape, dtype=dtype or a.dtype, device=device or a.device)
+def _made_by(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Tensors with data, like a latent."""
+
+    def like(
+        a: RecordedLatent,
+        size: Sequence[int] | None = None,
+        *,
+        dtype: torch.dtype | None = None,
+        device: Any = None,
+        **_: Any,
+    ) -> Tensor:
+        return make(a.shape if size is None else size, dtype=dtype or a.dtype, device=device or a.device)
 
     return like
-
-
-def _new(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    def new(
-        a: RecordedLatent, size: Sequence[int], *, dtype: torch.dtype | None = None, device: Any = None, **_: Any
-    ) -> Tensor:
-        return make(size, dtype=dtype or a.dtype, device=device or a.device)
-
-    return new
 
 
 def _cat(tensors: Sequence[Tensor], dim: int = 0) -> RecordedLatent:
@@ -569,7 +522,7 @@ def _cat(tensors: Sequence[Tensor], dim: int = 0) -> RecordedLatent:
             raise NotRecordable("the sampler joins latents of different kinds")
         return RecordedLatent(latents[0].recorder, [s for each in latents for s in each._sums], first.dtype)
     if dim in (1, 1 - first.ndim) and isinstance(first, RecordedLatent) and first._concat is None:
-        rest = [each for each in tensors[1:]]
+        rest = list(tensors[1:])
         if rest and not any(isinstance(each, RecordedLatent) for each in rest):
             channels = torch.cat(rest, dim=1)
             if len(channels) == len(first) and channels.shape[2:] == first.shape[2:]:
@@ -581,8 +534,7 @@ def _slice(a: RecordedLatent, dim: int = 0, start: int | None = None, stop: int 
     """Of a packed latent, whose parts are one behind the other; such a latent has one channel."""
     if (a.ndim, dim, step, a.shape[1]) != (3, 2, 1, 1) or a._concat is not None:
         raise NotRecordable("the sampler takes the latent apart")
-    length = a.shape[2]
-    first, last = min(start or 0, length), min(length if stop is None else stop, length)
+    first, last, _ = slice(start, stop).indices(a.shape[2])
     return RecordedPart(a, first, last, (a.shape[0], 1, last - first))
 
 
@@ -601,12 +553,12 @@ _aten = torch.ops.aten
 _HANDLERS: dict[Any, Callable[..., Any]] = {
     _aten.add: _add,
     _aten.sub: _sub,
-    _aten.rsub: _rsub,
+    _aten.rsub: lambda a, b, alpha=1: _add(b, a, alpha=-alpha),
     _aten.mul: _mul,
     _aten.div: _div,
-    _aten.neg: _neg,
-    _aten.lerp: _lerp,
-    _aten.addcmul: _addcmul,
+    _aten.neg: lambda a: _mul(a, -1.0),
+    _aten.lerp: lambda start, end, weight: _add(start, _mul(_sub(end, start), weight)),
+    _aten.addcmul: lambda a, b, c, *, value=1: _add(a, _mul(b, c), alpha=value),
     _aten.add_: _in_place(_add),
     _aten.sub_: _in_place(_sub),
     _aten.mul_: _in_place(_mul),
@@ -619,12 +571,12 @@ _HANDLERS: dict[Any, Callable[..., Any]] = {
     _aten.expand: _view,
     _aten._to_copy: _to,
     _aten.zeros_like: _zeros_like,
-    _aten.ones_like: _filled(torch.ones),
-    _aten.randn_like: _filled(torch.randn),
-    _aten.rand_like: _filled(torch.rand),
-    _aten.new_ones: _new(torch.ones),
-    _aten.new_zeros: _new(torch.zeros),
-    _aten.new_empty: _new(torch.empty),
+    _aten.ones_like: _made_by(torch.ones),
+    _aten.randn_like: _made_by(torch.randn),
+    _aten.rand_like: _made_by(torch.rand),
+    _aten.new_ones: _made_by(torch.ones),
+    _aten.new_zeros: _made_by(torch.zeros),
+    _aten.new_empty: _made_by(torch.empty),
     _aten.cat: _cat,
     _aten.split: _split,
     _aten.slice: _slice,

@@ -48,7 +48,6 @@ class StepRequest:
             x, timestep, out: places, the last one of the prediction.
             held: name in the conditioning → key of what they keep.
         """
-        parts = [list(part) for part in self.parts]
         return Request(
             x=x,
             timestep=timestep,
@@ -56,5 +55,5 @@ class StepRequest:
             conditioning=held,
             label=self.label,
             arguments=self.arguments,
-            parts=parts,
+            parts=[list(part) for part in self.parts],
         )

@@ -18,13 +18,6 @@ from .tiles import Operations
 
 
 class Benchmarks:
-    """Of one rank.
-
-    Args:
-        link: to the host.
-        ranks: this rank among the others.
-    """
-
     def __init__(self, link: HostLink, ranks: Ranks):
         self._link, self._ranks = link, ranks
         self._times = 1

@@ -1,4 +1,4 @@
-"""Linear layers that multiply in FP8, and how weights get there.
+"""Linear layers that multiply in FP8, or keep their weights in it, and how weights get there.
 
 torchao does the same with tensor subclasses, and `tests/golden/torchao` holds its results to compare with. Here it is
 done with what torch has itself. Users keep the torch of their ComfyUI, which a torchao may not fit. And torchao 0.18
@@ -12,8 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..quantise.settings import DYNAMIC
-from .scaled_linear import ScaledLinear
+from ..quantise.settings import DYNAMIC, TENSORWISE
 
 E4M3 = torch.float8_e4m3fn
 LARGEST = torch.finfo(E4M3).max
@@ -65,9 +64,15 @@ class FP8Linear(nn.Linear):
         return out.view(*input.shape[:-1], self.out_features).to(input.dtype)
 
 
-def is_rowwise(scheme: str) -> bool:
-    """Whether each row of a weight has a scale of its own."""
-    return scheme != "dynamic_tensorwise"
+class ScaledLinear(nn.Linear):
+    """The true weight is `weight` (fp8) × `scale`, and is made in the input's dtype for the time of each call."""
+
+    scale: Tensor
+    """Of each row, a parameter [N, 1]."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        bias = None if self.bias is None else self.bias.to(input.dtype)
+        return F.linear(input, self.weight.to(input.dtype).mul_(self.scale), bias)
 
 
 def quantised(scheme: str, weight: Tensor, scale: float | None = None) -> tuple[Tensor, Tensor]:
@@ -81,14 +86,14 @@ def quantised(scheme: str, weight: Tensor, scale: float | None = None) -> tuple[
         [N, K] e4m3; [N, 1] or [1, 1] fp32.
     """
     if weight.dtype != E4M3:
-        return to_fp8(weight if scale is None else weight.float().mul_(scale), rowwise=is_rowwise(scheme))
+        return to_fp8(weight if scale is None else weight.float().mul_(scale), rowwise=scheme != TENSORWISE)
     assert scale is not None
-    return weight, torch.full((len(weight) if is_rowwise(scheme) else 1, 1), scale, device=weight.device)
+    return weight, torch.full((len(weight) if scheme != TENSORWISE else 1, 1), scale, device=weight.device)
 
 
 def become_fp8(layer: nn.Linear, scheme: str) -> None:
     """Makes a linear layer one of the scheme, with the parameters that it needs, still without data."""
-    rows = layer.out_features if is_rowwise(scheme) else 1
+    rows = layer.out_features if scheme != TENSORWISE else 1
     layer.__class__ = FP8Linear if scheme in DYNAMIC else ScaledLinear
     layer._parameters["weight"] = nn.Parameter(torch.empty_like(layer.weight, dtype=E4M3, device="meta"), False)
     layer._parameters["scale"] = nn.Parameter(torch.empty(rows, 1, dtype=torch.float32, device="meta"), False)

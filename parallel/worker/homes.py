@@ -8,14 +8,13 @@ handled as bytes (`packed`), so that dtypes may differ inside a block, and quant
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from ..attention.traffic import Traffic
 from ..errors import CheckpointError
@@ -24,10 +23,17 @@ from .packed import Packed, Weight
 
 Progress = Callable[[int, int], None]
 """Called with bytes done and bytes in total; may raise StepCancelled."""
+Blocks = Mapping[nn.Module, Sequence[Weight]]
+"""Each block with its weights."""
 
 
 class Home(ABC):
     """The weights of one network on one rank.
+
+    Args:
+        rest: the weights that belong to no block.
+        blocks: the others.
+        device: this rank's.
 
     Attributes:
         skipping: whether a cache skips the block whose turn it is: nobody needs its weights; the same answer on all
@@ -36,13 +42,35 @@ class Home(ABC):
 
     skipping: Callable[[], bool] = staticmethod(lambda: False)
 
-    @abstractmethod
+    def __init__(self, rest: Sequence[Weight], blocks: Blocks, device: torch.device):
+        self._device = device
+        self._units = [*map(Packed, blocks.values()), Packed(rest)]
+        """What travels together: each block, then what belongs to none."""
+        self._at = {weight.name: (number, weight) for number, unit in enumerate(self._units) for weight in unit.weights}
+
     def put(self, name: str, pieces: Sequence[Tensor]) -> None:
         """Replaces a weight by what another one of its kind consists of, which may be kept as it is; all ranks do.
 
         Raises:
             CheckpointError: there is no such weight, or it does not consist of such tensors.
         """
+        if name not in self._at:
+            raise CheckpointError(f"the network has no weight {name!r}")
+        self._put(*self._at[name], pieces)
+
+    @abstractmethod
+    def _put(self, number: int, weight: Weight, pieces: Sequence[Tensor]) -> None:
+        """Replaces a weight of the unit of this number."""
+
+    def _put_all(self, progress: Progress) -> Iterator[Weight]:
+        """Puts the file's values; each weight has been dealt with when the next one is asked for."""
+        weights = [weight for _, weight in self._at.values()]
+        total, done = sum(weight.nbytes for weight in weights), 0
+        for weight in weights:
+            self.put(weight.name, plain_tensors(weight.value))
+            yield weight
+            done += weight.nbytes
+            progress(done, total)
 
     def in_use(self, traffic: Traffic | None = None) -> AbstractContextManager[None]:
         """Inside, the network can run: on all ranks of a sequence together. `traffic` times the waits for weights that
@@ -58,85 +86,62 @@ class Home(ABC):
         """Before the network goes."""
 
 
-class MakeHome(Protocol):
-    """Takes the weights that belong to no block, each block with its weights, this rank's device, and whom to tell."""
-
-    def __call__(
-        self,
-        rest: Sequence[Weight],
-        blocks: Mapping[nn.Module, Sequence[Weight]],
-        device: torch.device,
-        progress: Progress,
-    ) -> Home: ...
+MakeHome = Callable[[Sequence[Weight], Blocks, torch.device, Progress], Home]
+"""Takes the first arguments of `Home`, and whom to tell."""
 
 
 class Replicated(Home):
     """A whole copy on this rank's device. CPU ranks compute with the mapped file, which is in memory once for all of
     them; only what is kept in another dtype than the file's is copied."""
 
-    def __init__(
-        self,
-        rest: Sequence[Weight],
-        blocks: Mapping[nn.Module, Sequence[Weight]],
-        device: torch.device,
-        progress: Progress,
-    ):
-        self._device = device
-        self._weights = {weight.name: weight for weight in (*rest, *(w for block in blocks.values() for w in block))}
-        for weight in told(self._weights.values(), progress):
-            self.put(weight.name, plain_tensors(weight.value))
+    def __init__(self, rest: Sequence[Weight], blocks: Blocks, device: torch.device, progress: Progress):
+        super().__init__(rest, blocks, device)
+        for _ in self._put_all(progress):
+            pass
 
-    def put(self, name: str, pieces: Sequence[Tensor]) -> None:
-        weight = known(self._weights, name)
+    def _put(self, number: int, weight: Weight, pieces: Sequence[Tensor]) -> None:
         weight.install([piece.to(self._device) for piece in weight.stored(pieces)])
 
     @property
     def nbytes(self) -> int:
-        return sum(weight.nbytes for weight in self._weights.values())
+        return sum(weight.nbytes for _, weight in self._at.values())
 
 
-class Units:
-    """A network's weights by what travels together: each block, and what belongs to none.
+class Brought(Home):
+    """Blocks whose weights are brought just before they run, from bytes of which this rank writes a part."""
 
-    Args:
-        bring: called with a block's number just before it runs.
-    """
-
-    def __init__(
-        self, rest: Sequence[Weight], blocks: Mapping[nn.Module, Sequence[Weight]], bring: Callable[[int], None]
-    ):
-        self.blocks = [Packed(weights) for weights in blocks.values()]
-        self.rest = Packed(rest)
-        self._at = {weight.name: (number, weight) for number, unit in enumerate(self.all) for weight in unit.weights}
-        self._handles: list[RemovableHandle] = [
-            block.register_forward_pre_hook(partial(_brought, bring, number)) for number, block in enumerate(blocks)
+    def __init__(self, rest: Sequence[Weight], blocks: Blocks, device: torch.device):
+        super().__init__(rest, blocks, device)
+        self._order = Order(len(blocks))
+        self._handles = [
+            block.register_forward_pre_hook(partial(self._before, number)) for number, block in enumerate(blocks)
         ]
 
-    @property
-    def all(self) -> list[Packed]:
-        """The blocks, then the rest."""
-        return [*self.blocks, self.rest]
+    def _write_all(self, parts: Sequence[tuple[Tensor, int]], progress: Progress) -> None:
+        """Takes the file's values.
 
-    @property
-    def weights(self) -> list[Weight]:
-        return [weight for unit in self.all for weight in unit.weights]
-
-    def find(self, name: str) -> tuple[int, Weight]:
-        """A weight, and the place in `all` of what it is part of.
-
-        Raises:
-            CheckpointError: there is no such weight.
+        Args:
+            parts: of each unit, the bytes that this rank writes, and at which of the unit's they begin.
         """
-        return known(self._at, name)
+        self._parts = parts
+        for weight in self._put_all(progress):
+            weight.clear()
+
+    def _put(self, number: int, weight: Weight, pieces: Sequence[Tensor]) -> None:
+        part, first = self._parts[number]
+        self._units[number].write(weight, pieces, part, first)
+
+    def _before(self, number: int, module: nn.Module, args: Any) -> None:
+        if not self.skipping():
+            self._bring(number, self._order.after(number))
+
+    @abstractmethod
+    def _bring(self, number: int, following: int | None) -> None:
+        """Has the weights of a block there; `following`, if any, will probably run next."""
 
     def close(self) -> None:
-        """Takes the hooks out."""
         for handle in self._handles:
             handle.remove()
-
-
-def _brought(bring: Callable[[int], None], number: int, module: nn.Module, args: Any) -> None:
-    bring(number)
 
 
 class Order:
@@ -171,24 +176,3 @@ def by_block(
         block = block_of.get(weight.module)
         (rest if block is None else found[block]).append(weight)
     return rest, found
-
-
-def told(weights: Iterable[Weight], progress: Progress) -> Iterable[Weight]:
-    """The weights; each has been dealt with when the next one is asked for."""
-    weights = list(weights)
-    total, done = sum(weight.nbytes for weight in weights), 0
-    for weight in weights:
-        yield weight
-        done += weight.nbytes
-        progress(done, total)
-
-
-def known(weights: Mapping[str, Any], name: str) -> Any:
-    """What is there under a weight's name.
-
-    Raises:
-        CheckpointError: nothing is.
-    """
-    if name not in weights:
-        raise CheckpointError(f"the network has no weight {name!r}")
-    return weights[name]

@@ -18,13 +18,6 @@ _PROGRESS_INTERVAL_S = 0.1
 
 
 class HostLink:
-    """Of one rank.
-
-    Args:
-        channel: to the host.
-        rank: this one.
-    """
-
     def __init__(self, channel: Channel, rank: int):
         self._channel, self._rank = channel, rank
         self._segments: dict[str, Segment] = {}

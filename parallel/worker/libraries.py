@@ -6,7 +6,7 @@ import contextlib
 import importlib
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 import torch
@@ -32,14 +32,8 @@ class NetworkFile(Protocol):
     def plan(self, network: nn.Module) -> Plan: ...
 
 
-class Library(Protocol):
-    """What this pack has for a library: a module."""
-
-    def NetworkFile(self, path: str, weight_dtype: torch.dtype | None, device: torch.device, /) -> NetworkFile: ...
-
-
-def library_of(recipe: Mapping[str, Any]) -> Library:
-    """Imports what builds a recipe's network.
+def library_of(recipe: Mapping[str, Any]) -> Callable[[str, torch.dtype | None, torch.device], NetworkFile]:
+    """Imports what builds a recipe's network, and returns what opens its file: by path, dtype and device.
 
     Args:
         recipe: see `host.recipe.Recipe.to_json`.
@@ -49,10 +43,10 @@ def library_of(recipe: Mapping[str, Any]) -> Library:
     """
     if recipe["library"] == "comfyui":
         prepare(**recipe["options"])
-        return importlib.import_module("..comfyui.network", __package__)
+        return importlib.import_module("..comfyui.network", __package__).NetworkFile
     folder = importlib.import_module("..diffusers.folder", __package__)
     folder.transformer_class(recipe["network"])
-    return folder
+    return folder.NetworkFile
 
 
 class Libraries:

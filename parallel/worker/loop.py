@@ -17,6 +17,7 @@ import signal
 import socket
 import sys
 import threading
+import time
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -39,7 +40,6 @@ from .free_memory import device_memory, host_memory
 from .host_link import HostLink
 from .libraries import Libraries
 from .models import Models
-from .phases import Phases
 from .ranks import Ranks, join
 from .steps import Steps
 from .tiles import Operations, Tiles
@@ -52,35 +52,19 @@ class Worker:
 
     Args:
         channel: to the host.
-        rank: place in the world.
-        weights: relative speed of each rank.
-        device: this rank's device.
-        attention: kernel name, see `config.ATTENTION_KERNELS`.
-        store: descriptor of the file through which the ranks meet.
-        common: descriptor of the file that is the common memory of CPU ranks.
-        first: recipe of the model that will be loaded first, if the host knows: its library is imported while the ranks
-            meet.
+        settings: see `host.process`. The library of its `first` model is imported while the ranks meet.
+        device: this rank's.
     """
 
-    def __init__(
-        self,
-        channel: Channel,
-        *,
-        rank: int,
-        weights: tuple[float, ...],
-        device: torch.device,
-        attention: str,
-        store: int,
-        common: int,
-        first: Mapping[str, Any] | None,
-    ):
+    def __init__(self, channel: Channel, settings: Mapping[str, Any], device: torch.device):
         self._channel = channel
         self._device = device
+        rank, weights, attention = settings["rank"], tuple(settings["weights"]), settings["attention"]
         usable = device.type == "cpu" and CommonMemory.supported()
-        memory = CommonMemory(common, rank, len(weights)) if usable else None
+        memory = CommonMemory(settings["common"], rank, len(weights)) if usable else None
         self._ranks = Ranks(weights, device, kernels.select(attention, device), memory, chosen=attention != "auto")
-        self._libraries = Libraries(first, device)
-        join(rank, len(weights), device, store)
+        self._libraries = Libraries(settings["first"], device)
+        join(rank, len(weights), device, settings["store"])
         self._link = HostLink(channel, rank)
         self._models = Models(self._link, self._ranks, self._libraries, self._give_memory_back)
         self._benchmarks = Benchmarks(self._link, self._ranks)
@@ -184,11 +168,16 @@ def main(settings: dict[str, Any], entered: float) -> None:
 
     Args:
         settings: see `host.process`.
-        entered: when Python ran the process's first line, by `time.monotonic`, the system's clock.
+        entered: when Python ran the process's first line, by `time.monotonic`: on Linux one clock for all processes.
     """
-    phases = Phases(settings["started"])
-    phases.end("python", entered)
-    phases.end("torch")
+    phases: dict[str, float] = {}
+    """Seconds of each part of the start, one behind the other."""
+
+    def ended(name: str, at: float) -> None:
+        phases[name] = at - settings["started"] - sum(phases.values())
+
+    ended("python", entered)
+    ended("torch", time.monotonic())
     faulthandler.enable()
     # Ended with the host, also by SIGKILL. The host's end of the socket closing says the same (see _listen);
     # this one works even while the interpreter is busy.
@@ -202,7 +191,7 @@ def main(settings: dict[str, Any], entered: float) -> None:
     if device.type == "cuda":
         torch.cuda.set_device(device)
         torch.cuda.synchronize(device)  # makes the context here, where it is timed
-    phases.end("device")
+    ended("device", time.monotonic())
 
     channel = Channel(socket.socket(fileno=settings["fd"]))
     root = logging.getLogger("sequence_parallel")
@@ -210,18 +199,9 @@ def main(settings: dict[str, Any], entered: float) -> None:
     root.addHandler(_ToHost(channel))
     inbox: queue.Queue[tuple[Message, list[int]]] = queue.Queue()
     threading.Thread(target=_listen, args=(channel, inbox), name="listen", daemon=True).start()
-    worker = Worker(
-        channel,
-        rank=settings["rank"],
-        weights=tuple(settings["weights"]),
-        device=device,
-        attention=settings["attention"],
-        store=settings["store"],
-        common=settings["common"],
-        first=settings["first"],
-    )
-    phases.end("meeting")
-    channel.send({"event": "ready", "pid": os.getpid(), "seconds": phases.seconds, **_describe_device(device)})
+    worker = Worker(channel, settings, device)
+    ended("meeting", time.monotonic())
+    channel.send({"event": "ready", "pid": os.getpid(), "seconds": phases, **_describe_device(device)})
     worker.run(inbox)
     dist.destroy_process_group()
     sys.stdout.flush()

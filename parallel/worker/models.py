@@ -26,14 +26,7 @@ from .tiles import Operations
 
 
 class Models:
-    """The models of one rank, by name.
-
-    Args:
-        link: to the host.
-        ranks: this rank among the others.
-        libraries: may be importing.
-        give_memory_back: after a model has gone.
-    """
+    """The models of one rank, by name."""
 
     def __init__(self, link: HostLink, ranks: Ranks, libraries: Libraries, give_memory_back: Callable[[], None]):
         self._link, self._ranks, self._libraries = link, ranks, libraries

@@ -7,34 +7,37 @@ block on its device, and the blocks pass through (`passing`); for it the copy is
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+import contextlib
+import logging
+import os
+from collections.abc import Iterator, Sequence
 from itertools import accumulate
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, cuda
 
 from ..attention.traffic import Traffic
-from ..wire.plain import plain_tensors
-from ..wire.shared import Segment
-from .homes import Home, Order, Progress, Units, told
-from .host_copy import HostCopy
-from .packed import Packed, Weight
+from ..wire.shared import Segment, TensorRef
+from .homes import Blocks, Brought, Progress
+from .packed import Weight
 from .passing import Passing
 
+log = logging.getLogger("sequence_parallel.worker")
 
-class Offloaded(Home):
+
+class Offloaded(Brought):
     """One copy for all ranks of the world. CPU ranks compute with it where it is; through a CUDA device blocks pass.
 
     Args:
-        file: an empty memory file that all ranks have.
+        file: an empty memory file that all ranks have; it is grown, and its descriptor closed. The memory lives as long
+            as its mappings.
         rank, ranks: place among those that share the copy: each writes an equal part of it.
     """
 
     def __init__(
         self,
         rest: Sequence[Weight],
-        blocks: Mapping[nn.Module, Sequence[Weight]],
+        blocks: Blocks,
         device: torch.device,
         progress: Progress,
         *,
@@ -42,60 +45,67 @@ class Offloaded(Home):
         rank: int,
         ranks: int,
     ):
-        self._rank, self._ranks = rank, ranks
-        self._units = Units(rest, blocks, self._bring)
-        self._order = Order(len(blocks))
-        ends = list(accumulate(unit.size for unit in self._units.all))
-        self._copy = HostCopy(file, max(1, ends[-1]))
-        self._hosts = [self._copy.bytes(end - unit.size, end) for unit, end in zip(self._units.all, ends, strict=True)]
+        super().__init__(rest, blocks, device)
+        ends = list(accumulate(unit.size for unit in self._units))
+        self._copy = _grown(file, max(1, ends[-1]))
+        hosts = [self._copy[end - unit.size : end] for unit, end in zip(self._units, ends, strict=True)]
+        cuts = [[len(host) * part // ranks for part in (rank, rank + 1)] for host in hosts]
         self._passing: Passing | None = None
-        for weight in told(self._units.weights, progress):
-            self.put(weight.name, plain_tensors(weight.value))
-            weight.clear()
+        self._locked = False
+        self._write_all([(host[first:last], first) for host, (first, last) in zip(hosts, cuts, strict=True)], progress)
         if device.type == "cuda":
-            cargo = [_Cargo(unit, host) for unit, host in zip(self._units.all, self._hosts, strict=True)]
-            self._passing = Passing(cargo[:-1], cargo[-1], device)
-            self._copy.lock(device)
+            self._passing = Passing(self._units, hosts, device)
+            self._locked = _lock(self._copy, device)
         else:
-            for unit, host in zip(self._units.all, self._hosts, strict=True):
+            for unit, host in zip(self._units, hosts, strict=True):
                 unit.land(host)
 
-    def put(self, name: str, pieces: Sequence[Tensor]) -> None:
+    def _put(self, number: int, weight: Weight, pieces: Sequence[Tensor]) -> None:
         if self._passing is not None:
             self._passing.forget()
-        number, weight = self._units.find(name)
-        host = self._hosts[number]
-        first, last = (len(host) * part // self._ranks for part in (self._rank, self._rank + 1))
-        self._units.all[number].write(weight, pieces, host[first:last], first=first)
+        super()._put(number, weight, pieces)
 
     @property
     def nbytes(self) -> int:
-        return self._copy.size if self._passing is None else self._passing.nbytes
+        return len(self._copy) if self._passing is None else self._passing.nbytes
 
-    @contextmanager
+    @contextlib.contextmanager
     def in_use(self, traffic: Traffic | None = None) -> Iterator[None]:
         if self._passing is not None:
             self._passing.begin()
         yield
 
     def close(self) -> None:
-        self._units.close()
-        self._copy.unlock()
+        super().close()
+        if self._locked:
+            cuda.synchronize(self._device)  # it may still fetch
+            cuda.cudart().cudaHostUnregister(self._copy.data_ptr())
+            self._locked = False
 
-    def _bring(self, number: int) -> None:
-        if self._passing is not None and not self.skipping():
-            self._passing.bring(number, self._order.after(number) or 0)
+    def _bring(self, number: int, following: int | None) -> None:
+        if self._passing is not None:
+            self._passing.bring(number, following)
 
 
-class _Cargo:
-    """A unit that passes through a device."""
+def _grown(file: Segment, size: int) -> Tensor:
+    """All bytes of the file, [size] uint8."""
+    os.ftruncate(file.fileno(), size)
+    whole = Segment(file.name, os.dup(file.fileno()), size)
+    file.close()
+    whole.close()
+    return whole.tensor(TensorRef(file.name, 0, (size,), "uint8"))
 
-    def __init__(self, unit: Packed, host: Tensor):
-        self._unit, self.host = unit, host
 
-    def land(self, device: Tensor) -> None:
-        self._unit.land(device)
-
-    def leave(self) -> None:
-        """To meta, not to host memory, from where ComfyUI's layers would fetch them at each use."""
-        self._unit.leave()
+def _lock(copy: Tensor, device: torch.device) -> bool:
+    """Locks the pages, so that a CUDA device can fetch from them while it computes. Whether it could."""
+    error = int(cuda.cudart().cudaHostRegister(copy.data_ptr(), len(copy), 0))
+    if error:
+        with contextlib.suppress(RuntimeError):  # CUDA keeps the error; PyTorch would raise it at its next kernel
+            torch.zeros(1, device=device).add_(1)
+            cuda.synchronize(device)
+        log.warning(
+            "the copy of the weights in host memory cannot be page-locked (CUDA error %d): they will reach the"
+            " device more slowly; is the memory full?",
+            error,
+        )
+    return not error

@@ -6,26 +6,14 @@ The order of copies and blocks is tested with streams that are simulated (`tests
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
 
 import torch
 from torch import Tensor, cuda
 
+from .packed import Packed
+
 _SLOTS = 2
 """Blocks that have room on the device: one runs, one arrives."""
-
-
-class Travelling(Protocol):
-    """Parameters that travel together."""
-
-    host: Tensor
-    """[n] uint8, their bytes in host memory."""
-
-    def land(self, device: Tensor) -> None:
-        """The parameters are these bytes of the device, [≥ n] uint8, from here on."""
-
-    def leave(self) -> None:
-        """The parameters have left the device: to compute with them is an error, not a wrong result."""
 
 
 class Passing:
@@ -35,15 +23,17 @@ class Passing:
     was asked for, and the compute stream waits for the copy before it is given the block.
 
     Args:
-        blocks: in the order in which they usually run.
-        rest: what is needed at any time of a step, and stays.
+        units: the blocks, in the order in which they usually run, and what is needed at any time of a step, and stays.
+            What leaves goes to meta, not to host memory, from where ComfyUI's layers would fetch it at each use.
+        hosts: of each, its bytes in host memory, [n] uint8.
     """
 
-    def __init__(self, blocks: Sequence[Travelling], rest: Travelling, device: torch.device):
-        self._blocks, self._rest, self._device = blocks, rest, device
-        room = max((len(block.host) for block in blocks), default=0)
+    def __init__(self, units: Sequence[Packed], hosts: Sequence[Tensor], device: torch.device):
+        (*self._blocks, self._rest), (*self._hosts, self._rest_host) = units, hosts
+        self._device = device
+        room = max(map(len, self._hosts), default=0)
         self._slots = [torch.empty(room, dtype=torch.uint8, device=device) for _ in range(_SLOTS)]
-        self._stay = torch.empty(len(rest.host), dtype=torch.uint8, device=device)
+        self._stay = torch.empty(len(self._rest_host), dtype=torch.uint8, device=device)
         self._copies = cuda.Stream(device)
         self._arrived: dict[int, cuda.Event] = {}
         """Block → event, of those that have a slot."""
@@ -68,7 +58,7 @@ class Passing:
             self._blocks[block].leave()
         self._slot_of.clear()
         self._arrived.clear()
-        _copy(self._stay, self._rest.host)
+        _copy(self._stay, self._rest_host)
         self._rest.land(self._stay)
         self._current = True
 
@@ -91,10 +81,10 @@ class Passing:
         for replaced in [other for other, place in self._slot_of.items() if place == slot]:
             self._blocks[replaced].leave()
             del self._slot_of[replaced], self._arrived[replaced]
-        block = self._blocks[index]
+        host = self._hosts[index]
         self._copies.wait_stream(cuda.current_stream(self._device))  # whatever used the slot is behind us there
         with cuda.stream(self._copies):
-            _copy(self._slots[slot][: len(block.host)], block.host)
+            _copy(self._slots[slot][: len(host)], host)
             self._arrived[index] = self._copies.record_event()
         self._slot_of[index] = slot
 

@@ -14,7 +14,8 @@ from __future__ import annotations
 import collections
 import math
 from collections.abc import Callable, Hashable
-from typing import Any, Protocol
+
+from torch.cuda import Event
 
 QUEUED_S = 0.05
 """Seconds of queued work, at most."""
@@ -25,23 +26,13 @@ Paces = dict[Hashable, float]
 """Seconds per block on the device, of each split's last pass."""
 
 
-class Event(Protocol):
-    """What is used of `torch.cuda.Event`, made with `enable_timing` and `blocking`."""
-
-    def record(self) -> None: ...
-
-    def synchronize(self) -> None: ...
-
-    def elapsed_time(self, later: Any, /) -> float: ...
-
-
 class RunAhead:
     """The blocks of one pass: of one step, or of one pass through the network in a sampling.
 
     Args:
         paces: kept from pass to pass; changed by `finish`.
         agree: the largest of all ranks' values. Collective over the ranks of the sequence.
-        new_event: makes an event on this rank's stream.
+        new_event: makes an event on this rank's stream, with `enable_timing` and `blocking`.
     """
 
     def __init__(self, paces: Paces, agree: Callable[[float], float], new_event: Callable[[], Event]):

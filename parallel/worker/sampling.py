@@ -21,35 +21,11 @@ from ..attention.traffic import Traffic
 from ..errors import StepCancelled
 from ..plan import ranges, shares
 from ..wire.messages import Evaluate, Report, RunNetwork, Sample
-from ..wire.shared import TensorRef
+from .host_link import HostLink
+from .ranks import Ranks
 
-TensorAt = Callable[[TensorRef], Tensor]
-"""Place in shared memory → tensor."""
 RunPasses = Callable[[RunNetwork], None]
 """Runs this rank's part of the passes."""
-
-
-class Agreement:
-    """Where all ranks wait for each other, and learn what any of them has seen.
-
-    Args:
-        device: of the tensor that is added up: a group of GPUs has no other.
-        traffic: times the waits, by the clock: no device computes meanwhile.
-    """
-
-    def __init__(self, device: torch.device, traffic: Traffic):
-        self._device = device
-        self._traffic = traffic
-
-    def any(self, *seen: bool) -> list[bool]:
-        """For each, whether some rank has seen it. All ranks of the world must ask."""
-        if dist.get_world_size() == 1:
-            return list(seen)
-        flags = torch.tensor([float(each) for each in seen], device=self._device)
-        with self._traffic.waiting():
-            dist.all_reduce(flags)
-            counts = flags.tolist()
-        return [count > 0 for count in counts]
 
 
 class Sampling:
@@ -57,33 +33,19 @@ class Sampling:
 
     Args:
         message: what the host sent.
-        rank: in the world.
-        world_size: of the group.
-        tensor_at: finds tensors in shared memory.
-        agreement: with the other ranks.
-        cancel_requested: whether the host wants to stop.
+        link: to the host.
+        ranks: this rank among the others.
+        traffic: times the waits for them, by the clock: no device computes meanwhile.
     """
 
-    def __init__(
-        self,
-        message: Sample,
-        *,
-        rank: int,
-        world_size: int,
-        tensor_at: TensorAt,
-        agreement: Agreement,
-        cancel_requested: Callable[[], bool],
-    ):
-        self._message = message
-        self._tensor_at = tensor_at
-        self._agreement = agreement
-        self._cancel_requested = cancel_requested
-        self._rank = rank
-        result = tensor_at(message.out)
+    def __init__(self, message: Sample, link: HostLink, ranks: Ranks, traffic: Traffic):
+        self._message, self._ranks, self._traffic = message, ranks, traffic
+        self._tensor_at, self._control = link.tensor, link.control
+        result = self._tensor_at(message.out)
         self._sample = result[0].numel()
         """Elements of one sample of a latent."""
-        self._share = ranges(shares(result.numel(), [1.0] * world_size))[rank]
-        self._latents = {int(n): self._mine(tensor_at(ref)) for n, ref in message.constants.items()}
+        self._share = ranges(shares(result.numel(), [1.0] * ranks.world_size))[ranks.rank]
+        self._latents = {int(n): self._mine(self._tensor_at(ref)) for n, ref in message.constants.items()}
         self._show = False
         self._shown = 0
         self._shown_at = -math.inf
@@ -119,14 +81,14 @@ class Sampling:
             x = self._tensor_at(each.request.x)
             for place, number in enumerate(each.latents):
                 self._write(x, place, self._latents[number])
-        self._agreement.any(False)  # x is complete
+        self._any(False)  # x is complete
         stopped = False
         try:
             passes(instruction)
         except StepCancelled:  # this rank's batch group has stopped; another one may just have finished
             stopped = True
-        stopped, self._show = self._agreement.any(
-            stopped or self._cancel_requested(), self._rank == 0 and self._preview_is_due()
+        stopped, self._show = self._any(
+            stopped or self._control.cancel_requested, self._ranks.rank == 0 and self._preview_is_due()
         )
         if stopped:
             raise StepCancelled("stopped between two passes")
@@ -135,6 +97,16 @@ class Sampling:
             out = self._tensor_at(each.request.out).view(-1)
             for place, number in enumerate(each.results):
                 self._latents[number] = self._mine(out[place * size : (place + 1) * size]).float().clone()
+
+    def _any(self, *seen: bool) -> list[bool]:
+        """For each, whether some rank has seen it. All ranks of the world ask, and wait for each other."""
+        if self._ranks.world_size == 1:
+            return list(seen)
+        flags = torch.tensor([float(each) for each in seen], device=self._ranks.device)
+        with self._traffic.waiting():
+            dist.all_reduce(flags)
+            counts = flags.tolist()
+        return [count > 0 for count in counts]
 
     def _preview_is_due(self) -> bool:
         """Whether the host has looked at the latents before, and its interval has passed since they were shown."""
@@ -154,7 +126,7 @@ class Sampling:
         latents = (instruction.denoised, instruction.x)
         for place, terms in zip(preview.latents[self._shown % 2], latents, strict=True):
             self._mine(self._tensor_at(place)).copy_(self._value(terms))
-        self._tensor_at(preview.shown)[self._rank] = torch.tensor([self._shown, instruction.step])
+        self._tensor_at(preview.shown)[self._ranks.rank] = torch.tensor([self._shown, instruction.step])
 
     def _value(self, terms: list[Any]) -> Tensor:
         """This rank's share of a sum of products."""

@@ -8,21 +8,19 @@ wherever Cancel stops them.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
 
 from ..attention.traffic import Traffic
-from ..wire.plain import plain_tensors
 from ..wire.shared import ALIGNMENT
-from .homes import Home, Order, Progress, Units, told
+from .homes import Blocks, Brought, Progress
 from .packed import Packed, Weight
 
 
-class Sharded(Home):
+class Sharded(Brought):
     """A part of the bytes of each block, and of those that belong to none.
 
     Args:
@@ -33,44 +31,36 @@ class Sharded(Home):
     def __init__(
         self,
         rest: Sequence[Weight],
-        blocks: Mapping[nn.Module, Sequence[Weight]],
+        blocks: Blocks,
         device: torch.device,
         progress: Progress,
         *,
         group: dist.ProcessGroup,
         ahead: bool | None = None,
     ):
-        self._device, self._group = device, group
-        self._rank, self._ranks = group.rank(), group.size()
+        super().__init__(rest, blocks, device)
+        self._group = group
         self._ahead = device.type == "cuda" if ahead is None else ahead
-        self._units = Units(rest, blocks, self._bring)
-        self._order = Order(len(blocks))
-        self._mine = [
-            torch.zeros(_part(unit, self._ranks), dtype=torch.uint8, device=device) for unit in self._units.all
-        ]
+        self._rest = len(blocks)
+        """The unit that belongs to no block."""
         self._gathered: dict[int, dist.Work | None] = {}
-        """Blocks whose weights this rank has, or will have when the work, if any, is done."""
+        """Units whose weights this rank has, or will have when the work, if any, is done."""
         self._traffic = Traffic()
-        for weight in told(self._units.weights, progress):
-            self.put(weight.name, plain_tensors(weight.value))
-            weight.clear()
-
-    def put(self, name: str, pieces: Sequence[Tensor]) -> None:
-        number, weight = self._units.find(name)
-        mine = self._mine[number]
-        self._units.all[number].write(weight, pieces, mine, first=self._rank * len(mine))
+        sizes = [_part(unit, group.size()) for unit in self._units]
+        self._write_all(
+            [(torch.zeros(size, dtype=torch.uint8, device=device), group.rank() * size) for size in sizes], progress
+        )
 
     @property
     def nbytes(self) -> int:
-        return sum(len(mine) for mine in self._mine)
+        return sum(len(mine) for mine, _ in self._parts)
 
     @contextmanager
     def in_use(self, traffic: Traffic | None = None) -> Iterator[None]:
         self._traffic = traffic or Traffic()
         self._order.begin()
-        rest = len(self._units.blocks)
         try:
-            self._gather(rest, wait=True)
+            self._gather(self._rest, wait=True)
             yield
         finally:
             for number in list(self._gathered):
@@ -78,15 +68,9 @@ class Sharded(Home):
             if self._device.type == "cpu":  # else the allocator keeps what was gathered for the next time
                 ctypes.CDLL(None).malloc_trim(0)
 
-    def close(self) -> None:
-        self._units.close()
-
-    def _bring(self, number: int) -> None:
-        if self.skipping():
-            return
-        ahead = self._order.after(number) if self._ahead else None
-        rest = len(self._units.blocks)
-        for other in self._gathered.keys() - {number, ahead, rest}:
+    def _bring(self, number: int, following: int | None) -> None:
+        ahead = following if self._ahead else None
+        for other in self._gathered.keys() - {number, ahead, self._rest}:
             self._put_away(other)
         if number not in self._gathered:
             self._gather(number, wait=True)
@@ -95,11 +79,11 @@ class Sharded(Home):
             self._gather(ahead, wait=False)
 
     def _gather(self, number: int, *, wait: bool) -> None:
-        unit, mine = self._units.all[number], self._mine[number]
-        whole = torch.empty(self._ranks * len(mine), dtype=torch.uint8, device=self._device)
+        mine, _ = self._parts[number]
+        whole = torch.empty(self._group.size() * len(mine), dtype=torch.uint8, device=self._device)
         with self._traffic.waiting():
             self._gathered[number] = dist.all_gather_into_tensor(whole, mine, self._group, async_op=not wait)
-        unit.land(whole)
+        self._units[number].land(whole)
 
     def _arrive(self, number: int) -> None:
         if (work := self._gathered[number]) is not None:
@@ -110,7 +94,7 @@ class Sharded(Home):
     def _put_away(self, number: int) -> None:
         self._arrive(number)
         del self._gathered[number]
-        self._units.all[number].leave()
+        self._units[number].leave()
 
 
 def _part(unit: Packed, ranks: int) -> int:

@@ -53,7 +53,7 @@ class SplitNetwork:
         attention: what its attention computes with, by the names of `attention.kernels`.
 
     Raises:
-        UnsupportedError: the library makes another network of it here, or it has no plan.
+        UnsupportedError: the library makes another network of it here.
         PlanError: its class has changed.
         CheckpointError: the file is damaged.
         ConfigError: `skip` has a pattern that means no layer.
@@ -68,15 +68,15 @@ class SplitNetwork:
         fp8: Mapping[str, Any] | None = None,
     ):
         began = time.perf_counter()
-        library = library_of(recipe)
+        open_file = library_of(recipe)
         self.libraries_s = time.perf_counter() - began
         dtype = None if recipe["weight_dtype"] is None else getattr(torch, recipe["weight_dtype"])
-        self._file = library.NetworkFile(recipe["path"], dtype, device)
+        self._file = open_file(recipe["path"], dtype, device)
         self._network, dtypes = self._file.network()
         name = type(self._network).__name__
         if name != recipe["network"]:
             raise UnsupportedError(
-                f"{recipe['path']}: ComfyUI makes a {recipe['network']} of it, and the workers a {name}"
+                f"{recipe['path']}: the host makes a {recipe['network']} of it, the workers a {name}"
             )
         self.attention = self._file.attention
         self._device = device
@@ -126,12 +126,14 @@ class SplitNetwork:
         else:
             self._caches.pop(sampling, None)
 
-    def compiled(self, settings: CompileSettings, sign_of_life: Callable[[], None]) -> CompiledModules:
+    def compiled(self, settings: CompileSettings | None, sign_of_life: Callable[[], None]) -> CompiledModules | None:
         """The compiler of this network's blocks, kept as long as the network: MODELs that share it can want different
-        ones.
+        ones, or none.
 
-        See `Compiler` for the arguments.
+        See `CompiledModules` for the arguments.
         """
+        if settings is None:
+            return None
         if settings not in self._compilers:
             from ..compilation.modules import CompiledModules  # takes a second, and is rarely wanted
 
@@ -161,11 +163,12 @@ class SplitNetwork:
 
     def restore_weights(self, names: Sequence[str]) -> None:
         """Undoes `put_weight`: reads the file's again. A name that is not in it has been refused there."""
-        plain = [name for name in names if name not in self._quantised]
-        tensors = self._file.tensors() if plain else {}
+        tensors = self._file.tensors() if any(name not in self._quantised for name in names) else {}
         for name in names:
-            if name in self._quantised or name in tensors:
-                self.home.put(name, self._quantised[name] if name in self._quantised else [tensors[name]])
+            if name in self._quantised:
+                self.home.put(name, self._quantised[name])
+            elif name in tensors:
+                self.home.put(name, [tensors[name]])
 
     def check_arguments(self, arguments: Tree, method: str = "forward") -> None:
         """Refuses a call that the method would not take. The ranks refuse alike, before any exchange, and stay usable.

@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..attention.traffic import Traffic
-from ..cache.blocks import BlockCache, StepPasses, Tally
-from ..compilation.settings import CompileSettings
+from ..cache.blocks import StepPasses, Tally
 from ..degrees import Degrees
 from ..mesh import Mesh
 from ..plan import share_of
@@ -18,7 +17,7 @@ from ..wire.messages import CacheRule, Request, RunNetwork, Sample, Step
 from .host_link import HostLink
 from .models import Models
 from .ranks import ParallelContext, Ranks
-from .sampling import Agreement, Sampling
+from .sampling import Sampling
 from .split_network import SplitNetwork
 from .tiles import Operations
 
@@ -30,14 +29,6 @@ _BLOCKS_OF_A_PASS = 2**20
 
 
 class Steps:
-    """Of one rank.
-
-    Args:
-        link: to the host.
-        ranks: this rank among the others.
-        models: what it can run.
-    """
-
     def __init__(self, link: HostLink, ranks: Ranks, models: Models):
         self._link, self._ranks, self._models = link, ranks, models
         self.operations: Operations = {Step: self._step, Sample: self._sample}
@@ -46,12 +37,11 @@ class Steps:
         model = self._models.conditioned(message.model, message.conditioning)
         mesh = self._mesh(message.degrees, cached=message.cache is not None)
         with torch.no_grad():
-            compiler = self._compiler(model, message.compile)
+            compiler = model.compiled(message.compile, self._link.beat)
             began = time.perf_counter()
             context = ParallelContext(self._ranks, mesh, self._link.control)
-            cache = self._cache(model, message.cache, mesh)
-            self._run(model, message.requests, mesh, context, cache, compiler)
-        counted = {} if cache is None else {"cache": asdict(cache.tally)}
+            tally = self._run(model, message.requests, mesh, context, message.cache, compiler)
+        counted = {} if message.cache is None else {"cache": asdict(tally)}
         if compiler is not None:
             counted["compile"] = asdict(compiler.take_tally())
         return {"seconds": time.perf_counter() - began, **context.traffic.to_json(), **counted}
@@ -59,39 +49,27 @@ class Steps:
     def _sample(self, message: Sample) -> dict[str, Any]:
         """What it returns, and counts of a cache, is kept apart by the degrees of its passes."""
         model = self._models.conditioned(message.model, message.conditioning)
-        control = self._link.control
-        cached = message.cache is not None
-        meshes = [self._mesh(degrees, cached=cached) for degrees in message.degrees]
+        meshes = [self._mesh(degrees, cached=message.cache is not None) for degrees in message.degrees]
         contexts: list[ParallelContext] = []
         traffic = Traffic()
         seconds, tallies = [0.0 for _ in meshes], [Tally() for _ in meshes]
-        compiler = self._compiler(model, message.compile)
+        compiler = model.compiled(message.compile, self._link.beat)
 
         def passes(instruction: RunNetwork) -> None:
             which = instruction.degrees
-            mesh = meshes[which]
             # Batch groups may have run unequal numbers of blocks; under the next degrees their ranks may be one group.
-            context = ParallelContext(self._ranks, mesh, control, first_block=len(contexts) * _BLOCKS_OF_A_PASS)
+            first_block = len(contexts) * _BLOCKS_OF_A_PASS
+            context = ParallelContext(self._ranks, meshes[which], self._link.control, first_block)
             contexts.append(context)
             rule = None if message.cache is None else replace(message.cache, active=instruction.active)
-            cache = self._cache(model, rule, mesh)
             began = time.perf_counter()
-            self._run(model, [each.request for each in instruction.passes], mesh, context, cache, compiler)
+            requests = [each.request for each in instruction.passes]
+            tallies[which].add(self._run(model, requests, meshes[which], context, rule, compiler))
             seconds[which] += time.perf_counter() - began
-            if cache is not None:
-                tallies[which].add(cache.tally)
 
         with torch.no_grad():
             began = time.perf_counter()
-            sampling = Sampling(
-                message,
-                rank=self._ranks.rank,
-                world_size=self._ranks.world_size,
-                tensor_at=self._link.tensor,
-                agreement=Agreement(self._ranks.device, traffic),
-                cancel_requested=lambda: control.cancel_requested,
-            )
-            sampling.run(passes, self._link.tell_progress)
+            Sampling(message, self._link, self._ranks, traffic).run(passes, self._link.tell_progress)
         for context in contexts:
             traffic.include(context.traffic)
         counted = {} if compiler is None else {"compile": asdict(compiler.take_tally())}
@@ -104,15 +82,6 @@ class Steps:
             ],
         }
 
-    @staticmethod
-    def _cache(model: SplitNetwork, rule: CacheRule | None, mesh: Mesh) -> BlockCache | None:
-        """What the sampling remembers, ready for its next pass."""
-        if rule is None:
-            return None
-        cache = model.cache(rule.sampling, rule.rule)
-        cache.begin_step(mesh.degrees, rule.active)
-        return cache
-
     def _mesh(self, degrees: Degrees, *, cached: bool) -> Mesh:
         """The mesh, and all groups that it needs: they are made by all ranks of the world together, and later a batch
         group may stop before another one."""
@@ -121,29 +90,36 @@ class Steps:
             self._ranks.total(mesh, Traffic())
         return mesh
 
-    def _compiler(self, model: SplitNetwork, wanted: CompileSettings | None) -> CompiledModules | None:
-        """Of the model's blocks, which are compared with uncompiled ones where they run."""
-        return None if wanted is None else model.compiled(wanted, self._link.beat)
-
     def _run(
         self,
         model: SplitNetwork,
         requests: list[Request],
         mesh: Mesh,
         context: ParallelContext,
-        cache: BlockCache | None,
+        rule: CacheRule | None,
         compiler: CompiledModules | None,
-    ) -> None:
-        """This rank's part of requests that run side by side; the results lie in shared memory when it returns."""
+    ) -> Tally:
+        """This rank's part of requests that run side by side; the results lie in shared memory when it returns.
+
+        Args:
+            rule: of the sampling's cache.
+            compiler: of the model's blocks, which are compared with uncompiled ones where they run.
+
+        Returns:
+            What the cache has counted.
+        """
         for request in requests:
             model.check_arguments(request.arguments)
-        total = None if cache is None else self._ranks.total(mesh, context.traffic)
+        cache = None
+        if rule is not None:
+            cache, total = model.cache(rule.sampling, rule.rule), self._ranks.total(mesh, context.traffic)
+            cache.begin_step(mesh.degrees, rule.active)
         batches = [request.x.shape[0] for request in requests]
         for request, rows in zip(requests, share_of(batches, mesh.group, mesh.degrees.groups), strict=True):
             if rows.stop == rows.start:
                 continue
             shape, passes = request.x.shape, None
-            if cache is not None and total is not None:
+            if cache is not None:
                 passes = StepPasses(cache, (request.label, rows.start, rows.stop), shape, total)
             work = (id(model), rows.stop - rows.start, shape)
             sequence = self._ranks.sequence(mesh, context, model.attention, work)
@@ -151,3 +127,4 @@ class Steps:
         if self._ranks.device.type == "cuda":
             torch.cuda.synchronize(self._ranks.device)
         context.finish()
+        return Tally() if cache is None else cache.tally

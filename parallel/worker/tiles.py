@@ -20,13 +20,7 @@ Operations = dict[type[Operation], Callable[[Any], dict[str, Any]]]
 
 
 class Tiles:
-    """The VAEs of one rank.
-
-    Args:
-        link: to the host.
-        device: where it computes.
-        give_memory_back: after a VAE has gone.
-    """
+    """The VAEs of one rank."""
 
     def __init__(self, link: HostLink, device: torch.device, give_memory_back: Callable[[], None]):
         self._link, self._device, self._give_memory_back = link, device, give_memory_back

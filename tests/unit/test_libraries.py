@@ -114,6 +114,7 @@ def test_comfyui_is_prepared_and_imported_for_its_models_and_diffusers_is_not(
     done: list[Any] = []
     monkeypatch.setattr(module, "prepare", lambda **options: done.append(options))
     network, before = ModuleType("parallel.comfyui.network"), importlib.import_module
+    network.NetworkFile = object()
 
     def import_module(name: str, package: str | None = None) -> Any:
         if name != "..comfyui.network":
@@ -122,7 +123,7 @@ def test_comfyui_is_prepared_and_imported_for_its_models_and_diffusers_is_not(
         return network
 
     monkeypatch.setattr(importlib, "import_module", import_module)
-    assert library_of(COMFYUIS) is network
+    assert library_of(COMFYUIS) is network.NetworkFile
     assert done == [{"root": "/ComfyUI"}, "..comfyui.network"]
 
 

@@ -82,5 +82,5 @@ def test_tf32_is_taken_over_by_whichever_interface_it_was_set(
 
 def test_a_switch_that_this_torch_does_not_have_is_left_out(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(numerics._SWITCHES, "of_tomorrow", "cudnn.of_tomorrow")
-    monkeypatch.setitem(numerics._SWITCHES, "also_of_tomorrow", "of_tomorrow.fp32_precision")
+    monkeypatch.setitem(numerics._SWITCHES, "also_of_tomorrow", "cudnn.of_tomorrow.fp32_precision")
     assert not {"of_tomorrow", "also_of_tomorrow"} & numerics.read().keys()

@@ -90,12 +90,10 @@ class Cargo:
     """Parameters that travel together.
 
     Args:
-        host: [n] uint8, their bytes in host memory.
-        parameters: each with its offset in these bytes, and now at home in them.
+        parameters: each with its offset in their bytes in host memory, and now at home in them.
     """
 
-    def __init__(self, host: Tensor, parameters: list[tuple[nn.Parameter, int]]):
-        self.host = host
+    def __init__(self, parameters: list[tuple[nn.Parameter, int]]):
         self._parameters = [(parameter, parameter.data, offset) for parameter, offset in parameters]
 
     def land(self, device: Tensor) -> None:
@@ -126,12 +124,9 @@ class Network:
             for i, parameter in enumerate(block):
                 parameter.data = host[i * 16 : i * 16 + 16].view(torch.float32)
         self.homes = {parameter.data_ptr() for block in self.blocks for parameter in block}
-        cargo = [
-            Cargo(host, [(parameter, i * 16) for i, parameter in enumerate(block)])
-            for block, host in zip(self.blocks, self._hosts, strict=True)
-        ]
+        cargo: list[Any] = [Cargo([(parameter, i * 16) for i, parameter in enumerate(block)]) for block in self.blocks]
         self.change()
-        self.passing = Passing(cargo[:-1], cargo[-1], torch.device("cpu"))
+        self.passing = Passing(cargo, self._hosts, torch.device("cpu"))
 
     def _copy(self, to: Tensor, host: Tensor) -> None:
         self.device.current_stream().give(lambda: (to.copy_(host), None)[1])
