@@ -198,6 +198,17 @@ AURA_FLOW: Plan = {
     "final_linear": Site(join=Tokens(I)),
 }
 
+SD3: Plan = {
+    "": CONTROL,
+    "joint_blocks": Site(
+        positional="context x",
+        cut={"context": Tokens(T), "x": Tokens(I)},
+        whole="c use_checkpoint",
+        attention={"": [(TI, TI), (I, I)]},  # SD3.5 Medium has the second one, too
+    ),
+    "final_layer": Site(join=Tokens(I)),
+}
+
 COGVIDEOX: Plan = {
     "blocks": Site(
         cut={
@@ -399,6 +410,7 @@ PLANS: Mapping[str, Plan | ByModel] = {
     "MiniTrainDIT": COSMOS_PREDICT2,
     "NextDiT": LUMINA,
     "OmniGen2Transformer2DModel": OMNIGEN2,
+    "OpenAISignatureMMDITWrapper": SD3,
     "QwenImageTransformer2DModel": QWEN_IMAGE,
     "SingleStreamDiT": KREA2,
     "SCAIL2WanModel": WAN,
@@ -433,6 +445,7 @@ CHAINS: Mapping[str, Chain] = {
     "MiniMaxH3Model": Chain(blocks={"blocks": "x"}, hidden="x", leave="final_layer.x"),
     "MiniTrainDIT": _COSMOS_CHAIN,
     "NextDiT": Chain(blocks={"layers": "x"}, hidden="x", leave="final_layer.x"),
+    "OpenAISignatureMMDITWrapper": Chain(blocks={"joint_blocks": "context x"}, hidden="x", leave="final_layer.x"),
     "QwenImageTransformer2DModel": Chain(
         blocks={"transformer_blocks": "encoder_hidden_states hidden_states"}, hidden="hidden_states"
     ),
@@ -471,6 +484,7 @@ DESCRIBED: Mapping[str, Described] = {
     "LTXVModel": Described("LTX-Video", ("T2V", "I2V"), _SAMPLED, teacache="0.9.1"),
     "AsymmDiTJoint": Described("Mochi 1", ("T2V",), _SAMPLED, teacache="yes"),
     "CogVideoXTransformer3DModel": Described("CogVideoX 2B, 5B, 1.5", ("T2V", "I2V"), _SAMPLED, teacache="yes"),
+    "OpenAISignatureMMDITWrapper": Described("Stable Diffusion 3, 3.5", ("T2I",), _SAMPLED),
     "AnimateWanModel": Described("Wan 2.2 Animate", ("I2V",), _CALLED),
     "WanModel_S2V": Described("Wan 2.2 S2V", ("I2V",), _CALLED),
     "HumoWanModel": Described("HuMo", ("T2V", "I2V"), _CALLED),

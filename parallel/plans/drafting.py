@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..split.sites import Plan
-from .recording import Attended, Recording, Tree
+from .recording import UNNAMED, Attended, Recording, Tree
 
 Sizes = tuple[int, ...]
 """One size in each pass: small latent, larger latent, longer text."""
@@ -162,6 +162,7 @@ class Draft:
         attended = self._attended(part)
         split = {(self._names(queries), self._names(keys)) for _, queries, keys, _ in attended if self._names(keys)}
         local = [row for row in attended if not self._names(row[2])]
+        routes: dict[str, dict[str, None]] = {}
         for module, queries, keys, options in attended:
             where = _below(module, part.first)
             pair = self._names(queries), self._names(keys)
@@ -173,7 +174,11 @@ class Draft:
             if not options:
                 site["remarks"].append(f"{where or 'it'} attends without transformer_options")
             name = where if local or len(split) > 1 or not self.passes[0].calls[part.first].options else ""
-            site["attention"][self._given_options(part, name)] = f"({_variable(pair[0])}, {_variable(pair[1])})"
+            pairs = routes.setdefault(self._given_options(part, name), {})
+            pairs[f"({_variable(pair[0])}, {_variable(pair[1])})"] = None
+        site["attention"] = {
+            name: ", ".join(pairs) if len(pairs) == 1 else f"[{', '.join(pairs)}]" for name, pairs in routes.items()
+        }
 
     def _given_options(self, part: Part, name: str) -> str:
         """The innermost module from `name` up that is given the options."""
@@ -278,6 +283,8 @@ class Draft:
         lines += [f"{_constant(self.network)}: Plan = {{"]
         for path, site in self.sites.items():
             lines.append(f'    "{path}": Site(')
+            if given := [name for name in [*site["cut"], *site["whole"]] if re.fullmatch(UNNAMED + r"\d+", name)]:
+                lines.append(f'        positional="{" ".join(given)}",  # give them names')
             if site["cut"]:
                 lines.append("        cut={")
                 lines += [f'            "{name}": {rule},' for name, rule in site["cut"].items()]

@@ -11,7 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from ..split.routes import OPTIONS, OVERRIDE
+from ..split.routes import OPTIONS, OVERRIDE, named_attention
+
+UNNAMED = "arg_"
+"""Begins the name, followed by its place, of what a module takes as `*args`."""
 
 Tree = Any
 """A value's shapes: a tuple of sizes for a tensor, a list or dictionary of trees, a type's name for the rest."""
@@ -66,14 +69,10 @@ def record(network: nn.Module, run: Callable[[dict[str, Any]], Any]) -> Recordin
         handles.append(module.register_forward_hook(after, always_call=True))
 
     def override(function: Any, *args: Any, **kwargs: Any) -> Tensor:
-        named = dict(zip(("q", "k", "v", "heads"), args, strict=False)) | kwargs
-        q, k, v, heads = (named[name] for name in ("q", "k", "v", "heads"))
-        apart = bool(named.get("skip_reshape"))
-        recording.attended.append(Attended(running[-1], q.shape[-2], k.shape[-2], True))
-        batch, length, width = q.shape[0], q.shape[-2], v.shape[-1] if apart else v.shape[-1] // heads
-        if named.get("skip_output_reshape"):
-            return q.new_zeros(batch, heads, length, width)
-        return q.new_zeros(batch, length, heads * width)
+        q, k, v, _, stays_apart, _ = named_attention(args, kwargs)
+        recording.attended.append(Attended(running[-1], q.shape[2], k.shape[2], True))
+        out = q.new_zeros(*q.shape[:3], v.shape[3])
+        return out if stays_apart else out.transpose(1, 2).flatten(2)
 
     try:
         with _Unrouted(recording, running):
@@ -103,10 +102,13 @@ def _hooks(path: str, recording: Recording, running: list[str]) -> tuple[Any, An
         running.append(path)
         if path in recording.calls:
             return
-        names = list(inspect.signature(type(module).forward).parameters)[1:]
+        parameters = list(inspect.signature(type(module).forward).parameters.values())[1:]
+        names = [each.name for each in parameters if each.kind not in (each.VAR_POSITIONAL, each.VAR_KEYWORD)]
+        if any(each.kind is each.VAR_POSITIONAL for each in parameters):
+            names += [f"{UNNAMED}{number}" for number in range(len(names), len(args))]
         given = dict(zip(names, args, strict=False)) | kwargs
         arguments = {name: shapes(value) for name, value in given.items() if value is not None and name != OPTIONS}
-        absent = tuple(name for name in names if given.get(name) is None and name not in (OPTIONS, "args", "kwargs"))
+        absent = tuple(name for name in names if given.get(name) is None and name != OPTIONS)
         recording.calls[path] = Call(type(module).__name__, arguments, absent, OPTIONS in given, None)
 
     def after(module: nn.Module, args: Any, result: Any) -> None:

@@ -48,6 +48,7 @@ LTX23 = "tiny_ltx_2.3.safetensors"
 KREA2 = "tiny_krea_2.safetensors"
 Z_IMAGE = "tiny_z_image.safetensors"
 WAN_VACE = "tiny_wan_vace.safetensors"
+SD35 = "tiny_sd_3.5.safetensors"
 PIXART = "tiny_pixart.safetensors"  # of a class that has no plan
 LORA = "krea_2_lora.safetensors"
 

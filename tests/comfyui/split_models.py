@@ -114,6 +114,17 @@ def aura_flow(heads: int) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def sd3(heads: int, *, medium: bool = True) -> dict[str, Any]:
+    return {
+        "in_channels": 16, "out_channels": 16, "patch_size": 2, "depth": heads, "input_size": None,
+        "adm_in_channels": 32, "num_patches": 64, "pos_embed_max_size": 8, "pos_embed_scaling_factor": None,
+        "qk_norm": "rms", "x_block_self_attn_layers": [0, 1] if medium else [],
+        "context_embedder_config": {
+            "target": "torch.nn.Linear", "params": {"in_features": 48, "out_features": 64 * heads},
+        },
+    }  # fmt: skip
+
+
 def cogvideox(heads: int, **more: Any) -> dict[str, Any]:
     return {
         "image_model": "cogvideox", "num_attention_heads": heads, "attention_head_dim": 64, "in_channels": 16,
@@ -448,6 +459,12 @@ def qwen_control(network: Any) -> Call:
     return args, {**named, "control": {"input": residuals}}
 
 
+def sd3_control(network: Any) -> Call:
+    args, named = picture_call(2, 48, batch=2, y=(2, 32))(network)
+    residuals = [random(2, 35, network.hidden_size, seed=1), None, random(2, 35, network.hidden_size, seed=2)]
+    return args, {**named, "control": {"output": residuals}}
+
+
 _IMAGE = {"channels": 36, "clip_fea": (1, 257, 1280)}
 _S2V = wan_kind("s2v", audio_dim=48, audio_inject_layers=[0, 1])
 _HEARD = {"audio_embed": (1, 25, 48, 12)}
@@ -571,6 +588,13 @@ CASES: dict[str, Case] = {
         ),
     ),
     "AuraFlow": Case(supported="AuraFlow", config=aura_flow, inputs=call((1, 4, 10, 14), [0.6], (1, 7, 48))),
+    "SD3": Case(
+        supported="SD3",
+        config=lambda heads: sd3(heads, medium=False) | {"qk_norm": None},
+        inputs=picture_call(1, 48, y=(1, 32)),
+    ),
+    "SD3.5 Medium": Case(supported="SD3", config=sd3, inputs=picture_call(7, 48, y=(1, 32))),
+    "SD3.5 Medium, ControlNet, batch 2": Case(supported="SD3", config=sd3, inputs=sd3_control),
     "CogVideoX": Case(supported="CogVideoX_T2V", config=cogvideox, inputs=call((1, 16, 3, 6, 10), [600.0], (1, 9, 48))),
     "CogVideoX, learned positions, batch 2": Case(
         supported="CogVideoX_I2V",
@@ -714,7 +738,7 @@ ONE_OF_EACH_CLASS = (
     "Wan VACE", "FLUX, ControlNet", "Chroma, masked", "HunyuanVideo, padded", "Krea 2",
     "Qwen-Image, padded, clean reference", "Kandinsky 5", "Cosmos Predict 2", "Anima", "Wan Animate",
     "Wan HuMo, reference", "Wan S2V, reference", "ERNIE-Image", "HiDream", "Lens, padded", "Mochi",
-    "OmniGen2, references",
+    "OmniGen2, references", "SD3.5 Medium, ControlNet, batch 2",
 )  # fmt: skip
 """For the plain run, but for classes all of whose rules another one has, too: the extended run has each."""
 
