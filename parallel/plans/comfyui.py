@@ -160,6 +160,16 @@ CHROMA_RADIANCE: Plan = {
     "single_blocks": replace(FLUX["single_blocks"], join=Behind("text", Tokens(I))),  # pixels follow
 }
 
+HUNYUAN_DIT: Plan = {
+    "": CONTROL,
+    "blocks": Site(
+        cut={"x": Tokens(I), "freq_cis_img": (Tokens(I, 0), Tokens(I, 0)), "skip": Tokens(I)},
+        whole="c text_states",
+        attention={"attn1": (I, I)},
+    ),
+    "final_layer": Site(join=Tokens(I)),
+}
+
 HUNYUAN_VIDEO: Plan = {
     "": CONTROL,
     "double_blocks": Site(
@@ -397,6 +407,7 @@ PLANS: Mapping[str, Plan | ByModel] = {
     "Flux": FLUX,
     "HiDreamImageTransformer2DModel": HIDREAM,
     "HumoWanModel": WAN_HUMO,
+    "HunYuanDiT": HUNYUAN_DIT,
     "HunyuanVideo": ByModel((HUNYUAN_VIDEO_15, HUNYUAN_VIDEO), lambda network: bool(len(network.single_blocks))),
     "Ideogram4Transformer2DModel": IDEOGRAM4,
     "JoyImageTransformer3DModel": JOY_IMAGE,
@@ -438,6 +449,7 @@ CHAINS: Mapping[str, Chain] = {
         blocks={"blocks": "hidden_states encoder_hidden_states"}, hidden="hidden_states", modulated="temb"
     ),
     "Flux": _FLUX_CHAIN,
+    "HunYuanDiT": Chain(blocks={"blocks": "x"}, hidden="x"),
     "HunyuanVideo": replace(_FLUX_CHAIN, leave=""),
     "Kandinsky5": Chain(blocks={"visual_transformer_blocks": "visual_embed"}, hidden="visual_embed"),
     "LTXAVModel": Chain(blocks={"transformer_blocks": "x"}, hidden="x"),
@@ -500,6 +512,7 @@ DESCRIBED: Mapping[str, Described] = {
     "BooguTransformer2DModel": Described("Boogu", ("T2I", "edit"), _CALLED),
     "MageFlowTransformer2DModel": Described("Mage-Flow", ("T2I", "edit"), _CALLED),
     "LensTransformer2DModel": Described("Lens", ("T2I",), _CALLED),
+    "HunYuanDiT": Described("Hunyuan-DiT", ("T2I",), _CALLED, compiled=False),
     "MMDiT": Described("AuraFlow", ("T2I",), _CALLED),
     "Chroma": Described("Chroma", ("T2I",), _CALLED),
     "ChromaRadiance": Described("Chroma Radiance", ("T2I",), _CALLED),

@@ -70,6 +70,13 @@ def chroma(heads: int) -> dict[str, Any]:
     return config
 
 
+def hunyuan_dit(heads: int, **more: Any) -> dict[str, Any]:
+    return {
+        "image_model": "hydit", "depth": 6, "hidden_size": 64 * heads, "num_heads": heads, "mlp_ratio": 2.0,
+        "text_states_dim": 48, "text_states_dim_t5": 64, "text_len": 7, "text_len_t5": 5,
+    } | more  # fmt: skip
+
+
 def hunyuan(heads: int, **more: Any) -> dict[str, Any]:
     config = flux(
         heads, image_model="hunyuan_video", patch_size=[1, 2, 2], context_in_dim=64, theta=256, byt5=False,
@@ -459,6 +466,20 @@ def qwen_control(network: Any) -> Call:
     return args, {**named, "control": {"input": residuals}}
 
 
+def hunyuan_dit_call(*, batch: int = 1, control: bool = False) -> Callable[[Any], Call]:
+    """35 image tokens, and two texts whose padding the model replaces by what it has learned."""
+
+    def make(network: Any) -> Call:
+        masks = {"text_embedding_mask": (7, 4), "text_embedding_mask_t5": (5, 2)}
+        named = {name: torch.tensor([[1] * valid + [0] * (n - valid)] * batch) for name, (n, valid) in masks.items()}
+        named |= {"encoder_hidden_states_t5": random(batch, 5, 64), "image_meta_size": random(batch, 6)}
+        if control:  # a residual for each of the skips, the last first
+            named["control"] = {"output": [random(batch, 35, network.hidden_size, seed=n) for n in (1, 2)]}
+        return call((batch, 4, 10, 14), [0.6] * batch, (batch, 7, 48), **named)(network)
+
+    return make
+
+
 def sd3_control(network: Any) -> Call:
     args, named = picture_call(2, 48, batch=2, y=(2, 32))(network)
     residuals = [random(2, 35, network.hidden_size, seed=1), None, random(2, 35, network.hidden_size, seed=2)]
@@ -588,6 +609,14 @@ CASES: dict[str, Case] = {
         ),
     ),
     "AuraFlow": Case(supported="AuraFlow", config=aura_flow, inputs=call((1, 4, 10, 14), [0.6], (1, 7, 48))),
+    "Hunyuan-DiT": Case(
+        supported="HunyuanDiT1",
+        config=lambda heads: hunyuan_dit(heads, image_model="hydit1", size_cond=True, use_style_cond=True),
+        inputs=hunyuan_dit_call(),
+    ),
+    "Hunyuan-DiT, ControlNet, batch 2": Case(
+        supported="HunyuanDiT", config=hunyuan_dit, inputs=hunyuan_dit_call(batch=2, control=True)
+    ),
     "SD3": Case(
         supported="SD3",
         config=lambda heads: sd3(heads, medium=False) | {"qk_norm": None},
@@ -739,6 +768,7 @@ ONE_OF_EACH_CLASS = (
     "Qwen-Image, padded, clean reference", "Kandinsky 5", "Cosmos Predict 2", "Anima", "Wan Animate",
     "Wan HuMo, reference", "Wan S2V, reference", "ERNIE-Image", "HiDream", "Lens, padded", "Mochi",
     "OmniGen2, references", "SD3.5 Medium, ControlNet, batch 2",
+    "Hunyuan-DiT, ControlNet, batch 2",
 )  # fmt: skip
 """For the plain run, but for classes all of whose rules another one has, too: the extended run has each."""
 

@@ -96,6 +96,13 @@ def test_ranges_and_groups_and_numbers_follow_the_tokens(rank: int):
         Grouped("image", 3).cut(torch.ones(1, 4, 1), streams)
 
 
+def test_residuals_are_cut_when_taken_out():
+    streams = streams_of((1, 1), 1, image=4)
+    lists = Residuals(Tokens(I)).cut({"output": [torch.arange(4.0)[None, :, None], None]}, streams)
+    assert lists["output"].pop() is None
+    assert lists["output"].pop().flatten().tolist() == [2, 3] and not lists["output"]
+
+
 def test_residuals_are_cut_when_read_and_references_get_none():
     streams = Streams(SequenceRanks((1, 1), 1))
     lists = Residuals(Tokens(I)).cut({"input": [torch.ones(1, 4, 2), None]}, streams)
