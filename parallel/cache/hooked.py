@@ -63,7 +63,7 @@ class _Call:
     """What happens during one call of the network."""
 
     def __init__(self, network: nn.Module, plan: Plan, chain: Chain, split: Split, passes: StepPasses):
-        self._network, self._chain, self._split, self._passes = network, chain, split, passes
+        self._network, self._plan, self._chain, self._split, self._passes = network, plan, chain, split, passes
         blocks = ((path, list(self._at(path).children())) for path in [*chain.blocks, *chain.beside])
         self._lists: dict[str, list[nn.Module]] = {path: modules for path, modules in blocks if modules}
         rule = plan[next(iter(chain.blocks))].cut[chain.hidden]
@@ -82,7 +82,7 @@ class _Call:
             returned = {**self._chain.blocks, **self._chain.beside}[path].split()
             for number, module in enumerate(modules):
                 needed = [*returned, self._chain.hidden] if (path, number) == chained[0] else returned
-                names = self._arguments(module, f"{path}.{number}", needed)
+                names = self._arguments(module, f"{path}.{number}", needed, self._plan[path].positional)
                 forward = self._block(module.forward, names, returned)
                 if (path, number) == chained[0]:
                     forward = self._first(module, forward, names, returned)
@@ -223,14 +223,14 @@ class _Call:
         except AttributeError:
             raise self._astray(f"has no module {path!r}") from None
 
-    def _arguments(self, module: nn.Module, path: str, needed: Sequence[str]) -> list[str]:
-        """Names of its forward's arguments.
+    def _arguments(self, module: nn.Module, path: str, needed: Sequence[str], positional: str = "") -> list[str]:
+        """Names of its forward's arguments, or those that its plan gives them.
 
         Raises:
             PlanError: one that is needed is not among them.
         """
         parameters = inspect.signature(type(module).forward).parameters
-        names = list(parameters)[1:]
+        names = positional.split() or list(parameters)[1:]
         takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
         if missing := [] if takes_any else sorted({*needed} - {*names}):
             raise self._astray(

@@ -160,6 +160,16 @@ CHROMA_RADIANCE: Plan = {
     "single_blocks": replace(FLUX["single_blocks"], join=Behind("text", Tokens(I))),  # pixels follow
 }
 
+HUNYUAN_DIT: Plan = {
+    "": CONTROL,
+    "blocks": Site(
+        cut={"x": Tokens(I), "freq_cis_img": (Tokens(I, 0), Tokens(I, 0)), "skip": Tokens(I)},
+        whole="c text_states",
+        attention={"attn1": (I, I)},
+    ),
+    "final_layer": Site(join=Tokens(I)),
+}
+
 HUNYUAN_VIDEO: Plan = {
     "": CONTROL,
     "double_blocks": Site(
@@ -196,6 +206,17 @@ AURA_FLOW: Plan = {
     "double_layers": Site(cut={"c": Tokens(T), "x": Tokens(I)}, whole="global_cond", attention={"": (TI, TI)}),
     "single_layers": Site(cut={"cx": Tokens(TI)}, whole="global_cond", attention={"": (TI, TI)}),
     "final_linear": Site(join=Tokens(I)),
+}
+
+SD3: Plan = {
+    "": CONTROL,
+    "joint_blocks": Site(
+        positional="context x",
+        cut={"context": Tokens(T), "x": Tokens(I)},
+        whole="c use_checkpoint",
+        attention={"": [(TI, TI), (I, I)]},  # SD3.5 Medium has the second one, too
+    ),
+    "final_layer": Site(join=Tokens(I)),
 }
 
 COGVIDEOX: Plan = {
@@ -386,6 +407,7 @@ PLANS: Mapping[str, Plan | ByModel] = {
     "Flux": FLUX,
     "HiDreamImageTransformer2DModel": HIDREAM,
     "HumoWanModel": WAN_HUMO,
+    "HunYuanDiT": HUNYUAN_DIT,
     "HunyuanVideo": ByModel((HUNYUAN_VIDEO_15, HUNYUAN_VIDEO), lambda network: bool(len(network.single_blocks))),
     "Ideogram4Transformer2DModel": IDEOGRAM4,
     "JoyImageTransformer3DModel": JOY_IMAGE,
@@ -399,6 +421,7 @@ PLANS: Mapping[str, Plan | ByModel] = {
     "MiniTrainDIT": COSMOS_PREDICT2,
     "NextDiT": LUMINA,
     "OmniGen2Transformer2DModel": OMNIGEN2,
+    "OpenAISignatureMMDITWrapper": SD3,
     "QwenImageTransformer2DModel": QWEN_IMAGE,
     "SingleStreamDiT": KREA2,
     "SCAIL2WanModel": WAN,
@@ -426,6 +449,7 @@ CHAINS: Mapping[str, Chain] = {
         blocks={"blocks": "hidden_states encoder_hidden_states"}, hidden="hidden_states", modulated="temb"
     ),
     "Flux": _FLUX_CHAIN,
+    "HunYuanDiT": Chain(blocks={"blocks": "x"}, hidden="x"),
     "HunyuanVideo": replace(_FLUX_CHAIN, leave=""),
     "Kandinsky5": Chain(blocks={"visual_transformer_blocks": "visual_embed"}, hidden="visual_embed"),
     "LTXAVModel": Chain(blocks={"transformer_blocks": "x"}, hidden="x"),
@@ -433,6 +457,7 @@ CHAINS: Mapping[str, Chain] = {
     "MiniMaxH3Model": Chain(blocks={"blocks": "x"}, hidden="x", leave="final_layer.x"),
     "MiniTrainDIT": _COSMOS_CHAIN,
     "NextDiT": Chain(blocks={"layers": "x"}, hidden="x", leave="final_layer.x"),
+    "OpenAISignatureMMDITWrapper": Chain(blocks={"joint_blocks": "context x"}, hidden="x", leave="final_layer.x"),
     "QwenImageTransformer2DModel": Chain(
         blocks={"transformer_blocks": "encoder_hidden_states hidden_states"}, hidden="hidden_states"
     ),
@@ -471,6 +496,7 @@ DESCRIBED: Mapping[str, Described] = {
     "LTXVModel": Described("LTX-Video", ("T2V", "I2V"), _SAMPLED, teacache="0.9.1"),
     "AsymmDiTJoint": Described("Mochi 1", ("T2V",), _SAMPLED, teacache="yes"),
     "CogVideoXTransformer3DModel": Described("CogVideoX 2B, 5B, 1.5", ("T2V", "I2V"), _SAMPLED, teacache="yes"),
+    "OpenAISignatureMMDITWrapper": Described("Stable Diffusion 3, 3.5", ("T2I",), _SAMPLED),
     "AnimateWanModel": Described("Wan 2.2 Animate", ("I2V",), _CALLED),
     "WanModel_S2V": Described("Wan 2.2 S2V", ("I2V",), _CALLED),
     "HumoWanModel": Described("HuMo", ("T2V", "I2V"), _CALLED),
@@ -486,6 +512,7 @@ DESCRIBED: Mapping[str, Described] = {
     "BooguTransformer2DModel": Described("Boogu", ("T2I", "edit"), _CALLED),
     "MageFlowTransformer2DModel": Described("Mage-Flow", ("T2I", "edit"), _CALLED),
     "LensTransformer2DModel": Described("Lens", ("T2I",), _CALLED),
+    "HunYuanDiT": Described("Hunyuan-DiT", ("T2I",), _CALLED, compiled=False),
     "MMDiT": Described("AuraFlow", ("T2I",), _CALLED),
     "Chroma": Described("Chroma", ("T2I",), _CALLED),
     "ChromaRadiance": Described("Chroma Radiance", ("T2I",), _CALLED),

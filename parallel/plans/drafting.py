@@ -12,9 +12,9 @@ from dataclasses import fields, is_dataclass, replace
 from typing import Any
 
 from ..split.rules import Grouped, Tokens
-from ..split.sites import Plan, Rule, Site
+from ..split.sites import Pairs, Plan, Rule, Site
 from ..split.streams import Names
-from .recording import Call, Tree
+from .recording import UNNAMED, Call, Tree
 
 Sizes = tuple[int, ...]
 """One size in each pass: small latent, larger latent, longer text."""
@@ -113,17 +113,18 @@ class Draft:
                     return Grouped(name, len(tree))
         return None
 
-    def _routes(self, part: str) -> dict[str, tuple[Names, Names]]:
+    def _routes(self, part: str) -> dict[str, Pairs]:
         """Exchanges attention whose keys are split, too; the rest stays on the rank."""
         first = self._parts[part][0]
         pairs = [(path, self._names(queries), self._names(keys)) for path, (queries, keys, _) in self._attended(part)]
         split = {each[1:] for each in pairs if each[2]}
         alike = len(split) == 1 and all(keys for _, _, keys in pairs) and self._calls[first].options
-        return {
-            "" if alike else self._given_options(path, first): (queries, keys)
-            for path, queries, keys in pairs
-            if queries and keys
-        }
+        routes: dict[str, list[tuple[Names, Names]]] = {}
+        for path, queries, keys in pairs:
+            if queries and keys:
+                found = routes.setdefault("" if alike else self._given_options(path, first), [])
+                found += [(queries, keys)] * ((queries, keys) not in found)
+        return {name: found[0] if len(found) == 1 else found for name, found in routes.items()}
 
     def _given_options(self, path: str, first: str) -> str:
         """The innermost module from `path` up that is given the options, below `first`; `path` if none is."""
@@ -133,14 +134,16 @@ class Draft:
         found = below if self._calls[below].options else path
         return found[len(first) :].lstrip(".")
 
-    def _site(self, path: str, attention: Mapping[str, tuple[Names, Names]] | None = None) -> Site:
+    def _site(self, path: str, attention: Mapping[str, Pairs] | None = None) -> Site:
         """That of a list, or, without attention, of a module behind the last list: its tokens are this rank's."""
         arguments = self._calls[self._parts[path][0]].arguments
         rules = {name: self._rule(tree) for name, tree in arguments.items()}
         if attention is None:
             rules = {name: rule if isinstance(rule, Grouped) else None for name, rule in rules.items()}
         cut = {name: rule for name, rule in rules.items() if rule}
-        return Site(cut=cut, whole=" ".join(name for name in rules if name not in cut), attention=attention or {})
+        whole = " ".join(name for name in rules if name not in cut)
+        unnamed = " ".join(name for name in rules if re.fullmatch(UNNAMED + r"\d+", name))
+        return Site(cut=cut, whole=whole, positional=unnamed, attention=attention or {})
 
     def _join(self) -> None:
         """At a list whose streams no later list takes; for the last list, at the last module behind it with a result
@@ -205,7 +208,7 @@ def written(name: str, plan: Plan) -> str:
     for path, site in plan.items():
         sites += f'    "{path}": Site(\n'
         for each in fields(site):
-            if (value := getattr(site, each.name)) not in ({}, None):
+            if (value := getattr(site, each.name)) not in ({}, each.default):
                 sites += f"        {each.name}={source(value, variables)},\n"
         sites += "    ),\n"
     assigned = "".join(f"{variable} = {names!r}\n" for variable, names in variables.items()).replace("'", '"')
@@ -232,6 +235,8 @@ def source(value: Any, variables: dict[str, Names] | None = None) -> str:
         if variables is not None:
             variables[variable] = value
         return variable
+    if isinstance(value, list):
+        return f"[{', '.join(source(each, variables) for each in value)}]"
     if isinstance(value, tuple):
         items = ", ".join(source(each, variables) for each in value)
         return f"({items},)" if len(value) == 1 else f"({items})"
@@ -288,7 +293,8 @@ def _dims(tree: Tree) -> Iterator[Sizes]:
 
 def _streams(site: Site) -> set[str]:
     """Whose tokens attend there."""
-    return {name for pair in site.attention.values() for names in pair or () for name in names}
+    pairs = [pair for pairs in site.attention.values() for pair in (pairs if isinstance(pairs, list) else [pairs])]
+    return {name for pair in pairs for names in pair or () for name in names}
 
 
 def _is_in(path: str, module: str) -> bool:

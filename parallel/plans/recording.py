@@ -14,6 +14,9 @@ from torch.overrides import TorchFunctionMode
 
 from ..split.routes import OPTIONS, OVERRIDE
 
+UNNAMED = "arg_"
+"""Begins the name, followed by its place, of what a module takes as `*args`."""
+
 Tree = Any
 """A value's shapes: a tuple of sizes for a tensor, a list of trees for its like, a text for the rest."""
 
@@ -73,12 +76,15 @@ class _Recorder(TorchFunctionMode):
         self._running.append(path)
         if path in self.calls:
             return
-        names = list(inspect.signature(type(module).forward).parameters)[1:]
+        parameters = list(inspect.signature(type(module).forward).parameters.values())[1:]
+        names = [each.name for each in parameters if each.kind not in (each.VAR_POSITIONAL, each.VAR_KEYWORD)]
+        if any(each.kind is each.VAR_POSITIONAL for each in parameters):
+            names += [f"{UNNAMED}{number}" for number in range(len(names), len(args))]
         given = {n: v for n, v in (dict(zip(names, args, strict=False)) | kwargs).items() if v is not None}
         self.calls[path] = Call(
             kind=type(module).__name__,
             arguments={name: shapes(value) for name, value in given.items() if name != OPTIONS},
-            absent=[name for name in names if name not in (*given, OPTIONS, "args", "kwargs")],
+            absent=[name for name in names if name not in (*given, OPTIONS)],
             options=OPTIONS in given,
         )
 

@@ -14,15 +14,15 @@ from torch.utils.hooks import RemovableHandle
 from .blocks import blocks_of_any, reached_into
 from .ranks import SequenceRanks
 from .routes import Route, ThroughOptions
-from .sites import Plan, PlanError, Rule, Site, applied
-from .streams import Names, Streams
+from .sites import Pairs, Plan, PlanError, Rule, Site, applied
+from .streams import Streams
 
 
 class Routes(Protocol):
     """Puts a route into a module."""
 
     def install(
-        self, module: nn.Module, streams: tuple[Names, Names] | None, kind: str, where: str, site: int
+        self, module: nn.Module, streams: Pairs | None, kind: str, where: str, site: int
     ) -> tuple[Route | None, list[RemovableHandle]]: ...
 
 
@@ -154,6 +154,7 @@ class _Cut:
         parameters = inspect.signature(type(module).forward).parameters
         self._surplus = next((name for name, p in parameters.items() if p.kind is p.VAR_POSITIONAL), "")
         self._names = list(itertools.takewhile(lambda name: name != self._surplus, list(parameters)[1:]))
+        self._names += site.positional.split()
         takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
         self._rules: dict[str, Rule] = {}
         self._whole: set[str] | None = None if site.whole is None else {"transformer_options"}

@@ -20,7 +20,7 @@ from torch.utils.hooks import RemovableHandle
 
 from ..attention.between import Compute
 from ..attention.kernels import Kernel
-from .sites import PlanError
+from .sites import Pairs, PlanError
 from .streams import Names, Streams
 
 OPTIONS = "transformer_options"
@@ -37,14 +37,13 @@ class Route:
 
     Args:
         current: the streams of the forward pass that runs.
-        queries: streams of its queries.
-        keys: streams of its keys.
+        pairs: streams of its queries and of its keys, or several such pairs.
         kind: what it has in common with its likes in other blocks.
         where: the module, for messages.
     """
 
-    def __init__(self, current: Callable[[], Streams], queries: Names, keys: Names, kind: str, where: str):
-        self._current, self._queries, self._keys = current, queries, keys
+    def __init__(self, current: Callable[[], Streams], pairs: Pairs, kind: str, where: str):
+        self._current, self._pairs = current, pairs if isinstance(pairs, list) else [pairs]
         self._kind, self._where = kind, where
 
     @property
@@ -71,21 +70,28 @@ class Route:
             compute = _by_kernel(ranks.chosen, compute)
         if ranks.size == 1:
             return compute(q, k, v, mask)
-        if (q.shape[2], k.shape[2]) != (streams.local(self._queries), streams.local(self._keys)):
-            raise PlanError(
-                f"{self._where}: attention of {q.shape[2]} queries with {k.shape[2]} keys, where this rank has"
-                f" {streams.local(self._queries)} of {'+'.join(self._queries)} and"
-                f" {streams.local(self._keys)} of {'+'.join(self._keys)}"
-            )
+        queries, keys = self._pair(q.shape[2], k.shape[2])
         heads, groups = q.shape[1], k.shape[1]
         if heads % groups:
             raise PlanError(f"{self._where}: {heads} heads of queries, which {groups} heads of keys do not divide")
-        exchange = streams.exchange(self._queries, self._keys, heads, groups)
-        q = streams.without_phantoms(q, self._queries, 2)
-        k, v = (streams.without_phantoms(x, self._keys, 2) for x in (k, v))
+        exchange = streams.exchange(queries, keys, heads, groups)
+        q = streams.without_phantoms(q, queries, 2)
+        k, v = (streams.without_phantoms(x, keys, 2) for x in (k, v))
         if mask is not None:
-            mask = self._exchanged(self._exchanged(mask, -1, self._keys), -2, self._queries)
-        return streams.with_phantoms(exchange(q, k, v, compute, mask), self._queries, 2)
+            mask = self._exchanged(self._exchanged(mask, -1, keys), -2, queries)
+        return streams.with_phantoms(exchange(q, k, v, compute, mask), queries, 2)
+
+    def _pair(self, queries: int, keys: int) -> tuple[Names, Names]:
+        """The streams that have these numbers of tokens here. All ranks find the same: a stream and another before it
+        are more tokens than the stream on every rank, phantoms included."""
+        streams = self._current()
+        for pair in self._pairs:
+            if (queries, keys) == (streams.local(pair[0]), streams.local(pair[1])):
+                return pair
+        here = " or ".join(
+            " and ".join(f"{streams.local(names)} of {'+'.join(names)}" for names in pair) for pair in self._pairs
+        )
+        raise PlanError(f"{self._where}: attention of {queries} queries with {keys} keys, where this rank has {here}")
 
     def _exchanged(self, mask: Tensor, dim: int, names: Names) -> Tensor:
         """A mask over all tokens, in the order of the ranks, from one over the whole streams or this rank's tokens."""
@@ -141,7 +147,8 @@ def named_attention(
     q, k, v, heads = (named.pop(name) for name in ("q", "k", "v", "heads"))
     if not named.pop("skip_reshape", False):
         dim = q.shape[-1] // heads
-        q, k, v = (x.unflatten(-1, (-1, dim)).transpose(1, 2) for x in (q, k, v))
+        # Heads may be apart in some of them already, which ComfyUI's attention does not care about.
+        q, k, v = (x.flatten(2).unflatten(-1, (-1, dim)).transpose(1, 2) for x in (q, k, v))
     return q, k, v, named.pop("mask", None), named.pop("skip_output_reshape", False), named
 
 
@@ -180,14 +187,14 @@ class ThroughOptions:
         self._current = current
 
     def install(
-        self, module: nn.Module, streams: tuple[Names, Names] | None, kind: str, where: str, site: int
+        self, module: nn.Module, streams: Pairs | None, kind: str, where: str, site: int
     ) -> tuple[Route | None, list[RemovableHandle]]:
         """Routes the attention of a module; without streams, leaves it as it was.
 
         Args:
             site: its number in the block that it is a part of; 0 is the block itself.
         """
-        route = None if streams is None else ComfyRoute(self._current, *streams, kind, where)
+        route = None if streams is None else ComfyRoute(self._current, streams, kind, where)
         place = place_of_options(module)
         taken = inspect.signature(type(module).forward).parameters
         if route is not None and OPTIONS not in taken and all(p.kind is not p.VAR_KEYWORD for p in taken.values()):
@@ -226,12 +233,12 @@ class ThroughTorch:
         self._current = current
 
     def install(
-        self, module: nn.Module, streams: tuple[Names, Names] | None, kind: str, where: str, site: int
+        self, module: nn.Module, streams: Pairs | None, kind: str, where: str, site: int
     ) -> tuple[Route | None, list[RemovableHandle]]:
         """Routes the attention of a module."""
         if streams is None:
             return None, []
-        route = TorchRoute(self._current, *streams, kind, where)
+        route = TorchRoute(self._current, streams, kind, where)
         return route, _routed_by_name(module, route, vars(F), F.scaled_dot_product_attention.__name__, where)
 
 

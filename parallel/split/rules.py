@@ -205,7 +205,12 @@ class _CutWhenRead(list[Any]):
         self._rule, self._streams = rule, streams
 
     def __getitem__(self, which: Any) -> Any:
-        residual = super().__getitem__(which)
+        return self._cut(super().__getitem__(which))
+
+    def pop(self, which: Any = -1) -> Any:
+        return self._cut(super().pop(which))
+
+    def _cut(self, residual: Any) -> Any:
         if not isinstance(residual, Tensor):
             return residual
         missing = self._streams.total(self._rule.streams) - residual.shape[1]

@@ -39,6 +39,7 @@ class Join(Protocol):
 Rule: TypeAlias = Any
 """A `Cut`, a `Join`, or both; a tuple of rules for the items of a tuple or list; None leaves a value as it is."""
 
+Pairs: TypeAlias = "tuple[Names, Names] | list[tuple[Names, Names]]"
 LOCAL = None
 """In `Site.attention`: keys and values are whole on every rank, so nothing is exchanged."""
 
@@ -53,8 +54,11 @@ class Site:
     whole: str | None = None
     """Arguments that all tokens share, separated by blanks. What is in neither is refused if it is given: a newer
     version of the model may index it by tokens. None: not checked."""
-    attention: Mapping[str, tuple[Names, Names] | None] = field(default_factory=dict)
-    """Submodule ("": all of it) → streams of its queries and of its keys, or LOCAL."""
+    positional: str = ""
+    """Names for what the module takes as `*args`, in order, separated by blanks."""
+    attention: Mapping[str, Pairs | None] = field(default_factory=dict)
+    """Submodule ("": all of it) → streams of its queries and of its keys, or LOCAL. A list of such pairs where it
+    attends in several ways, which are told apart by their numbers of tokens."""
     join: Rule = None
     """For what leaves the module; of a list: its last module."""
     join_each: Rule = None

@@ -70,6 +70,13 @@ def chroma(heads: int) -> dict[str, Any]:
     return config
 
 
+def hunyuan_dit(heads: int, **more: Any) -> dict[str, Any]:
+    return {
+        "image_model": "hydit", "depth": 6, "hidden_size": 64 * heads, "num_heads": heads, "mlp_ratio": 2.0,
+        "text_states_dim": 48, "text_states_dim_t5": 64, "text_len": 7, "text_len_t5": 5,
+    } | more  # fmt: skip
+
+
 def hunyuan(heads: int, **more: Any) -> dict[str, Any]:
     config = flux(
         heads, image_model="hunyuan_video", patch_size=[1, 2, 2], context_in_dim=64, theta=256, byt5=False,
@@ -111,6 +118,17 @@ def aura_flow(heads: int) -> dict[str, Any]:
     return {
         "in_channels": 4, "out_channels": 4, "cond_seq_dim": 48, "patch_size": 2, "n_double_layers": 2, "n_layers": 4,
         "dim": 64 * heads, "n_heads": heads, "global_conddim": 64 * heads, "max_seq": 256,
+    }  # fmt: skip
+
+
+def sd3(heads: int, *, medium: bool = True) -> dict[str, Any]:
+    return {
+        "in_channels": 16, "out_channels": 16, "patch_size": 2, "depth": heads, "input_size": None,
+        "adm_in_channels": 32, "num_patches": 64, "pos_embed_max_size": 8, "pos_embed_scaling_factor": None,
+        "qk_norm": "rms", "x_block_self_attn_layers": [0, 1] if medium else [],
+        "context_embedder_config": {
+            "target": "torch.nn.Linear", "params": {"in_features": 48, "out_features": 64 * heads},
+        },
     }  # fmt: skip
 
 
@@ -460,6 +478,26 @@ def qwen_control(network: Any) -> Call:
     return args, {**named, "control": {"input": residuals}}
 
 
+def hunyuan_dit_call(*, batch: int = 1, control: bool = False) -> Callable[[Any], Call]:
+    """35 image tokens, and two texts whose padding the model replaces by what it has learned."""
+
+    def make(network: Any) -> Call:
+        masks = {"text_embedding_mask": (7, 4), "text_embedding_mask_t5": (5, 2)}
+        named = {name: torch.tensor([[1] * valid + [0] * (n - valid)] * batch) for name, (n, valid) in masks.items()}
+        named |= {"encoder_hidden_states_t5": random(batch, 5, 64), "image_meta_size": random(batch, 6)}
+        if control:  # a residual for each of the skips, the last first
+            named["control"] = {"output": [random(batch, 35, network.hidden_size, seed=n) for n in (1, 2)]}
+        return call((batch, 4, 10, 14), [0.6] * batch, (batch, 7, 48), **named)(network)
+
+    return make
+
+
+def sd3_control(network: Any) -> Call:
+    args, named = picture_call(2, 48, batch=2, y=(2, 32))(network)
+    residuals = [random(2, 35, network.hidden_size, seed=1), None, random(2, 35, network.hidden_size, seed=2)]
+    return args, {**named, "control": {"output": residuals}}
+
+
 _IMAGE = {"channels": 36, "clip_fea": (1, 257, 1280)}
 _S2V = wan_kind("s2v", audio_dim=48, audio_inject_layers=[0, 1])
 _HEARD = {"audio_embed": (1, 25, 48, 12)}
@@ -583,6 +621,21 @@ CASES: dict[str, Case] = {
         ),
     ),
     "AuraFlow": Case(supported="AuraFlow", config=aura_flow, inputs=call((1, 4, 10, 14), [0.6], (1, 7, 48))),
+    "Hunyuan-DiT": Case(
+        supported="HunyuanDiT1",
+        config=lambda heads: hunyuan_dit(heads, image_model="hydit1", size_cond=True, use_style_cond=True),
+        inputs=hunyuan_dit_call(),
+    ),
+    "Hunyuan-DiT, ControlNet, batch 2": Case(
+        supported="HunyuanDiT", config=hunyuan_dit, inputs=hunyuan_dit_call(batch=2, control=True)
+    ),
+    "SD3": Case(
+        supported="SD3",
+        config=lambda heads: sd3(heads, medium=False) | {"qk_norm": None},
+        inputs=picture_call(1, 48, y=(1, 32)),
+    ),
+    "SD3.5 Medium": Case(supported="SD3", config=sd3, inputs=picture_call(7, 48, y=(1, 32))),
+    "SD3.5 Medium, ControlNet, batch 2": Case(supported="SD3", config=sd3, inputs=sd3_control),
     "CogVideoX": Case(supported="CogVideoX_T2V", config=cogvideox, inputs=call((1, 16, 3, 6, 10), [600.0], (1, 9, 48))),
     "CogVideoX, learned positions, batch 2": Case(
         supported="CogVideoX_I2V",
@@ -726,7 +779,8 @@ ONE_OF_EACH_CLASS = (
     "Wan VACE", "FLUX, ControlNet", "Chroma, masked", "HunyuanVideo, padded", "Krea 2",
     "Qwen-Image, padded, clean reference", "Kandinsky 5", "Cosmos Predict 2", "Anima", "Wan Animate",
     "Wan HuMo, reference", "Wan S2V, reference", "ERNIE-Image", "HiDream", "Lens, padded", "Mochi",
-    "OmniGen2, references",
+    "OmniGen2, references", "SD3.5 Medium, ControlNet, batch 2",
+    "Hunyuan-DiT, ControlNet, batch 2",
 )  # fmt: skip
 """For the plain run, but for classes all of whose rules another one has, too: the extended run has each."""
 

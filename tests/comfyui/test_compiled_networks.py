@@ -33,6 +33,7 @@ GRAPHS = {
     "Cosmos Predict 2": 1,
     "Anima": 1,
     "AuraFlow": 2,
+    "SD3.5 Medium": 3,
     "HiDream": 2,
     "Lens, padded": 1,
     "OmniGen2, references": 1,

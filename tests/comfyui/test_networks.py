@@ -23,7 +23,7 @@ from tests.comfyui.graphs import (
     with_audio,
 )
 from tests.comfyui.latents import relative_difference, sample
-from tests.comfyui.model_files import FLUX, H3, KREA2, LORA, LTX23, PIXART, QWEN_IMAGE, WAN, WAN_VACE, Z_IMAGE
+from tests.comfyui.model_files import FLUX, H3, KREA2, LORA, LTX23, PIXART, QWEN_IMAGE, SD35, WAN, WAN_VACE, Z_IMAGE
 from tests.comfyui.processes import wait_until
 from tests.comfyui.server import ComfyServer
 
@@ -64,12 +64,14 @@ def with_picture(builder: GraphBuilder, setting: Setting, positive: Link, latent
 
 
 def with_control_net(builder: GraphBuilder, setting: Setting, positive: Link, latent: Link) -> tuple[Link, Link]:
-    """Of the width of the tiny FLUX, HunyuanVideo and Qwen-Image."""
+    """Of the width of the tiny FLUX, HunyuanVideo, Qwen-Image and SD3.5, which reads residuals elsewhere."""
     applied = builder.add(
         "ControlNetApplyAdvanced",
         positive=positive,
         negative=positive,
-        control_net=builder.add("SPTestControlNet", width=256),
+        control_net=builder.add(
+            "SPTestControlNet", width=256, place="output" if setting.checkpoint == SD35 else "input"
+        ),
         image=builder.add("EmptyImage", width=64, height=48, batch_size=1, color=0x808080),
         strength=0.5,
         **WHOLE,
@@ -112,6 +114,7 @@ _LTX23 = Setting(
 _KREA2 = Setting(checkpoint=KREA2, picture=True, width=112, height=80, cfg=4.0, **texts(240))
 _WAN = Setting(checkpoint=WAN, length=9, **texts(4096))
 _VACE = Setting(checkpoint=WAN_VACE, cfg=4.0, length=9, width=80, arrange=with_control_video, **texts(4096))
+_SD35 = Setting(checkpoint=SD35, picture=True, width=112, height=80, cfg=4.0, **texts(48))
 CASES = {
     "h3": _H3,
     "ltx_2.3": _LTX23,
@@ -123,6 +126,8 @@ CASES = {
     "flux_control_net": Setting(checkpoint=FLUX, picture=True, cfg=4.0, arrange=with_control_net),
     "hunyuan_control_net": Setting(arrange=with_control_net),
     "qwen_control_net": Setting(checkpoint=QWEN_IMAGE, picture=True, width=72, arrange=with_control_net),
+    "sd_3.5": _SD35,
+    "sd_3.5_control_net": replace(_SD35, arrange=with_control_net),
 }
 EASY_CACHE = model_node("EasyCache", reuse_threshold=3.0, start_percent=0.0, end_percent=1.0, verbose=False)
 
@@ -156,6 +161,8 @@ def test_these_cases_show_their_conditioning(reference: Reference) -> None:
         "flux_control_net": {"arrange": None},
         "hunyuan_control_net": {"arrange": None},
         "qwen_control_net": {"arrange": None},
+        "sd_3.5": {"positive": Text(seed=13, width=48)},
+        "sd_3.5_control_net": {"arrange": None},
     }.items():
         assert relative_difference(reference(CASES[name]), reference(replace(CASES[name], **changes))) > 1e-3, name
 

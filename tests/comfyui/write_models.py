@@ -173,6 +173,7 @@ def files() -> dict[str, File]:
         names.H3: File(supported="MiniMaxH3", config=split_models.minimax_h3(4)),
         names.LTX23: File(supported="LTXAV", config=split_models.ltx23(4), metadata=True),
         names.PIXART: File(supported="PixArtSigma", config=split_models.pixart()),
+        names.SD35: File(supported="SD3", config=split_models.sd3(4) | {"adm_in_channels": 768}, prefix=_PREFIX),
         names.KREA2: File(supported="Krea2", config=split_models.krea2(4)),
         names.Z_IMAGE: File(supported="Lumina2", config=split_models.lumina(3)),
         names.WAN_VACE: File(supported="WAN21_Vace", config=split_models.wan_vace(3)),

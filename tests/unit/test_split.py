@@ -3,6 +3,7 @@ tested in distributed/ and comfyui/."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -93,6 +94,13 @@ def test_ranges_and_groups_and_numbers_follow_the_tokens(rank: int):
     assert Grouped("image", 3).cut(per_frame, streams).flatten().tolist() == [[10, 10, 20], [20, 30, 30]][rank]
     with pytest.raises(PlanError, match="4 groups along dim 1 do not divide the 6 tokens of image"):
         Grouped("image", 3).cut(torch.ones(1, 4, 1), streams)
+
+
+def test_residuals_are_cut_when_taken_out():
+    streams = streams_of((1, 1), 1, image=4)
+    lists = Residuals(Tokens(I)).cut({"output": [torch.arange(4.0)[None, :, None], None]}, streams)
+    assert lists["output"].pop() is None
+    assert lists["output"].pop().flatten().tolist() == [2, 3] and not lists["output"]
 
 
 def test_residuals_are_cut_when_read_and_references_get_none():
@@ -391,12 +399,48 @@ class Named(Kernel):
         raise NotImplementedError
 
 
+class Wrapped(nn.Module):
+    """A block that hands on what it is given, and attends in two ways, by values whose heads are apart already."""
+
+    def forward(self, *args: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        text, image = args
+        override = kwargs["transformer_options"]["optimized_attention_override"]
+        both = torch.cat([text, image], 1)
+        both = override(optimized_attention, both, both, both.unflatten(2, (2, 4)), heads=2)
+        alone = override(optimized_attention, image, image, image, heads=2)
+        return both[:, : text.shape[1]], both[:, text.shape[1] :] + alone
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_block_names_what_has_no_names_and_attends_to_several_streams(rank: int):
+    ranks, model = Noted((2, 1), rank), nn.Module()
+    model.blocks = nn.ModuleList([Wrapped()])
+    site = Site(
+        positional="text image",
+        cut={"text": Tokens(T), "image": Tokens(I)},
+        whole="",
+        attention={"": [(TI, TI), (I, I)]},
+    )
+    split = Split(model, {"blocks": site}, ranks)
+    text, image = torch.randn(1, 1, 8), torch.randn(1, 6, 8)  # the second rank's text is a phantom
+    split._begin(model, ())
+    found = model.blocks[0](text, image, transformer_options={})
+    assert [x.shape[1] for x in found] == [1, 4 - 2 * rank] and ranks.attended == 2
+    with pytest.raises(PlanError, match=r"is given args of shape .*, which its plan does not know"):
+        model.blocks[0](text, image, image, transformer_options={})
+    split.remove()
+    split = Split(model, {"blocks": replace(site, attention={"": [(I, I), (T, T)]})}, ranks)
+    split._begin(model, ())
+    with pytest.raises(PlanError, match=r"attention of \d queries with \d keys, where this rank has .* or 1 of text"):
+        model.blocks[0](text, image, transformer_options={})
+
+
 @pytest.mark.parametrize("mask", [False, True])
 def test_a_kernel_that_the_user_has_chosen_computes_what_has_no_mask_also_on_one_rank(mask: bool):
     kernel = Named()
     streams = Streams(SequenceRanks((1.0,), chosen=kernel))
-    route = ComfyRoute(lambda: streams, ("image",), ("image",), "kind", "where")
-    assert not route.alone and ComfyRoute(lambda: streams_of((1,), 0), I, I, "kind", "where").alone
+    route = ComfyRoute(lambda: streams, (I, I), "kind", "where")
+    assert not route.alone and ComfyRoute(lambda: streams_of((1,), 0), (I, I), "kind", "where").alone
 
     def own(q: Tensor, k: Tensor, v: Tensor, heads: int, **named: Any) -> Tensor:
         return q + 2

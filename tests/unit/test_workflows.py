@@ -1,4 +1,4 @@
-"""The bundled graphs: links, places, thumbnails. `tests/comfyui/test_widgets.py` compares their widgets with the nodes."""
+"""The bundled graphs: links, places, thumbnails; `tests/comfyui/test_widgets.py` has their widgets."""
 
 from __future__ import annotations
 

@@ -144,25 +144,25 @@ class SPTestControlNet:
 
     @classmethod
     def INPUT_TYPES(cls) -> dict:
-        return {"required": {"width": ("INT", {"default": 256})}}
+        return {"required": {"width": ("INT", {"default": 256})}, "optional": {"place": (["input", "output"],)}}
 
-    def make(self, width: int) -> tuple:
-        return (_ConstantControl(torch.linspace(-1, 1, width)),)
+    def make(self, width: int, place: str = "input") -> tuple:
+        return (_ConstantControl(torch.linspace(-1, 1, width), place),)
 
 
 class _ConstantControl(ControlBase):
-    def __init__(self, vector: torch.Tensor):
+    def __init__(self, vector: torch.Tensor, place: str):
         super().__init__()
-        self._vector = vector
+        self._vector, self._place = vector, place
 
     def get_control(self, x_noisy: torch.Tensor, *_: object) -> dict:
         *frames, rows, columns = x_noisy.shape[2:]
         tokens = math.prod(frames) * -(-rows // 2) * -(-columns // 2)
         places = torch.linspace(1, 3, tokens).to(x_noisy)[None, :, None]
-        return {"input": [self.strength * places * self._vector.to(x_noisy)], "output": []}
+        return {"input": [], "output": []} | {self._place: [self.strength * places * self._vector.to(x_noisy)]}
 
     def copy(self) -> "_ConstantControl":
-        copied = _ConstantControl(self._vector)
+        copied = _ConstantControl(self._vector, self._place)
         self.copy_to(copied)
         return copied
 
