@@ -107,9 +107,14 @@ export function toNative(workflow, { definitions }) {
   return conversion.result();
 }
 
-/** Whether `toPack` or `toNative` may have something to do for nodes of this type. */
-export function isConvertible(type) {
-  return type in LOADERS || type in NATIVE;
+/** Whether `toPack` replaces nodes of this type. */
+export function hasPackLoader(type) {
+  return type in LOADERS;
+}
+
+/** Whether `toNative` replaces nodes of this type. */
+export function hasNative(type) {
+  return type in NATIVE;
 }
 
 /** Whether a node makes a MODEL from nothing; not for subgraphs, whose nodes are looked at themselves. */

@@ -1,7 +1,7 @@
 /** Commands that move the open workflow to this pack's loaders and back, with one Undo step each. */
 
 import { changeWorkflow, nodeDefinitions, nodeTitle, setting, toast } from "./comfy.js";
-import { isConvertible, toNative, toPack } from "./convert.js";
+import { hasNative, hasPackLoader, toNative, toPack } from "./convert.js";
 import { t } from "./panel/text.js";
 
 const ALL_GPUS = "SequenceParallel.UseAllGPUs";
@@ -27,14 +27,17 @@ export const commands = [
 
 export const menuCommands = [{ path: ["Edit"], commands: [ALL_GPUS, ONE_GPU] }];
 
-/** Entries for a loader's menu, and that of a subgraph with one in it. */
+/** Entries for a loader's menu, and for that of a subgraph with one in it. */
 export function nodeMenuItems(node) {
   const types = [...typesIn(node)];
-  if (!types.some(isConvertible)) return [];
-  return [
-    { content: t("Use all GPUs in this workflow"), callback: () => reported(useAllGPUs) },
-    { content: t("Use one GPU again in this workflow"), callback: () => reported(useOneGPU) },
-  ];
+  const items = [];
+  if (types.some(hasPackLoader)) {
+    items.push({ content: t("Use all GPUs in this workflow"), callback: () => reported(useAllGPUs) });
+  }
+  if (types.some(hasNative)) {
+    items.push({ content: t("Use one GPU again in this workflow"), callback: () => reported(useOneGPU) });
+  }
+  return items.length ? [null, ...items] : []; // null is a line between entries
 }
 
 function* typesIn(node) {
