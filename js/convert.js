@@ -24,6 +24,10 @@ const NATIVE = {
 /** Values that the pack's loader refuses when it runs. */
 const REFUSED = { SPLoadDiffusionModel: { weight_dtype: ["fp8_e4m3fn_fast"] } };
 
+/** Nodes that read or call a model's network themselves; the pack's is in its workers. */
+const NEEDS_WEIGHTS =
+  /^(ModelMerge|SAM3_|RTDETR_|SDPose|TrainLora|(LoraSave|ModelSave|CheckpointSave|ImageOnlyCheckpointSave)$)/;
+
 const NEVER_RUN = [2, 4]; // modes of muted and bypassed nodes
 const WIDGET_TYPES = ["INT", "FLOAT", "STRING", "BOOLEAN", "COMBO"];
 const OPTIONAL = 7; // the shape of an optional input's slot
@@ -45,7 +49,7 @@ const GAP = 40;
  * @property {(Place & {to: string})[]} converted
  * @property {(Place & {reason: string, name?: string, value?: any, node?: string})[]} left nodes that stay as they were.
  *   reason: "no counterpart", "unregistered" (`node` does not exist here), "value" (`node` refuses `value` of input
- *   `name`), "group node", or "in use" (an SP Config that something else needs)
+ *   `name`), "weights" (`node` needs them in ComfyUI), "group node", or "in use" (an SP Config that something else needs)
  * @property {Place[]} added SP Configs
  * @property {Place[]} removed SP Configs
  */
@@ -72,6 +76,11 @@ export function toPack(workflow, { definitions, decode = false }) {
         const hidden = group?.[1].nodes?.some((inner) => inner.type in counterparts);
         if (hidden) conversion.leave(level, node, "group node");
         else if (!group && loadsModel(node, level, definitions)) conversion.leave(level, node, "no counterpart");
+        continue;
+      }
+      const user = type in LOADERS ? weightsUser(level, node) : null;
+      if (user !== null) {
+        conversion.leave(level, node, "weights", { node: user.type });
       } else if (conversion.replace(level, node, to) && type in LOADERS) {
         loaders.push(node); // a VAE is decoded by the workers that are there
       }
@@ -123,6 +132,21 @@ function loadsModel(node, level, definitions) {
   if (level.subgraphIds.has(node.type) || node.type === "GetNode") return false;
   const any = (type) => type === "MODEL" || String(type).includes("*") || String(type).startsWith("COMFY_MATCHTYPE");
   return !!node.outputs?.some(({ type }) => type === "MODEL") && !node.inputs?.some(({ type }) => any(type));
+}
+
+/** A node that gets a loader's MODEL, through other nodes or not, and needs its weights; null if there is none here. */
+function weightsUser(level, loader) {
+  const nodes = new Map(level.nodes.map((node) => [node.id, node]));
+  const reached = new Set([loader]);
+  for (const { id } of reached) {
+    for (const link of level.links()) {
+      const target = nodes.get(linkValue(link, "target_id"));
+      if (linkValue(link, "origin_id") !== id || linkValue(link, "type") !== "MODEL" || !target) continue;
+      if (NEEDS_WEIGHTS.test(target.type) && !NEVER_RUN.includes(target.mode)) return target;
+      reached.add(target); // a set's loop comes to what is added while it runs
+    }
+  }
+  return null;
 }
 
 /** The graph, or a subgraph's definition. Links are arrays in the one and objects in the other. */

@@ -105,6 +105,8 @@ function whyLeft({ reason, name, value, node }) {
       return t("{node} is not installed", { node: nodeTitle(node) });
     case "value":
       return t("{name} is {value}, which {node} does not take", { name, value, node: nodeTitle(node) });
+    case "weights":
+      return t("{node} needs its weights in ComfyUI", { node: nodeTitle(node) });
     case "group node":
       return t("a group node with a loader in it; convert it to nodes first");
     case "in use":
