@@ -52,3 +52,41 @@ export function setting(id) {
 export async function confirmed(title, message) {
   return (await app.extensionManager.dialog.confirm({ title, message })) === true;
 }
+
+/** The nodes that exist here, as /object_info describes them. @returns {Record<string, object>} */
+export function nodeDefinitions() {
+  const types = Object.entries(window.LiteGraph.registered_node_types);
+  return Object.fromEntries(types.filter(([, { nodeData }]) => nodeData).map(([type, { nodeData }]) => [type, nodeData]));
+}
+
+/** A node type's name in ComfyUI's language. */
+export function nodeTitle(type) {
+  return window.LiteGraph.registered_node_types[type]?.title ?? type;
+}
+
+/** What *Save* would write now. */
+export function savedWorkflow() {
+  return JSON.parse(JSON.stringify((app.rootGraph ?? app.graph).serialize()));
+}
+
+/**
+ * Changes the open workflow, as one step for Undo.
+ * @param {(saved: object) => object | null} change gets what *Save* would write, and gives what is to be shown instead;
+ *   null changes nothing
+ * @throws {Error} no workflow is open, or this front end keeps its history in another way
+ */
+export async function changeWorkflow(change) {
+  const tracker = app.extensionManager.workflow?.activeWorkflow?.changeTracker;
+  if (!tracker?.updateState || !tracker.undoQueue) throw new Error("This front end's Undo is not known; nothing was changed.");
+  const capture = tracker.captureCanvasState ?? tracker.checkState; // the latter before 1.43
+  capture.call(tracker); // a change that is not noted yet stays a step of its own
+  const before = savedWorkflow();
+  const after = change(before);
+  if (after === null) return;
+  tracker.activeState = before; // the same, with what the history does not compare: the view, the order of the nodes
+  await tracker.updateState([after], tracker.undoQueue);
+  tracker.redoQueue.length = 0;
+  // What the front end completes as it loads is no further step.
+  tracker.activeState = savedWorkflow();
+  tracker.squashState?.();
+}

@@ -1,4 +1,4 @@
-/** What ComfyUI's front end gets from this pack: a sidebar tab, settings, toasts and a badge. */
+/** What ComfyUI's front end gets from this pack: a sidebar tab, settings, commands, toasts and a badge. */
 
 import { app } from "./comfy.js";
 import { Connection } from "./panel/connection.js";
@@ -7,6 +7,7 @@ import { Panel } from "./panel/panel.js";
 import { loadTranslations, t } from "./panel/text.js";
 import { TAB_ID, setBadge, topbarBadges, watchTrouble } from "./panel/trouble.js";
 import { settings } from "./settings.js";
+import { commands, menuCommands, nodeMenuItems } from "./workflow.js";
 
 let show;
 watchTrouble(new Promise((resolve) => (show = resolve)));
@@ -15,6 +16,9 @@ keepNodeTexts();
 app.registerExtension({
   name: "SequenceParallel",
   settings,
+  commands,
+  menuCommands,
+  getNodeMenuItems: nodeMenuItems,
   get topbarBadges() {
     return topbarBadges();
   },

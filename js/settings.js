@@ -37,6 +37,16 @@ export const settings = [
     attrs: { min: 0, max: 3600, showButtons: true, maxFractionDigits: 1 },
   },
   {
+    id: "SequenceParallel.Workflow.ReplaceVAEDecode",
+    category: category("Workflow", "ReplaceVAEDecode"),
+    name: "Use all GPUs: VAE Decode, too",
+    tooltip:
+      "Whether Use all GPUs in this workflow also replaces VAE Decode and VAE Decode (Tiled) by VAE Decode (Parallel)," +
+      " which decodes in tiles of 512 pixels and 64 frames unless you change them.",
+    type: "boolean",
+    defaultValue: false,
+  },
+  {
     id: "SequenceParallel.Log.Level",
     category: category("Log", "Level"),
     name: "Log level",

@@ -42,6 +42,8 @@ class Settings:
     """Idle workers leave after so many minutes; 0: they stay."""
     preview_interval_seconds: float = 0.0
     """Least time between two previews of Sampler (SP); 0: one at every step, as KSampler shows them."""
+    replace_vae_decode: bool = False
+    """Whether the front end's Use all GPUs replaces VAE Decode, too; here it is only for the report."""
     log_level: str = "comfyui"
     """A key of LOG_LEVELS; `comfyui` is as ComfyUI's own messages."""
 
@@ -57,6 +59,11 @@ class Settings:
         for name, time, unit in times:
             if isinstance(time, bool) or not isinstance(time, int | float) or not 0 <= time < math.inf:
                 raise ConfigError(f"setting Sequence Parallel, {name} is {time!r}; allowed are 0 or more {unit}")
+        if not isinstance(self.replace_vae_decode, bool):
+            raise ConfigError(
+                f"setting Sequence Parallel, Use all GPUs: VAE Decode, too is {self.replace_vae_decode!r}; allowed are"
+                " true and false"
+            )
         if self.log_level not in LOG_LEVELS:
             allowed = ", ".join(LOG_LEVELS)
             raise ConfigError(f"setting Sequence Parallel, Log level is {self.log_level!r}; allowed are {allowed}")
@@ -66,6 +73,7 @@ _IDS = {
     "devices": "SequenceParallel.Workers.Devices",
     "keep_alive_minutes": "SequenceParallel.Workers.KeepAliveMinutes",
     "preview_interval_seconds": "SequenceParallel.Sampler.PreviewIntervalSeconds",
+    "replace_vae_decode": "SequenceParallel.Workflow.ReplaceVAEDecode",
     "log_level": "SequenceParallel.Log.Level",
 }
 """As `js/settings.js` registers them."""

@@ -1,6 +1,7 @@
-/** The sidebar panel: all groups of workers, and three buttons. */
+/** The sidebar panel: all groups of workers, and buttons for them and for the open workflow. */
 
 import { confirmed, request, toast } from "../comfy.js";
+import { useAllGPUs, useOneGPU } from "../workflow.js";
 import { element, setChildren, setText } from "./elements.js";
 import { GroupView } from "./group.js";
 import { t } from "./text.js";
@@ -17,16 +18,14 @@ export class Panel {
       element("h2", "sp-heading", t("Sequence Parallel")),
       this._note,
       this._groups,
-      element(
-        "div",
-        "sp-buttons",
-        ...this._buttons(),
-      ),
+      element("div", "sp-buttons", ...this._workerButtons()),
+      element("h3", "sp-group-title", t("This workflow")),
+      element("div", "sp-buttons", ...this._workflowButtons()),
     );
     this.update({ groups: [] });
   }
 
-  _buttons() {
+  _workerButtons() {
     const unload = t("ComfyUI unloads all models between prompts; the workers stay.");
     const again = t("Ends the workers, whatever they do, and starts them again.");
     const contents = t("Versions, devices, settings, state and the last errors, for a bug report.");
@@ -34,6 +33,15 @@ export class Panel {
       button("pi pi-eraser", t("Free memory"), unload, free),
       button("pi pi-refresh", t("Restart workers"), again, restart),
       button("pi pi-copy", t("Copy report"), contents, copyReport),
+    ];
+  }
+
+  _workflowButtons() {
+    const all = t("Replaces ComfyUI's loaders by this pack's, in subgraphs too. One Undo takes it back.");
+    const one = t("Replaces this pack's loaders by ComfyUI's, in subgraphs too. One Undo takes it back.");
+    return [
+      button("pi pi-server", t("Use all GPUs"), all, useAllGPUs),
+      button("pi pi-desktop", t("Use one GPU again"), one, useOneGPU),
     ];
   }
 
