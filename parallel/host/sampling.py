@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..compilation.settings import CompileSettings
 from ..degrees import Degrees
-from ..sampling.program import Evaluate, Network, Pass, Program, plain
+from ..sampling.program import Network, Pass, Program
 from ..wire import messages
 from ..wire.shared import TensorRef, lay_out
 from .calls import Progress
@@ -116,9 +116,7 @@ class Sent:
         keys_left, networks = iter(keys), iter(zip(self._networks, self._of_network, strict=True))
         program: list[messages.Evaluate | messages.RunNetwork | messages.Report] = []
         for each in self._program.instructions:
-            if isinstance(each, Evaluate):
-                program.append(messages.Evaluate(evaluate=each.to, terms=plain(each.terms)))
-            elif isinstance(each, Network):
+            if isinstance(each, Network):
                 places, degrees = next(networks)
                 passes = [
                     messages.Pass(
@@ -131,8 +129,7 @@ class Sent:
                 which = self.degrees.index(degrees)
                 program.append(messages.RunNetwork(passes=passes, degrees=which, active=is_active(each.sigma)))
             else:
-                shown = {"denoised": plain(each.denoised), "x": plain(each.x)}
-                program.append(messages.Report(step=each.step, steps=each.steps, **shown))
+                program.append(each)
         return messages.Sample(
             model=model,
             degrees=self.degrees,
@@ -140,7 +137,7 @@ class Sent:
             constants=self._constants,
             program=program,
             free=self._program.last_uses(),
-            result=plain(self._program.result),
+            result=self._program.result,
             out=self._result,
             previews=self._previews,
             conditioning=conditioning,

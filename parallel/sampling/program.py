@@ -8,23 +8,12 @@ do it for the elements that it holds.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..wire.messages import Evaluate, Report, Terms
 from .step_request import StepRequest
-
-Terms = list[tuple[float, tuple[int, ...]]]
-"""A sum of products: factor × the product of the latents with these numbers; without latents the factor itself."""
-
-
-@dataclass(frozen=True, slots=True)
-class Evaluate:
-    """Computes a latent, in fp32."""
-
-    to: int
-    terms: Terms
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,17 +50,6 @@ class Network:
     def results(self) -> set[int]:
         """Of all passes."""
         return {latent for each in self.passes for latent in each.results}
-
-
-@dataclass(frozen=True, slots=True)
-class Report:
-    """A step is done."""
-
-    step: int
-    """From 0."""
-    steps: int
-    denoised: Terms
-    x: Terms
 
 
 Instruction = Evaluate | Network | Report
@@ -117,10 +95,5 @@ def _used(instruction: Instruction) -> set[int]:
     if isinstance(instruction, Network):
         return instruction.results.union(*(each.latents for each in instruction.passes))
     if isinstance(instruction, Evaluate):
-        return {instruction.to}.union(*(latents for _, latents in instruction.terms))
+        return {instruction.evaluate}.union(*(latents for _, latents in instruction.terms))
     return {latent for _, latents in [*instruction.denoised, *instruction.x] for latent in latents}
-
-
-def plain(terms: Terms) -> list[Any]:
-    """As JSON has it."""
-    return [[factor, list(latents)] for factor, latents in terms]

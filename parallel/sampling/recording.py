@@ -21,13 +21,18 @@ import torch
 from torch import Tensor
 
 from ..errors import EngineError
-from .program import Evaluate, Network, Pass, Program, Report, Terms
+from ..wire.messages import Evaluate, Report, Terms
+from .program import Network, Pass, Program
 from .step_request import StepRequest
 
 _MOST_TERMS = 12
 """A sum of more terms becomes a latent of its own: otherwise sums would grow with the steps."""
 _SAMPLE = 997
 """Elements that are looked at to find a tensor among those that are known."""
+
+
+_Factors = dict[tuple[int, ...], float]
+"""A sum of products: numbers of latents → factor of their product."""
 
 
 class NotRecordable(EngineError):
@@ -39,7 +44,7 @@ class _Sum:
 
     __slots__ = ("terms",)
 
-    def __init__(self, terms: dict[tuple[int, ...], float]):
+    def __init__(self, terms: _Factors):
         self.terms = terms
 
 
@@ -263,7 +268,7 @@ class Recorder:
         if not isinstance(denoised, RecordedLatent) or not isinstance(x, RecordedLatent):
             raise NotRecordable("the sampler shows something else than the latent")
         self._settled(x._sums[0])
-        self.program.instructions.append(Report(step, steps, _terms(denoised), _terms(x)))
+        self.program.instructions.append(Report(step=step, steps=steps, denoised=_terms(denoised), x=_terms(x)))
 
     def finish(self, result: Any) -> Program:
         """The program that ends with this latent."""
@@ -301,11 +306,11 @@ class Recorder:
             if factor == 1.0 and len(latents) == 1:
                 return latents[0]
         number = next(self._numbers)
-        self.program.instructions.append(Evaluate(number, _listed(each.terms)))
+        self.program.instructions.append(Evaluate(evaluate=number, terms=_listed(each.terms)))
         each.terms = {(number,): 1.0}
         return number
 
-    def _of_tensor(self, tensor: Tensor) -> dict[tuple[int, ...], float]:
+    def _of_tensor(self, tensor: Tensor) -> _Factors:
         """A tensor that can be expanded to the latent's shape, as a sum."""
         if (value := _uniform(tensor)) is not None:
             return {(): value} if value else {}
@@ -322,7 +327,7 @@ class Recorder:
             self.program.constants[number] = whole
         return {(self._numbered[id(whole)],): 1.0}
 
-    def sums_of(self, value: Any, parts: int) -> list[dict[tuple[int, ...], float]]:
+    def sums_of(self, value: Any, parts: int) -> list[_Factors]:
         """A number, a tensor or a recorded latent as that many sums."""
         if isinstance(value, RecordedLatent):
             _require_fp32(value)
@@ -343,7 +348,7 @@ class Recorder:
             return [self._of_tensor(value)] * parts
         return [self._of_tensor(part) for part in value.chunk(parts)]
 
-    def combined(self, latents: list[dict[tuple[int, ...], float]]) -> RecordedLatent:
+    def combined(self, latents: list[_Factors]) -> RecordedLatent:
         sums = []
         for terms in latents:
             if not all(isfinite(factor) for factor in terms.values()):
@@ -360,7 +365,7 @@ def _terms(latent: RecordedLatent) -> Terms:
     return _listed(latent._sums[0].terms)
 
 
-def _listed(terms: dict[tuple[int, ...], float]) -> Terms:
+def _listed(terms: _Factors) -> Terms:
     return [(factor, latents) for latents, factor in terms.items()]
 
 
@@ -381,28 +386,26 @@ def _uniform(tensor: Tensor) -> float | None:
 # --- arithmetic -------------------------------------------------------------------------------------------------------
 
 
-def _recorder_of(*values: Any) -> tuple[Recorder, int]:
-    """The recorder, and how many latents the result has along the batch."""
-    latents = [value for value in values if isinstance(value, RecordedLatent)]
-    parts = max(len(latent._sums) for latent in latents)
-    for latent in latents:
-        _require_fp32(latent)
-    whole = latents[0].recorder.program.shape[0] * parts
-    for value in values:  # as PyTorch broadcasts: a larger batch would make the latent larger
+def _operands(a: Any, b: Any) -> tuple[Recorder, list[tuple[_Factors, _Factors]]]:
+    """The recorder, and both as sums: a pair for each latent that the result has along the batch."""
+    latents = [value for value in (a, b) if isinstance(value, RecordedLatent)]
+    recorder, parts = latents[0].recorder, max(len(latent._sums) for latent in latents)
+    whole = recorder.program.shape[0] * parts
+    for value in (a, b):  # as PyTorch broadcasts: a larger batch would make the latent larger
         if isinstance(value, Tensor) and value.ndim == len(latents[0].shape) and value.shape[0] not in (1, whole):
             raise NotRecordable(f"the sampler combines the latent with a tensor of shape {list(value.shape)}")
-    return latents[0].recorder, parts
+    return recorder, list(zip(recorder.sums_of(a, parts), recorder.sums_of(b, parts), strict=True))
 
 
-def _sum(a: dict, b: dict, factor: float) -> dict:
+def _sum(a: _Factors, b: _Factors, factor: float) -> _Factors:
     terms = dict(a)
     for key, value in b.items():
         terms[key] = terms.get(key, 0.0) + factor * value
     return terms
 
 
-def _product(a: dict, b: dict) -> dict:
-    terms: dict[tuple[int, ...], float] = {}
+def _product(a: _Factors, b: _Factors) -> _Factors:
+    terms: _Factors = {}
     for latents, factor in a.items():
         for others, other in b.items():
             key = tuple(sorted(latents + others))
@@ -411,8 +414,7 @@ def _product(a: dict, b: dict) -> dict:
 
 
 def _add(a: Any, b: Any, *, alpha: float = 1) -> RecordedLatent:
-    recorder, parts = _recorder_of(a, b)
-    pairs = zip(recorder.sums_of(a, parts), recorder.sums_of(b, parts), strict=True)
+    recorder, pairs = _operands(a, b)
     return recorder.combined([_sum(p, q, float(alpha)) for p, q in pairs])
 
 
@@ -421,8 +423,7 @@ def _sub(a: Any, b: Any, *, alpha: float = 1) -> RecordedLatent:
 
 
 def _mul(a: Any, b: Any) -> RecordedLatent:
-    recorder, parts = _recorder_of(a, b)
-    pairs = list(zip(recorder.sums_of(a, parts), recorder.sums_of(b, parts), strict=True))
+    recorder, pairs = _operands(a, b)
     if isinstance(a, RecordedLatent) and isinstance(b, RecordedLatent):
         raise NotRecordable("the sampler multiplies latents with each other")
     return recorder.combined([_product(p, q) for p, q in pairs])

@@ -207,12 +207,13 @@ class Step(Operation):
 
 
 Terms = list[Any]
-"""A sum of products of numbered latents: [factor, [number, …]] each; see `sampling.program.plain`."""
+"""A sum of products: factor × the product of the latents with these numbers, [factor, [number, …]] each; without
+latents the factor itself."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Evaluate:
-    """A latent is a sum."""
+    """Computes a latent, in fp32."""
 
     evaluate: int
     """Its number."""
@@ -246,6 +247,7 @@ class Report:
     """A step is done."""
 
     step: int
+    """From 0."""
     steps: int
     denoised: Terms
     x: Terms

@@ -10,9 +10,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from parallel.sampling.program import Evaluate, Network, Program, Terms
+from parallel.sampling.program import Network, Program
 from parallel.sampling.recording import NotRecordable, RecordedLatent, Recorder, in_parts, packed
 from parallel.sampling.step_request import StepRequest
+from parallel.wire.messages import Evaluate, Terms
 
 SHAPE = (2, 3, 4)
 CPU = torch.device("cpu")
@@ -61,7 +62,7 @@ def play(program: Program) -> tuple[Tensor, int]:
 
     for instruction, freed in zip(program.instructions, program.last_uses(), strict=True):
         if isinstance(instruction, Evaluate):
-            latents[instruction.to] = value(instruction.terms)
+            latents[instruction.evaluate] = value(instruction.terms)
         elif isinstance(instruction, Network):
             for each in instruction.passes:
                 x = torch.cat([latents[number] for number in each.latents])
