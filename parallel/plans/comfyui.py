@@ -15,6 +15,8 @@ from ..split.rules import (
     Grid,
     Grouped,
     Guides,
+    Last,
+    Own,
     OwnGroups,
     Ranges,
     Residuals,
@@ -335,6 +337,19 @@ JOY_IMAGE: Plan = {
     ),
 }
 
+_STABLE_AUDIO = Site(
+    cut={"x": Tokens(A), "rotary_pos_emb": (Tokens(A, 0), None), "local_add_cond": Last(A)},
+    whole="global_cond context",
+    attention={"self_attn": (A, A)},
+    join=Tokens(A),  # here, since the model cuts off what it has put before the latent
+)
+STABLE_AUDIO: Plan = {"transformer.layers": _STABLE_AUDIO}
+STABLE_AUDIO_SCALED: Plan = {  # behind `to_out` each attention takes the mean of all tokens
+    "transformer.layers": _STABLE_AUDIO,
+    **{f"transformer.layers.*.{name}.to_out": Site(join_each=Tokens(A)) for name in ("self_attn", "cross_attn")},
+    **{f"transformer.layers.*.{name}": Site(join_each=Own(Tokens(A))) for name in ("self_attn", "cross_attn")},
+}
+
 KREA2: Plan = {
     "blocks": Site(
         cut={"x": Tokens(J), "freqs": Tokens(J, 2), "timestep_zero_index?": Before(J)},
@@ -398,6 +413,9 @@ PLANS: Mapping[str, Plan | ByModel] = {
     "Anima": COSMOS_PREDICT2,
     "AnimateWanModel": WAN_ANIMATE,
     "AsymmDiTJoint": MOCHI,
+    "AudioDiffusionTransformer": ByModel(
+        (STABLE_AUDIO, STABLE_AUDIO_SCALED), lambda network: network.transformer.layers[0].self_attn.feat_scale
+    ),
     "BooguTransformer2DModel": BOOGU,
     "CameraWanModel": WAN,
     "Chroma": FLUX,
@@ -444,6 +462,7 @@ _WAN_CHAIN = Chain(blocks={"blocks": "x"}, hidden="x", leave="head.x", modulated
 CHAINS: Mapping[str, Chain] = {
     "Anima": _COSMOS_CHAIN,
     "AsymmDiTJoint": Chain(blocks={"blocks": "x y"}, hidden="x", modulated="attn.qkv_x"),
+    "AudioDiffusionTransformer": Chain(blocks={"transformer.layers": "x"}, hidden="x"),
     "Chroma": _FLUX_CHAIN,
     "CogVideoXTransformer3DModel": Chain(
         blocks={"blocks": "hidden_states encoder_hidden_states"}, hidden="hidden_states", modulated="temb"
@@ -517,6 +536,7 @@ DESCRIBED: Mapping[str, Described] = {
     "Chroma": Described("Chroma", ("T2I",), _CALLED),
     "ChromaRadiance": Described("Chroma Radiance", ("T2I",), _CALLED),
     "Kandinsky5": Described("Kandinsky 5", ("T2V", "T2I"), _CALLED),
+    "AudioDiffusionTransformer": Described("Stable Audio", ("T2A",), _CALLED),
     "MiniTrainDIT": Described("Cosmos Predict 2", ("T2I", "I2V"), _CALLED),
     "Anima": Described("Anima", ("T2I",), _CALLED),
 }

@@ -13,6 +13,7 @@ from .settings import FP8
 
 _STAY = (
     "*mod", "mod_[xy]", "mod[CX]*", "*modulation*", "adaln*", "*norm*.linear", "before_proj", "after_proj",
+    "to_scale_shift_gate",
 )  # fmt: skip
 """Layers of blocks whose error would be in every token: modulations, and the ways into and out of VACE's blocks."""
 

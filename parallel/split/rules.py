@@ -63,6 +63,34 @@ class Tokens:
 
 
 @dataclass(frozen=True)
+class Last:
+    """A tensor whose values along dim 1 are for the last tokens of `streams`. The model lays zeros before them."""
+
+    streams: Names
+
+    def cut(self, value: Tensor, streams: Streams) -> Tensor:
+        """[B, T, …] → [B, T_r, …]: those of this rank's last tokens; it may have none."""
+        before = streams.total(self.streams) - value.shape[1]
+
+        def own() -> Tensor:
+            index = streams.mine(self.streams) - before
+            return value.index_select(1, index[index >= 0].to(value.device))
+
+        return streams.once(self, value, own)
+
+
+@dataclass(frozen=True)
+class Own:
+    """What leaves a module is whole, since the module has averaged over all tokens; this rank goes on with its own."""
+
+    rule: Tokens
+
+    def join(self, value: Tensor, streams: Streams) -> Tensor:
+        """[…, S, …] → […, S_r, …]."""
+        return self.rule.cut(value, streams)
+
+
+@dataclass(frozen=True)
 class Ranges:
     """[(start, stop, …)] over the tokens of `streams`; what follows may be a tensor with a value per token of it."""
 

@@ -1,13 +1,15 @@
 """One rank of the tests of caches between the blocks of ComfyUI's own networks, run with ComfyUI's Python as
 
-    python -m tests.comfyui.cached_ranks RANK WORLD STORE RESULTS COMFYUI plain|every
+    python -m tests.comfyui.cached_ranks RANK WORLD STORE RESULTS COMFYUI plain|every|PATTERN
 
+PATTERN is a regular expression for names of cases, which run under every split. Of classes without a chain none runs.
 Runs each network for some steps under a cache, alone and split, and writes `{case: {split: facts}}`, see `facts`.
 """
 
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -257,19 +259,22 @@ def main(rank: int, world: int, store: str, results: str, comfyui: str, which: s
     dist.init_process_group("gloo", store=dist.FileStore(store, world), rank=rank, world_size=world)
     pair = dist.new_group(list(range(world)))
     views = {"Ulysses": SequenceRanks((2.0, 1.0), rank, ulysses=pair)}
-    if which == "every":
+    if which != "plain":
         views |= {"ring": SequenceRanks((1.0, 1.0), rank, ring=pair, ring_degree=2)}
         views |= {"phantoms": SequenceRanks((60.0, 1.0), rank, ulysses=pair)}
     found: dict[str, Any] = {}
-    for name in CASES if which == "every" else PLAIN:
+    chosen = [name for name in CASES if which == "every" or re.search(which, name)]
+    for name in PLAIN if which == "plain" else chosen:
         case = CASES[name]
         network = network_of(case.supported, case.config(case.heads[0]))
+        if type(network).__name__ not in CHAINS:
+            continue
         kinds = ["first_block", "teacache"] if CHAINS[type(network).__name__].modulated else ["first_block"]
         for kind in kinds:
             told = found[f"{name}, {kind}"] = {
                 split: facts(network, case.inputs, view, sequence_total, kind) for split, view in views.items()
             }
-            if which == "every":
+            if which != "plain":
                 told["one rank"] = facts(network, case.inputs, SequenceRanks((1.0,)), lambda sums: None, kind)
         if name in STRADDLING:
             found[f"{name}, unequal change"] = straddling(network, case.inputs, views["Ulysses"], sequence_total)

@@ -121,6 +121,22 @@ def aura_flow(heads: int) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def stable_audio(heads: int, **more: Any) -> dict[str, Any]:
+    return {
+        "audio_model": "dit1.0", "global_cond_dim": 1536, "project_cond_tokens": False, "embed_dim": 64 * heads,
+        "io_channels": 8, "input_concat_dim": 0, "depth": 3, "num_heads": heads, "cond_token_dim": 64,
+        "timestep_features_type": "learned",
+    } | more  # fmt: skip
+
+
+def stable_audio_3(heads: int) -> dict[str, Any]:
+    return stable_audio(
+        heads, global_cond_dim=768, global_cond_shared_embed=True, global_cond_type="adaLN", num_memory_tokens=4,
+        local_add_cond_dim=9, norm_type="rms_norm", attn_kwargs={"qk_norm": "rms", "differential": True},
+        timestep_features_type="expo",
+    )  # fmt: skip
+
+
 def sd3(heads: int, *, medium: bool = True) -> dict[str, Any]:
     return {
         "in_channels": 16, "out_channels": 16, "patch_size": 2, "depth": heads, "input_size": None,
@@ -629,6 +645,19 @@ CASES: dict[str, Case] = {
     "Hunyuan-DiT, ControlNet, batch 2": Case(
         supported="HunyuanDiT", config=hunyuan_dit, inputs=hunyuan_dit_call(batch=2, control=True)
     ),
+    "Stable Audio": Case(
+        supported="StableAudio", config=stable_audio, inputs=call((1, 8, 41), [0.6], (1, 9, 64), global_embed=(1, 1536))
+    ),
+    "Stable Audio, mean of all tokens, batch 2": Case(
+        supported="StableAudio",
+        config=lambda heads: stable_audio(heads, attn_kwargs={"qk_norm": "ln", "feat_scale": True}),
+        inputs=call((2, 8, 41), [0.6] * 2, (2, 9, 64), global_embed=(2, 1536)),
+    ),
+    "Stable Audio 3, inpaint": Case(
+        supported="StableAudio3",
+        config=stable_audio_3,
+        inputs=call((1, 8, 41), [0.6], (1, 9, 64), global_embed=(1, 768), local_add_cond=(1, 9, 41)),
+    ),
     "SD3": Case(
         supported="SD3",
         config=lambda heads: sd3(heads, medium=False) | {"qk_norm": None},
@@ -780,7 +809,7 @@ ONE_OF_EACH_CLASS = (
     "Qwen-Image, padded, clean reference", "Kandinsky 5", "Cosmos Predict 2", "Anima", "Wan Animate",
     "Wan HuMo, reference", "Wan S2V, reference", "ERNIE-Image", "HiDream", "Lens, padded", "Mochi",
     "OmniGen2, references", "SD3.5 Medium, ControlNet, batch 2",
-    "Hunyuan-DiT, ControlNet, batch 2",
+    "Hunyuan-DiT, ControlNet, batch 2", "Stable Audio, mean of all tokens, batch 2", "Stable Audio 3, inpaint",
 )  # fmt: skip
 """For the plain run, but for classes all of whose rules another one has, too: the extended run has each."""
 
@@ -816,8 +845,24 @@ def empty_network(supported: str, config: dict[str, Any], device: str = "meta") 
     model_config: Any = getattr(comfy.supported_models, supported)(dict(config))
     model_config.unet_config.update(config)  # sizes that its detection takes for granted, too
     model_config.set_inference_dtype(torch.float32, None)
-    network: nn.Module = model_config.get_model({}, device=device).diffusion_model
+    network: nn.Module = model_config.get_model(conditioners(supported, config), device=device).diffusion_model
     return network
+
+
+def conditioners(supported: str, config: dict[str, Any]) -> dict[str, Tensor]:
+    """What a file has beside the network: ComfyUI's models embed Stable Audio's durations."""
+    if not supported.startswith("StableAudio"):
+        return {}
+    from comfy.ldm.audio.embedders import NumberConditioner
+
+    kind = config["timestep_features_type"] if supported == "StableAudio3" else "learned"
+    state = NumberConditioner(768, fourier_features_type=kind).state_dict()
+    prefix = "conditioner.conditioners.seconds"
+    return {
+        f"{prefix}_{which}.{name}": weight(name, tensor.shape)
+        for which in ("start", "total")
+        for name, tensor in state.items()
+    }
 
 
 def network_of(supported: str, config: dict[str, Any]) -> nn.Module:

@@ -34,6 +34,7 @@ GRAPHS = {
     "Anima": 1,
     "AuraFlow": 2,
     "SD3.5 Medium": 3,
+    "Stable Audio 3, inpaint": 1,
     "HiDream": 2,
     "Lens, padded": 1,
     "OmniGen2, references": 1,

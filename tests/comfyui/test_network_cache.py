@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +71,8 @@ def test_ranks_on_both_sides_of_the_threshold_decide_alike(plain: list[Results])
 @pytest.mark.extended
 @pytest.mark.timeout(1800)
 def test_every_variant(installation: Installation, tmp_path: Path) -> None:
-    ranks = results_of(installation, tmp_path, "every")
-    assert len(ranks[0]) >= 35
+    """`SPLIT_CASES`, a regular expression, chooses some of them by name."""
+    chosen = os.environ.get("SPLIT_CASES", "")
+    ranks = results_of(installation, tmp_path, chosen or "every")
+    assert len(ranks[0]) >= (1 if chosen else 35)
     assert_right(ranks, {"one rank", "Ulysses", "ring", "phantoms"})

@@ -22,6 +22,8 @@ from parallel.split.rules import (
     Cropped,
     Grid,
     Grouped,
+    Last,
+    Own,
     OwnGroups,
     Ranges,
     Residuals,
@@ -116,6 +118,18 @@ def test_a_grid_is_joined_in_its_shape():
     streams = streams_of((1,), 0)
     value = torch.randn(1, 2, 3, 4, 5)
     assert Grid("video").join(Grid("video").cut(value, streams), streams).equal(value)
+
+
+@pytest.mark.parametrize(("weights", "counts"), [((1, 1), [2, 4]), ((1, 4, 1), [0, 5, 1])])
+def test_values_of_the_last_tokens_are_these_tokens(weights: tuple[float, ...], counts: list[int]):
+    value = torch.arange(6.0)[None, :, None]
+    parts = [Last(I).cut(value, streams_of(weights, rank, image=8)) for rank in range(len(weights))]
+    assert [part.shape[1] for part in parts] == counts and torch.equal(torch.cat(parts, 1), value)
+
+
+def test_a_rank_goes_on_with_its_own_part_of_a_whole_result():
+    whole = torch.arange(5.0)[None, :, None]
+    assert Own(Tokens(I)).join(whole, streams_of((1, 1), 1, image=5)).flatten().tolist() == [3, 4]
 
 
 def test_heads_of_queries_stay_with_their_keys():
