@@ -73,20 +73,21 @@ export function savedWorkflow() {
  * Changes the open workflow, as one step for Undo.
  * @param {(saved: object) => object | null} change gets what *Save* would write, and gives what is to be shown instead;
  *   null changes nothing
- * @throws {Error} no workflow is open, or this front end keeps its history in another way
+ * @returns {Promise<boolean>} false: this front end keeps its history in another way, and nothing was done
  */
 export async function changeWorkflow(change) {
   const tracker = app.extensionManager.workflow?.activeWorkflow?.changeTracker;
-  if (!tracker?.updateState || !tracker.undoQueue) throw new Error("This front end's Undo is not known; nothing was changed.");
+  if (!tracker?.updateState || !tracker.undoQueue) return false;
   const capture = tracker.captureCanvasState ?? tracker.checkState; // the latter before 1.43
   capture.call(tracker); // a change that is not noted yet stays a step of its own
   const before = savedWorkflow();
   const after = change(before);
-  if (after === null) return;
+  if (after === null) return true;
   tracker.activeState = before; // the same, with what the history does not compare: the view, the order of the nodes
   await tracker.updateState([after], tracker.undoQueue);
   tracker.redoQueue.length = 0;
   // What the front end completes as it loads is no further step.
   tracker.activeState = savedWorkflow();
   tracker.squashState?.();
+  return true;
 }

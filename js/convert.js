@@ -21,8 +21,14 @@ const NATIVE = {
   SPVAEDecode: "VAEDecodeTiled",
   SPVAEEncode: "VAEEncodeTiled",
 };
-/** Values that the pack's loader refuses when it runs. */
-const REFUSED = { SPLoadDiffusionModel: { weight_dtype: ["fp8_e4m3fn_fast"] } };
+const OTHER_FILES = /\.(bin|ckpt|gguf|pkl|pt|pt2|pth)$/i; // workers map safetensors files, and read no others
+const FOLDERS = /^(?!.*\.(safetensors|sft|bin|ckpt|gguf|pkl|pt|pt2|pth)$)/i; // of diffusers
+/** Values that a node refuses when it runs. */
+const REFUSED = {
+  UNETLoader: { unet_name: FOLDERS },
+  SPLoadDiffusionModel: { unet_name: OTHER_FILES, weight_dtype: /^fp8_e4m3fn_fast$/ },
+  SPLoadCheckpoint: { ckpt_name: OTHER_FILES },
+};
 
 /** Nodes that read or call a model's network themselves; the pack's is in its workers. */
 const NEEDS_WEIGHTS =
@@ -264,7 +270,7 @@ class Conversion {
     const inputs = new Map((node.inputs ?? []).map((input) => [input.name, input]));
     for (const [name, refused] of Object.entries(REFUSED[to] ?? {})) {
       const linked = (inputs.get(name)?.link ?? null) !== null; // then the widget's value does not count
-      if (linked || !refused.includes(values[name])) continue;
+      if (linked || !(name in values) || !refused.test(values[name])) continue;
       this.leave(level, node, "value", { name, value: values[name], node: to });
       return false;
     }

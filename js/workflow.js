@@ -64,11 +64,12 @@ export async function useOneGPU() {
 
 async function convert(title, conversion) {
   let report;
-  await changeWorkflow((saved) => {
+  const known = await changeWorkflow((saved) => {
     const result = conversion(saved, nodeDefinitions());
     report = result.report;
     return report.converted.length ? result.workflow : null;
   });
+  if (!known) throw new Error(t("This front end could not undo it, so nothing was changed. Update this pack."));
   const texts = summary(report);
   const severity = report.left.length ? "warn" : report.converted.length ? "success" : "info";
   toast(severity, title, texts.join(" "), report.left.length ? 15 : 6);

@@ -145,19 +145,15 @@ def check_both_ways(converter: Converter, workflow: dict[str, Any], picture: Pat
     front_end = converter.front_end
     converter.open(workflow)
     native, before, (done, _) = front_end.api_graph(), converter.saved(), converter.history()
+    missing = front_end.missing_nodes()  # of online services, and of newer versions of ComfyUI
     converter.execute(ALL_GPUS)
     converted, after = front_end.api_graph(), converter.saved()
     front_end.screenshot(picture)
-    assert front_end.missing_nodes() == []
+    assert front_end.missing_nodes() == missing
     assert not {node["class_type"] for node in converted.values()} & COUNTERPARTS.keys()
     assert compared(converted, native) == swapped(native, COUNTERPARTS)
     assert converter.history() == [done + 1, 0]
-    view = converter.saved()
-    assert json.loads(view)["nodes"] == json.loads(after)["nodes"], "a step that nobody made"
-
-    converter.front_end.page.keyboard.press("Control+z")
-    converter.page.wait_for_function(f"(expected) => String(({_HISTORY})()) === expected", arg=f"{done},1")
-    converter.settle()
+    converter.press("Control+z", [done, 1])
     assert without_view(converter.saved()) == without_view(before)
     converter.press("Control+y", [done + 1, 0])
     assert without_view(converter.saved()) == without_view(after)

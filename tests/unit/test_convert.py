@@ -312,7 +312,8 @@ def left_alone() -> list[Any]:
     tracking.append(sampler(3, 6, "SAM3_Detect"))
     return [
         pytest.param(root([gguf, sampler(2, 5)], links), "no counterpart", id="other loader"),
-        pytest.param(simple(dtype="fp8_e4m3fn_fast"), "value", id="refused value"),
+        pytest.param(simple(dtype="fp8_e4m3fn_fast"), "value", id="refused dtype"),
+        pytest.param(simple(widgets_values=["a.ckpt", "default"]), "value", id="no safetensors file"),
         pytest.param(root([node(1, "workflow>Mine")], [], extra=group), "group node", id="group node"),
         pytest.param(root(tracking, [*links, [6, 2, 0, 3, 0, "MODEL"]]), "weights", id="needs the weights"),
     ]
@@ -373,6 +374,14 @@ def test_nodes_that_nothing_converted_go_back_too(convert: Convert) -> None:
     assert [(each["type"], each["reason"]) for each in report["left"]] == [("SPSampler", "no counterpart")]
 
 
+def test_a_folder_does_not_go_back(convert: Convert) -> None:
+    converted, _ = convert(simple())
+    by_id(converted)[1]["widgets_values"][0] = "CogVideoX1.5-5B"
+    same, report = convert(converted, undo=True)
+    assert same == converted
+    assert [(each["reason"], each["node"]) for each in report["left"]] == [("value", "UNETLoader")]
+
+
 def test_a_config_that_others_need_stays(convert: Convert) -> None:
     converted, _ = convert(simple())
     config = by_id(converted)[21]
@@ -405,10 +414,8 @@ def test_a_config_that_others_need_stays(convert: Convert) -> None:
 
 def test_reroutes_of_a_removed_link_go_with_it(convert: Convert) -> None:
     converted, _ = convert(simple())
-    converted["extra"]["reroutes"] = [
-        {"id": 1, "pos": [0, 0], "linkIds": [31]},
-        {"id": 2, "pos": [0, 0], "linkIds": [5]},
-    ]
+    kept = {"id": 2, "pos": [0, 0], "linkIds": [5]}
+    converted["extra"]["reroutes"] = [{"id": 1, "pos": [0, 0], "linkIds": [31]}, kept]
     converted["extra"]["linkExtensions"] = [{"id": 31, "parentId": 1}, {"id": 5, "parentId": 2}]
     back, _ = convert(converted, undo=True)
     assert back["extra"]["reroutes"] == [kept]
