@@ -49,6 +49,7 @@ KREA2 = "tiny_krea_2.safetensors"
 Z_IMAGE = "tiny_z_image.safetensors"
 WAN_VACE = "tiny_wan_vace.safetensors"
 SD35 = "tiny_sd_3.5.safetensors"
+STABLE_AUDIO_3 = "tiny_stable_audio_3.safetensors"
 PIXART = "tiny_pixart.safetensors"  # of a class that has no plan
 LORA = "krea_2_lora.safetensors"
 
