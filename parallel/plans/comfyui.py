@@ -536,7 +536,7 @@ DESCRIBED: Mapping[str, Described] = {
     "Chroma": Described("Chroma", ("T2I",), _CALLED),
     "ChromaRadiance": Described("Chroma Radiance", ("T2I",), _CALLED),
     "Kandinsky5": Described("Kandinsky 5", ("T2V", "T2I"), _CALLED),
-    "AudioDiffusionTransformer": Described("Stable Audio", ("T2A",), _CALLED),
+    "AudioDiffusionTransformer": Described("Stable Audio", ("T2A",), _SAMPLED),
     "MiniTrainDIT": Described("Cosmos Predict 2", ("T2I", "I2V"), _CALLED),
     "Anima": Described("Anima", ("T2I",), _CALLED),
 }

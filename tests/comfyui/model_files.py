@@ -49,6 +49,7 @@ KREA2 = "tiny_krea_2.safetensors"
 Z_IMAGE = "tiny_z_image.safetensors"
 WAN_VACE = "tiny_wan_vace.safetensors"
 SD35 = "tiny_sd_3.5.safetensors"
+STABLE_AUDIO_3 = "tiny_stable_audio_3.safetensors"
 PIXART = "tiny_pixart.safetensors"  # of a class that has no plan
 SDXL = "tiny_sdxl.safetensors"  # a checkpoint: predicts v, as a mark beside the network says, and has a VAE
 LTX23_WHOLE = "tiny_ltx_2.3_whole.safetensors"  # a checkpoint with the VAEs of pictures and of sound

@@ -23,7 +23,20 @@ from tests.comfyui.graphs import (
     with_audio,
 )
 from tests.comfyui.latents import relative_difference, sample
-from tests.comfyui.model_files import FLUX, H3, KREA2, LORA, LTX23, PIXART, QWEN_IMAGE, SD35, WAN, WAN_VACE, Z_IMAGE
+from tests.comfyui.model_files import (
+    FLUX,
+    H3,
+    KREA2,
+    LORA,
+    LTX23,
+    PIXART,
+    QWEN_IMAGE,
+    SD35,
+    STABLE_AUDIO_3,
+    WAN,
+    WAN_VACE,
+    Z_IMAGE,
+)
 from tests.comfyui.processes import wait_until
 from tests.comfyui.server import ComfyServer
 
@@ -79,6 +92,11 @@ def with_control_net(builder: GraphBuilder, setting: Setting, positive: Link, la
     return applied, latent
 
 
+def with_sound(builder: GraphBuilder, setting: Setting, positive: Link, latent: Link) -> tuple[Link, Link]:
+    """A latent of 37 tokens of sound in the picture's place."""
+    return positive, builder.add("EmptyLatentAudio", seconds=3.4, batch_size=1)
+
+
 def by_wan_node(node: str, picture: str, outputs: tuple[int, int], **more: Any) -> Arrange:
     """A node of Wan's that puts a grey picture into the prompt. `outputs`: its positive prompt and latent."""
 
@@ -128,6 +146,7 @@ CASES = {
     "qwen_control_net": Setting(checkpoint=QWEN_IMAGE, picture=True, width=72, arrange=with_control_net),
     "sd_3.5": _SD35,
     "sd_3.5_control_net": replace(_SD35, arrange=with_control_net),
+    "stable_audio_3": Setting(checkpoint=STABLE_AUDIO_3, picture=True, cfg=4.0, arrange=with_sound, **texts(768)),
 }
 EASY_CACHE = model_node("EasyCache", reuse_threshold=3.0, start_percent=0.0, end_percent=1.0, verbose=False)
 
@@ -162,6 +181,7 @@ def test_these_cases_show_their_conditioning(reference: Reference) -> None:
         "hunyuan_control_net": {"arrange": None},
         "qwen_control_net": {"arrange": None},
         "sd_3.5": {"positive": Text(seed=13, width=48)},
+        "stable_audio_3": {"positive": Text(seed=13, width=768)},
         "sd_3.5_control_net": {"arrange": None},
     }.items():
         assert relative_difference(reference(CASES[name]), reference(replace(CASES[name], **changes))) > 1e-3, name

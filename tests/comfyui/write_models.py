@@ -117,6 +117,11 @@ def qwen_image() -> dict[str, Any]:
     return split_models.qwen_image(2) | {"joint_attention_dim": _TEXT}
 
 
+def stable_audio_3() -> dict[str, Any]:
+    channels = {"io_channels": 256, "local_add_cond_dim": 257}
+    return split_models.stable_audio_3(3) | channels | {"cond_token_dim": 768, "project_cond_tokens": True}
+
+
 _HUNYUAN_KINDS: dict[str, dict[str, Any]] = {
     "hunyuan_video_fp16.safetensors": {"dtype": torch.float16},
     "hunyuan_video_bf16.safetensors": {"dtype": torch.bfloat16},
@@ -174,6 +179,7 @@ def files() -> dict[str, File]:
         names.LTX23: File(supported="LTXAV", config=split_models.ltx23(4), metadata=True),
         names.PIXART: File(supported="PixArtSigma", config=split_models.pixart()),
         names.SD35: File(supported="SD3", config=split_models.sd3(4) | {"adm_in_channels": 768}, prefix=_PREFIX),
+        names.STABLE_AUDIO_3: File(supported="StableAudio3", config=stable_audio_3()),
         names.KREA2: File(supported="Krea2", config=split_models.krea2(4)),
         names.Z_IMAGE: File(supported="Lumina2", config=split_models.lumina(3)),
         names.WAN_VACE: File(supported="WAN21_Vace", config=split_models.wan_vace(3)),
@@ -236,6 +242,7 @@ def scaled_fp8(
 def write(path: Path, file: File) -> None:
     """Writes one file."""
     tensors = tensors_of(split_models.empty_network(file.supported, file.config), file.seed)
+    tensors |= split_models.conditioners(file.supported, file.config)
     tensors |= {name: torch.zeros(0) for name in file.marks}
     if file.original_names:
         for pattern, replacement in _ORIGINAL:
