@@ -427,24 +427,38 @@ function renameProperties(node, to) {
   node.properties = properties;
 }
 
-/** Where a node of this size overlaps no other: left of the first of `nodes`, above, below, or further left. */
+/**
+ * Where a node of this size overlaps no other, and no border of a group if that can be: left of the first of `nodes` or
+ * of the groups around it, above, below, or further left.
+ */
 function freePlace(level, nodes, [width, height]) {
   const taken = level.nodes.map(rectangle);
-  for (const { bounding } of [level.graph.inputNode ?? {}, level.graph.outputNode ?? {}]) {
-    if (bounding) taken.push([bounding[0], bounding[1], bounding[0] + bounding[2], bounding[1] + bounding[3]]);
-  }
-  const [left, top, , bottom] = nodes.map(rectangle).sort((a, b) => a[1] - b[1] || a[0] - b[0])[0];
-  const step = width + GAP;
-  const candidates = [[left - step, top], [left, top - height - TITLE_HEIGHT - GAP], [left, bottom + GAP]];
-  for (let i = 2; i < 6; i++) candidates.push([left - i * step, top]);
-  candidates.push([Math.min(...taken.map(([start]) => start)) - step, top]);
-  const free = ([x, y]) => {
-    const [right, end] = [x + width, y + height + TITLE_HEIGHT];
-    return taken.every(([x0, y0, x1, y1]) => right + GAP / 2 <= x0 || x1 <= x - GAP / 2 || end <= y0 || y1 <= y);
+  const edges = ({ bounding: [x, y, w, h] }) => [x, y, x + w, y + h];
+  for (const end of [level.graph.inputNode, level.graph.outputNode]) if (end?.bounding) taken.push(edges(end));
+  const groups = (level.graph.groups ?? []).filter(({ bounding }) => bounding).map(edges);
+  const first = nodes.map(rectangle).sort((a, b) => a[1] - b[1] || a[0] - b[0])[0];
+  const [left, top] = first;
+  const frames = [first, ...groups.filter((group) => contains(group, first)).sort((a, b) => b[0] - a[0])];
+  const [down, step] = [height + TITLE_HEIGHT, width + GAP];
+  const candidates = [
+    ...frames.map(([x]) => [x - step, top]),
+    ...frames.map(([, y]) => [left, y - down - GAP]),
+    ...frames.map(([, , , y]) => [left, y + GAP]),
+    ...[2, 3, 4, 5].map((times) => [left - times * step, top]),
+    [Math.min(...[...taken, ...groups].map(([x]) => x)) - step, top],
+  ];
+  const free = ([x, y]) => taken.every((other) => apart([x - GAP / 2, y, x + width + GAP / 2, y + down], other));
+  const tidy = ([x, y]) => {
+    const place = [x, y, x + width, y + down];
+    return groups.every((group) => apart(place, group) || contains(group, place));
   };
-  const [x, y] = candidates.find(free) ?? candidates.at(-1);
+  const found = candidates.filter(free);
+  const [x, y] = found.find(tidy) ?? found[0] ?? candidates.at(-1);
   return [x, y + TITLE_HEIGHT]; // a node's position is below its title
 }
+
+const apart = (a, b) => a[2] <= b[0] || b[2] <= a[0] || a[3] <= b[1] || b[3] <= a[1];
+const contains = (a, b) => a[0] <= b[0] && a[1] <= b[1] && b[2] <= a[2] && b[3] <= a[3];
 
 /** Of a node with its title: left, top, right, bottom. */
 function rectangle({ pos, size, flags }) {

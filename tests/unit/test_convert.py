@@ -217,7 +217,8 @@ def test_one_config_for_all_loaders_of_a_level(convert: Convert) -> None:
 
 def test_a_config_stands_beside_other_nodes(convert: Convert) -> None:
     crowd = [node(id, "Note", pos=[100 - 360 * i, 50], size=[300, 600]) for i, id in enumerate((5, 6, 7), start=1)]
-    converted, report = convert(root([loader(1), *crowd], []))
+    groups = [{"title": "Models", "bounding": [60, -40, 400, 300]}]
+    converted, report = convert(root([loader(1), *crowd], [], groups=groups))
     placed = by_id(converted)[report["added"][0]["id"]]
     left, top = placed["pos"][0], placed["pos"][1] - 30
     right, bottom = left + placed["size"][0], placed["pos"][1] + placed["size"][1]
@@ -227,6 +228,8 @@ def test_a_config_stands_beside_other_nodes(convert: Convert) -> None:
         x, y = other["pos"]
         w, h = other["size"]
         assert right <= x or x + w <= left or bottom <= y - 30 or y + h <= top, other
+    x, y, w, h = groups[0]["bounding"]
+    assert right <= x or x + w <= left or bottom <= y or y + h <= top, "it crosses the group's border"
 
 
 @pytest.mark.parametrize(("mode", "reused"), [(0, True), (2, False), (4, False)])
