@@ -829,7 +829,7 @@ def weight(name: str, shape: torch.Size) -> Tensor:
     values = torch.randn(period, generator=torch.Generator().manual_seed(zlib.crc32(name.encode())))
     values = values.repeat(-(-count // period))[:count].reshape(shape)
     last = name.rsplit(".", 1)[-1]
-    if re.search(r"(q|k|query|key)_?norm\w*\.(weight|scale)$|norm_(added_)?[qk]\.(weight|scale)$", name):
+    if re.search(r"(q|k|query|key)_?norm\w*\.(weight|scale)$|(norm_(added_)?|ln_)[qk]\.(weight|scale)$", name):
         return 2 + 0.2 * values
     if len(shape) <= 1 or math.prod(shape) == max(shape):
         return ("norm" in name and last in ("weight", "scale", "gamma")) + 0.1 * values
