@@ -86,8 +86,21 @@ export async function changeWorkflow(change) {
   tracker.activeState = before; // the same, with what the history does not compare: the view, the order of the nodes
   await tracker.updateState([after], tracker.undoQueue);
   tracker.redoQueue.length = 0;
-  // What the front end completes as it loads is no further step.
-  tracker.activeState = savedWorkflow();
-  tracker.squashState?.();
+  // What the front end completes as it loads and first draws (types that follow from links, sizes) is no further step.
+  tracker.beforeChange();
+  try {
+    for (let i = 0; i < 3; i++) await nextFrame();
+    tracker.activeState = savedWorkflow();
+  } finally {
+    tracker.afterChange();
+  }
   return true;
+}
+
+/** Resolves after the next frame, or soon if this page is hidden and draws none. */
+function nextFrame() {
+  return new Promise((resolve) => {
+    requestAnimationFrame(() => setTimeout(resolve));
+    setTimeout(resolve, 200);
+  });
 }

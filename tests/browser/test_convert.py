@@ -98,8 +98,20 @@ class Converter:
     def press(self, keys: str, expected: list[int]) -> None:
         """Presses keys that lead to these lengths of what can be undone and redone."""
         self.page.keyboard.press(keys)
+        self._wait_for(expected)
+
+    def step(self, command: str, expected: list[int]) -> None:
+        """Undo or Redo, with nothing in between.
+
+        After an undo of its own, 1.58 takes types of Switch nodes that follow a little later for the user's change, as
+        soon as a key or a button is let go; then there is no redo.
+        """
+        self.page.evaluate("(id) => window.app.extensionManager.command.execute(id)", command)
+        self._wait_for(expected)
+
+    def _wait_for(self, expected: list[int]) -> None:
         self.page.wait_for_function(f"(expected) => String(({_HISTORY})()) === String(expected)", arg=expected)
-        self.settle()
+        self.page.wait_for_timeout(300)
 
     def history(self) -> list[int]:
         return self.page.evaluate(_HISTORY)
@@ -153,9 +165,9 @@ def check_both_ways(converter: Converter, workflow: dict[str, Any], picture: Pat
     assert not {node["class_type"] for node in converted.values()} & COUNTERPARTS.keys()
     assert compared(converted, native) == swapped(native, COUNTERPARTS)
     assert converter.history() == [done + 1, 0]
-    converter.press("Control+z", [done, 1])
+    converter.step("Comfy.Undo", [done, 1])
     assert without_view(converter.saved()) == without_view(before)
-    converter.press("Control+y", [done + 1, 0])
+    converter.step("Comfy.Redo", [done + 1, 0])
     assert without_view(converter.saved()) == without_view(after)
     converter.execute(ONE_GPU)
     assert front_end.api_graph() == native

@@ -232,7 +232,8 @@ def test_eight_workers_fit_and_a_hidden_panel_asks_for_nothing(front_end: FrontE
     exposed = panel.root.get_by_text("320 ms per step (9 %)").get_attribute("title") or ""
     assert "Rank 0 40 ms" in exposed and "Rank 7 320 ms" in exposed and "not part of it: 50 ms" in exposed, exposed
     buttons = panel.root.get_by_role("button").all()
-    assert [button.inner_text() for button in buttons] == ["Free memory", "Restart workers", "Copy report"]
+    of_workers, of_workflow = ["Free memory", "Restart workers", "Copy report"], ["Use all GPUs", "Use one GPU again"]
+    assert [button.inner_text() for button in buttons] == of_workers + of_workflow
     buttons[0].focus()
     page.keyboard.press("Tab")
     assert buttons[1].evaluate("(button) => button === document.activeElement"), "not to be reached with the keyboard"
