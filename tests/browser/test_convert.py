@@ -39,17 +39,6 @@ COUNTERPARTS = {"UNETLoader": "SPLoadDiffusionModel", "CheckpointLoaderSimple": 
 DECODERS = dict.fromkeys(("VAEDecode", "VAEDecodeTiled"), "SPVAEDecode")
 SETTING = "SequenceParallel.Workflow.ReplaceVAEDecode"
 
-# The node of versions of this pack that have it; here the front end alone knows it.
-_STAND_IN = """
-async () => {
-    if ('SPLoadCheckpoint' in window.LiteGraph.registered_node_types) return
-    const native = (await (await fetch('/object_info/CheckpointLoaderSimple')).json()).CheckpointLoaderSimple
-    const input = { ...native.input, optional: { sp_config: ['SP_CONFIG', {}] } }
-    const input_order = { required: ['ckpt_name'], optional: ['sp_config'] }
-    const names = { name: 'SPLoadCheckpoint', display_name: 'Load Checkpoint (SP)', category: 'sequence parallel' }
-    await window.app.registerNodeDef('SPLoadCheckpoint', { ...native, ...names, input, input_order })
-}
-"""
 _HISTORY = """
 () => {
     const tracker = window.app.extensionManager.workflow.activeWorkflow.changeTracker
@@ -74,7 +63,6 @@ class Converter:
     def __init__(self, front_end: FrontEnd) -> None:
         self.front_end = front_end
         self.page = front_end.page
-        self.page.evaluate(_STAND_IN)
 
     def open(self, workflow: dict[str, Any]) -> None:
         """Opens what *Save* writes of a workflow, so that saving it again changes nothing."""
