@@ -17,7 +17,7 @@ from torch import Tensor
 from parallel.diffusers.folder import CONFIG
 from parallel.diffusers.tiny import TINY
 from parallel.errors import CheckpointError, UnsupportedError, WorkerError
-from parallel.host import memory, remote_model, sent_conditioning
+from parallel.host import memory
 from parallel.host.recipe import Recipe
 from parallel.host.remote_model import RemoteModel
 from parallel.plans.diffusers import PLANS
@@ -463,8 +463,7 @@ def test_only_latents_cross_after_the_first_step(
     request = PADDED.make()
     with loaded(start_group("cpu,cpu"), tiny_models.path()) as remote:
         (first,) = remote.steps([request])
-        for module in (remote_model, memory, sent_conditioning):
-            monkeypatch.setattr(module, "lay_out", laid_out)
+        monkeypatch.setattr(memory, "lay_out", laid_out)  # where all of a step's tensors are laid out
         monkeypatch.setattr(Channel, "send", counted_send)
         (again,) = remote.steps([PADDED.make()])
     assert torch.equal(first, again)
