@@ -85,7 +85,7 @@ def bench_attention(work: Workload) -> tuple[Result, str]:
     degrees = layouts[1].degrees.choose(conditions=1, heads=work.heads)[0]
     message = Attention(
         degrees=degrees,
-        streams=[work.tokens, work.text],
+        tokens=work.tokens + work.text,
         heads=work.heads,
         head_dim=work.head_dim,
         batch=work.batch,

@@ -81,12 +81,13 @@ def detect(path: str, weight_dtype: torch.dtype | None, device: torch.device, *,
             f"{path} is quantised as {what}, which this ComfyUI does not read; use the model's bf16, fp16, fp8 or int8"
             " file"
         )
-    prefix = comfy.model_detection.unet_prefix_from_state_dict(state)
     whole: dict[str, Tensor] = {}
+    prefix = ""
     sizes: dict[str, Any] = {}
     config = None
     try:
         if checkpoint:
+            prefix = comfy.model_detection.unet_prefix_from_state_dict(state)
             whole, told = comfy.utils.convert_old_quants(dict(state), prefix, metadata=metadata)
             config = comfy.model_detection.model_config_from_unet(whole, prefix, metadata=told)
         if config is not None:

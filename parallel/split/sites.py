@@ -13,8 +13,6 @@ from .streams import Names, Streams
 class PlanError(UnsupportedError):
     """A plan does not fit the model, or this input. The message names class, argument, shape and what is allowed."""
 
-    __module__ = UnsupportedError.__module__
-
 
 @runtime_checkable
 class Cut(Protocol):

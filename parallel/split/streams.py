@@ -221,7 +221,8 @@ class Streams:
 
         Not of what gradients flow through: under activation checkpointing a block that runs again must do what it did.
         """
-        if value.requires_grad if isinstance(value, Tensor) else torch.is_grad_enabled():
+        with_gradients = value.requires_grad if isinstance(value, Tensor) else torch.is_grad_enabled()
+        if with_gradients:
             return make()
         key = key, id(value)
         if key not in self._made:

@@ -414,7 +414,7 @@ class Attention(Operation):
 
     name = "attention"
     degrees: Degrees
-    streams: list[int]
+    tokens: int
     heads: int
     head_dim: int
     batch: int

@@ -40,7 +40,7 @@ class Benchmarks:
         """One attention on random data."""
         mesh = self._ranks.mesh(message.degrees)
         weights = mesh.members(self._ranks.weights)
-        plan = AttentionPlan.of_sequence(sum(message.streams), message.heads, weights, mesh.degrees.ring)
+        plan = AttentionPlan.of_sequence(message.tokens, message.heads, weights, mesh.degrees.ring)
         device = self._ranks.device
         traffic = Traffic(on_cuda=device.type == "cuda")
         return measure_attention(

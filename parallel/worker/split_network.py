@@ -6,6 +6,7 @@ import inspect
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
+from functools import cache
 from math import prod
 from typing import TYPE_CHECKING, Any
 
@@ -33,6 +34,9 @@ from .packed import QuantisedWeight, weights_of
 
 if TYPE_CHECKING:
     from ..compilation.modules import CompiledModules
+
+_ANY = torch.empty(0)
+"""In the place of every tensor, where only names count."""
 
 TensorAt = Callable[[TensorRef], Tensor]
 """Place in shared memory → tensor."""
@@ -176,13 +180,14 @@ class SplitNetwork:
         Raises:
             UnsupportedError: naming the argument, and those that there are.
         """
-        given = restore(arguments, lambda name: torch.empty(0))  # in the place of every tensor
-        signature = inspect.signature(getattr(self._network, method))
+        given = restore(arguments, lambda name: _ANY)
+        signature = _signature(getattr(type(self._network), method))
         try:
-            signature.bind(*given["args"], **given["named"])
+            signature.bind(self._network, *given["args"], **given["named"])
         except TypeError as error:
+            _, *names = signature.parameters
             raise UnsupportedError(
-                f"{type(self._network).__name__}.{method}: {error}; it takes {', '.join(signature.parameters)}"
+                f"{type(self._network).__name__}.{method}: {error}; it takes {', '.join(names)}"
             ) from None
 
     def step(
@@ -276,3 +281,9 @@ def _unpacked(x: Tensor, parts: Sequence[Sequence[int]]) -> Iterator[tuple[str, 
         stop = start + prod(shape)
         yield f"x.{number}", x[:, :, start:stop].reshape(len(x), *shape)
         start = stop
+
+
+@cache
+def _signature(function: Callable[..., Any]) -> inspect.Signature:
+    """Each step asks for it."""
+    return inspect.signature(function)

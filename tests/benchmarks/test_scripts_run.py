@@ -62,3 +62,10 @@ def test_bench_start_tells_where_the_time_goes():
         assert result[way]["load"]["libraries"] >= 0 and result[way]["load"]["weights"] > 0
         assert result[way]["total"] > result[way]["start"]["torch"] > 0
     assert "until the first step" in done.stdout
+
+
+def test_hooks_are_timed():
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.benchmarks.hooks"], cwd=ROOT, check=True, capture_output=True, text=True
+    )
+    assert "HunyuanVideoTransformer3DModel, 60 blocks" in done.stdout
