@@ -124,7 +124,13 @@ def bench_attention(work: Workload) -> tuple[Result, str]:
 
 
 def bench_step(work: Workload) -> tuple[Result, str]:
-    """One step of a tiny HunyuanVideo through the host, as ComfyUI would ask for it."""
+    """One step of a tiny HunyuanVideo through the host, as ComfyUI would ask for it.
+
+    Raises:
+        ConfigError: there is no text, which diffusers' HunyuanVideo cannot do without.
+    """
+    if not work.text:
+        raise ConfigError("text is 0; of step, 1 or more tokens are allowed")
     configs = work.configs()
     layouts = [resolve(config) for config in configs]
     groups = [WorkerGroup(layout, threads=1) for layout in layouts]
