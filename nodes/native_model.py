@@ -18,14 +18,12 @@ from comfy.patcher_extension import WrappersMP
 
 from ..parallel.comfyui.detection import (
     Detected,
-    computes_in_nvfp4,
     detect,
     quantised_as,
-    scaled_over_all_tokens,
     shapes,
 )
 from ..parallel.comfyui.network import changed_dtypes
-from ..parallel.config import Layout, SequenceParallelConfig, resolve
+from ..parallel.config import SequenceParallelConfig, resolve
 from ..parallel.errors import UnknownModelError, UnsupportedError
 from ..parallel.host.recipe import Recipe
 from ..parallel.host.remote_model import RemoteModel
@@ -120,7 +118,6 @@ def _in_workers(
     plan = plan_of(network)
     if not plan:
         _refuse_splits(type(network).__name__, config)
-    _refuse_scales(path, detected, layout)
     parameters = shapes(detected.named_as_in_the_network())
     changed = changed_dtypes(parameters, network)
     dtypes = {name: changed.get(name, tensor.dtype) for name, tensor in parameters.items()}
@@ -174,21 +171,6 @@ def _refuse_splits(network: str, config: SequenceParallelConfig) -> None:
         raise UnsupportedError(
             f"{name} is {value!r}, but {network} has no split plan: only prompts and samples of a batch run side by"
             f" side, with whole weights on each device. Set {name} to {'auto' if name == 'weights' else 0}"
-        )
-
-
-def _refuse_scales(path: str, detected: Detected, layout: Layout) -> None:
-    """A split must not change what a scale is taken over.
-
-    Raises:
-        UnsupportedError: naming the layer.
-    """
-    computes = any(computes_in_nvfp4(torch.device(device.name)) for device in layout.devices)
-    if layout.world_size > 1 and computes and (layers := scaled_over_all_tokens(detected.state)):
-        raise UnsupportedError(
-            f"{path}: {len(layers)} layers, e.g. {layers[0]}, are nvfp4 without an input_scale: they scale their input"
-            f" by its largest value over all tokens, and each of {layout.world_size} workers has only some. Use one"
-            " device, or a file in another format (mxfp8, fp8, int8, bf16)"
         )
 
 

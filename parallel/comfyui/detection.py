@@ -167,27 +167,6 @@ def _description(state: Mapping[str, Tensor], layer: str) -> dict[str, Any]:
     return described
 
 
-def scaled_over_all_tokens(state: Mapping[str, Tensor]) -> list[str]:
-    """Layers that divide their input by the largest value of all tokens, of which a worker has only some.
-
-    Of ComfyUI's formats this is nvfp4 without a calibrated `input_scale`, where the GPU computes in it; fp8 then takes
-    1, int8 and mxfp8 one scale for each token or block.
-    """
-    found = []
-    for layer in sorted(quantised_layers(state)):
-        described = _description(state, layer)
-        if described.get("format") != "nvfp4" or described.get("full_precision_matrix_mult"):
-            continue
-        if f"{layer}input_scale" not in state:
-            found.append(layer.removesuffix("."))
-    return found
-
-
-def computes_in_nvfp4(device: torch.device) -> bool:
-    """Whether ComfyUI quantises activations to nvfp4 there; elsewhere it restores the weights."""
-    return device.type == "cuda" and bool(comfy.model_management.supports_nvfp4_compute(device))
-
-
 def shapes(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The tensors without their data."""
     return {name: torch.empty_like(tensor, device="meta") for name, tensor in state.items()}

@@ -96,6 +96,15 @@ class SequenceRanks:
         rows = [sum(counts[start : start + width]) for start in range(0, self.size, width)]
         return self._gather(x, dim, rows, self._ring)
 
+    def largest(self, x: Tensor) -> Tensor:
+        """The largest of every rank's `x`, element by element."""
+        found = x.float()  # exact, and known to every backend
+        with self.traffic.waiting():
+            for group in (self._ulysses, self._ring):
+                if group is not None:
+                    dist.all_reduce(found, dist.ReduceOp.MAX, group)
+        return found.to(x.dtype)
+
     def _gather(self, x: Tensor, dim: int, counts: Sequence[int], group: dist.ProcessGroup | None) -> Tensor:
         if len(counts) == 1:
             return x

@@ -31,6 +31,7 @@ from .fp8_weights import quantise
 from .homes import Home, MakeHome, Progress, Replicated, by_block
 from .libraries import library_of
 from .packed import QuantisedWeight, weights_of
+from .token_scales import TokenScales
 
 if TYPE_CHECKING:
     from ..compilation.modules import CompiledModules
@@ -87,6 +88,7 @@ class SplitNetwork:
         self._chain = CHAINS[recipe["library"]].get(name)
         plan = self._plan = self._file.plan(self._network)
         self._split = Split(self._network, plan, SequenceRanks((1.0,)), self._file.routes)
+        self._scales = TokenScales(self._network)
         for module in self._network.modules():
             module._buffers.update({name: b if b is None else b.to(device) for name, b in module._buffers.items()})
         weights = weights_of(self._network, dtypes)
@@ -263,8 +265,10 @@ class SplitNetwork:
         function = self._network if method == "forward" else getattr(self._network, method)
         with ExitStack() as during:
             during.enter_context(self.home.in_use(ranks.traffic))
-            if compiler is not None:
-                during.enter_context(compiler.on(self._split.blocks))
+            during.enter_context(self._scales.over(ranks))
+            if compiler is not None:  # a graph cannot ask other ranks for their largest value
+                shared = ranks.size > 1 and self._scales.layers
+                during.enter_context(compiler.on([] if shared else self._split.blocks))
             if passes is not None:  # outside: what is skipped need not be compiled
                 assert self._chain is not None, "the host has refused"
                 during.enter_context(cached_blocks(self._network, self._plan, self._chain, self._split, passes))

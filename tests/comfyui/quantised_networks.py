@@ -1,10 +1,10 @@
 """Quantised files of ComfyUI's own networks: its own loader against the workers, in one process of ComfyUI's.
 
-    python quantised_networks.py COMFYUI REPOSITORY FOLDER [DEVICES …]
+    python quantised_networks.py COMFYUI REPOSITORY FOLDER KNOBS [FORMAT …]
 
-Prints one line of JSON: {file: {devices: relative difference, "sensitivity": …, "rounding": of the weights, "lora":
-difference on one worker, "fp8": layers that FP8 Quantize (SP) would leave in fp8 or message, "DEVICES with
-nvfp4": message if devices that compute in nvfp4 are refused}}.
+KNOBS are JSON: {title: knobs of SP Config}, of which the first is one worker. Prints one line of JSON: {file:
+{"sensitivity": …, "rounding": of the weights, "lora changes": what a LoRA changes, "fp8": layers that FP8 Quantize (SP)
+would leave in fp8 or message, title: {"plain", "lora", "removed": relative differences of native results}}}.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import importlib
 import importlib.util
 import json
 import os
+import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,11 +24,16 @@ FORMATS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "fp8": ("float8_e4m3fn", {"scale": "recalculate"}, {}),
     "nvfp4": ("nvfp4", {"scale": "recalculate"}, {}),
     "mxfp8": ("mxfp8", {}, {}),
+    "fp8mixed": ("float8_e4m3fn", {"scale": "recalculate"}, {}),
+    "fp8_scaled": ("float8_e4m3fn", {"scale": "recalculate"}, {}),
 }
-"""Name → ComfyUI's format, how its layout quantises a weight, what `comfy_quant` says besides."""
+"""Name → ComfyUI's format, how its layout quantises a weight, what `comfy_quant` says besides. In *fp8mixed* some
+layers stay as they are; *fp8_scaled* is named as files were before `comfy_quant`."""
 CONVROT_GROUP = 256
+_IN_BLOCKS = re.compile(r"(blocks|layers)\.\d")
 NUDGE = 3e-7
-"""A relative change of the latent, as another order of sums makes."""
+"""A relative change of the latent's values, as another order of sums makes."""
+NUDGES = 3
 
 
 @dataclass(frozen=True)
@@ -66,18 +72,26 @@ def quantised(network: Any, name: str) -> dict[str, Any]:
 
     algorithm, options, told = FORMATS[name]
     tensors = {key: value.contiguous() for key, value in network.state_dict().items()}
-    for layer, module in network.named_modules():
-        if not isinstance(module, torch.nn.Linear) or "blocks." not in layer or module.in_features % CONVROT_GROUP:
-            continue
+    linear = [
+        layer
+        for layer, module in network.named_modules()
+        if isinstance(module, torch.nn.Linear) and _IN_BLOCKS.search(layer) and not module.in_features % CONVROT_GROUP
+    ]
+    for layer in linear[::2] if name == "fp8mixed" else linear:
         layout = QUANT_ALGOS[algorithm]["comfy_tensor_layout"]
         weight = QuantizedTensor.from_float(tensors.pop(f"{layer}.weight"), layout, **options)
         tensors |= weight.state_dict(f"{layer}.weight")
         described = json.dumps({"format": algorithm, **told}).encode()
         tensors[f"{layer}.comfy_quant"] = torch.tensor(list(described), dtype=torch.uint8)
+        if name == "fp8_scaled":
+            del tensors[f"{layer}.comfy_quant"]
+            tensors[f"{layer}.scale_weight"] = tensors.pop(f"{layer}.weight_scale")
+    if name == "fp8_scaled":
+        tensors["scaled_fp8"] = torch.zeros(0, dtype=torch.float8_e4m3fn)
     return tensors
 
 
-def main(comfyui: str, repository: str, folder: Path, devices: list[str]) -> None:
+def main(comfyui: str, repository: str, folder: Path, knobs: dict[str, dict[str, Any]], formats: list[str]) -> None:
     models = prepare(comfyui, repository)
     import comfy.model_management
     import comfy.sd
@@ -92,29 +106,31 @@ def main(comfyui: str, repository: str, folder: Path, devices: list[str]) -> Non
     torch.set_num_threads(len(os.sched_getaffinity(0)))  # as one worker has
     networks = {
         "h3": (models.CASES["MiniMax H3"], "blocks.0.attn.qkv_proj.weight"),
-        "krea2": (models.CASES["Krea 2"], "blocks.0.attn.wq.weight"),
         "qwen": (models.CASES["Qwen-Image"], "transformer_blocks.0.attn.to_q.weight"),
-        "flux": (models.CASES["FLUX, references"], "double_blocks.0.img_attn.qkv.weight"),
+        "z-image": (models.CASES["Z-Image"], "layers.0.attention.qkv.weight"),
     }
     files: dict[str, File] = {}
     for title, (case, patched) in networks.items():
         network = models.network_of(case.supported, case.config(4))
-        for form in FORMATS:
+        for form in formats or FORMATS:
             path = folder / f"{title}_{form}.safetensors"
             save_file(quantised(network, form), path)
             files[f"{title} {form}"] = File(case, patched, path)
-    case, patched = networks["krea2"]
+    case, patched = models.CASES["Krea 2"], "blocks.0.attn.wq.weight"
     network = models.network_of(case.supported, case.config(4))
-    for dtype in (torch.float32, torch.bfloat16):
+    for dtype in () if formats else (torch.float32, torch.bfloat16):
         path = folder / f"{dtype}.safetensors"
         save_file({name: tensor.to(dtype).contiguous() for name, tensor in network.state_dict().items()}, path)
         files["krea2 bfloat16" if dtype == torch.bfloat16 else "krea2 as fp8_e4m3fn"] = File(
             case, patched, path, "default" if dtype == torch.bfloat16 else "fp8_e4m3fn"
         )
 
-    def run(model: Any, case: Any, nudge: float = 0.0) -> Any:
+    def nudged(x: Any, seed: int) -> Any:
+        return x * (1 + NUDGE * models.random(*x.shape, seed=seed)) if seed else x
+
+    def run(model: Any, case: Any, nudge: int = 0) -> Any:
         (x, *rest), named = case.inputs(model.model.diffusion_model)
-        x = [part * (1 + nudge) for part in x] if isinstance(x, list) else x * (1 + nudge)
+        x = [nudged(part, nudge) for part in x] if isinstance(x, list) else nudged(x, nudge)
         return models.flat(model.model.diffusion_model(x, *rest, transformer_options={}, **named)).float()
 
     def off(a: Any, b: Any) -> float:
@@ -143,34 +159,28 @@ def main(comfyui: str, repository: str, folder: Path, devices: list[str]) -> Non
         alone = models.flat(plain(*args, transformer_options={}, **named))
         shapes[file.patched] = plain.state_dict()[file.patched].shape
         results[name] = {
-            "sensitivity": off(run(model, file.case, NUDGE), native[name]),
+            "sensitivity": max(off(run(model, file.case, seed), native[name]) for seed in range(1, 1 + NUDGES)),
             "rounding": off(native[name], alone),
         }
         with_lora[name] = run(patch(model, file.patched), file.case)
         results[name]["lora changes"] = off(with_lora[name], native[name])
         comfy.model_management.unload_all_models()
-    for each in devices:
+    for number, (title, chosen) in enumerate(knobs.items()):
         for name, file in files.items():
-            model = load_native_model(str(file.path), file.dtype, config(devices=each))
+            model = load_native_model(str(file.path), file.dtype, config(**chosen))
             comfy.model_management.load_models_gpu([model])
-            results[name][each] = off(run(model, file.case), native[name])
-            if each == devices[0]:
+            told = results[name][title] = {"plain": off(run(model, file.case), native[name])}
+            if not number:
                 try:
                     results[name]["fp8"] = model.held.select_fp8(fp8_settings()).already
                 except errors.UnsupportedError as error:
                     results[name]["fp8"] = str(error)
-                results[name]["lora"] = off(run(patch(model, file.patched), file.case), with_lora[name])
+            told["lora"] = off(run(patch(model, file.patched), file.case), with_lora[name])
+            comfy.model_management.load_models_gpu([model])
+            told["removed"] = off(run(model, file.case), native[name])
             comfy.model_management.unload_all_models()
-    # As on GPUs that have it.
-    importlib.import_module("pack.nodes.native_model").computes_in_nvfp4 = lambda device: True
-    for name, file in files.items():
-        for each in devices:
-            try:
-                load_native_model(str(file.path), file.dtype, config(devices=each))
-            except errors.UnsupportedError as error:
-                results[name][f"{each} with nvfp4"] = str(error)
     print(json.dumps(results))
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2], Path(sys.argv[3]), sys.argv[4:])
+    main(sys.argv[1], sys.argv[2], Path(sys.argv[3]), json.loads(sys.argv[4]), sys.argv[5:])

@@ -2,11 +2,14 @@
 detect a file by ComfyUI's own code, too. See `tiny_detection`."""
 
 import importlib.util
+import os
 import sys
 from pathlib import Path
 from typing import Any
 
 _DETECTION = "comfy.model_detection"
+COMPUTES_IN_NVFP4 = "SEQUENCE_PARALLEL_TEST_COMPUTES_IN_NVFP4"
+"""Set, ComfyUI quantises activations to nvfp4 on a CPU, too, as it does on newer GPUs."""
 
 
 class _TinyDetection:
@@ -28,7 +31,20 @@ class _TinyDetection:
         return spec
 
 
+def _compute_in_nvfp4() -> None:
+    import comfy.model_management
+    import comfy_kitchen
+
+    def without_kernel(*_: Any, **__: Any) -> Any:
+        raise RuntimeError("there is none for CPUs")  # which comfy-kitchen answers by multiplying restored values
+
+    comfy.model_management.supports_nvfp4_compute = lambda device=None: True
+    comfy_kitchen.scaled_mm_nvfp4 = without_kernel
+
+
 def _apply() -> None:
+    if os.environ.get(COMPUTES_IN_NVFP4):
+        _compute_in_nvfp4()
     file = Path(__file__).parent.parent / "test_pack" / "tiny_detection.py"
     spec = importlib.util.spec_from_file_location("sequence_parallel_tiny_detection", file)
     assert spec is not None and spec.loader is not None
