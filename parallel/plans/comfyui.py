@@ -10,6 +10,7 @@ from ..split.chain import Chain
 from ..split.rules import (
     Before,
     Behind,
+    BehindWhole,
     Cropped,
     Frames,
     Grid,
@@ -25,7 +26,7 @@ from ..split.rules import (
     Trimmed,
     WholeGroups,
 )
-from ..split.sites import Plan, Site
+from ..split.sites import LOCAL, Plan, Site
 
 A, I, J, T, V = ("audio",), ("image",), ("joint",), ("text",), ("video",)  # noqa: E741
 R = ("reference",)
@@ -375,6 +376,16 @@ QWEN_IMAGE: Plan = {
     "proj_out": Site(join=Tokens(I)),
 }
 
+QWEN_IMAGE_21: Plan = {  # text and references do not see the image: every rank computes them
+    "transformer_blocks": Site(
+        cut={"x": BehindWhole("prefix", "prefix_len", Tokens(I)), "pe": BehindWhole("prefix", "prefix_len", Tokens(I))},
+        whole="mod attn_fn prefix_len",
+        attention={"": [(I, ("prefix", *I)), LOCAL]},
+        by_name=True,
+    ),
+    "proj_out": Site(join=Tokens(I)),
+}
+
 KANDINSKY5: Plan = {
     "visual_transformer_blocks": Site(
         cut={"visual_embed": Tokens(V), "freqs": Tokens(V)},
@@ -440,6 +451,7 @@ PLANS: Mapping[str, Plan | ByModel] = {
     "NextDiT": LUMINA,
     "OmniGen2Transformer2DModel": OMNIGEN2,
     "OpenAISignatureMMDITWrapper": SD3,
+    "QwenImage21Transformer2DModel": QWEN_IMAGE_21,
     "QwenImageTransformer2DModel": QWEN_IMAGE,
     "SingleStreamDiT": KREA2,
     "SCAIL2WanModel": WAN,
@@ -501,7 +513,7 @@ class Described:
     """Which of its models have a published polynomial."""
 
 
-_SAMPLED, _CALLED = "samplings", "calls"
+_SAMPLED, _CALLED, _UNRUN = "samplings", "calls", "not yet: newer than 0.33"
 DESCRIBED: Mapping[str, Described] = {
     "MiniMaxH3Model": Described("MiniMax H3", ("T2V", "I2V", "edit"), _SAMPLED),
     "LTXAVModel": Described("LTX-2, 2.3, with audio", ("T2V", "I2V"), _SAMPLED),
@@ -511,6 +523,7 @@ DESCRIBED: Mapping[str, Described] = {
     "Flux": Described("FLUX.1, FLUX.2, Kontext, Klein", ("T2I", "edit"), _SAMPLED, teacache="FLUX.1"),
     "WanModel": Described("Wan 2.1, 2.2", ("T2V", "I2V"), _SAMPLED, teacache="2.1"),
     "QwenImageTransformer2DModel": Described("Qwen-Image, Edit, Layered", ("T2I", "edit"), _SAMPLED),
+    "QwenImage21Transformer2DModel": Described("Qwen-Image 2.1", ("T2I", "edit"), _UNRUN, compiled=False),
     "HunyuanVideo": Described("HunyuanVideo, 1.5", ("T2V", "I2V"), _SAMPLED, teacache="the first"),
     "LTXVModel": Described("LTX-Video", ("T2V", "I2V"), _SAMPLED, teacache="0.9.1"),
     "AsymmDiTJoint": Described("Mochi 1", ("T2V",), _SAMPLED, teacache="yes"),

@@ -124,7 +124,7 @@ class Draft:
             if queries and keys:
                 found = routes.setdefault("" if alike else self._given_options(path, first), [])
                 found += [(queries, keys)] * ((queries, keys) not in found)
-        return {name: found[0] if len(found) == 1 else found for name, found in routes.items()}
+        return {name: found[0] if len(found) == 1 else [*found] for name, found in routes.items()}
 
     def _given_options(self, path: str, first: str) -> str:
         """The innermost module from `path` up that is given the options, below `first`; `path` if none is."""

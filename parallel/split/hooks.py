@@ -22,7 +22,7 @@ class Routes(Protocol):
     """Puts a route into a module."""
 
     def install(
-        self, module: nn.Module, streams: Pairs | None, kind: str, where: str, site: int
+        self, module: nn.Module, streams: Pairs | None, kind: str, where: str, site: int, by_name: bool = False
     ) -> tuple[Route | None, list[RemovableHandle]]: ...
 
 
@@ -122,7 +122,7 @@ class Split:
                 kind = ".".join(filter(None, (self._name, path, name)))
                 number = len(routes) if name else 0
                 place = f"{where}.{name}".rstrip(".")
-                route, handles = self._routes.install(attention, streams, kind, place, number)
+                route, handles = self._routes.install(attention, streams, kind, place, number, site.by_name)
                 self._handles += handles
                 routes = [*routes, route] if name else [route, *routes[1:]]
             if is_list and not within_each and path not in self._reached_into:

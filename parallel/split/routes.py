@@ -70,7 +70,11 @@ class Route:
             compute = _by_kernel(ranks.chosen, compute)
         if ranks.size == 1:
             return compute(q, k, v, mask)
-        queries, keys = self._pair(q.shape[2], k.shape[2])
+        if (pair := self._pair(q.shape[2], k.shape[2])) is None:
+            return compute(q, k, v, mask)
+        queries, keys = pair
+        if None in self._pairs:
+            k, v = (streams.take_before(x, keys, 2) for x in (k, v))
         heads, groups = q.shape[1], k.shape[1]
         if heads % groups:
             raise PlanError(f"{self._where}: {heads} heads of queries, which {groups} heads of keys do not divide")
@@ -81,17 +85,29 @@ class Route:
             mask = self._exchanged(self._exchanged(mask, -1, keys), -2, queries)
         return streams.with_phantoms(exchange(q, k, v, compute, mask), queries, 2)
 
-    def _pair(self, queries: int, keys: int) -> tuple[Names, Names]:
-        """The streams that have these numbers of tokens here. All ranks find the same: a stream and another before it
-        are more tokens than the stream on every rank, phantoms included."""
+    def _pair(self, queries: int, keys: int) -> tuple[Names, Names] | None:
+        """The streams that have these numbers of tokens here; None: nothing is exchanged. All ranks find the same: a
+        stream and another before it are more tokens than the stream on every rank, phantoms included."""
         streams = self._current()
         for pair in self._pairs:
-            if (queries, keys) == (streams.local(pair[0]), streams.local(pair[1])):
+            if pair is None:
+                return None
+            if (queries, keys) == (streams.local(pair[0]), self._keys(pair[1])):
                 return pair
         here = " or ".join(
-            " and ".join(f"{streams.local(names)} of {'+'.join(names)}" for names in pair) for pair in self._pairs
+            " and ".join(f"{streams.local(names)} of {'+'.join(names)}" for names in pair)
+            for pair in self._pairs
+            if pair
         )
         raise PlanError(f"{self._where}: attention of {queries} queries with {keys} keys, where this rank has {here}")
+
+    def _keys(self, names: Names) -> int:
+        """How many keys of these streams there are here. Beside LOCAL, which sees whole streams, all but the last are
+        whole: so the keys are more than LOCAL's on every rank."""
+        streams = self._current()
+        if None in self._pairs:
+            return streams.total(names[:-1]) + streams.local(names[-1:])
+        return streams.local(names)
 
     def _exchanged(self, mask: Tensor, dim: int, names: Names) -> Tensor:
         """A mask over all tokens, in the order of the ranks, from one over the whole streams or this rank's tokens."""
@@ -187,17 +203,19 @@ class ThroughOptions:
         self._current = current
 
     def install(
-        self, module: nn.Module, streams: Pairs | None, kind: str, where: str, site: int
+        self, module: nn.Module, streams: Pairs | None, kind: str, where: str, site: int, by_name: bool = False
     ) -> tuple[Route | None, list[RemovableHandle]]:
         """Routes the attention of a module; without streams, leaves it as it was.
 
         Args:
             site: its number in the block that it is a part of; 0 is the block itself.
+            by_name: see `Site`.
         """
         route = None if streams is None else ComfyRoute(self._current, streams, kind, where)
         place = place_of_options(module)
         taken = inspect.signature(type(module).forward).parameters
-        if route is not None and OPTIONS not in taken and all(p.kind is not p.VAR_KEYWORD for p in taken.values()):
+        by_name |= OPTIONS not in taken and all(p.kind is not p.VAR_KEYWORD for p in taken.values())
+        if route is not None and by_name:
             return route, _routed_by_name(module, route, vars(sys.modules[type(module).__module__]), ATTENTION, where)
 
         def before(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
@@ -233,7 +251,7 @@ class ThroughTorch:
         self._current = current
 
     def install(
-        self, module: nn.Module, streams: Pairs | None, kind: str, where: str, site: int
+        self, module: nn.Module, streams: Pairs | None, kind: str, where: str, site: int, by_name: bool = False
     ) -> tuple[Route | None, list[RemovableHandle]]:
         """Routes the attention of a module."""
         if streams is None:

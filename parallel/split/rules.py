@@ -318,6 +318,29 @@ class Behind:
 
 
 @dataclass(frozen=True)
+class BehindWhole:
+    """A tensor that begins with tokens that every rank works on (they see none of the others), as many as the argument
+    `of` says: a stream, `before`, that only keys are shared out of. `rule` is for what follows."""
+
+    before: str
+    of: str
+    rule: Tokens
+
+    def cut(self, value: Tensor, streams: Streams) -> Tensor:
+        """[B, P + S, …] → [B, P + S_r, …]."""
+        count = streams.given[self.of]
+        if self.before not in streams:
+            streams.define(self.before, count)
+
+        def own() -> Tensor:
+            return torch.cat([value[:, :count], self.rule.cut(value[:, count:], streams)], dim=1)
+
+        if self.rule.streams[0] in streams and value.shape[1] == count + streams.local(self.rule.streams):
+            return value
+        return streams.once(self, value, own)
+
+
+@dataclass(frozen=True)
 class Grid:
     """Tokens as a grid [B, frames, rows, columns, D]; a rank's are as many frames of one token."""
 

@@ -37,7 +37,7 @@ class Join(Protocol):
 Rule: TypeAlias = Any
 """A `Cut`, a `Join`, or both; a tuple of rules for the items of a tuple or list; None leaves a value as it is."""
 
-Pairs: TypeAlias = "tuple[Names, Names] | list[tuple[Names, Names]]"
+Pairs: TypeAlias = "tuple[Names, Names] | list[tuple[Names, Names] | None]"
 LOCAL = None
 """In `Site.attention`: keys and values are whole on every rank, so nothing is exchanged."""
 
@@ -56,7 +56,11 @@ class Site:
     """Names for what the module takes as `*args`, in order, separated by blanks."""
     attention: Mapping[str, Pairs | None] = field(default_factory=dict)
     """Submodule ("": all of it) → streams of its queries and of its keys, or LOCAL. A list of such pairs where it
-    attends in several ways, which are told apart by their numbers of tokens."""
+    attends in several ways, which are told apart by their numbers of tokens; with LOCAL, which stands last and is any
+    other, all streams of keys but the last are whole."""
+    by_name: bool = False
+    """Its attention takes other `transformer_options` than the module's: while the module runs, the function that
+    attention calls is another."""
     join: Rule = None
     """For what leaves the module; of a list: its last module."""
     join_each: Rule = None

@@ -188,6 +188,12 @@ class Streams:
             return value.narrow(dim, first, count).clone(memory_format=torch.contiguous_format)
         return value.index_select(dim, self.mine(names, value.device))
 
+    def take_before(self, value: Tensor, names: Names, dim: int) -> Tensor:
+        """This rank's part of a tensor of which it has all tokens but of the last stream, where it has its own."""
+        total = self.total(names[:-1])
+        before, own = value.split([total, value.shape[dim] - total], dim)
+        return torch.cat([self.take(before, names[:-1], dim), own], dim)
+
     def without_phantoms(self, value: Tensor, names: Names, dim: int) -> Tensor:
         """Only the tokens that this rank owns."""
         if not self._known(names).phantoms:

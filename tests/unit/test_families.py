@@ -44,7 +44,11 @@ def test_every_planned_network_has_a_row_with_its_own_title():
 def test_every_cell_says_something():
     for row in TABLE.values():
         yes_or_no = {row[key] for key in ("first_block_cache", "fp8", "compiled", "controlnet", "lora")}
-        assert yes_or_no <= {"yes", "no"} and row["teacache"] and row["verified"] in ("samplings", "calls")
+        assert (
+            yes_or_no <= {"yes", "no"}
+            and row["teacache"]
+            and row["verified"] in ("samplings", "calls", "not yet: newer than 0.33")
+        )
     assert as_markdown().count("\n") == len(TABLE) + 2
 
 
