@@ -16,6 +16,7 @@ import folder_paths
 import torch
 from comfy.patcher_extension import WrappersMP
 
+from ..parallel.comfyui import contract
 from ..parallel.comfyui.detection import (
     Detected,
     detect,
@@ -92,6 +93,7 @@ def load_native_checkpoint(path: str, config: SequenceParallelConfig) -> tuple[S
 def _detected(
     path: str, dtype: torch.dtype | None, config: SequenceParallelConfig, *, checkpoint: bool = False
 ) -> Detected:
+    contract.require("model")
     is_folder = Path(path).is_dir()
     if not is_folder and not path.endswith(_SAFETENSORS):
         raise UnsupportedError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -114,7 +115,8 @@ def detect(path: str, weight_dtype: torch.dtype | None, device: torch.device, *,
         weight_dtype=None if quantised else comfy.utils.weight_dtype(state),
     )
     cast = comfy.model_management.unet_manual_cast(None if quantised else storage, device, supported)
-    config.set_inference_dtype(storage, cast, device=device)
+    knows_device = "device" in inspect.signature(config.set_inference_dtype).parameters  # ComfyUI 0.28 and later
+    config.set_inference_dtype(storage, cast, **({"device": device} if knows_device else {}))
     return Detected(config, state, storage, whole, prefix)
 
 
