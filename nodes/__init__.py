@@ -53,7 +53,7 @@ async def comfy_entrypoint() -> SequenceParallelExtension:
     """What ComfyUI asks for.
 
     Raises:
-        UnsupportedError: ComfyUI or torch is too old, or ComfyUI does not fit; ComfyUI logs it, and goes on without the nodes.
+        UnsupportedError: ComfyUI or torch is too old, or ComfyUI does not fit; it says so in the log, and goes on.
     """
     require("ComfyUI", comfyui_version.__version__, OLDEST_COMFYUI)
     require("torch", torch.__version__, OLDEST_TORCH)

@@ -6,6 +6,7 @@ proxy whose parameters have no data. So every sampler, guider, scheduler and Mod
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,8 @@ from .proxy import ProxyDiffusionModel
 from .shell_patcher import SequenceParallelPatcher
 from .side_by_side import side_by_side
 from .watching import watched
+
+log = logging.getLogger("sequence_parallel")
 
 WEIGHT_DTYPES = {
     "default": None,
@@ -118,6 +121,8 @@ def _in_workers(
     model = detected.base_model(torch.device("meta"))
     network = model.diffusion_model
     plan = plan_of(network)
+    if ignored := detected.attention_choices(network)[1]:
+        log.warning("%s chooses the attention of %d modules, which this ComfyUI does not know", path, len(ignored))
     if not plan:
         _refuse_splits(type(network).__name__, config)
     parameters = shapes(detected.named_as_in_the_network())

@@ -228,6 +228,8 @@ PARTS = {
             IndexListContextHandler.evaluate_context_windows["context_window"]
         comfy_extras.nodes_easycache
             easycache_forward_wrapper["easycache"]
+            EasyCacheHolder.name
+            LazyCacheHolder.name
         """,
     ),
     "fp8": Part(
