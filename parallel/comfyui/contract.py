@@ -14,14 +14,25 @@ import sys
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 from ..errors import UnsupportedError
 from ..versions import NEWEST_COMFYUI, OLDEST_COMFYUI
 from .contract_loaded import Loaded
-from .contract_readers import Found, Missing, View, dotted, signature_of
+from .contract_readers import Found, Missing, dotted, signature_of
 
 log = logging.getLogger("sequence_parallel")
+
+
+class View(Protocol):
+    """A ComfyUI: its source files, or what of it is loaded."""
+
+    def find(self, module: str, names: Sequence[str]) -> Found | None:
+        """A symbol; None where this view does not know its module.
+
+        Raises:
+            Missing: there is none.
+        """
 
 
 class Part(NamedTuple):

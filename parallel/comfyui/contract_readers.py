@@ -7,7 +7,7 @@ import inspect
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 
 class Missing(Exception):
@@ -22,15 +22,6 @@ class Found:
     """Without `self`; None where it is no function or class, or cannot be told."""
     words: frozenset[str] | None = None
     """Names and texts in its code; None where it has none."""
-
-
-class View(Protocol):
-    def find(self, module: str, names: Sequence[str]) -> Found | None:
-        """A symbol; None where this view does not know its module.
-
-        Raises:
-            Missing: there is none.
-        """
 
 
 @dataclass(frozen=True)
@@ -94,7 +85,7 @@ class Sources:
                 for alias in node.names:
                     if (alias.asname or alias.name.partition(".")[0]) == name:
                         return self._imported(item.module, node, alias)
-                    if alias.name == "*" and (found := self._starred(item.module, node, name)) is not None:
+                    if alias.name == "*" and (found := self._of(self._source(item.module, node), name)) is not None:
                         return found
         if isinstance(item.node, ast.Module):
             return None
@@ -113,21 +104,20 @@ class Sources:
 
     def _imported(self, module: str, node: ast.Import | ast.ImportFrom, alias: ast.alias) -> _Item:
         if isinstance(node, ast.Import):
-            found = alias.name if alias.asname else alias.name.partition(".")[0]
-            return _Item(found, self._tree(found))
+            whole = alias.name if alias.asname else alias.name.partition(".")[0]
+            return _Item(whole, self._tree(whole))
         source = self._source(module, node)
-        if (tree := self._tree(source)) and (member := self._member(_Item(source, tree), alias.name)) is not None:
-            return member
+        if (found := self._of(source, alias.name)) is not None:
+            return found
         return _Item(f"{source}.{alias.name}", self._tree(f"{source}.{alias.name}"))
 
-    def _starred(self, module: str, node: ast.Import | ast.ImportFrom, name: str) -> _Item | None:
-        assert isinstance(node, ast.ImportFrom)
-        source = self._source(module, node)
-        tree = self._tree(source)
-        return None if tree is None else self._member(_Item(source, tree), name)
+    def _of(self, module: str, name: str) -> _Item | None:
+        tree = self._tree(module)
+        return None if tree is None else self._member(_Item(module, tree), name)
 
-    def _source(self, module: str, node: ast.ImportFrom) -> str:
-        """The module that is imported from."""
+    def _source(self, module: str, node: ast.Import | ast.ImportFrom) -> str:
+        """The module that names are imported from."""
+        assert isinstance(node, ast.ImportFrom)
         package = module.split(".") if module in self._packages else module.split(".")[:-1]
         start = package[: len(package) - node.level + 1] if node.level else []
         return ".".join([*start, *([node.module] if node.module else [])])
@@ -135,8 +125,8 @@ class Sources:
     def _signature(self, item: _Item) -> inspect.Signature | None:
         if isinstance(item.node, ast.ClassDef):
             if any("dataclass" in ast.unparse(each) for each in item.node.decorator_list):
-                fields = (n for n in item.node.body if isinstance(n, ast.AnnAssign) and isinstance(n.target, ast.Name))
-                return inspect.Signature([_parameter(f.target.id, _P.KEYWORD_ONLY, f.value) for f in fields])
+                fields = [n for n in item.node.body if isinstance(n, ast.AnnAssign)]
+                return inspect.Signature([_parameter(dotted(f.target)[0], _P.KEYWORD_ONLY, f.value) for f in fields])
             made = self._member(item, "__init__")
             return None if made is None or made.node is None else self._signature(made)
         if not isinstance(item.node, ast.FunctionDef | ast.AsyncFunctionDef):
@@ -192,11 +182,8 @@ def _bound(node: ast.Assign | ast.AnnAssign) -> set[str]:
 
 def dotted(expression: ast.expr | None) -> list[str]:
     """`a.b` → ["a", "b"]; of anything else nothing."""
-    names: list[str] = []
-    while isinstance(expression, ast.Attribute):
-        names.insert(0, expression.attr)
-        expression = expression.value
-    return [expression.id, *names] if isinstance(expression, ast.Name) else []
+    names = ast.unparse(expression).split(".") if isinstance(expression, ast.Name | ast.Attribute) else []
+    return names if all(map(str.isidentifier, names)) else []
 
 
 def _set_in_methods(node: ast.ClassDef) -> set[str]:
