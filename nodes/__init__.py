@@ -4,26 +4,33 @@ import comfyui_version
 import torch
 from comfy_api.latest import ComfyExtension, io
 
+from ..parallel.comfyui import contract
 from ..parallel.versions import OLDEST_COMFYUI, OLDEST_TORCH, require
-from . import panel
-from .first_block_cache import SPFirstBlockCache
-from .load_checkpoint import SPLoadCheckpoint
-from .load_diffusion_model import SPLoadDiffusionModel
-from .quantize_fp8 import SPQuantizeFP8
-from .sampler import SPSampler
-from .sp_config import SPConfigNode
-from .tea_cache import SPTeaCache
-from .torch_compile import SPTorchCompile
-from .vae import SPVAE
-from .vae_decode import SPVAEDecode
-from .vae_encode import SPVAEEncode
+
+contract.changed()  # and says so in the log
+try:
+    from . import panel
+    from .first_block_cache import SPFirstBlockCache
+    from .load_checkpoint import SPLoadCheckpoint
+    from .load_diffusion_model import SPLoadDiffusionModel
+    from .quantize_fp8 import SPQuantizeFP8
+    from .sampler import SPSampler
+    from .sp_config import SPConfigNode
+    from .tea_cache import SPTeaCache
+    from .torch_compile import SPTorchCompile
+    from .vae import SPVAE
+    from .vae_decode import SPVAEDecode
+    from .vae_encode import SPVAEEncode
+except (ImportError, AttributeError):
+    contract.require()
+    raise
 
 
 class SequenceParallelExtension(ComfyExtension):
     async def on_load(self) -> None:
         from server import PromptServer  # only a running ComfyUI has it
 
-        if (server := getattr(PromptServer, "instance", None)) is not None:
+        if (server := getattr(PromptServer, "instance", None)) is not None and contract.fits("panel"):
             panel.register(server)
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
@@ -46,8 +53,9 @@ async def comfy_entrypoint() -> SequenceParallelExtension:
     """What ComfyUI asks for.
 
     Raises:
-        UnsupportedError: ComfyUI or torch is too old; ComfyUI logs it, and goes on without the nodes.
+        UnsupportedError: ComfyUI or torch is too old, or ComfyUI does not fit; it says so in the log, and goes on.
     """
     require("ComfyUI", comfyui_version.__version__, OLDEST_COMFYUI)
     require("torch", torch.__version__, OLDEST_TORCH)
+    contract.require("nodes")
     return SequenceParallelExtension()

@@ -9,6 +9,7 @@ import comfy.model_patcher
 from comfy.patcher_extension import WrappersMP
 
 from ..parallel.cache.settings import CacheSettings
+from ..parallel.comfyui import contract
 from ..parallel.errors import UnsupportedError
 from ..parallel.host.cached_sampling import CachedSampling, check_cache
 from .cached_call import SAMPLING
@@ -35,6 +36,7 @@ def with_cache(model: Any, settings: CacheSettings, node_id: str) -> SequencePar
     Raises:
         UnsupportedError: a MODEL of another loader, of a class that this cache cannot skip blocks of, or with a cache.
     """
+    contract.require("caches")
     if not isinstance(model, SequenceParallelPatcher):
         raise UnsupportedError(
             f"{settings.name} works on the MODEL of Load Diffusion Model (SP) only; this one comes from another loader."

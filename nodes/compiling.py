@@ -9,6 +9,7 @@ from typing import Any
 import comfy.model_patcher
 from comfy.patcher_extension import WrappersMP
 
+from ..parallel.comfyui import contract
 from ..parallel.compilation.settings import CompileSettings
 from ..parallel.errors import UnsupportedError
 from ..parallel.host.compiled_sampling import CompiledSampling
@@ -37,6 +38,7 @@ def with_compiled_blocks(model: Any, settings: CompileSettings, node_id: str) ->
     Raises:
         UnsupportedError: a MODEL of another loader, or one that has been here before.
     """
+    contract.require("caches")
     if not isinstance(model, SequenceParallelPatcher):
         raise UnsupportedError(
             f"{settings.name} works on the MODEL of Load Diffusion Model (SP) only; this one comes from another loader."

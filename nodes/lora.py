@@ -18,8 +18,10 @@ def refuse_patches(patches: Mapping[Any, Any]) -> None:
     """Refuses what `add_patches` is given when it is no LoRA.
 
     Raises:
-        UnsupportedError: another model's weights.
+        UnsupportedError: another model's weights, or a choice of attention, which newer ComfyUI's LoRAs may have.
     """
+    if chosen := [key for key, patch in patches.items() if isinstance(patch, tuple) and patch[:1] == ("config",)]:
+        raise refuse(f"a LoRA that chooses the attention of {chosen[0]}", "use a LoRA without such a choice")
     if any(isinstance(patch, list) for patch in patches.values()):
         raise refuse("merging models (e.g. ModelMergeSimple)")
 

@@ -6,6 +6,7 @@ proxy whose parameters have no data. So every sampler, guider, scheduler and Mod
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import folder_paths
 import torch
 from comfy.patcher_extension import WrappersMP
 
+from ..parallel.comfyui import contract
 from ..parallel.comfyui.detection import (
     Detected,
     detect,
@@ -34,6 +36,8 @@ from .proxy import ProxyDiffusionModel
 from .shell_patcher import SequenceParallelPatcher
 from .side_by_side import side_by_side
 from .watching import watched
+
+log = logging.getLogger("sequence_parallel")
 
 WEIGHT_DTYPES = {
     "default": None,
@@ -92,6 +96,7 @@ def load_native_checkpoint(path: str, config: SequenceParallelConfig) -> tuple[S
 def _detected(
     path: str, dtype: torch.dtype | None, config: SequenceParallelConfig, *, checkpoint: bool = False
 ) -> Detected:
+    contract.require("model")
     is_folder = Path(path).is_dir()
     if not is_folder and not path.endswith(_SAFETENSORS):
         raise UnsupportedError(
@@ -116,6 +121,8 @@ def _in_workers(
     model = detected.base_model(torch.device("meta"))
     network = model.diffusion_model
     plan = plan_of(network)
+    if ignored := detected.attention_choices(network)[1]:
+        log.warning("%s chooses the attention of %d modules, which this ComfyUI does not know", path, len(ignored))
     if not plan:
         _refuse_splits(type(network).__name__, config)
     parameters = shapes(detected.named_as_in_the_network())

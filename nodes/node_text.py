@@ -6,6 +6,7 @@ import logging
 
 from comfy_execution.utils import get_executing_context
 
+from ..parallel.comfyui import contract
 from ..parallel.host import status
 
 log = logging.getLogger("sequence_parallel")
@@ -16,7 +17,7 @@ def show(node_id: str | None, text: str) -> None:
     from server import PromptServer  # only a running ComfyUI has it
 
     server = getattr(PromptServer, "instance", None)
-    if server is not None and node_id is not None:
+    if server is not None and node_id is not None and contract.fits("texts"):
         server.send_progress_text(text, node_id)
         server.send_sync("sequence_parallel.text", {"node": node_id, "text": text}, server.client_id)
 

@@ -24,6 +24,7 @@ import comfy.utils
 import torch
 from torch import Tensor, nn
 
+from ..parallel.comfyui import contract
 from ..parallel.config import SequenceParallelConfig, resolve
 from ..parallel.errors import ConfigError, UnsupportedError, WorkerOutOfMemoryError
 from ..parallel.host import running
@@ -63,6 +64,7 @@ def in_workers(vae: Any, config: SequenceParallelConfig | None, **tiling: int) -
         config: as `run_tiled`.
         tiling: the tiled nodes' widgets, for `encode` and `decode`; without them these are the native ones.
     """
+    contract.require("vae")
     reason = None
     if type(vae) not in (comfy.sd.VAE, VAEInWorkers):
         reason = f"this VAE is a {type(vae).__name__}, not ComfyUI's own"

@@ -6,6 +6,7 @@ from typing import Any
 
 from comfy_api.latest import io
 
+from ..parallel.comfyui import contract
 from ..parallel.errors import UnsupportedError
 from ..parallel.quantise.settings import NODE, SCHEMES, FP8Settings
 from .attached_fp8 import attach_fp8, attached_fp8
@@ -58,6 +59,7 @@ def _with_fp8(model: Any, settings: FP8Settings, node_id: str) -> SequenceParall
         UnsupportedError: a MODEL of another loader, or in FP8 by another such node.
         ConfigError: the devices cannot do what is asked for, or `skip` means no layer.
     """
+    contract.require("fp8")
     if not isinstance(model, SequenceParallelPatcher):
         raise UnsupportedError(
             f"{NODE} works on the MODEL of Load Diffusion Model (SP) only; this one comes from another loader. Choose"

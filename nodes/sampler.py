@@ -9,6 +9,7 @@ from typing import Any
 import comfy.samplers
 from comfy_api.latest import io
 
+from ..parallel.comfyui import contract
 from .in_workers import InWorkers, step_by_step
 from .node_text import tell, tell_fallback
 from .shell_patcher import SequenceParallelPatcher
@@ -87,6 +88,7 @@ class SPSampler(io.ComfyNode):
         latent_image: dict[str, Any],
         denoise: float,
     ) -> io.NodeOutput:
+        contract.require("sampler")
         comfy_nodes: Any = importlib.import_module("nodes")  # ComfyUI's, not this pack's
         in_workers = InWorkers()
         if isinstance(model, SequenceParallelPatcher):

@@ -10,6 +10,7 @@ import comfy.hooks
 import comfy.model_management
 import torch
 
+from ..parallel.comfyui import contract
 from ..parallel.comfyui.detection import detect, quantised_layers
 from ..parallel.host.remote_model import RemoteModel
 from ..parallel.host.remote_weights import RemoteWeights
@@ -141,6 +142,7 @@ class SequenceParallelPatcher(WorkersPatcher):
 
     def add_patches(self, patches: Any, strength_patch: float = 1.0, strength_model: float = 1.0) -> Any:
         """LoRAs are kept here as ComfyUI keeps them, and take effect in `_load_weights`."""
+        contract.require("loras")
         refuse_patches(patches)
         return super().add_patches(patches, strength_patch, strength_model)
 

@@ -1,4 +1,4 @@
-"""Front door of the engine: `python -m parallel demo|doctor|bench|families|plan`."""
+"""Front door of the engine: `python -m parallel demo|doctor|bench|families|plan|contract`."""
 
 from __future__ import annotations
 
@@ -53,6 +53,9 @@ def main(arguments: list[str] | None = None) -> int:
     plan.add_argument("--input", **several, help="of its forward; [1,16,10,14] is a tensor's shape")
     plan.add_argument("--larger", **several, help="what an input is with a larger latent")
 
+    contract = commands.add_parser("contract", parents=[common], help="what a ComfyUI lacks that the pack relies on")
+    contract.add_argument("paths", nargs="+", metavar="PATH", help="ComfyUI's folder, or files of it; none is run")
+
     options = parser.parse_args(arguments)
     logging.basicConfig(
         level=logging.DEBUG if options.verbose else logging.WARNING, format="%(message)s", stream=sys.stderr
@@ -90,6 +93,10 @@ def _run(options: argparse.Namespace) -> tuple[dict[str, Any], str, int]:
         from .drafts import draft
 
         return (*draft(options.network, options.config, options.input, options.larger), 0)
+    if options.command == "contract":
+        from .comfyui.contract_command import hold
+
+        return hold(options.paths)
     from .doctor import examine
 
     result, text = examine(options.devices)

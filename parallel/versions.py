@@ -9,6 +9,8 @@ from .errors import UnsupportedError
 
 OLDEST_COMFYUI = "0.21.0"
 """The oldest that parts of the tests have run with; pyproject.toml tells it to the registry."""
+NEWEST_COMFYUI = "0.33.0"
+"""The newest that the tests have run with; for messages."""
 OLDEST_TORCH = "2.9"
 """The oldest tested, as 2.9.1; 2.6 failed, nothing between was tried."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -13,7 +14,7 @@ import comfy.model_management
 import comfy.utils
 import torch
 from safetensors import SafetensorError
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..diffusers.tensors import mapped
 from ..errors import CheckpointError, UnknownModelError
@@ -29,6 +30,10 @@ _FOREIGN_FORMATS = {
     ".SCB": "bitsandbytes int8",
 }
 """Formats that ComfyUI does not know, by the tensors that only they have; the first match counts."""
+
+
+_CHOICE = ".comfy_attention.config"
+"""How ComfyUI's name ends for the tensor that says which attention a module prefers."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +62,22 @@ class Detected:
 
     def named_as_in_the_network(self) -> dict[str, Tensor]:
         """The tensors by the network's names; some may be made of several of the file's."""
+        return {name: tensor for name, tensor in self._named().items() if not name.endswith(_CHOICE)}
+
+    def attention_choices(self, network: nn.Module) -> tuple[dict[str, Tensor], list[str]]:
+        """Which attention the file chooses for modules, in JSON; newer ComfyUI's networks have a module for each.
+
+        Returns:
+            Choices by the network's names; those that have no place in it, as with an older ComfyUI.
+        """
+        if not any(name.endswith(_CHOICE) for name in self.state):
+            return {}, []
+        modules = dict(network.named_modules())
+        found = {name: tensor for name, tensor in self._named().items() if name.endswith(_CHOICE)}
+        homeless = [name for name in found if name.rpartition(".")[0] not in modules]
+        return {name: tensor for name, tensor in found.items() if name not in homeless}, homeless
+
+    def _named(self) -> dict[str, Tensor]:
         return dict(self.model_config.process_unet_state_dict(dict(self.state)))
 
 
@@ -114,7 +135,8 @@ def detect(path: str, weight_dtype: torch.dtype | None, device: torch.device, *,
         weight_dtype=None if quantised else comfy.utils.weight_dtype(state),
     )
     cast = comfy.model_management.unet_manual_cast(None if quantised else storage, device, supported)
-    config.set_inference_dtype(storage, cast, device=device)
+    knows_device = "device" in inspect.signature(config.set_inference_dtype).parameters  # ComfyUI 0.28 and later
+    config.set_inference_dtype(storage, cast, **({"device": device} if knows_device else {}))
     return Detected(config, state, storage, whole, prefix)
 
 

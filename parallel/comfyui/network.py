@@ -59,7 +59,8 @@ class NetworkFile:
         dtypes = changed_dtypes(tensors, network)
         for name in dtypes.keys() - parameters:  # buffers, which are few and small
             tensors[name] = tensors[name].to(dtypes.pop(name))
-        missing, unexpected = network.load_state_dict(tensors, strict=False, assign=True)
+        choices, _ = self._detected.attention_choices(network)  # no parameters: their modules read them
+        missing, unexpected = network.load_state_dict(tensors | choices, strict=False, assign=True)
         if missing:
             log.warning("%s lacks %d tensors, e.g. %s", self._path, len(missing), ", ".join(missing[:3]))
         if unexpected:

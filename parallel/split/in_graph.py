@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .routes import OVERRIDE, OverrideInGraph, Route, named_attention, options_of
+from .routes import OVERRIDE, OverrideInGraph, Route, chosen_by_the_file, named_attention, options_of
 
 How = tuple[Callable[..., Tensor], tuple[tuple[str, Any], ...]]
 """The model's attention function, and what it is given by name beside tensors: scale, precision."""
@@ -146,6 +146,7 @@ class InGraph(OverrideInGraph):
     def __call__(self, function: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
         q, k, v, mask, stays_apart, named = named_attention(args, kwargs)
         named.pop("transformer_options", None)
+        function = chosen_by_the_file(function, named)
         how = _number(function, tuple(sorted(named.items())))
         self._attended = True
         out = attend(self._order, q, k, v, mask, self._site, how)

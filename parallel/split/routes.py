@@ -144,8 +144,9 @@ class ComfyRoute(Route):
 
     def __call__(self, function: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
         users = kwargs.get(OPTIONS, {}).get(_USERS)
-        function = function if users is None else partial(users, function)
         q, k, v, mask, stays_apart, named = named_attention(args, kwargs)
+        function = chosen_by_the_file(function, named)
+        function = function if users is None else partial(users, function)
 
         def compute(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
             return function(q, k, v, q.shape[1], mask=mask, skip_reshape=True, skip_output_reshape=True, **named)
@@ -166,6 +167,13 @@ def named_attention(
         # Heads may be apart in some of them already, which ComfyUI's attention does not care about.
         q, k, v = (x.flatten(2).unflatten(-1, (-1, dim)).transpose(1, 2) for x in (q, k, v))
     return q, k, v, named.pop("mask", None), named.pop("skip_output_reshape", False), named
+
+
+def chosen_by_the_file(function: Callable[..., Tensor], named: dict[str, Any]) -> Callable[..., Tensor]:
+    """What a module attends with: what its file chose for it (newer ComfyUI's `preferred_attention`, which is taken out
+    of `named`), where this machine has it; else `function`. ComfyUI itself would not look at it beside an override."""
+    chosen: Callable[..., Tensor] | None = getattr(named.pop("preferred_attention", None), "function", None)
+    return function if chosen is None else chosen
 
 
 class OverrideInGraph:

@@ -16,7 +16,7 @@ ALLOWED = {
     "plans": {"errors", "split"},
     "compilation": {"errors", "split"},
     "quantise": {"config", "errors", "split"},
-    "comfyui": {"diffusers", "errors", "plans", "split", "vae"},
+    "comfyui": {"diffusers", "errors", "plans", "split", "vae", "versions"},
     "diffusers": {"config", "errors", "host", "plans", "quantise", "sampling", "split", "versions", "wire"},
     "sampling": {"errors", "wire"},
     "vae": {"errors"},

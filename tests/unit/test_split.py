@@ -4,6 +4,7 @@ tested in distributed/ and comfyui/."""
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -465,3 +466,19 @@ def test_a_kernel_that_the_user_has_chosen_computes_what_has_no_mask_also_on_one
     out = route(own, q, k, k, 4, **more)
     assert (out == (2 if mask else 1)).all()
     assert kernel.keys == ([] if mask else [4])
+
+
+@pytest.mark.parametrize("override", [False, True])
+@pytest.mark.parametrize("known", [False, True])
+def test_an_attention_that_a_file_chooses_computes_unless_the_user_overrides_it(override: bool, known: bool):
+    def attention(value: float) -> Any:
+        return lambda q, k, v, heads, mask=None, skip_reshape=False, skip_output_reshape=False, **named: q + value
+
+    streams = Streams(SequenceRanks((1.0,)))
+    route = ComfyRoute(lambda: streams, (I, I), "kind", "where")
+    options = {"sequence_parallel_users_override": lambda function, *args, **named: attention(4)(*args, **named)}
+    chosen = SimpleNamespace(function=attention(2) if known else None)
+    q = torch.zeros(1, 4, 3, 8)
+    named = {"preferred_attention": chosen, "transformer_options": options if override else {}}
+    out = route(attention(1), q, q, q, 4, skip_reshape=True, skip_output_reshape=True, **named)
+    assert (out == (4 if override else 2 if known else 1)).all()
