@@ -27,9 +27,6 @@ HERE = (
 """Those that stay: code that runs around the network in this process, that goes as data, or that has been refused;
 names of ComfyUI's own for what it holds; and the memory manager's."""
 
-_PYTORCH = "pytorch"
-"""ComfyUI's name of what the workers compute with by themselves."""
-
 
 def travelling(options: Mapping[str, Any]) -> dict[str, Any]:
     """What the network itself reads: numbers, text, tensors, and nests of them. The pack's own options stay.
@@ -47,7 +44,7 @@ def travelling(options: Mapping[str, Any]) -> dict[str, Any]:
             flatten(value, name, {})
         except NotPlain as error:
             raise NotPlain(f"transformer_options.{error.path}", error.value) from None
-    return found | {name: data for name, data in as_data(options).items() if data != _PYTORCH}
+    return found | as_data(options)
 
 
 def as_data(options: Mapping[str, Any]) -> dict[str, Any]:

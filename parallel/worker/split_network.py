@@ -215,12 +215,13 @@ class SplitNetwork:
         name = given["named"].get(OPTIONS, {}).get(OVERRIDE)
         if name is None:
             return self.attention
-        if ring_degree > 1:
+        sdpa = name == "pytorch"  # what a ring merges, too
+        if ring_degree > 1 and not sdpa:
             raise UnsupportedError(
                 f"the attention {name!r}, which a node chooses (ModelAttentionBackend), gives no log-sum-exp, by which"
                 f" a ring merges its parts: set ring_degree, now {ring_degree}, to 1 in SP Config, or remove the node"
             )
-        if kernel is not None:
+        if kernel is not None and not (sdpa and kernel == "sdpa"):
             raise UnsupportedError(
                 f"SP Config chooses the attention {kernel!r}, a node (ModelAttentionBackend) {name!r}: set attention to"
                 " auto in SP Config, or remove the node"
