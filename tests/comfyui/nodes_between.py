@@ -211,7 +211,7 @@ CASES = [
          replace(LTX23, chain="cfg_guider")),
     node("LoraLoaderBypassModelOnly", lora_name="hunyuan_native.safetensors", strength_model=1.0,
          says=("LoRA in bypass mode", "use Load LoRA")),
-    node("FluxKVCache", replace(FLUX, checkpoint=model_files.FLUX2_KLEIN), says=("Flux KV Cache", "remove the node")),
+    node("FluxKVCache", replace(FLUX, checkpoint=model_files.FLUX2_KLEIN), says=("remove the node",)),
     node("NAGuidance", FLUX, nag_scale=5.0, nag_alpha=0.5, nag_tau=1.5, says=_INSIDE),
     node("PerturbedAttentionGuidance", scale=3.0, says=_INSIDE),
     node("SelfAttentionGuidance", SDXL, scale=0.5, blur_sigma=2.0, says=_INSIDE),

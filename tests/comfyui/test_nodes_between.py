@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 
 import pytest
 from torch import Tensor
 
-from tests.comfyui.graphs import Swapped
+from tests.comfyui.graphs import Swapped, model_node, sampling_graph
 from tests.comfyui.installation import REPOSITORY
 from tests.comfyui.latents import read_latent, relative_difference
-from tests.comfyui.nodes_between import CASES, Case, graph
+from tests.comfyui.nodes_between import CASES, WAN, WHOLE, Case, graph
 from tests.comfyui.server import ComfyServer
 
 pytestmark = pytest.mark.comfyui
@@ -60,8 +61,8 @@ def test_it_is_refused_by_name(server: ComfyServer, case: Case) -> None:
     workers = set(server.workers())
     result = server.run(graph(case, UNUSED))
     assert result.status == "error", f"the prompt ended with {result.status}: {result.message}"
-    names = (case.node,) if case.says[0] not in ("LoRA in bypass mode", "Flux KV Cache") else ()
-    assert not [each for each in (*names, *case.says) if not re.search(each, result.message)], result.message
+    name = () if "Bypass" in case.node else (case.node,)  # it shares what it calls with others
+    assert not [each for each in (*name, *case.says) if not re.search(each, result.message)], result.message
     assert not set(server.workers()) - workers, "processes were started for a prompt that cannot run"
 
 
@@ -71,6 +72,20 @@ def test_the_help_page_lists_them() -> None:
     for text, cases in ((work, WORK), (refused, REFUSED)):
         named = {case.node for case in cases if not case.node.startswith("SPTest")}
         assert set(re.findall(r"`([^`]+)`", text)) == named
+
+
+@pytest.mark.parametrize("swapped", [RING, Swapped(weights="shard"), Swapped(weights="offload")], ids=str)
+def test_skipped_blocks_under_other_splits(server: ComfyServer, native, swapped: Swapped) -> None:
+    case = next(case for case in WORK if case.node == "SkipLayerGuidanceDiT" and case.setting is WAN)
+    assert relative_difference(read_latent(server, server.run(graph(case, swapped))), native(case)) <= 1e-5
+
+
+def test_a_cache_and_skipped_blocks_are_refused_together(server: ComfyServer) -> None:
+    cache = model_node("SPFirstBlockCache", residual_diff_threshold=0.1, max_consecutive_hits=2, **WHOLE)
+    skip = model_node("SkipLayerGuidanceDiTSimple", double_layers="0", single_layers="", **WHOLE)
+    result = server.run(sampling_graph(replace(WAN, model_nodes=(cache, skip)), TWO))
+    assert result.status == "error"
+    assert "SkipLayerGuidanceDiTSimple together with a cache" in result.message, result.message
 
 
 def test_attention_without_a_log_sum_exp_is_refused_in_a_ring(server: ComfyServer) -> None:
