@@ -16,13 +16,14 @@ from torch import Tensor, nn
 
 from ..parallel.errors import WorkerOutOfMemoryError
 from ..parallel.host.remote_model import RemoteModel
-from ..parallel.plans.comfyui import METHODS, plan_of, takes_control
+from ..parallel.plans.comfyui import METHODS, handed_on, plan_of, takes_control
 from ..parallel.sampling.recording import RecordedLatent, RecordedPart, Recorder, in_parts, packed, recorder_of
 from ..parallel.sampling.step_request import StepRequest
+from ..parallel.split.routes import REPLACED
 from ..parallel.wire.trees import NotPlain, flatten
 from .cached_call import cached_sampling, compiled_sampling, label
-from .options import travelling
-from .refusals import refuse_transformer_options, refuse_value
+from .options import as_data, travelling
+from .refusals import refuse_skipping, refuse_transformer_options, refuse_value
 from .side_by_side import LookAhead, Recorded
 
 _MADE_ANEW = {"minimax_payload": "layout"}
@@ -149,9 +150,12 @@ class ProxyDiffusionModel(nn.Module):
         Raises:
             UnsupportedError: an input that cannot reach the workers; it is named.
         """
-        refuse_transformer_options(options, allowed=("rope_options",))
-        control = conditioning.get("control")
-        if control is not None and not takes_control(plan_of(self.__dict__["_network"])):
+        refuse_transformer_options(options)
+        network = self.__dict__["_network"]
+        plan, control = plan_of(network), conditioning.get("control")
+        if plan and as_data(options).get(REPLACED):
+            refuse_skipping(options[REPLACED], handed_on(type(network).__name__), cached_sampling(options)[0])
+        if control is not None and not takes_control(plan):
             raise refuse_value("control", control)
         named = {name: value for name, value in conditioning.items() if value is not None}
         for name, part in _MADE_ANEW.items():

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import importlib
+import inspect
 import logging
-from collections.abc import Collection, Mapping
+from collections.abc import Iterator, Mapping
+from types import CodeType, FunctionType
 from typing import Any
 
 from ..parallel.errors import UnsupportedError
+from .options import as_data, hands_on
 
 log = logging.getLogger("sequence_parallel")
 
@@ -16,9 +20,8 @@ _OPTIONS = {
     "patches": "a block patch",
     "patches_replace": "a block replacement",
     "optimized_attention_override": "an attention override",
-    "rope_options": "changed position embeddings",
+    "ar_state": "a sampler that lets the network fill its caches",
 }
-
 
 _REPLACES = "set_model_options_patch_replace"
 """What ComfyUI's guidance nodes call, e.g. SkipLayerGuidanceDiT and PerturbedAttentionGuidance."""
@@ -30,28 +33,48 @@ def refuse(what: str, instead: str = "use Load Diffusion Model for this graph, o
 
 
 def refuse_value(name: str, value: Any) -> UnsupportedError:
-    """The error for a conditioning input that is no tensor, e.g. ControlNet's residuals."""
+    """The error for an input that is neither a tensor nor plain data, e.g. ControlNet's residuals."""
     if name == "control":
         return refuse("ControlNet", "remove Apply ControlNet")
+    if name.startswith("transformer_options."):
+        return refuse(f"{node_of(value)} (the option {name.partition('.')[2]!r})")
     return refuse(f"the conditioning input {name!r} ({type(value).__name__})", "remove the node that adds it")
 
 
-def refuse_transformer_options(options: Mapping[str, Any], allowed: Collection[str] = ()) -> None:
+def refuse_transformer_options(options: Mapping[str, Any]) -> None:
     """Refuses code that nodes want to run inside the network's blocks.
 
     Args:
         options: `transformer_options`.
-        allowed: options that this network heeds.
 
     Raises:
         UnsupportedError: naming the node where its function tells, else the kind of patch.
     """
+    understood = as_data(options)
     for option, what in _OPTIONS.items():
         value = options.get(option)
-        if not value or option in allowed:
+        if not value or option in understood:
             continue
         nodes = sorted({name for function in _functions(value) if (name := node_of(function))})
         raise refuse(f"{', '.join(nodes)} ({what})" if nodes else f"{what} ({option})")
+
+
+def refuse_skipping(functions: Any, possible: Any, cache: Any) -> None:
+    """Refuses to skip blocks where the workers cannot.
+
+    Args:
+        functions: in the blocks' places.
+        possible: truthy if blocks of this network can be skipped.
+        cache: of this sampling, if it has one.
+
+    Raises:
+        UnsupportedError: naming the node.
+    """
+    nodes = " and ".join(sorted({node_of(function) for function in _functions(functions)}))
+    if not possible:
+        raise refuse(f"{nodes} with this model")
+    if cache is not None:
+        raise refuse(f"{nodes} together with a cache between steps", "remove one of the two nodes")
 
 
 def refuse_sampling_functions(model_options: Mapping[str, Any]) -> None:
@@ -63,7 +86,7 @@ def refuse_sampling_functions(model_options: Mapping[str, Any]) -> None:
     for option, value in model_options.items():
         for function in _functions(value) if option.startswith("sampler_") else []:
             code = getattr(function, "__code__", None)
-            if code is not None and _REPLACES in code.co_names:
+            if code is not None and _REPLACES in code.co_names and not _skips(function):
                 raise refuse(f"{node_of(function)} (a block replacement)")
 
 
@@ -82,7 +105,32 @@ def _functions(value: Any) -> list[Any]:
     return [value] if callable(value) else []
 
 
-def node_of(function: Any) -> str:
-    """`SkipLayerGuidanceDiT.execute.<locals>.skip` → `SkipLayerGuidanceDiT`."""
-    name = getattr(function, "__qualname__", type(function).__qualname__)
-    return name.partition(".")[0].removeprefix("<lambda>")
+def _skips(function: FunctionType) -> bool:
+    """Whether all functions that it can put in a block's place skip the block."""
+    used = inspect.getclosurevars(function).nonlocals.values()
+    own = [value for value in used if isinstance(value, FunctionType)]
+    return bool(own) and all(map(hands_on, own))
+
+
+def node_of(value: Any) -> str:
+    """Who has made a function or an object: `SkipLayerGuidanceDiT.execute.<locals>.skip` → `SkipLayerGuidanceDiT`, and
+    `DiffSynthCnetPatch` → the nodes whose code names this class, or function."""
+    name = getattr(value, "__qualname__", type(value).__qualname__)
+    name = name.partition(".")[0].removeprefix("<lambda>")
+    nodes: dict[str, type] = getattr(importlib.import_module("nodes"), "NODE_CLASS_MAPPINGS", {})  # ComfyUI's module
+    if not name or any(node.__name__ == name for node in nodes.values()):
+        return name
+    return " or ".join(sorted(node for node, made in nodes.items() if name in _named_in(made))) or name
+
+
+def _named_in(node: type) -> set[str]:
+    """What the code of a node's methods names."""
+
+    def within(code: CodeType) -> Iterator[str]:
+        yield from code.co_names
+        for constant in code.co_consts:
+            if isinstance(constant, CodeType):
+                yield from within(constant)
+
+    methods = [getattr(method, "__func__", method) for base in node.__mro__ for method in vars(base).values()]
+    return {name for method in methods if isinstance(method, FunctionType) for name in within(method.__code__)}

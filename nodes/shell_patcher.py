@@ -136,7 +136,7 @@ class SequenceParallelPatcher(WorkersPatcher):
             if name == "manual_cast_dtype":
                 raise refuse("ModelComputeDtype", "choose the dtype with ComfyUI's command line, or remove the node")
             if name.endswith(".default_ref_method"):
-                raise refuse("Flux KV Cache", "remove the node")
+                raise refuse("FluxKVCache", "remove the node")
             if name.startswith("diffusion_model"):
                 raise refuse(f"a patch of the network's {name.partition('.')[2] or 'forward'!r}")
 

@@ -18,12 +18,11 @@ import torch
 from torch import Tensor, nn
 
 from ..split.chain import Chain
+from ..split.handing_on import Forward, argument_names, handing_on, replaced
 from ..split.hooks import Split
 from ..split.rules import Grid, Tokens
 from ..split.sites import Plan, PlanError
 from .blocks import Pass, StepPasses, Tensors
-
-Forward = Callable[..., Any]
 
 
 @contextmanager
@@ -39,24 +38,11 @@ def cached_blocks(network: nn.Module, plan: Plan, chain: Chain, split: Split, pa
         PlanError: the network has not the modules and arguments that the chain names, or did not go through them.
     """
     call = _Call(network, plan, chain, split, passes)
-    with ExitStack() as replaced:
+    with ExitStack() as during:
         for module, forward in call.forwards():
-            replaced.enter_context(_replaced(module, forward))
+            during.enter_context(replaced(module, forward))
         yield
         call.check()
-
-
-@contextmanager
-def _replaced(module: nn.Module, forward: Forward) -> Iterator[None]:
-    """`module.forward` is another function, until it is what it was: of its class, or of the instance."""
-    own = module.__dict__.get("forward")
-    module.__dict__["forward"] = forward
-    try:
-        yield
-    finally:
-        del module.__dict__["forward"]
-        if own is not None:
-            module.__dict__["forward"] = own
 
 
 class _Call:
@@ -83,7 +69,7 @@ class _Call:
             for number, module in enumerate(modules):
                 needed = [*returned, self._chain.hidden] if (path, number) == chained[0] else returned
                 names = self._arguments(module, f"{path}.{number}", needed, self._plan[path].positional)
-                forward = self._block(module.forward, names, returned)
+                forward = handing_on(self._split, module.forward, names, returned)
                 if (path, number) == chained[0]:
                     forward = self._first(module, forward, names, returned)
                 if (path, number) == chained[-1] and not self._chain.leave:
@@ -106,16 +92,6 @@ class _Call:
             raise self._astray(f"left its blocks without passing {self._chain.leave or 'the last one'}")
 
     # --- what replaces the forwards -------------------------------------------------------------------------------
-
-    def _block(self, original: Forward, names: list[str], returned: list[str]) -> Forward:
-        def forward(*args: Any, **kwargs: Any) -> Any:
-            if not self._split.streams.skipping:
-                return original(*args, **kwargs)
-            given = dict(zip(names, args, strict=False)) | kwargs
-            results = tuple(given[name] for name in returned)
-            return results if len(results) > 1 else results[0]
-
-        return forward
 
     def _first(self, module: nn.Module, inner: Forward, names: list[str], returned: list[str]) -> Forward:
         """Decides, after the block or before it. What is kept is cloned, since blocks work in place."""
@@ -230,7 +206,7 @@ class _Call:
             PlanError: one that is needed is not among them.
         """
         parameters = inspect.signature(type(module).forward).parameters
-        names = positional.split() or list(parameters)[1:]
+        names = argument_names(module, positional)
         takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
         if missing := [] if takes_any else sorted({*needed} - {*names}):
             raise self._astray(

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ..plans.comfyui import plan_of
 from ..split.routes import ThroughOptions
 from ..split.sites import Plan
+from .attention import computes
 from .detection import detect, quantised_layers
 
 log = logging.getLogger("sequence_parallel.worker")
@@ -21,8 +22,7 @@ class NetworkFile:
     """A network's file, mapped.
 
     Attributes:
-        attention: what its attention computes with, by the names of `attention.kernels`: of the functions that ComfyUI
-            can have chosen, `sage` computes with 8 bits, all others exactly.
+        attention: what its attention computes with, by the names of `attention.kernels`.
 
     Args:
         path: a safetensors file.
@@ -36,8 +36,7 @@ class NetworkFile:
     routes = ThroughOptions
 
     def __init__(self, path: str, weight_dtype: torch.dtype | None, device: torch.device):
-        name = comfy.ldm.modules.attention.optimized_attention.__name__
-        self.attention = "sage" if "sage" in name else "sdpa"
+        self.attention = computes(comfy.ldm.modules.attention.optimized_attention.__name__)
         self._path = path
         self._detected = detect(path, weight_dtype, device)
 

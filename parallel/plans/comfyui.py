@@ -498,6 +498,27 @@ CHAINS: Mapping[str, Chain] = {
 }
 """Class → what caches between steps may skip; a class that is not here has none."""
 
+_HANDED_ON: Mapping[str, Mapping[str, str]] = {
+    **dict.fromkeys((name for name in PLANS if "Wan" in name), _WAN_CHAIN.blocks),
+    "ChromaRadiance": _FLUX_CHAIN.blocks,
+    "JoyImageTransformer3DModel": {"double_blocks": "hidden_states encoder_hidden_states"},
+    "Kandinsky5": {},  # hands the function in a block's place arguments that its blocks do not take
+    "LensTransformer2DModel": {"transformer_blocks": "encoder_hidden_states hidden_states"},
+    "MMDiT": {"double_layers": "c x", "single_layers": "cx"},
+    "MageFlowTransformer2DModel": {"transformer_blocks": "encoder_hidden_states hidden_states"},
+}
+"""Class → as in `Chain.blocks`, where that has no chain, or does not say."""
+
+
+def handed_on(name: str) -> Mapping[str, str]:
+    """List of blocks → arguments that stand for a block's results when a node skips it; none where it cannot.
+
+    Args:
+        name: of the network's class.
+    """
+    chain = CHAINS.get(name)
+    return _HANDED_ON.get(name, {} if chain is None else chain.blocks)
+
 
 @dataclass(frozen=True, slots=True)
 class Described:

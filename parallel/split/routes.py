@@ -28,6 +28,8 @@ OVERRIDE = "optimized_attention_override"
 """ComfyUI's name, since September 2025, for a function that is called in place of its attention."""
 _USERS = "sequence_parallel_users_override"
 """Where the user's own override waits, to compute what this one gathers."""
+REPLACED = "patches_replace"
+"""ComfyUI's name for functions that are called in place of blocks."""
 ATTENTION = "optimized_attention"
 """ComfyUI's name for its attention function, which models import."""
 

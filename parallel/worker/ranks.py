@@ -53,6 +53,9 @@ class Ranks:
         chosen: whether the user has named the kernel; else a model's own attention computes, but in a ring.
         alone: no peer is there, as in a benchmark of one rank's share: what comes from them is anything, so attention
             is not compared.
+
+    Attributes:
+        chosen: the kernel that the user has named, if any.
     """
 
     def __init__(
@@ -65,7 +68,7 @@ class Ranks:
         chosen: bool = False,
         alone: bool = False,
     ):
-        self._chosen = kernel if chosen else None
+        self.chosen = kernel if chosen else None
         self.weights = weights
         self.device = device
         self.kernel = kernel
@@ -138,13 +141,13 @@ class Ranks:
             ring=mesh.ring,
             ring_degree=mesh.degrees.ring,
             kernel=self.kernel,
-            chosen=self._chosen,
+            chosen=self.chosen,
             pipeline=2 if self.device.type == "cuda" else 1,
             pipeline_from=_PIPELINE_FROM,
             traffic=context.traffic,
             common=self.common(mesh),
             launched=self._ring_exchanges,
-            check=self.row_check(mesh, self.kernel.name if mesh.degrees.ring > 1 or self._chosen else attention),
+            check=self.row_check(mesh, self.kernel.name if mesh.degrees.ring > 1 or self.chosen else attention),
             enter_block=partial(context.enter_block, leader, work),
         )
 

@@ -18,11 +18,14 @@ from ..cache.hooked import cached_blocks
 from ..compilation.settings import CompileSettings
 from ..errors import UnsupportedError
 from ..plan import ranges, shares
+from ..plans.comfyui import handed_on
 from ..plans.libraries import CHAINS
 from ..quantise.selection import Selection
 from ..sampling.step_request import OF_ALL_SAMPLES
 from ..split import SequenceRanks, Split
 from ..split.blocks import planned_blocks
+from ..split.handing_on import skippable
+from ..split.routes import OPTIONS, OVERRIDE, REPLACED
 from ..wire.messages import Request
 from ..wire.plain import plain_tensors
 from ..wire.shared import TensorRef
@@ -176,13 +179,16 @@ class SplitNetwork:
             elif name in tensors:
                 self.home.put(name, [tensors[name]])
 
-    def check_arguments(self, arguments: Tree, method: str = "forward") -> None:
+    def check_arguments(self, arguments: Tree, method: str = "forward") -> dict[str, Any]:
         """Refuses a call that the method would not take. The ranks refuse alike, before any exchange, and stay usable.
+
+        Returns:
+            The arguments, `args` and `named`, with an empty tensor in the place of every one.
 
         Raises:
             UnsupportedError: naming the argument, and those that there are.
         """
-        given = restore(arguments, lambda name: _ANY)
+        given: dict[str, Any] = restore(arguments, lambda name: _ANY)
         signature = _signature(getattr(type(self._network), method))
         try:
             signature.bind(self._network, *given["args"], **given["named"])
@@ -191,6 +197,39 @@ class SplitNetwork:
             raise UnsupportedError(
                 f"{type(self._network).__name__}.{method}: {error}; it takes {', '.join(names)}"
             ) from None
+        return given
+
+    def check_request(self, request: Request, ring_degree: int, kernel: str | None) -> str:
+        """Refuses a call that cannot be honoured under these degrees, as `check_arguments` does.
+
+        Args:
+            kernel: that SP Config has chosen, if any.
+
+        Returns:
+            What its attention computes with, by the names of `attention.kernels`.
+
+        Raises:
+            UnsupportedError: two have chosen the attention, or a ring needs what it does not give.
+        """
+        given = self.check_arguments(request.arguments)
+        name = given["named"].get(OPTIONS, {}).get(OVERRIDE)
+        if name is None:
+            return self.attention
+        sdpa = name == "pytorch"  # what a ring merges, too
+        if ring_degree > 1 and not sdpa:
+            raise UnsupportedError(
+                f"the attention {name!r}, which a node chooses (ModelAttentionBackend), gives no log-sum-exp, by which"
+                f" a ring merges its parts: set ring_degree, now {ring_degree}, to 1 in SP Config, or remove the node"
+            )
+        if kernel is not None and not (sdpa and kernel == "sdpa"):
+            raise UnsupportedError(
+                f"SP Config chooses the attention {kernel!r}, a node (ModelAttentionBackend) {name!r}: set attention to"
+                " auto in SP Config, or remove the node"
+            )
+        from ..comfyui.attention import computes, registered  # imports ComfyUI, which this network is of
+
+        registered(name)
+        return computes(name)
 
     def step(
         self,
@@ -262,6 +301,7 @@ class SplitNetwork:
         compiler: CompiledModules | None = None,
     ) -> Any:
         self._split.ranks = ranks
+        options = given["named"].get(OPTIONS, {})
         function = self._network if method == "forward" else getattr(self._network, method)
         with ExitStack() as during:
             during.enter_context(self.home.in_use(ranks.traffic))
@@ -269,6 +309,15 @@ class SplitNetwork:
             if compiler is not None:  # a graph cannot ask other ranks for their largest value
                 shared = ranks.size > 1 and self._scales.layers
                 during.enter_context(compiler.on([] if shared else self._split.blocks))
+            if (name := options.get(OVERRIDE)) is not None:
+                from ..comfyui.attention import registered
+
+                chosen = registered(name)
+                options[OVERRIDE] = lambda own, *args, **kwargs: chosen(*args, **kwargs)
+            if layers := options.get(REPLACED):
+                returned = handed_on(type(self._network).__name__)
+                skip = during.enter_context(skippable(self._network, self._plan, returned, self._split))
+                options[REPLACED] = {"dit": {(kind, number): skip for kind in layers for number in layers[kind]}}
             if passes is not None:  # outside: what is skipped need not be compiled
                 assert self._chain is not None, "the host has refused"
                 during.enter_context(cached_blocks(self._network, self._plan, self._chain, self._split, passes))

@@ -108,21 +108,25 @@ class Steps:
         Returns:
             What the cache has counted.
         """
-        for request in requests:
-            model.check_arguments(request.arguments)
+        kernel = self._ranks.chosen
+        attentions = [
+            model.check_request(request, mesh.degrees.ring, None if kernel is None else kernel.name)
+            for request in requests
+        ]
         cache = None
         if rule is not None:
             cache, total = model.cache(rule.sampling, rule.rule), self._ranks.total(mesh, context.traffic)
             cache.begin_step(mesh.degrees, rule.active)
         batches = [request.x.shape[0] for request in requests]
-        for request, rows in zip(requests, share_of(batches, mesh.group, mesh.degrees.groups), strict=True):
+        parts = share_of(batches, mesh.group, mesh.degrees.groups)
+        for request, attention, rows in zip(requests, attentions, parts, strict=True):
             if rows.stop == rows.start:
                 continue
             shape, passes = request.x.shape, None
             if cache is not None:
                 passes = StepPasses(cache, (request.label, rows.start, rows.stop), shape, total)
             work = (id(model), rows.stop - rows.start, shape)
-            sequence = self._ranks.sequence(mesh, context, model.attention, work)
+            sequence = self._ranks.sequence(mesh, context, attention, work)
             model.step(request, rows, self._link.tensor, sequence, passes, compiler)
         if self._ranks.device.type == "cuda":
             torch.cuda.synchronize(self._ranks.device)

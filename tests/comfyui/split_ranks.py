@@ -22,8 +22,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from parallel.comfyui.start import prepare
-from parallel.plans.comfyui import plan_of
+from parallel.plans.comfyui import handed_on, plan_of
 from parallel.split import PlanError, SequenceRanks, Split
+from parallel.split.handing_on import skippable
 
 SPLITS = ("Ulysses 2", "ring 2", "2 × 2", "3 unequal")
 
@@ -84,6 +85,25 @@ def without_exchange(network: nn.Module, run: Callable[[], Tensor], view: Sequen
         split.remove()
 
 
+def skipping(network: nn.Module, run: Callable[[Any], Tensor], view: SequenceRanks) -> dict[str, float]:
+    """Differences where a node skips blocks, the first ones or all of them; of a network that asks for such functions.
+    All ranks call."""
+    plan, found = plan_of(network), {}
+    for which, numbers in {"first skipped": range(1), "all skipped": range(99)}.items():
+        places = [(kind, number) for kind in ("double_block", "single_block") for number in numbers]
+        called: list[bool] = []
+        alone = run({"dit": dict.fromkeys(places, lambda args, extra, called=called: called.append(True) or args)})
+        if not called or not (returned := handed_on(type(network).__name__)):
+            continue
+        split = Split(network, plan, view)
+        try:
+            with skippable(network, plan, returned, split) as skip:
+                found[which] = difference(run({"dit": dict.fromkeys(places, skip)}), alone)
+        finally:
+            split.remove()
+    return found
+
+
 def renamed_arguments(network: nn.Module) -> Iterator[tuple[str, str]]:
     """Renames each argument that the plan cuts, one at a time; yields its name and what the installation says."""
     plan = plan_of(network)
@@ -140,9 +160,12 @@ def main(rank: int, world: int, store: str, results: str, comfyui: str, which: s
         for heads in case.heads if which != "plain" else case.heads[number % 2 :][:1]:
             network = network_of(case.supported, case.config(heads))
 
-            def run(network: nn.Module = network, inputs: Callable[[Any], Any] = case.inputs) -> Tensor:
+            def run(
+                replaced: Any = None, network: nn.Module = network, inputs: Callable[[Any], Any] = case.inputs
+            ) -> Tensor:
                 args, named = inputs(network)
-                return flat(network(*args, transformer_options={}, **named))
+                options = {} if replaced is None else {"patches_replace": replaced}
+                return flat(network(*args, transformer_options=options, **named))
 
             chosen = ranks
             if which == "plain":  # one split each, in turn, beside the one across both axes
@@ -151,6 +174,8 @@ def main(rank: int, world: int, store: str, results: str, comfyui: str, which: s
             found[f"{name}; {heads} heads"] = told = compare(network, run, chosen)
             if name in ONE_OF_EACH_CLASS and (view := ranks["Ulysses 2"]) is not None:
                 told["without exchange"] = without_exchange(network, run, view)
+            if (view := ranks["2 × 2"]) is not None:
+                told |= skipping(network, run, view)
             if rank == 3:
                 told["renamed"] = dict(renamed_arguments(network))
     Path(results).write_text(json.dumps(found))

@@ -353,13 +353,6 @@ def _working(server: ComfyServer, before: dict) -> list:
 
 NODES = {
     "teacache": (model_node("SPTeaCache", rel_l1_thresh=0.1, **WHOLE), ["TeaCache", "SingleStreamDiT"]),
-    "skip_layers": (
-        model_node(
-            "SkipLayerGuidanceDiT",
-            double_layers="0", single_layers="0", scale=3.0, rescaling_scale=0.0, **WHOLE,
-        ),
-        ["SkipLayerGuidanceDiT", "block replacement"],
-    ),
     "attention": (model_node("SPTestAttention"), ["SPTestAttention", "attention override"]),
 }  # fmt: skip
 UNUSED = Swapped("cpu*5,cpu*3")

@@ -142,33 +142,6 @@ def test_model_merge_is_refused(server: ComfyServer, order: str) -> None:
     assert_says(refusal(server, builder.graph).message, "merg")
 
 
-def test_block_patches_are_refused(server: ComfyServer) -> None:
-    guidance = model_node(
-        "SkipLayerGuidanceDiT",
-        double_layers="0",
-        single_layers="0",
-        scale=3.0,
-        start_percent=0.0,
-        end_percent=1.0,
-        rescaling_scale=0.0,
-    )
-    setting = Setting(cfg=4.0, model_nodes=(guidance,))
-    assert relative_difference(sample(server, setting), sample(server, Setting(cfg=4.0))) > 1e-3
-    assert_says(refusal(server, sampling_graph(setting, UNUSED)).message, "SkipLayerGuidanceDiT", "block replacement")
-
-
-def test_a_cache_of_references_is_refused(server: ComfyServer) -> None:
-    """Its code keeps keys and values inside the blocks."""
-    model_nodes = (model_node("FluxKVCache"),)
-    setting = Setting(checkpoint=model_files.FLUX2_KLEIN, picture=True, model_nodes=model_nodes)
-    assert_says(refusal(server, sampling_graph(setting, UNUSED)).message, "Flux KV Cache", "remove the node")
-
-
-def test_perturbed_attention_is_refused(server: ComfyServer) -> None:
-    setting = Setting(cfg=4.0, model_nodes=(model_node("PerturbedAttentionGuidance", scale=3.0),))
-    assert_says(refusal(server, sampling_graph(setting, UNUSED)).message, "PerturbedAttentionGuidance")
-
-
 def test_free_u_fails_as_with_the_native_loader(server: ComfyServer) -> None:
     """It knows UNets only, and ComfyUI's own model of this kind makes it fail, too."""
     setting = Setting(model_nodes=(model_node("FreeU_V2", b1=1.3, b2=1.4, s1=0.9, s2=0.2),))

@@ -143,18 +143,10 @@ def test_the_model_stays_as_it_was(server: ComfyServer) -> None:
 
 
 def test_what_is_refused_stepwise_is_refused_here(server: ComfyServer) -> None:
-    skip = model_node(
-        "SkipLayerGuidanceDiT",
-        double_layers="0",
-        single_layers="0",
-        scale=3.0,
-        start_percent=0.0,
-        end_percent=1.0,
-        rescaling_scale=0.0,
-    )
-    result = server.run(sampling_graph(fresh(Setting(cfg=4.0, chain="sp_sampler", model_nodes=(skip,))), TWO))
+    guidance = model_node("PerturbedAttentionGuidance", scale=3.0)
+    result = server.run(sampling_graph(fresh(Setting(cfg=4.0, chain="sp_sampler", model_nodes=(guidance,))), TWO))
     assert result.status == "error"
-    assert "SkipLayerGuidanceDiT" in result.message and "Load Diffusion Model (SP)" in result.message
+    assert "PerturbedAttentionGuidance" in result.message and "Load Diffusion Model (SP)" in result.message
 
 
 @pytest.mark.slow

@@ -22,6 +22,7 @@ from parallel.plans import comfyui, diffusers
 from parallel.plans.libraries import CHAINS
 from parallel.split import PlanError, SequenceRanks, Site, Split
 from parallel.split.chain import Chain
+from parallel.split.handing_on import skippable
 from parallel.split.routes import ThroughTorch
 from parallel.split.rules import Tokens
 
@@ -263,3 +264,15 @@ def test_references_choose_the_polynomial_of_kontext() -> None:
         for more in (shapes, shapes | {"ref_latents.0": (1, 16, 4, 4)})
     )
     assert plain != kontext
+
+
+@pytest.mark.parametrize("plan", [PLAN, {}], ids=["plan", "no plan"])
+def test_a_block_that_a_node_skips_hands_on_what_comes_in(plan: dict[str, Site]) -> None:
+    network = Network()
+    split = Split(network, plan, SequenceRanks((1.0,)), ThroughTorch)
+    x = torch.ones(1, 2, 1)
+    with skippable(network, plan, CHAIN.blocks, split) as skip:
+        result = skip({"img": x}, {"original_block": lambda args: {"img": network.blocks[0](args["img"])}})
+        assert torch.equal(result["img"], torch.ones(1, 2, 1)) and not network.blocks[0].runs
+        assert network.blocks[1](x) is x and network.blocks[1].runs, "only this one is skipped"
+    assert "forward" not in vars(network.blocks[0])

@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 from comfy.controlnet import ControlBase
+from comfy.ldm.modules.attention import get_attention_function
+from comfy.model_patcher import ModelPatcher
 
 from nodes import VAEEncodeTiled  # ComfyUI's
 
@@ -117,7 +119,12 @@ class SPTestCLIPVisionOutput:
 
     def make(self, tokens: int, width: int) -> tuple:
         hidden = torch.randn(1, tokens, width, generator=torch.Generator().manual_seed(4))
-        return (SimpleNamespace(penultimate_hidden_states=hidden, last_hidden_state=hidden.flip(1)),)
+        layers = hidden[:, None].expand(-1, 20, -1, -1)
+        return (
+            SimpleNamespace(
+                penultimate_hidden_states=hidden, last_hidden_state=hidden.flip(1), all_hidden_states=layers
+            ),
+        )
 
 
 class SPTestNoClip:
@@ -270,6 +277,79 @@ class SPTestAttention:
         return (patched,)
 
 
+class SPTestAttentionBackend:
+    """ModelAttentionBackend, with any function that ComfyUI has registered."""
+
+    CATEGORY = "testing"
+    RETURN_TYPES = ("MODEL",)
+    FUNCTION = "patch"
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict:
+        return {"required": {"model": ("MODEL",), "name": ("STRING", {"default": "split"})}}
+
+    def patch(self, model: Any, name: str) -> tuple:
+        patched = model.clone()
+        patched.set_model_optimized_attention(get_attention_function(name))
+        return (patched,)
+
+
+class SPTestOption:
+    """An option of the network that no network has: plain data as a node of a newer ComfyUI's, or an object."""
+
+    CATEGORY = "testing"
+    RETURN_TYPES = ("MODEL",)
+    FUNCTION = "patch"
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict:
+        return {"required": {"model": ("MODEL",), "name": ("STRING", {}), "plain": ("BOOLEAN", {"default": True})}}
+
+    def patch(self, model: Any, name: str, plain: bool) -> tuple:
+        patched = model.clone()
+        value = {"device": "cpu", "blocks": (1, 2), "scale": torch.ones(2)} if plain else _Remembers()
+        patched.model_options["transformer_options"][name] = value
+        return (patched,)
+
+
+class _Remembers:
+    """No plain data."""
+
+
+class SPTestModelPatch:
+    """A network that nodes such as QwenImageDiffsynthControlnet run inside another one's blocks; it is never run."""
+
+    CATEGORY = "testing"
+    RETURN_TYPES = ("MODEL_PATCH",)
+    FUNCTION = "make"
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict:
+        return {"required": {}}
+
+    def make(self) -> tuple:
+        network = torch.nn.Linear(1, 1)
+        network.cond_in_channels, network.additional_in_dim = 3, 0
+        network.process_input_latent_image = lambda latent: latent
+        return (ModelPatcher(network, torch.device("cpu"), torch.device("cpu")),)
+
+
+class SPTestSoundVAE:
+    """Encodes any sound to the same random latent of LTX-2's: 5 tokens."""
+
+    CATEGORY = "testing"
+    RETURN_TYPES = ("VAE",)
+    FUNCTION = "make"
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict:
+        return {"required": {}}
+
+    def make(self) -> tuple:
+        latent = torch.randn(1, 8, 5, 16, generator=torch.Generator().manual_seed(4))
+        return (SimpleNamespace(audio_sample_rate=44100, encode=lambda waveform: latent),)
+
+
 class SPTestModelSize:
     """Bytes that ComfyUI's memory management counts for a model."""
 
@@ -310,6 +390,6 @@ NODE_CLASS_MAPPINGS = {
     for node in (
         SPTestConditioning, SPTestLatent, SPTestVAE, SPTestCLIPVisionOutput, SPTestNoClip, SPTestControlNet,
         SPTestRandomVAE, SPTestTiledVAE, SPTestVideoLatent, SPTestImageAsLatent, SPTestFlatLatent, SPTestAttention,
-        SPTestModelSize, SPTestWorkersBoot,
+        SPTestAttentionBackend, SPTestOption, SPTestModelPatch, SPTestSoundVAE, SPTestModelSize, SPTestWorkersBoot,
     )
 }  # fmt: skip

@@ -1,0 +1,248 @@
+"""ComfyUI's nodes between the loader and the sampler: each works with the pack's MODEL, or is refused by its name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+from tests.comfyui import model_files
+from tests.comfyui.graphs import GraphBuilder, Link, Setting, Swapped, Text, add_sampling, with_audio
+
+WHOLE = {"start_percent": 0.0, "end_percent": 1.0}
+TEXT = Text(width=4096)
+
+
+def texts(width: int, **more: Any) -> dict[str, Text]:
+    return {"positive": Text(width=width, **more), "negative": Text(seed=12, tokens=5, width=width)}
+
+
+VIDEO = Setting(cfg=4.0)  # HunyuanVideo: one block of each kind
+FLUX = Setting(checkpoint=model_files.FLUX, picture=True, cfg=4.0)
+WAN = Setting(checkpoint=model_files.WAN, length=9, cfg=4.0, **texts(4096))
+LONG = Setting(checkpoint=model_files.WAN, length=25, positive=TEXT, negative=TEXT)
+QWEN = Setting(checkpoint=model_files.QWEN_IMAGE, picture=True, width=72, cfg=4.0)
+SD35 = Setting(checkpoint=model_files.SD35, picture=True, width=112, height=80, cfg=4.0, **texts(48))
+H3 = Setting(
+    checkpoint=model_files.H3, empty="EmptyMiniMaxH3LatentAV", audio=True, width=96, height=160, length=22, cfg=4.0,
+    **texts(48),
+)  # fmt: skip
+LTX23 = Setting(
+    checkpoint=model_files.LTX23, empty="EmptyLTXVLatentVideo", audio=True, width=160, height=96, length=17, cfg=4.0,
+    arrange=with_audio, **texts(192, valid=6),
+)  # fmt: skip
+SDXL = Setting(
+    checkpoint=model_files.SDXL, whole=True, picture=True, empty_picture="EmptyLatentImage", cfg=4.0,
+    positive=Text(tokens=9), negative=Text(seed=12, tokens=9),
+)  # fmt: skip
+
+Add = Callable[[GraphBuilder, Link], Link]
+"""Adds nodes behind a MODEL and returns the one that goes on."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """One node in a graph."""
+
+    node: str
+    add: Add
+    setting: Setting = VIDEO
+    says: tuple[str, ...] = ()
+    """What the message has, if it is refused, beside its name."""
+    no_effect: bool = False
+    """Whether it changes nothing here with ComfyUI's own loader, either."""
+    tolerance: float = 1e-5
+
+
+def node(class_type: str, setting: Setting = VIDEO, **inputs: Any) -> Case:
+    """One that takes a MODEL and returns one."""
+    more = {name: inputs.pop(name) for name in ("says", "no_effect", "tolerance") if name in inputs}
+    return Case(class_type, lambda builder, model: builder.add(class_type, model=model, **inputs), setting, **more)
+
+
+def skipping(class_type: str, setting: Setting, layers: str = "0", **more: Any) -> Case:
+    if class_type == "SkipLayerGuidanceSD3":
+        return node(class_type, setting, layers=layers, scale=3.0, **WHOLE)
+    scale = {} if class_type == "SkipLayerGuidanceDiTSimple" else {"scale": 3.0, "rescaling_scale": 0.5}
+    return node(class_type, setting, double_layers=layers, single_layers=layers, **scale, **WHOLE, **more)
+
+
+def windows(class_type: str, setting: Setting, length: int, overlap: int, **more: Any) -> Case:
+    return node(
+        class_type, setting, context_length=length, context_overlap=overlap, context_schedule="standard_static",
+        context_stride=1, closed_loop=False, fuse_method="pyramid", split_conds_to_windows=False, **more,
+    )  # fmt: skip
+
+
+def _switch(builder: GraphBuilder, model: Link) -> Link:
+    shifted = builder.add("ModelSamplingSD3", model=model, shift=3.0)
+    return builder.add("ComfySwitchNode", switch=True, on_false=model, on_true=shifted)
+
+
+def _lora_loader(builder: GraphBuilder, model: Link) -> Link:
+    clip = builder.add("SPTestNoClip")
+    lora = {"lora_name": "hunyuan_native.safetensors", "strength_model": 0.8, "strength_clip": 0.0}
+    return builder.add("LoraLoader", model=model, clip=clip, **lora)
+
+
+def _patched(class_type: str, **more: Any) -> Add:
+    """Behind a node that runs another network inside the blocks."""
+
+    def add(builder: GraphBuilder, model: Link) -> Link:
+        inputs: dict[str, Any] = {"model_patch": builder.add("SPTestModelPatch"), **more}
+        if class_type == "USOStyleReference":
+            inputs["clip_vision_output"] = builder.add("SPTestCLIPVisionOutput", tokens=4, width=64)
+        else:
+            inputs["image"] = builder.add("EmptyImage", width=64, height=48, batch_size=1, color=0x808080)
+        if class_type.endswith("Controlnet"):
+            inputs["vae"] = builder.add("SPTestVAE", channels=16, stride=8, seed=3)
+        return builder.add(class_type, model=model, **inputs)
+
+    return add
+
+
+def _guided(class_type: str, **inputs: Any) -> Add:
+    """In the place of CFGGuider, whose prompts it takes; `negative_model` loads a second one."""
+
+    def add(builder: GraphBuilder, model: Link) -> Link:
+        (guider,) = (each for each in builder.graph.values() if each["class_type"] == "CFGGuider")
+        guider["class_type"] = class_type
+        del guider["inputs"]["cfg"]
+        guider["inputs"] |= inputs
+        if class_type == "DualCFGGuider":
+            guider["inputs"] |= {"cond1": guider["inputs"].pop("positive"), "cond2": builder.add_text(Text(seed=21))}
+        return model
+
+    return add
+
+
+def _second_model(builder: GraphBuilder, model: Link) -> Link:
+    loader = builder.graph[model[0]]
+    other = {**loader, "inputs": {**loader["inputs"], "unet_name": model_files.NO_GUIDANCE}}
+    builder.graph["second"] = other
+    return _guided("DualModelGuider", cfg=4.0, model_negative=["second", 0])(builder, model)
+
+
+def _masked(builder: GraphBuilder, setting: Setting, positive: Link, latent: Link) -> tuple[Link, Link]:
+    mask = builder.add("SolidMask", value=0.4, width=setting.width, height=setting.height)
+    return positive, builder.add("SetLatentNoiseMask", samples=latent, mask=mask)
+
+
+def _reference_audio(builder: GraphBuilder, model: Link) -> Link:
+    """Its prompts go to the sampler, too."""
+    (sampler,) = (each for each in builder.graph.values() if each["class_type"] == "KSampler")
+    made = builder.add(
+        "LTXVReferenceAudio",
+        model=model,
+        positive=sampler["inputs"]["positive"],
+        negative=sampler["inputs"]["negative"],
+        reference_audio=builder.add("EmptyAudio", duration=1.0, sample_rate=44100, channels=2),
+        audio_vae=builder.add("SPTestSoundVAE"),
+        identity_guidance_scale=2.0,
+        **WHOLE,
+    )
+    sampler["inputs"] |= {"positive": [made[0], 1], "negative": [made[0], 2]}
+    return made
+
+
+_CFG_GUIDER = replace(VIDEO, chain="cfg_guider")
+_ROPE = {f"{what}_{axis}": value for what, value in (("scale", 1.5), ("shift", 2.0)) for axis in "xyt"}
+_MULTIPLY = {"q": 1.1, "k": 0.9, "v": 1.2, "out": 0.8}
+_INSIDE = ("cannot be used with Load Diffusion Model \\(SP\\)", "remove the node")
+
+CASES = [
+    node("LoraLoaderModelOnly", lora_name="hunyuan_native.safetensors", strength_model=0.8),
+    Case("LoraLoader", _lora_loader),
+    Case("ComfySwitchNode", _switch),
+    node("ModelSamplingSD3", shift=3.0),
+    node("ModelSamplingAuraFlow", QWEN, shift=2.5),
+    node("ModelSamplingFlux", FLUX, max_shift=1.15, base_shift=0.5, width=64, height=48),
+    node("ModelSamplingLTXV", LTX23, max_shift=2.05, base_shift=0.95),
+    node("ModelSamplingDiscrete", SDXL, sampling="eps", zsnr=False),
+    node("ModelSamplingContinuousEDM", SDXL, sampling="v_prediction", sigma_max=120.0, sigma_min=0.002),
+    node("ModelSamplingContinuousV", SDXL, sampling="v_prediction", sigma_max=500.0, sigma_min=0.03),
+    node("ModelNoiseScale", noise_scale=0.7),
+    node("MiniMaxH3SigmaShift", H3, shift_video=8.0, shift_audio=2.0),
+    node("CFGNorm", QWEN, strength=0.7),
+    node("CFGOverride", cfg=2.0, start_percent=0.0, end_percent=0.5),
+    node("CFGZeroStar"),
+    node("RescaleCFG", SDXL, multiplier=0.7),
+    node("APG", eta=0.5, norm_threshold=2.0, momentum=0.1),
+    node("TCFG"),
+    node("Mahiro"),
+    node("FreSca", FLUX, scale_low=1.0, scale_high=1.5, freq_cutoff=1),
+    node("Epsilon Scaling", scaling_factor=1.1),
+    node("TemporalScoreRescaling", tsr_k=0.8, tsr_sigma=1.0),
+    node("DifferentialDiffusion", replace(VIDEO, arrange=_masked), strength=0.6),
+    node("ScaleROPE", WAN, **_ROPE),
+    windows("ContextWindowsManual", LONG, 3, 1, dim=2, freenoise=False, cond_retain_index_list="",
+            latent_retain_index_list="", causal_window_fix=True),
+    windows("WanContextWindowsManual", LONG, 9, 4, freenoise=True, retain_first_frame=False),
+    node("EasyCache", replace(VIDEO, steps=6), reuse_threshold=3.0, verbose=False, **WHOLE),
+    node("LazyCache", replace(VIDEO, steps=6), reuse_threshold=3.0, verbose=False, **WHOLE),
+    node("LTXVSpatioTemporalGuidance", LTX23, scale=1.0, blocks="0", **WHOLE),
+    node("LTXVModalityGuidance", LTX23, modality_scale=3.0, **WHOLE),
+    Case("LTXVReferenceAudio", _reference_audio, LTX23),
+    node("UNetSelfAttentionMultiply", SDXL, **_MULTIPLY),
+    node("UNetCrossAttentionMultiply", SDXL, **_MULTIPLY),
+    node("UNetTemporalAttentionMultiply", SDXL, self_structural=0.5, self_temporal=0.6, cross_structural=0.7,
+         cross_temporal=0.8),
+    node("ChromaRadianceOptions", FLUX, preserve_wrapper=True, start_sigma=1.0, end_sigma=0.0, nerf_tile_size=16,
+         force_sequential_txt_ids=True, no_effect=True),
+    node("HiDreamO1PatchSeamSmoothing", SD35, pattern="symmetric", passes="2", blend="average", strength=1.0,
+         no_effect=True, **WHOLE),
+    node("SPTestOption", name="of_a_newer_node", plain=True, no_effect=True),
+    skipping("SkipLayerGuidanceDiT", VIDEO),
+    skipping("SkipLayerGuidanceDiT", FLUX),
+    skipping("SkipLayerGuidanceDiT", WAN, "1"),
+    skipping("SkipLayerGuidanceDiT", QWEN, "0, 7"),
+    skipping("SkipLayerGuidanceDiT", H3),
+    skipping("SkipLayerGuidanceDiT", LTX23),
+    skipping("SkipLayerGuidanceDiTSimple", WAN),
+    skipping("SkipLayerGuidanceDiTSimple", SDXL, no_effect=True),
+    skipping("SkipLayerGuidanceSD3", SD35, "1"),
+    node("ModelAttentionBackend", attention="pytorch attention", no_effect=True),
+    node("SPTestAttentionBackend", WAN, name="split", no_effect=True),
+    Case("CFGGuider", lambda builder, model: model, _CFG_GUIDER, no_effect=True),
+    Case("DualCFGGuider", _guided("DualCFGGuider", cfg_conds=3.0, cfg_cond2_negative=2.0, style="regular"),
+         _CFG_GUIDER),
+    Case("DualModelGuider", _second_model, _CFG_GUIDER),
+    Case("LTXVDualCFGGuider", _guided("LTXVDualCFGGuider", video_cfg=3.0, audio_cfg=7.0),
+         replace(LTX23, chain="cfg_guider")),
+    node("LoraLoaderBypassModelOnly", lora_name="hunyuan_native.safetensors", strength_model=1.0,
+         says=("LoRA in bypass mode", "use Load LoRA")),
+    node("FluxKVCache", replace(FLUX, checkpoint=model_files.FLUX2_KLEIN), says=("remove the node",)),
+    node("NAGuidance", FLUX, nag_scale=5.0, nag_alpha=0.5, nag_tau=1.5, says=_INSIDE),
+    node("PerturbedAttentionGuidance", scale=3.0, says=_INSIDE),
+    node("SelfAttentionGuidance", SDXL, scale=0.5, blur_sigma=2.0, says=_INSIDE),
+    node("HyperTile", SDXL, tile_size=32, swap_size=2, max_depth=0, scale_depth=False, says=_INSIDE),
+    node("TomePatchModel", SDXL, ratio=0.3, says=_INSIDE),
+    node("FreeU_V2", SDXL, b1=1.3, b2=1.4, s1=0.9, s2=0.2, says=_INSIDE),
+    node("PatchModelAddDownscale", SDXL, block_number=1, downscale_factor=2.0, downscale_after_skip=True,
+         downscale_method="bilinear", upscale_method="bilinear", **WHOLE, says=_INSIDE),
+    Case("QwenImageDiffsynthControlnet", _patched("QwenImageDiffsynthControlnet", strength=1.0), QWEN, _INSIDE),
+    Case("ZImageFunControlnet", _patched("ZImageFunControlnet", strength=1.0), QWEN, _INSIDE),
+    Case("USOStyleReference", _patched("USOStyleReference"), FLUX, _INSIDE),
+    Case("AnimaLLLiteApply", _patched("AnimaLLLiteApply", strength=1.0, **WHOLE), FLUX, _INSIDE),
+    node("WanAnimate2Cache", WAN, device="cpu", dtype="default", says=(*_INSIDE, "animate2_cache")),
+    node("SPTestOption", name="memory", plain=False, says=(*_INSIDE, "memory")),
+    node("SPTestAttention", says=(*_INSIDE, "attention override")),
+    node("ModelComputeDtype", dtype="bf16", says=("ModelComputeDtype",)),
+]  # fmt: skip
+
+
+def graph(case: Case, swapped: Swapped | None, *, without: bool = False) -> Any:
+    """The case's graph; `without` its node."""
+    builder, setting = GraphBuilder(), case.setting
+    load = builder.add_whole_loader if setting.whole else builder.add_loader
+    model = load(setting.checkpoint, swapped)
+    add_sampling(builder, setting, model)
+    if without:
+        return builder.graph
+    readers = [
+        (each, name) for each in builder.graph.values() for name, link in each["inputs"].items() if link is model
+    ]
+    patched = case.add(builder, model)
+    for each, name in readers:
+        each["inputs"][name] = patched
+    return builder.graph
