@@ -61,7 +61,8 @@ def as_markdown(walked: Walked) -> str:
         f"Of ComfyUI's own templates ({walked.templates}), {len(judged.rows)} sample a model on this machine; ComfyUI"
         f" {walked.comfyui} can open {here} of them. Shares are weighted by how often each has been opened, as the"
         " templates' index counts. Which nodes and classes a template needs was read from it after *Use all GPUs in"
-        " this workflow*, how its file is quantised from the file's name; what of that works, from this pack's own tables.",
+        " this workflow*, how its file is quantised from the file's name; what of that works, from this pack's own"
+        " tables.",
         "",
         f"| | of those that ComfyUI {walked.comfyui} opens | of all |",
         "| --- | --- | --- |",
