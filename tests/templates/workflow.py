@@ -243,6 +243,7 @@ def _take(puts: list[tuple[str, Any]], rest: list[Any], found: dict[str, Any], p
     """Values in the widgets' order, by name."""
     for name, (kind, *options) in puts:
         told = options[0] if options else {}
+        kind = told.get("widgetType", kind)
         dynamic = kind == _DYNAMIC
         if (not isinstance(kind, list) and kind not in _WIDGETS and not dynamic) or told.get("forceInput") or not rest:
             continue
