@@ -1,7 +1,7 @@
 """A template as a small prompt: what is sampled is what the template samples; what is around it costs little.
 
-Replaced are text encoders, VAEs other than LTX's and a checkpoint's own, and language models that write prompts, by stand-ins
-(`stand_ins`). Left out is what comes behind the samplers, and nodes that scale pictures. Sizes and steps are small, and
+Stand-ins (`stand_ins`) replace text encoders, VAEs other than LTX's and a checkpoint's own, and language models that
+write prompts. Left out is what comes behind the samplers, and nodes that scale pictures. Sizes and steps are small, and
 a switch before a LoRA is on.
 """
 

@@ -8,12 +8,13 @@ Each job: {"path", "kind": "network", "checkpoint", "lora", "ltx vae" or "upscal
 from __future__ import annotations
 
 import json
+import struct
 import sys
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from tests.comfyui import split_models
@@ -22,6 +23,7 @@ from tests.comfyui.write_models import _LTX_VAE, tensors_of
 from tests.templates.tiny import TINY
 
 _PREFIX = "model.diffusion_model."
+_DTYPES = {torch.float32: "F32", torch.float8_e4m3fn: "F8_E4M3", torch.int8: "I8", torch.uint8: "U8"}
 _UPSCALER = {"in_channels": 128, "mid_channels": 32, "num_blocks_per_stage": 1, "dims": 3, "spatial_upsample": True}
 
 
@@ -67,6 +69,25 @@ def lora(key: str) -> dict[str, Tensor]:
     return found
 
 
+def save(made: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
+    """Writes a safetensors file whose large tensors lie as new ones do in memory: at multiples of 64 bytes.
+
+    CPU workers compute with weights where the file is mapped, and the last bits of a CPU's product with a single row
+    depend on where the weight lies, by 16 bytes.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    order = sorted(made, key=lambda name: made[name].nbytes % 64 != 0)
+    parts = [made[name].contiguous().reshape(-1).view(torch.uint8).numpy().tobytes() for name in order]
+    ends = list(accumulate(map(len, parts), initial=0))
+    header: dict[str, Any] = {
+        name: {"dtype": _DTYPES[made[name].dtype], "shape": list(made[name].shape), "data_offsets": [start, end]}
+        for name, start, end in zip(order, ends, ends[1:], strict=False)
+    }
+    text = json.dumps({"__metadata__": metadata} | header).encode()
+    text += b" " * (-(8 + len(text)) % 64)
+    path.write_bytes(struct.pack("<Q", len(text)) + text + b"".join(parts))
+
+
 def main(comfyui: str) -> None:
     """Writes what standard input names."""
     from parallel.comfyui.start import prepare
@@ -102,10 +123,7 @@ def main(comfyui: str) -> None:
                 metadata |= {"vae": _LTX_VAE}
             else:
                 made |= {f"first_stage_model.{name}": tensor for name, tensor in tensors_of(TAESD(), 1).items()}
-        path = Path(job["path"])
-        path.parent.mkdir(parents=True, exist_ok=True)
-        header = {"config": json.dumps(metadata)} if metadata else None
-        save_file({name: tensor.contiguous() for name, tensor in made.items()}, path, header)
+        save(made, Path(job["path"]), {"config": json.dumps(metadata)} if metadata else {})
 
 
 if __name__ == "__main__":

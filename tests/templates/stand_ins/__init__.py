@@ -46,6 +46,9 @@ class _VAE:
             latent_frequency_bins=16, num_of_latents_from_frames=lambda frames, rate: round(frames * 25 / rate)
         )
 
+    def spacial_compression_encode(self) -> int:
+        return self._stride
+
     def encode(self, pixels: Tensor) -> Tensor:
         generator = torch.Generator().manual_seed(int(pixels.float().abs().sum() * 100) % 2**31)
         if pixels.ndim == 3:  # sound: [batch, samples, channels]
