@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import importlib
-import sys
+import ast
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 
+from parallel.plans import comfyui as plans
 from parallel.plans.comfyui import PLANS, ByModel, takes_control
 from tests.templates.facts import Facts
 
@@ -105,7 +104,9 @@ def _refusals(facts: Facts) -> Iterator[str]:
     options = refused_options()
     for node in (*facts.nodes, *facts.samplers, *facts.beside):
         reach = REACHES.get(node)
-        if reach is not None and (reach not in OPTIONS or reach in options):
+        if reach is None or _goes_as_data(node, facts.networks):
+            continue
+        if reach not in OPTIONS or reach in options:
             yield f"the first step: {node} ({options.get(reach, reach)})"
     if any(node in CONTROL for node in facts.beside):
         without = [name for name in facts.networks if not _takes_control(name)]
@@ -114,19 +115,25 @@ def _refusals(facts: Facts) -> Iterator[str]:
 
 
 def refused_options() -> Mapping[str, str]:
-    """The pack's: option of MODEL → what it calls it."""
-    found: Mapping[str, str] = _of_the_pack("nodes.refusals")._OPTIONS
+    """The pack's: option of MODEL → what it calls it. Read from the source: to import it takes ComfyUI."""
+    tree = ast.parse(_source("refusals"))
+    assigned = [
+        node for node in tree.body if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "_OPTIONS"
+    ]
+    found: Mapping[str, str] = ast.literal_eval(assigned[0].value)
     return found
 
 
-def _of_the_pack(name: str) -> ModuleType:
-    """A module of `nodes` that needs no ComfyUI; the pack's root is not imported, which does."""
-    for package, folder in (("pack", ROOT), ("pack.nodes", ROOT / "nodes")):
-        if package not in sys.modules:
-            module = ModuleType(package)
-            module.__path__ = [str(folder)]
-            sys.modules[package] = module
-    return importlib.import_module(f"pack.{name}")
+def _goes_as_data(node: str, networks: tuple[str, ...]) -> bool:
+    """Whether the pack tells its workers what the node's code would do, for all these networks."""
+    if node.startswith("SkipLayerGuidance"):
+        handed_on = getattr(plans, "handed_on", None)
+        return handed_on is not None and all(name not in PLANS or handed_on(name) for name in networks)
+    return node == "ModelAttentionBackend" and "set_model_optimized_attention" in _source("options")
+
+
+def _source(name: str) -> str:
+    return (ROOT / "nodes" / f"{name}.py").read_text()
 
 
 def _takes_control(network: str) -> bool:
