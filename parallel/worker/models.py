@@ -122,7 +122,7 @@ class Models:
         context = ParallelContext(self._ranks, mesh, self._link.control)
         ranks = self._ranks.sequence(mesh, context, model.attention, message.method)
         began = time.perf_counter()
-        with torch.no_grad():
+        with model.evaluating():
             result = model.call(message.method, message.arguments, message.held, ranks)
             found: dict[str, Tensor] = {}
             structure = flatten(result, "", found)

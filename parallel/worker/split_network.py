@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from functools import cache
 from math import prod
 from typing import TYPE_CHECKING, Any
@@ -106,6 +106,13 @@ class SplitNetwork:
         self._held: dict[str, Tensor] = {}
         self._caches: dict[int, BlockCache] = {}
         self._compilers: dict[CompileSettings, CompiledModules] = {}
+
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Without gradients; with quantised weights in inference mode, as ComfyUI runs prompts. Outside of it PyTorch
+        takes a linear layer apart before comfy-kitchen sees it, whose products then have other bits."""
+        with torch.inference_mode(bool(self._quantised)), torch.no_grad():
+            yield
 
     @property
     def nbytes(self) -> int:

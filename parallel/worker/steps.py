@@ -36,7 +36,7 @@ class Steps:
     def _step(self, message: Step) -> dict[str, Any]:
         model = self._models.conditioned(message.model, message.conditioning)
         mesh = self._mesh(message.degrees, cached=message.cache is not None)
-        with torch.no_grad():
+        with model.evaluating():
             compiler = model.compiled(message.compile, self._link.beat)
             began = time.perf_counter()
             context = ParallelContext(self._ranks, mesh, self._link.control)
@@ -67,7 +67,7 @@ class Steps:
             tallies[which].add(self._run(model, requests, meshes[which], context, rule, compiler))
             seconds[which] += time.perf_counter() - began
 
-        with torch.no_grad():
+        with model.evaluating():
             began = time.perf_counter()
             Sampling(message, self._link, self._ranks, traffic).run(passes, self._link.tell_progress)
         for context in contexts:

@@ -102,7 +102,6 @@ def main(comfyui: str, repository: str, folder: Path, knobs: dict[str, dict[str,
     config = importlib.import_module("pack.parallel.config").SequenceParallelConfig
     fp8_settings = importlib.import_module("pack.parallel.quantise.settings").FP8Settings
     errors = importlib.import_module("pack.parallel.errors")
-    torch.set_grad_enabled(False)
     torch.set_num_threads(len(os.sched_getaffinity(0)))  # as one worker has
     networks = {
         "h3": (models.CASES["MiniMax H3"], "blocks.0.attn.qkv_proj.weight"),
@@ -183,4 +182,7 @@ def main(comfyui: str, repository: str, folder: Path, knobs: dict[str, dict[str,
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2], Path(sys.argv[3]), json.loads(sys.argv[4]), sys.argv[5:])
+    with importlib.import_module(
+        "torch"
+    ).inference_mode():  # as ComfyUI runs prompts: comfy-kitchen's products depend on it
+        main(sys.argv[1], sys.argv[2], Path(sys.argv[3]), json.loads(sys.argv[4]), sys.argv[5:])

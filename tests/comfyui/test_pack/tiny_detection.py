@@ -55,7 +55,14 @@ def _lumina_sizes(shape_of: dict[str, Any]) -> dict[str, Any]:
 _LUMINA_WIDTHS = (2304, 3840)
 """Those that ComfyUI knows."""
 
+
+def _anima_sizes(shape_of: dict[str, Any]) -> dict[str, Any]:
+    rank, width = shape_of["blocks.0.adaln_modulation_self_attn.1.weight"]
+    return {"num_heads": width // 128, "adaln_lora_dim": rank}
+
+
 _SIZES = {"mochi_preview": _mochi_sizes, "qwen_image": _qwen_image_sizes, "lumina2": _lumina_sizes}
+_SIZES |= {"anima": _anima_sizes}
 
 
 class TinySDXL(supported_models.SDXL):

@@ -1,0 +1,3 @@
+from tests.comfyui.fixtures import installation  # noqa: F401
+
+collect_ignore = ["stand_ins"]

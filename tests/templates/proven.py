@@ -1,0 +1,36 @@
+"""The templates that `test_proofs` runs."""
+
+from __future__ import annotations
+
+PROVEN: tuple[str, ...] = (
+    "video_minimax_h3_i2v",
+    "video_ltx2_3_i2v",
+    "image_z_image_turbo",
+    "video_wan2_2_14B_i2v",
+    "image_krea2_turbo_t2i",
+    "video_minimax_h3_r2v",
+    "video_ltx2_5_i2v",
+    "video_minimax_h3_t2v",
+    "image_qwen_image_edit_2509",
+    "image_flux2",
+    "image_qwen_image_edit_2511_int8",
+    "video_ltx2_5_t2v",
+    "image_flux2_klein_image_edit_9b_base",
+    "video_ltx2_3_ia2v",
+    "image_krea2_turbo_t2i_int8",
+    "video_minimax_h3_i2v_continuation",
+    "video_ltx2_5_flf2v",
+    "image_anima_base_v1",
+    "video_ltx2_3_t2v",
+    "flux_fill_inpaint_example",
+    "image_krea2_turbo_int8_image_style_reference",
+    "image_qwen_image_edit_2511",
+    "image_firered_image_edit1_1",
+    "video_wan2_2_14B_flf2v",
+    "image_flux2_klein_image_edit_4b_distilled",
+    "image_sdxl_simple",
+    "video_wan2_2_14B_t2v",
+    "image_qwen_Image_2512",
+    "image_flux2_text_to_image",
+    "image_flux2_text_to_image_9b",
+)
