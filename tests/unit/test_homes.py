@@ -101,7 +101,8 @@ def test_a_block_is_used_in_its_turn_only(tmp_path: Path, gathered: list[int], n
     write_tiny(tmp_path / "tiny", network)
     made = recipe(str(tmp_path / "tiny"), SequenceParallelConfig(devices="cpu")).to_json()
     whole, parts = (SplitNetwork(made, CPU, lambda *_: None, MAKE[kind]()) for kind in ("replicated", "sharded"))
-    assert torch.equal(step(parts, tiny_request(network)), step(whole, tiny_request(network)))
+    # On some CPUs a product of one row depends on where in memory the weight begins.
+    torch.testing.assert_close(step(parts, tiny_request(network)), step(whole, tiny_request(network)))
     assert len(gathered) >= 1 + 3
     assert all(parameter.is_meta for parameter in parts._network.parameters()), "nothing is left between calls"
 
