@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack
 from functools import cache
 from math import prod
 from typing import TYPE_CHECKING, Any
@@ -107,12 +107,10 @@ class SplitNetwork:
         self._caches: dict[int, BlockCache] = {}
         self._compilers: dict[CompileSettings, CompiledModules] = {}
 
-    @contextmanager
-    def evaluating(self) -> Iterator[None]:
+    def evaluating(self) -> AbstractContextManager[None]:
         """Without gradients; with quantised weights in inference mode, as ComfyUI runs prompts. Outside of it PyTorch
         takes a linear layer apart before comfy-kitchen sees it, whose products then have other bits."""
-        with torch.inference_mode(bool(self._quantised)), torch.no_grad():
-            yield
+        return torch.inference_mode() if self._quantised else torch.no_grad()
 
     @property
     def nbytes(self) -> int:

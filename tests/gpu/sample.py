@@ -53,7 +53,7 @@ FEATURES = (  # the most important ones first: time may run out
     Feature("dp", ANY, {"name": "wan_first_and_last_frame", "devices": FOUR, "degrees": {"dp_degree": 2}}),
     Feature("cfg", "test_model::test_cond_and_uncond_side_by_side", {"devices": TWO}),
     Feature("cfg and Ulysses", "test_model::test_cond_and_uncond_side_by_side", {"devices": FOUR}),
-    Feature("bit for bit: shard, offload", "test_placement::test_every_mode_gives_the_same_bits"),
+    Feature("bit for bit: shard, offload", "test_placement::test_every_mode_gives_the_same"),
     Feature("shard and ring", "test_placement::test_every_plan", {"devices": FOUR} | SHARD),
     Feature("offload and dp", "test_placement::test_every_plan", {"devices": FOUR} | OFFLOAD),
     Feature("caches: skipped steps", "test_placement::test_steps_that_skip_blocks"),

@@ -20,11 +20,14 @@ class _TinyDetection:
             return None
         sys.meta_path.remove(self)
         spec = importlib.util.find_spec(name)
+        sys.meta_path.insert(0, self)  # this may be a question only
         assert spec is not None and spec.loader is not None
         execute = spec.loader.exec_module
 
         def execute_and_apply(module: Any) -> None:
             execute(module)
+            if self in sys.meta_path:
+                sys.meta_path.remove(self)
             _apply()
 
         spec.loader.exec_module = execute_and_apply  # type: ignore[method-assign]
