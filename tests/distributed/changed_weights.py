@@ -10,6 +10,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from parallel.diffusers.tensors import mapped
+from tests.distributed.tiny_models import align
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
@@ -30,4 +31,5 @@ def write_changed(path: Path, folder: Path) -> list[str]:
     shutil.copytree(path, folder)
     tensors = mapped(str(path))
     save_file({name: change(tensor) for name, tensor in tensors.items()}, folder / WEIGHTS)
+    align(folder / WEIGHTS)
     return list(tensors)

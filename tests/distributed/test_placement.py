@@ -162,7 +162,7 @@ def test_steps_that_skip_blocks(
 @pytest.mark.parametrize("weights", MODES)
 def test_cancel_leaves_the_weights_in_place(start_group: StartGroup, tiny_models: TinyModels, weights: str):
     """At any time: while loading, and inside a step."""
-    group, path = start_group(TWO), tiny_models.path(num_single_layers=6)
+    group, path = start_group(TWO), tiny_models.path(num_single_layers=40)
     long = replace(PADDED, frames=9, height=32, width=32)
 
     def after(polls: int) -> Callable[[], None]:
