@@ -125,7 +125,7 @@ class Split:
                 route, handles = self._routes.install(attention, streams, kind, place, number, site.by_name)
                 self._handles += handles
                 routes = [*routes, route] if name else [route, *routes[1:]]
-            if is_list and not within_each and path not in self._reached_into:
+            if is_list and not within_each and not site.by_name and path not in self._reached_into:
                 self.blocks.append(Block(each, tuple(routes)))
             if site.join_each is not None:
                 self._handles.append(each.register_forward_hook(_Joined(site.join_each, lambda: self._streams, where)))

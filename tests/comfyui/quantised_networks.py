@@ -182,7 +182,6 @@ def main(comfyui: str, repository: str, folder: Path, knobs: dict[str, dict[str,
 
 
 if __name__ == "__main__":
-    with importlib.import_module(
-        "torch"
-    ).inference_mode():  # as ComfyUI runs prompts: comfy-kitchen's products depend on it
+    torch = importlib.import_module("torch")
+    with torch.inference_mode():  # as ComfyUI runs prompts: comfy-kitchen's products depend on it
         main(sys.argv[1], sys.argv[2], Path(sys.argv[3]), json.loads(sys.argv[4]), sys.argv[5:])
