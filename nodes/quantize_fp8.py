@@ -1,14 +1,15 @@
-"""FP8 Quantize (SP): the large linear layers in FP8, in the workers."""
+"""FP8 Quantize (SP): the large linear layers in FP8, or in comfy-kitchen's formats, in the workers."""
 
 from __future__ import annotations
 
 from typing import Any
 
+from comfy.quant_ops import QUANT_ALGOS
 from comfy_api.latest import io
 
 from ..parallel.comfyui import contract
-from ..parallel.errors import UnsupportedError
-from ..parallel.quantise.settings import NODE, SCHEMES, FP8Settings
+from ..parallel.errors import ConfigError, UnsupportedError
+from ..parallel.quantise.settings import KITCHEN, NODE, SCHEMES, FP8Settings
 from .attached_fp8 import attach_fp8, attached_fp8
 from .shell_patcher import SequenceParallelPatcher
 
@@ -22,8 +23,8 @@ class SPQuantizeFP8(io.ComfyNode):
             category="sequence parallel",
             description=(
                 "Keeps the weights of the blocks' linear layers in FP8, in half the memory, and multiplies in FP8 on"
-                " GPUs that can (RTX 40 series and newer). Slightly different results. LoRAs are applied first,"
-                " wherever they stand in the graph. For Load Diffusion Model (SP)."
+                " GPUs that can (RTX 40 series and newer); or in ComfyUI's int8, mxfp8 or nvfp4. Slightly different"
+                " results. LoRAs are applied first, wherever they stand in the graph. For Load Diffusion Model (SP)."
             ),
             inputs=[
                 io.Model.Input("model", tooltip="From Load Diffusion Model (SP)."),
@@ -34,7 +35,9 @@ class SPQuantizeFP8(io.ComfyNode):
                     tooltip="dynamic_rowwise: multiplies in FP8, one scale per token and channel."
                     " dynamic_tensorwise: the same with one scale per tensor, less exact. Both need compute capability"
                     " 8.9. weight_only: saves memory on any device, and computes as before. auto: the best one that"
-                    " all devices can do; the node says which.",
+                    " all devices can do; the node says which. int8_convrot: ComfyUI's 8-bit integers, fast from the"
+                    " RTX 20 series on. mxfp8, nvfp4: ComfyUI's FP8 and FP4 in blocks, fast on the RTX 50 series;"
+                    " elsewhere they save memory and are slower.",
                 ),
                 io.String.Input(
                     "skip",
@@ -57,9 +60,16 @@ def _with_fp8(model: Any, settings: FP8Settings, node_id: str) -> SequenceParall
 
     Raises:
         UnsupportedError: a MODEL of another loader, or in FP8 by another such node.
-        ConfigError: the devices cannot do what is asked for, or `skip` means no layer.
+        ConfigError: the devices or this ComfyUI cannot do what is asked for, or `skip` means no layer.
     """
     contract.require("fp8")
+    if settings.scheme in KITCHEN:
+        contract.require("kitchen")
+        if KITCHEN[settings.scheme] not in QUANT_ALGOS:
+            allowed = [scheme for scheme in SCHEMES if KITCHEN.get(scheme, "nvfp4") in QUANT_ALGOS]
+            raise ConfigError(
+                f"scheme is {settings.scheme!r}, which this ComfyUI does not have; allowed are {', '.join(allowed)}"
+            )
     if not isinstance(model, SequenceParallelPatcher):
         raise UnsupportedError(
             f"{NODE} works on the MODEL of Load Diffusion Model (SP) only; this one comes from another loader. Choose"

@@ -252,6 +252,19 @@ PARTS = {
             ModelPatcher.set_attachments(_, _)
         """,
     ),
+    "kitchen": Part(
+        "schemes of comfy-kitchen in FP8 Quantize (SP)",
+        """
+        comfy.ops
+            pick_operations(_, _, load_device=_, model_config=_)
+            pick_operations["quant_config", "disabled"]
+            mixed_precision_ops["quant_format", "layout_type", "_full_precision_mm", "_disabled"]
+        comfy.quant_ops
+            QUANT_ALGOS["comfy_tensor_layout"]
+            QuantizedTensor
+        """,
+        optional=True,
+    ),
     "sampler": Part(
         "Sampler (SP)",
         """

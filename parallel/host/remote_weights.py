@@ -12,7 +12,7 @@ from ..config import resolve
 from ..errors import UnsupportedError
 from ..placement import Placement
 from ..quantise.selection import Selection, select_layers
-from ..quantise.settings import NODE, FP8Report, FP8Settings, choose_scheme, likely_scheme, refuse_devices
+from ..quantise.settings import KITCHEN, NODE, FP8Report, FP8Settings, choose_scheme, likely_scheme, refuse_devices
 from ..wire import messages
 from ..wire.plain import plain_tensors
 from . import running, status
@@ -81,7 +81,7 @@ class RemoteWeights(Resident):
 
         Raises:
             UnsupportedError: the file is quantised: its own format is what ComfyUI's layers compute in; or its class
-                has no plan.
+                has no plan; or the scheme is ComfyUI's, and this model another library's.
             ConfigError: the devices cannot do it, or `skip` has a pattern that means no layer.
         """
         recipe = self.recipe
@@ -95,6 +95,8 @@ class RemoteWeights(Resident):
                 f"{NODE} does not know which layers of {recipe.network} it may quantise, a class without a split plan;"
                 " remove the node, or choose weight_dtype fp8_e4m3fn in the loader"
             )
+        if fp8.scheme in KITCHEN and recipe.library != "comfyui":
+            raise UnsupportedError(f"{NODE}: scheme {fp8.scheme} is ComfyUI's, and {recipe.path} is read without it")
         refuse_devices(fp8, self.layout)
         return select_layers(recipe.linear, scheme=likely_scheme(fp8, self.layout), skip=fp8.patterns)
 

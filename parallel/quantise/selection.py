@@ -1,4 +1,4 @@
-"""Which linear layers of a model become FP8. Told from names and shapes alone, so that the host knows as well."""
+"""Which linear layers of a model are quantised. Told from names and shapes alone, so that the host knows as well."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ from fnmatch import fnmatchcase
 from math import prod
 
 from ..errors import ConfigError
-from .settings import DYNAMIC, TENSORWISE
+from .settings import DYNAMIC, TENSORWISE, WEIGHT_ONLY
 
-_MULTIPLE = 16
-"""Of both sides of a weight, for `torch._scaled_mm`."""
+_MULTIPLES = dict.fromkeys(DYNAMIC, (16, 16)) | {"int8_convrot": (1, 16), "mxfp8": (32, 32), "nvfp4": (16, 16)}
+"""Scheme → of which numbers the rows and columns of a weight are multiples, for `torch._scaled_mm` and comfy-kitchen's
+kernels."""
 
 
 def matches(name: str, pattern: str) -> bool:
@@ -65,14 +66,14 @@ def select_layers(layers: Iterable[LinearLayer], *, scheme: str, skip: Sequence[
 
     Args:
         layers: of the network.
-        scheme: not `auto`. Weights that are in fp8 already are left so by `weight_only`, and keep their values under
-            the others.
+        scheme: not `auto`. Weights that are in fp8 already are left so by `weight_only`, keep their values under the
+            other schemes of FP8, and are quantised anew under comfy-kitchen's.
         skip: patterns, see `matches`.
 
     Raises:
         ConfigError: a pattern means no layer.
     """
-    dynamic = scheme in DYNAMIC
+    multiples = _MULTIPLES.get(scheme, (1, 1))
     weights: dict[str, tuple[int, int]] = {}
     already = skipped = unfit = saved = 0
     used: set[str] = set()
@@ -83,14 +84,13 @@ def select_layers(layers: Iterable[LinearLayer], *, scheme: str, skip: Sequence[
         used |= mine
         if layer.stays or mine:
             skipped += 1
-        elif layer.is_fp8 and not dynamic:
+        elif layer.is_fp8 and scheme == WEIGHT_ONLY:
             already += 1
-        elif dynamic and any(side % _MULTIPLE for side in layer.shape):
+        elif any(side % multiple for side, multiple in zip(layer.shape, multiples, strict=True)):
             unfit += 1
         else:
             weights[f"{layer.name}.weight"] = layer.shape
-            scales = 1 if scheme == TENSORWISE else layer.shape[0]
-            saved += prod(layer.shape) * (layer.itemsize - 1) - 4 * scales
+            saved += prod(layer.shape) * layer.itemsize - _stored_bytes(scheme, *layer.shape)
     for pattern in skip:
         if pattern not in used:
             near = ", ".join(difflib.get_close_matches(pattern, sorted(set(names)), 3, 0))
@@ -99,3 +99,15 @@ def select_layers(layers: Iterable[LinearLayer], *, scheme: str, skip: Sequence[
                 f" {near}"
             )
     return Selection(weights, already, skipped, unfit, saved)
+
+
+def _stored_bytes(scheme: str, rows: int, columns: int) -> int:
+    """Of a weight and its scales."""
+    if scheme in _BLOCKS:  # scales of blocks of columns, in tiles of 128 rows and 4 blocks
+        bits, block, more = _BLOCKS[scheme]
+        return rows * columns * bits // 8 + -(-rows // 128) * 128 * (-(-columns // (4 * block)) * 4) + more
+    return rows * columns + 4 * (1 if scheme == TENSORWISE else rows)
+
+
+_BLOCKS = {"mxfp8": (8, 32, 0), "nvfp4": (4, 16, 4)}
+"""Scheme → bits of a value, values of a block, bytes of scales for the whole weight."""

@@ -17,8 +17,10 @@ DYNAMIC = ("dynamic_rowwise", "dynamic_tensorwise")
 TENSORWISE = DYNAMIC[1]
 """The only scheme with one scale for a whole weight; the others have one for each of its rows."""
 WEIGHT_ONLY = "weight_only"
+KITCHEN = {"int8_convrot": "int8_tensorwise", "mxfp8": "mxfp8", "nvfp4": "nvfp4"}
+"""Schemes that are comfy-kitchen's, as ComfyUI's quantised files have them → ComfyUI's name. Never chosen by `auto`."""
 FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
-SCHEMES = ("auto", *DYNAMIC, WEIGHT_ONLY)
+SCHEMES = ("auto", *DYNAMIC, WEIGHT_ONLY, *KITCHEN)
 CAPABILITY = (8, 9)
 """CUDA compute capability from which GPUs multiply in FP8 (Ada; then Hopper and Blackwell)."""
 
@@ -29,7 +31,9 @@ class FP8Settings:
 
     scheme: str = "auto"
     """`dynamic_rowwise` (a scale per token and per output channel), `dynamic_tensorwise` (one per tensor),
-    `weight_only` (saves memory, computes as before), or `auto`: the first of these that all devices can do."""
+    `weight_only` (saves memory, computes as before), `auto`: the first of these that all devices can do; or one of
+    `KITCHEN`, by ComfyUI's own layers: integers of 8 bits after a rotation, FP8 with a scale for 32 values, FP4 with
+    one for 16. Devices that do not compute in the format restore the weights at each call."""
     skip: str = ""
     """Comma-separated patterns of layers to leave as they are, besides those that always stay; see
     `selection.matches`."""
@@ -74,7 +78,9 @@ class FP8Report:
     skipped: int
     """Layers left as they are because they always are, or by `skip`."""
     unfit: int
-    """Layers left as they are because a side of their weight is no multiple of 16, which FP8 products need."""
+    """Layers left as they are because the scheme's products need sides of multiples of 16 or 32."""
+    restored: int
+    """Quantised layers whose weights are made anew at each call: the device does not compute in their format."""
     bytes_before: int
     """Of all weights on one worker without the node."""
     bytes_after: int
@@ -86,7 +92,8 @@ class FP8Report:
         counts = {
             "in FP8 already": self.already,
             "left as they are by the skip list": self.skipped,
-            "left as they are because FP8 needs sizes in multiples of 16": self.unfit,
+            f"left as they are because {self.scheme} needs sizes in multiples of 16 or 32": self.unfit,
+            "restored at each call because this device does not compute in their format": self.restored,
         }
         left = "".join(f", {count} {why}" for why, count in counts.items() if count)
         why = f" ({self.reason})" if self.reason else ""
@@ -139,6 +146,11 @@ def choose_scheme(settings: FP8Settings, layout: Layout, found: Sequence[Mapping
     scheme = next((scheme for scheme in DYNAMIC if not problems[scheme]), WEIGHT_ONLY)
     reason = f"chosen because {problems[DYNAMIC[0]]}" if scheme != DYNAMIC[0] else "chosen: all devices compute in FP8"
     return FP8Choice(scheme=scheme, skip=settings.patterns, reason=reason)
+
+
+def convrot_group(width: int) -> int:
+    """How many inputs of a layer are rotated together: ComfyUI's 256, or the most that divides them; 0 if none does."""
+    return next((group for group in (256, 64, 16) if not width % group), 0)
 
 
 def _lack(device: str) -> str:

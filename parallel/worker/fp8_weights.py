@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..quantise.networks import linear_layers
 from ..quantise.selection import Selection, select_layers
-from ..quantise.settings import FP8
+from ..quantise.settings import FP8, KITCHEN
 from .fp8_linear import become_fp8, quantised
 from .packed import Weight
 
@@ -43,7 +43,7 @@ class FP8Weight(Weight):
 def quantise(
     network: nn.Module, plan: Sequence[str], weights: Sequence[Weight], fp8: Mapping[str, Any], device: torch.device
 ) -> tuple[list[Weight], Selection]:
-    """Makes linear layers of the blocks FP8's.
+    """Quantises linear layers of the blocks.
 
     Args:
         plan: of the network.
@@ -58,5 +58,7 @@ def quantise(
     """
     layers = linear_layers(network, plan, {weight.name: weight.dtype for weight in weights})
     selection = select_layers(layers, scheme=fp8["scheme"], skip=fp8["skip"])
-    kept = [FP8Weight(w, fp8["scheme"], device) if w.name in selection.weights else w for w in weights]
-    return kept, selection
+    kind: Callable[[Weight, str, torch.device], Weight] = FP8Weight
+    if fp8["scheme"] in KITCHEN:
+        from ..comfyui.quantise import KitchenWeight as kind  # needs ComfyUI, which the other schemes do not
+    return [kind(w, fp8["scheme"], device) if w.name in selection.weights else w for w in weights], selection

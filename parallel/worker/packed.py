@@ -82,11 +82,16 @@ class Weight:
 
 
 class QuantisedWeight(Weight):
-    """A parameter that the file has quantised. Only what is quantised likewise fits it."""
+    """A parameter that the file has quantised. Only what is quantised likewise fits it.
 
-    def __init__(self, name: str, module: nn.Module, leaf: str):
+    Args:
+        name, module, leaf: see `Weight`.
+        like: what is quantised as it is to be; by default the parameter.
+    """
+
+    def __init__(self, name: str, module: nn.Module, leaf: str, like: Tensor | None = None):
         super().__init__(name, module, leaf)
-        value: Any = self.value
+        value: Any = self.value if like is None else like
         self._class, self._stride = type(value), value.stride()
         self._inner, self._rest = value.__tensor_flatten__()
         self.form = [(piece.shape, piece.dtype) for piece in plain_tensors(value)]

@@ -91,13 +91,13 @@ class SplitNetwork:
         self._chain = CHAINS[recipe["library"]].get(name)
         plan = self._plan = self._file.plan(self._network)
         self._split = Split(self._network, plan, SequenceRanks((1.0,)), self._file.routes)
-        self._scales = TokenScales(self._network)
         for module in self._network.modules():
             module._buffers.update({name: b if b is None else b.to(device) for name, b in module._buffers.items()})
         weights = weights_of(self._network, dtypes)
         self._selection: Selection | None = None
         if fp8 is not None:
             weights, self._selection = quantise(self._network, list(plan), weights, fp8, device)
+        self._scales = TokenScales(self._network)
         self._quantised = {w.name: plain_tensors(w.value) for w in weights if isinstance(w, QuantisedWeight)}
         """The file's, where they are mapped."""
         rest, blocks = by_block(weights, planned_blocks(self._network, plan))
@@ -120,7 +120,11 @@ class SplitNetwork:
     @property
     def fp8_report(self) -> dict[str, int] | None:
         """What has been quantised: the counts of `quantise.settings.FP8Report`, and what a copy saves in bytes."""
-        return None if self._selection is None else self._selection.counts
+        if self._selection is None:
+            return None
+        names = (name.removesuffix(".weight") for name in self._selection.weights)
+        restored = sum(getattr(self._network.get_submodule(name), "_full_precision_mm", False) for name in names)
+        return self._selection.counts | {"restored": restored}
 
     def close(self) -> None:
         """Before it goes."""

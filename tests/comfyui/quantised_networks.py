@@ -65,23 +65,28 @@ def load(name: str, path: str, folders: list[str] | None = None) -> Any:
     return module
 
 
-def quantised(network: Any, name: str) -> dict[str, Any]:
-    """The network's tensors as a file has them: linear layers of its blocks in the format."""
+def quantised(network: Any, name: str, layers: list[str] | None = None) -> dict[str, Any]:
+    """The network's tensors as a file has them: these layers, or by default linear layers of its blocks, in the
+    format."""
     import torch
     from comfy.quant_ops import QUANT_ALGOS, QuantizedTensor
 
     algorithm, options, told = FORMATS[name]
     tensors = {key: value.contiguous() for key, value in network.state_dict().items()}
-    linear = [
+    linear = layers or [
         layer
         for layer, module in network.named_modules()
         if isinstance(module, torch.nn.Linear) and _IN_BLOCKS.search(layer) and not module.in_features % CONVROT_GROUP
     ]
     for layer in linear[::2] if name == "fp8mixed" else linear:
         layout = QUANT_ALGOS[algorithm]["comfy_tensor_layout"]
-        weight = QuantizedTensor.from_float(tensors.pop(f"{layer}.weight"), layout, **options)
+        weight = tensors.pop(f"{layer}.weight")
+        if "convrot" in told:
+            group = next(size for size in (256, 64, 16) if not weight.shape[1] % size)
+            options, told = ({**each, "convrot_groupsize": group} for each in (options, told))
+        weight = QuantizedTensor.from_float(weight, layout, **options)
         tensors |= weight.state_dict(f"{layer}.weight")
-        described = json.dumps({"format": algorithm, **told}).encode()
+        described = json.dumps({"format": algorithm, **told}).encode().ljust(128)  # what follows stays aligned
         tensors[f"{layer}.comfy_quant"] = torch.tensor(list(described), dtype=torch.uint8)
         if name == "fp8_scaled":
             del tensors[f"{layer}.comfy_quant"]
@@ -89,6 +94,29 @@ def quantised(network: Any, name: str) -> dict[str, Any]:
     if name == "fp8_scaled":
         tensors["scaled_fp8"] = torch.zeros(0, dtype=torch.float8_e4m3fn)
     return tensors
+
+
+def run(models: Any, model: Any, case: Any, nudge: int = 0) -> Any:
+    """One prediction by a MODEL's network, with a latent that is nudged under a seed other than 0."""
+    import comfy.model_management
+
+    def nudged(part: Any) -> Any:
+        return part * (1 + NUDGE * models.random(*part.shape, seed=nudge)) if nudge else part
+
+    comfy.model_management.load_models_gpu([model])
+    (x, *rest), named = case.inputs(model.model.diffusion_model)
+    x = [nudged(part) for part in x] if isinstance(x, list) else nudged(x)
+    return models.flat(model.model.diffusion_model(x, *rest, transformer_options={}, **named)).float()
+
+
+def sensitivity(models: Any, model: Any, case: Any, result: Any) -> float:
+    """By how much results differ whose latents do by `NUDGE`."""
+    return max(off(run(models, model, case, seed), result) for seed in range(1, 1 + NUDGES))
+
+
+def off(a: Any, b: Any) -> float:
+    """The largest difference, relative to the largest value."""
+    return float((a - b).abs().max() / b.abs().max())
 
 
 def main(comfyui: str, repository: str, folder: Path, knobs: dict[str, dict[str, Any]], formats: list[str]) -> None:
@@ -124,23 +152,11 @@ def main(comfyui: str, repository: str, folder: Path, knobs: dict[str, dict[str,
             case, patched, path, "default" if dtype == torch.bfloat16 else "fp8_e4m3fn"
         )
 
-    def nudged(x: Any, seed: int) -> Any:
-        return x * (1 + NUDGE * models.random(*x.shape, seed=seed)) if seed else x
-
-    def run(model: Any, case: Any, nudge: int = 0) -> Any:
-        (x, *rest), named = case.inputs(model.model.diffusion_model)
-        x = [nudged(part, nudge) for part in x] if isinstance(x, list) else nudged(x, nudge)
-        return models.flat(model.model.diffusion_model(x, *rest, transformer_options={}, **named)).float()
-
-    def off(a: Any, b: Any) -> float:
-        return float((a - b).abs().max() / b.abs().max())
-
     def patch(model: Any, patched: str) -> Any:
         """With a LoRA's change of one weight."""
         key = f"diffusion_model.{patched}"
         clone = model.clone()
         clone.add_patches({key: (0.01 * models.random(*shapes[patched]),)})
-        comfy.model_management.load_models_gpu([clone])
         return clone
 
     shapes: dict[str, Any] = {}
@@ -151,32 +167,29 @@ def main(comfyui: str, repository: str, folder: Path, knobs: dict[str, dict[str,
     for name, file in files.items():
         options = {} if file.dtype == "default" else {"dtype": getattr(torch, f"float8_{file.dtype[4:]}")}
         model = comfy.sd.load_diffusion_model(str(file.path), model_options=options)
-        comfy.model_management.load_models_gpu([model])
-        native[name] = run(model, file.case)
+        native[name] = run(models, model, file.case)
         plain = models.network_of(file.case.supported, file.case.config(4))
         args, named = file.case.inputs(plain)
         alone = models.flat(plain(*args, transformer_options={}, **named))
         shapes[file.patched] = plain.state_dict()[file.patched].shape
         results[name] = {
-            "sensitivity": max(off(run(model, file.case, seed), native[name]) for seed in range(1, 1 + NUDGES)),
+            "sensitivity": sensitivity(models, model, file.case, native[name]),
             "rounding": off(native[name], alone),
         }
-        with_lora[name] = run(patch(model, file.patched), file.case)
+        with_lora[name] = run(models, patch(model, file.patched), file.case)
         results[name]["lora changes"] = off(with_lora[name], native[name])
         comfy.model_management.unload_all_models()
     for number, (title, chosen) in enumerate(knobs.items()):
         for name, file in files.items():
             model = load_native_model(str(file.path), file.dtype, config(**chosen))
-            comfy.model_management.load_models_gpu([model])
-            told = results[name][title] = {"plain": off(run(model, file.case), native[name])}
+            told = results[name][title] = {"plain": off(run(models, model, file.case), native[name])}
             if not number:
                 try:
                     results[name]["fp8"] = model.held.select_fp8(fp8_settings()).already
                 except errors.UnsupportedError as error:
                     results[name]["fp8"] = str(error)
-            told["lora"] = off(run(patch(model, file.patched), file.case), with_lora[name])
-            comfy.model_management.load_models_gpu([model])
-            told["removed"] = off(run(model, file.case), native[name])
+            told["lora"] = off(run(models, patch(model, file.patched), file.case), with_lora[name])
+            told["removed"] = off(run(models, model, file.case), native[name])
             comfy.model_management.unload_all_models()
     print(json.dumps(results))
 

@@ -82,7 +82,7 @@ def told(installation: Installation, tmp_path_factory: pytest.TempPathFactory) -
 
 def test_a_running_comfyui_is_checked_in_no_time(told: dict[str, Any]):
     assert told["found"] == {} and told["unlisted"] == []
-    assert told["milliseconds"] < 50
+    assert told["check"] < told["imports"] / 50
     (line,) = told["renamed"]
     assert line.startswith("comfy.utils.load_torch_file is missing (affects Load Diffusion Model (SP)")
 

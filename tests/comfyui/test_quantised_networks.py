@@ -15,6 +15,7 @@ from tests.comfyui.server import AT_START
 pytestmark = pytest.mark.comfyui
 
 SCRIPT = Path(__file__).with_name("quantised_networks.py")
+SCHEMES_SCRIPT = Path(__file__).with_name("scheme_networks.py")
 ALLOWED = 1e-5
 ROUND_ACTIVATIONS = ("int8_convrot", "nvfp4, computed")
 KNOBS: dict[str, dict[str, Any]] = {
@@ -28,23 +29,28 @@ SEVERAL = [title for title in KNOBS if title != "one"]
 Told = dict[str, dict[str, Any]]
 
 
+def run_script(installation: Installation, script: Path, folder: Path, *arguments: str, **more: str) -> Told:
+    """What a script prints in its last line, run by ComfyUI's Python with more of an environment."""
+    drop = {"PYTHONHOME", "VIRTUAL_ENV"}
+    environment = {key: value for key, value in os.environ.items() if key not in drop}
+    ended = subprocess.run(
+        [installation.python, script, installation.path, REPOSITORY, folder, *arguments],
+        cwd=folder,
+        env=environment | {"PYTHONPATH": str(AT_START)} | more,
+        capture_output=True,
+        text=True,
+    )
+    assert ended.returncode == 0, ended.stderr[-4000:]
+    told: Told = json.loads(ended.stdout.splitlines()[-1])
+    return told
+
+
 @pytest.fixture(scope="module")
 def results(installation: Installation, tmp_path_factory: pytest.TempPathFactory) -> Told:
     """Of all formats as ComfyUI computes with them on a CPU, and of nvfp4 as on a GPU that computes in it."""
 
     def run(folder: Path, *arguments: str, **more: str) -> Told:
-        drop = {"PYTHONHOME", "VIRTUAL_ENV"}
-        environment = {key: value for key, value in os.environ.items() if key not in drop}
-        ended = subprocess.run(
-            [installation.python, SCRIPT, installation.path, REPOSITORY, folder, *arguments],
-            cwd=folder,
-            env=environment | {"PYTHONPATH": str(AT_START)} | more,
-            capture_output=True,
-            text=True,
-        )
-        assert ended.returncode == 0, ended.stderr[-4000:]
-        told: Told = json.loads(ended.stdout.splitlines()[-1])
-        return told
+        return run_script(installation, SCRIPT, folder, *arguments, **more)
 
     found = run(tmp_path_factory.mktemp("quantised"), json.dumps(KNOBS))
     few = {title: KNOBS[title] for title in ("one", "two", "ring")}
@@ -103,3 +109,30 @@ def test_files_that_are_quantised_are_not_quantised_again(results: Told) -> None
             assert told["fp8"] == (24 if "fp8" in name else 0), name
         else:
             assert re.search(r"FP8 Quantize .* quantised already \((int8|float8|nvfp4|mxfp8)", str(told["fp8"])), name
+
+
+@pytest.fixture(scope="module")
+def schemes(installation: Installation, tmp_path_factory: pytest.TempPathFactory) -> Told:
+    """Of comfy-kitchen's schemes in FP8 Quantize (SP)."""
+    knobs = {title: KNOBS[title] for title in ("one", "two", "shard", "offload")}
+    return run_script(installation, SCHEMES_SCRIPT, tmp_path_factory.mktemp("schemes"), json.dumps(knobs))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_a_scheme_gives_comfyuis_bits_for_a_file_that_is_quantised_so(schemes: Told) -> None:
+    """Also of weights that a LoRA has changed; and the memory is as said."""
+    assert len(schemes) == 6
+    for name, told in schemes.items():
+        assert told["rounding"] > 1e-3 and told["lora changes"] > 1e-3, f"{name}: {told}"
+        assert told["one"] == {"plain": 0, "lora": 0}, f"{name}: {told}"
+        assert told["restored"] == (0 if "int8" in name else told["layers"]), f"{name}: {told}"
+        assert told["saved"] == 0, f"{name}: {told}"
+
+
+@pytest.mark.slow
+def test_a_scheme_is_as_near_on_several_workers_as_it_allows(schemes: Told) -> None:
+    for name, told in schemes.items():
+        for title in ("two", "shard", "offload"):
+            for state, difference in told[title].items():
+                assert difference <= (told["sensitivity"] if "int8" in name else ALLOWED), f"{name}, {title}, {state}"

@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from parallel.diffusers.tensors import mapped
-from tests.distributed.tiny_models import align
+from tests.aligned import align
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 

@@ -23,6 +23,7 @@ from parallel.host.recipe import Recipe
 from parallel.host.remote_model import RemoteModel
 from parallel.sampling.step_request import StepRequest
 from parallel.wire.trees import restore
+from tests.aligned import align
 from tests.distributed.devices import on_ranks
 
 StartGroup = Callable[[str], WorkerGroup]
@@ -48,15 +49,6 @@ class TinyModels:
                 align(file)
             self._written[key] = path
         return self._written[key]
-
-
-def align(file: Path) -> None:
-    """Moves the tensors of a safetensors file to where they lie as new ones do in memory: on some CPUs the bits of a
-    product of one row depend on where the weight begins."""
-    content = file.read_bytes()
-    end = 8 + int.from_bytes(content[:8], "little")
-    header = content[8:end] + b" " * (-end % 64)
-    file.write_bytes(len(header).to_bytes(8, "little") + header + content[end:])
 
 
 @dataclass(frozen=True)

@@ -105,7 +105,7 @@ def test_a_scheme_that_all_devices_have_is_honoured(scheme: str):
 
 
 def test_the_report_says_what_was_done():
-    counts = {"layers": 17, "already": 0, "skipped": 30, "unfit": 2}
+    counts = {"layers": 17, "already": 0, "skipped": 30, "unfit": 2, "restored": 0}
     report = FP8Report(scheme="weight_only", reason="because", bytes_before=3 * 2**30, bytes_after=2**30, **counts)
     for part in ("weight_only (because)", "17 layers", "30 left", "2 left", "3,072.0 MiB before, 1,024.0 MiB after"):
         assert part in str(report)
@@ -146,7 +146,7 @@ def test_the_host_knows_what_the_worker_does(tmp_path: Path, options: dict[str, 
     assert report is not None
     assert loaded.nbytes + report["saved"] == plain.nbytes
     selection = select_layers(made.linear, scheme=scheme, skip=())
-    assert {**report, "saved": selection.saved} == selection.counts == report
+    assert {**report, "saved": selection.saved} == selection.counts | {"restored": 0} == report
     assert selection.weights.keys() == {f"{name}.weight" for name in in_fp8(loaded)}
     assert report["layers"] > 10 and not report["already"]
     if scheme == "weight_only":
@@ -223,6 +223,28 @@ def test_a_pattern_that_means_nothing_is_named(tmp_path: Path, pattern: str):
     weights = RemoteWeights(tiny(tmp_path))
     with pytest.raises(ConfigError, match=rf"skip has the pattern '{pattern}', which fits no linear layer.*_blocks\.0"):
         weights.select_fp8(FP8Settings(skip=f"to_q, {pattern}"))
+
+
+@pytest.mark.parametrize(
+    ("scheme", "shape", "fits"),
+    [
+        ("int8_convrot", (3, 48), True),
+        ("int8_convrot", (48, 40), False),
+        ("mxfp8", (64, 96), True),
+        ("mxfp8", (48, 96), False),
+        ("nvfp4", (48, 96), True),
+        ("nvfp4", (48, 40), False),
+    ],
+)
+def test_layers_whose_sizes_comfy_kitchen_cannot_take_are_left(scheme: str, shape: tuple[int, int], fits: bool):
+    selection = select_layers([LinearLayer("a", shape, 2, is_fp8=False, stays=False)], scheme=scheme, skip=())
+    assert (len(selection.weights), selection.unfit) == (int(fits), int(not fits))
+
+
+def test_comfyuis_formats_are_refused_for_a_model_of_another_library(tmp_path: Path):
+    weights = RemoteWeights(tiny(tmp_path))
+    with pytest.raises(UnsupportedError, match="scheme nvfp4 is ComfyUI's"):
+        weights.select_fp8(FP8Settings(scheme="nvfp4"))
 
 
 @pytest.mark.parametrize(("scheme", "unfit"), [("dynamic_rowwise", 6), ("dynamic_tensorwise", 6), ("weight_only", 0)])
