@@ -14,6 +14,7 @@ from ..parallel.errors import UnsupportedError
 from ..parallel.host.cached_sampling import CachedSampling, check_cache
 from .cached_call import SAMPLING
 from .node_text import tell
+from .refusals import refuse_loader
 from .shell_patcher import SequenceParallelPatcher
 
 _ATTACHED = "sequence_parallel_cache"
@@ -38,10 +39,7 @@ def with_cache(model: Any, settings: CacheSettings, node_id: str) -> SequencePar
     """
     contract.require("caches")
     if not isinstance(model, SequenceParallelPatcher):
-        raise UnsupportedError(
-            f"{settings.name} works on the MODEL of Load Diffusion Model (SP) only; this one comes from another loader."
-            " Use EasyCache for it"
-        )
+        raise refuse_loader(settings.name, model, "Use EasyCache for it")
     options = model.model_options.get("transformer_options", {})
     if (other := options.get(_ATTACHED)) is not None:
         raise _stacked(settings.name, other.settings.name)

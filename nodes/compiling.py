@@ -15,6 +15,7 @@ from ..parallel.errors import UnsupportedError
 from ..parallel.host.compiled_sampling import CompiledSampling
 from .cached_call import COMPILED
 from .node_text import tell
+from .refusals import refuse_loader
 from .shell_patcher import SequenceParallelPatcher
 
 log = logging.getLogger("sequence_parallel")
@@ -40,10 +41,7 @@ def with_compiled_blocks(model: Any, settings: CompileSettings, node_id: str) ->
     """
     contract.require("caches")
     if not isinstance(model, SequenceParallelPatcher):
-        raise UnsupportedError(
-            f"{settings.name} works on the MODEL of Load Diffusion Model (SP) only; this one comes from another loader."
-            " Use TorchCompileModel for it"
-        )
+        raise refuse_loader(settings.name, model, "Use TorchCompileModel for it")
     if _ATTACHED in model.model_options.get("transformer_options", {}):
         raise UnsupportedError(f"this MODEL has gone through {settings.name} already; remove one of the two nodes")
     compiled = model.clone()

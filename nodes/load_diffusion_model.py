@@ -9,13 +9,17 @@ from typing import Any
 import folder_paths
 from comfy_api.latest import io
 
+from ..parallel.comfyui import gguf
 from ..parallel.config import SequenceParallelConfig
 from ..parallel.errors import ConfigError
+from .gguf_pack import pack_folder
 from .native_model import WEIGHT_DTYPES, load_native_model
 from .settings import default_config, default_devices
 from .sp_config import SPConfig
 
 _FOLDER, _CONFIG = "diffusion_models", "config.json"
+_GGUF = "unet_gguf"
+"""What ComfyUI-GGUF calls its list of the same folders."""
 
 
 class SPLoadDiffusionModel(io.ComfyNode):
@@ -34,15 +38,16 @@ class SPLoadDiffusionModel(io.ComfyNode):
                 io.Combo.Input(
                     "unet_name",
                     options=_choices(),
-                    tooltip="A file in models/diffusion_models, or a diffusers transformer folder there of a kind that"
-                    " ComfyUI converts. See help.",
+                    tooltip="A safetensors file in models/diffusion_models, a .gguf file there if the pack"
+                    " ComfyUI-GGUF is installed, or a diffusers transformer folder of a kind that ComfyUI converts. See"
+                    " help.",
                 ),
                 io.Combo.Input(
                     "weight_dtype",
                     options=list(WEIGHT_DTYPES),
                     default="default",
                     tooltip="As in Load Diffusion Model. fp8_e4m3fn and fp8_e5m2 halve the weights' memory; quantised"
-                    " files keep their own format.",
+                    " files keep their own format, and GGUF files take default only.",
                     advanced=True,
                 ),
                 SPConfig.Input(
@@ -62,17 +67,31 @@ class SPLoadDiffusionModel(io.ComfyNode):
         return io.NodeOutput(model)
 
     @classmethod
+    def validate_inputs(cls, unet_name: str | None = None) -> bool:
+        """Says of a GGUF file why it is not in the list. None is a name that comes from a link, not known yet.
+
+        Raises:
+            UnsupportedError, ConfigError: ComfyUI shows its message.
+        """
+        if unet_name is None or unet_name in _choices():
+            return True
+        if unet_name.endswith(gguf.SUFFIX) and not pack_folder():
+            raise gguf.refusal(unet_name)
+        raise ConfigError(f"unet_name is {unet_name!r}, which models/{_FOLDER} does not have")
+
+    @classmethod
     def fingerprint_inputs(cls, **inputs: Any) -> str:
         """Another setting of the default devices is another MODEL, though no input has changed."""
         return default_devices(inputs)
 
 
 def _choices() -> list[str]:
-    """Single files and diffusers folders, but not the parts of these folders."""
+    """Single files and diffusers folders, but not the parts of these folders; GGUF files as their pack lists them."""
     folders = sorted({name for root in folder_paths.get_folder_paths(_FOLDER) for name in _diffusers_folders(root)})
     files = folder_paths.get_filename_list(_FOLDER)
     parts = {name for name in files if _is_part(name) and Path(name).parent.as_posix() in folders}
-    return [name for name in files if name not in parts] + folders
+    quantised = folder_paths.get_filename_list(_GGUF) if pack_folder() else []
+    return [name for name in files if name not in parts] + folders + quantised
 
 
 _found: dict[str, tuple[dict[str, float], list[str]]] = {}
@@ -109,6 +128,8 @@ def _is_part(name: str) -> bool:
 
 
 def _full_path(unet_name: str) -> str:
+    if unet_name.endswith(gguf.SUFFIX):
+        return folder_paths.get_full_path_or_raise(_GGUF, unet_name)
     for root in folder_paths.get_folder_paths(_FOLDER):
         path = Path(root) / unet_name
         if (path / _CONFIG).is_file():

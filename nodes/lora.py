@@ -26,7 +26,13 @@ def refuse_patches(patches: Mapping[Any, Any]) -> None:
         raise refuse("merging models (e.g. ModelMergeSimple)")
 
 
-def patched_weight(patches: Mapping[str, Any], key: str, weight: Tensor, device: torch.device) -> Tensor:
+def patched_weight(
+    patches: Mapping[str, Any],
+    key: str,
+    weight: Tensor,
+    device: torch.device,
+    patcher: type[comfy.model_patcher.ModelPatcher] = comfy.model_patcher.ModelPatcher,
+) -> Tensor:
     """The weight under its patches, to the bit as ComfyUI computes it: on its device, rounded in its way.
 
     Args:
@@ -34,6 +40,7 @@ def patched_weight(patches: Mapping[str, Any], key: str, weight: Tensor, device:
         key: the weight's name there, which also seeds the rounding to fp8.
         weight: in the storage dtype; not changed.
         device: where ComfyUI would load the model.
+        patcher: whose way it is, e.g. that of ComfyUI-GGUF.
 
     Returns:
         The weight in the same dtype.
@@ -43,7 +50,7 @@ def patched_weight(patches: Mapping[str, Any], key: str, weight: Tensor, device:
     """
     holder = nn.Module()
     add_parameters(holder, {key: weight})
-    return _patched(holder, patches, key, device)
+    return _patched(holder, patches, key, device, patcher)
 
 
 def patched_layer(patches: Mapping[str, Any], key: str, layer: nn.Module, device: torch.device) -> Tensor:
@@ -64,9 +71,15 @@ def patched_layer(patches: Mapping[str, Any], key: str, layer: nn.Module, device
     return _patched(holder, patches, key, device)
 
 
-def _patched(holder: nn.Module, patches: Mapping[str, Any], key: str, device: torch.device) -> Tensor:
+def _patched(
+    holder: nn.Module,
+    patches: Mapping[str, Any],
+    key: str,
+    device: torch.device,
+    patcher: type[comfy.model_patcher.ModelPatcher] = comfy.model_patcher.ModelPatcher,
+) -> Tensor:
     before = comfy.utils.get_attr(holder, key).shape
-    single = comfy.model_patcher.ModelPatcher(holder, device, torch.device("cpu"), size=1)
+    single = patcher(holder, device, torch.device("cpu"), size=1)
     single.patches = {key: patches[key]}
     single.patch_weight_to_device(key, device_to=device)
     weight: Tensor = comfy.utils.get_attr(holder, key).detach()

@@ -17,11 +17,10 @@ import folder_paths
 import torch
 from comfy.patcher_extension import WrappersMP
 
-from ..parallel.comfyui import contract
+from ..parallel.comfyui import contract, gguf
 from ..parallel.comfyui.detection import (
     Detected,
     detect,
-    quantised_as,
     shapes,
 )
 from ..parallel.comfyui.network import changed_dtypes
@@ -32,6 +31,7 @@ from ..parallel.host.remote_model import RemoteModel
 from ..parallel.plans.comfyui import plan_of
 from ..parallel.quantise.networks import linear_layers
 from ..parallel.vae.arguments import as_plain
+from .gguf_pack import pack_folder
 from .proxy import ProxyDiffusionModel
 from .shell_patcher import SequenceParallelPatcher
 from .side_by_side import side_by_side
@@ -58,7 +58,7 @@ def load_native_model(path: str, weight_dtype: str, config: SequenceParallelConf
     """A MODEL for the diffusion model at `path`. Reads the file's header only, and starts no process.
 
     Args:
-        path: a safetensors file, or a diffusers folder that `comfyui.detection` reads.
+        path: a safetensors or GGUF file, or a diffusers folder that `comfyui.detection` reads.
         weight_dtype: a key of WEIGHT_DTYPES.
         config: devices and degrees.
 
@@ -70,6 +70,8 @@ def load_native_model(path: str, weight_dtype: str, config: SequenceParallelConf
             "weight_dtype fp8_e4m3fn_fast is not supported; use fp8_e4m3fn, or default with FP8 Quantize (SP)"
         )
     dtype = WEIGHT_DTYPES[weight_dtype]
+    if dtype is not None and path.endswith(gguf.SUFFIX):
+        raise UnsupportedError(f"weight_dtype is {weight_dtype!r}, and {path} is a GGUF file; set it to default")
     return _in_workers(_detected(path, dtype, config), path, dtype, config)
 
 
@@ -98,14 +100,17 @@ def _detected(
 ) -> Detected:
     contract.require("model")
     is_folder = Path(path).is_dir()
-    if not is_folder and not path.endswith(_SAFETENSORS):
+    if path.endswith(gguf.SUFFIX):
+        contract.require("gguf")
+    elif not is_folder and not path.endswith(_SAFETENSORS):
         raise UnsupportedError(
-            f"{path}: only {' and '.join(_SAFETENSORS)} files are read, whose parts all workers can map; other formats"
-            " can run code, or are of other packs. Use the model's safetensors file"
+            f"{path}: only {' and '.join(_SAFETENSORS)} files are read, whose parts all workers can map, and"
+            f" {gguf.SUFFIX} files where {gguf.PACK} is installed; other formats can run code. Use the model's"
+            " safetensors file"
         )
     device = torch.device(resolve(config).devices[0].name)
     try:
-        return detect(path, dtype, device, checkpoint=checkpoint)
+        return detect(path, dtype, device, checkpoint=checkpoint, pack=pack_folder())
     except UnknownModelError as error:
         if is_folder:
             raise UnsupportedError(
@@ -125,10 +130,14 @@ def _in_workers(
         log.warning("%s chooses the attention of %d modules, which this ComfyUI does not know", path, len(ignored))
     if not plan:
         _refuse_splits(type(network).__name__, config)
-    parameters = shapes(detected.named_as_in_the_network())
+    tensors = detected.named_as_in_the_network()
+    pack = pack_folder() if path.endswith(gguf.SUFFIX) else ""
+    if pack:
+        gguf.check(path, pack, network, tensors)
+    parameters = shapes(tensors)
     changed = changed_dtypes(parameters, network)
     dtypes = {name: changed.get(name, tensor.dtype) for name, tensor in parameters.items()}
-    quantised = quantised_as(detected.state)
+    kept = {name: tensor.nbytes for name, tensor in tensors.items() if name not in changed}
     remote = RemoteModel(
         Recipe(
             library="comfyui",
@@ -136,14 +145,15 @@ def _in_workers(
             weight_dtype=dtype,
             network=type(network).__name__,
             config=config,
-            nbytes=sum(tensor.numel() * dtypes[name].itemsize for name, tensor in parameters.items()),
-            in_the_file=sum(tensor.nbytes for name, tensor in parameters.items() if name not in changed),
+            nbytes=sum(kept.values()) + sum(tensors[name].numel() * dtype.itemsize for name, dtype in changed.items()),
+            in_the_file=sum(kept.values()),
             heads=_heads(detected),
             arguments=dict(detected.model_config.unet_config),
             channels=model.latent_format.latent_channels,
-            linear=() if quantised else tuple(linear_layers(network, plan, dtypes)),
-            quantised=quantised,
+            linear=() if detected.quantised else tuple(linear_layers(network, plan, dtypes)),
+            quantised=detected.quantised,
             planned=bool(plan),
+            pack=pack,
             options={
                 "folder": str(Path(comfy.sd.__file__).parent.parent),
                 "arguments": as_plain(vars(comfy.cli_args.args)),

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import importlib
+import json
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -237,6 +238,7 @@ def _patcher(vae: Any, config: SequenceParallelConfig) -> VAEPatcher:
         "arguments": as_plain(vars(comfy.cli_args.args)),
         "dtype": str(vae.vae_dtype).removeprefix("torch."),
         "fingerprint": fingerprint(network),
+        "metadata": _metadata(network),
     }
 
     def state() -> dict[str, Tensor]:
@@ -248,6 +250,12 @@ def _patcher(vae: Any, config: SequenceParallelConfig) -> VAEPatcher:
     patcher = _patchers[network] = VAEPatcher(remote, config, comfy.model_management.module_size(network))
     finalize(network, remote.release).atexit = False
     return patcher
+
+
+def _metadata(network: nn.Module) -> dict[str, str]:
+    """What of its file's metadata ComfyUI makes the network of, besides the tensors: LTX-2's keep their settings."""
+    settings = getattr(network, "config", None)
+    return {"config": json.dumps({"vae": settings})} if isinstance(settings, dict) else {}
 
 
 def _adds_noise(network: nn.Module) -> bool:

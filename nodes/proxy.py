@@ -213,7 +213,7 @@ def add_parameters(module: nn.Module, parameters: Mapping[str, Tensor]) -> None:
             if part not in parent._modules:
                 parent.add_module(part, Part())
             parent = parent._modules[part]  # type: ignore[assignment]
-        parent.register_parameter(leaf, nn.Parameter(tensor, requires_grad=False))
+        setattr(parent, leaf, nn.Parameter(tensor, requires_grad=False))  # some layers have it as an attribute so far
 
 
 class Part(nn.Module):

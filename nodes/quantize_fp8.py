@@ -11,6 +11,7 @@ from ..parallel.comfyui import contract
 from ..parallel.errors import ConfigError, UnsupportedError
 from ..parallel.quantise.settings import KITCHEN, NODE, SCHEMES, FP8Settings
 from .attached_fp8 import attach_fp8, attached_fp8
+from .refusals import refuse_loader
 from .shell_patcher import SequenceParallelPatcher
 
 
@@ -71,10 +72,7 @@ def _with_fp8(model: Any, settings: FP8Settings, node_id: str) -> SequenceParall
                 f"scheme is {settings.scheme!r}, which this ComfyUI does not have; allowed are {', '.join(allowed)}"
             )
     if not isinstance(model, SequenceParallelPatcher):
-        raise UnsupportedError(
-            f"{NODE} works on the MODEL of Load Diffusion Model (SP) only; this one comes from another loader. Choose"
-            " an fp8 weight_dtype there"
-        )
+        raise refuse_loader(NODE, model, "Choose an fp8 weight_dtype there")
     if attached_fp8(model) is not None:
         raise UnsupportedError(f"{NODE} is in this MODEL's chain twice; remove one")
     model.held.select_fp8(settings)

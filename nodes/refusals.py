@@ -32,6 +32,18 @@ def refuse(what: str, instead: str = "use Load Diffusion Model for this graph, o
     return UnsupportedError(f"{what} cannot be used with {_WHO}; {instead}")
 
 
+def refuse_loader(who: str, model: Any, instead: str) -> UnsupportedError:
+    """The error of a node of this pack for a MODEL of another loader.
+
+    Args:
+        who: the node.
+        instead: what to do for ComfyUI's own loader.
+    """
+    if type(model).__name__ == "GGUFModelPatcher":
+        instead = f"Choose the .gguf file in {_WHO}, instead of Unet Loader (GGUF)"
+    return UnsupportedError(f"{who} works on the MODEL of {_WHO} only; this one comes from another loader. {instead}")
+
+
 def refuse_value(name: str, value: Any) -> UnsupportedError:
     """The error for an input that is neither a tensor nor plain data, e.g. ControlNet's residuals."""
     if name == "control":

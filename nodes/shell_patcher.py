@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, NoReturn
 
 import comfy.hooks
 import comfy.model_management
 import torch
+from comfy.model_patcher import ModelPatcher
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from ..parallel.comfyui import contract
+from ..parallel.comfyui import contract, gguf
 from ..parallel.comfyui.detection import detect, quantised_layers
 from ..parallel.host.remote_model import RemoteModel
-from ..parallel.host.remote_weights import RemoteWeights
+from ..parallel.host.remote_weights import Patches, RemoteWeights, Replace
 from .attached_fp8 import attached_fp8
+from .gguf_pack import gguf_patcher
 from .lora import patched_layer, patched_weight, refuse_patches
 from .node_text import tell
 from .refusals import refuse, refuse_sampling_functions, warn_of_native_compile
@@ -81,24 +84,31 @@ class SequenceParallelPatcher(WorkersPatcher):
             self.detach()  # what has been loaded so far does not count as loaded
             raise
 
-    def _replacement(self) -> tuple[Collection[str], Callable[[str], torch.Tensor]]:
+    def _replacement(self) -> tuple[Collection[str], Replace]:
         """Weights that patches change, by the network's names, and what makes the patched ones of the file's."""
         names = [key.removeprefix("diffusion_model.") for key in self.patches]
         recipe = self.remote.recipe
         tensors: dict[str, torch.Tensor] = {}
         if names:
-            tensors = detect(recipe.path, recipe.weight_dtype, self.load_device).named_as_in_the_network()
+            file = detect(recipe.path, recipe.weight_dtype, self.load_device, pack=recipe.pack)
+            tensors = file.named_as_in_the_network()
         quantised = quantised_layers(tensors)
         kept = {name: parameter.dtype for name, parameter in self.model.diffusion_model.named_parameters()}
 
-        def patched(name: str) -> torch.Tensor:
+        patcher = gguf_patcher() if recipe.pack else ModelPatcher
+
+        def patched(name: str) -> torch.Tensor | Patches:
             key = f"diffusion_model.{name}"
             if name not in tensors:
                 raise refuse(f"a patch of {key}, which {recipe.path} does not have", "remove that node")
             layer, _, leaf = name.rpartition(".")
             if f"{layer}." in quantised and leaf == "weight":
                 return patched_layer(self.patches, key, self._quantised_layer(layer, tensors), self.load_device)
-            return patched_weight(self.patches, key, tensors[name].to(kept[name]), self.load_device)
+            if is_traceable_wrapper_subclass(
+                tensors[name]
+            ):  # ComfyUI-GGUF adds patches whenever it restores the weight
+                return Patches(gguf.plain_patches(key, self.patches[key], tensors[name].shape))
+            return patched_weight(self.patches, key, tensors[name].to(kept[name]), self.load_device, patcher)
 
         return names, patched
 

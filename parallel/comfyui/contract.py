@@ -203,6 +203,22 @@ PARTS = {
             get_attr(_, _)
         """,
     ),
+    "gguf": Part(
+        "GGUF files in Load Diffusion Model (SP)",
+        """
+        nodes
+            NODE_CLASS_MAPPINGS
+        comfy.supported_models_base
+            BASE.custom_operations
+        comfy.utils
+            swap_scale_shift
+        comfy.weight_adapter
+            adapters
+            WeightAdapterBase
+            LoRAAdapter.name
+            LoRAAdapter.weights
+        """,
+    ),
     "refusals": Part(
         "refusals by name of what cannot run in the workers: it may be without effect instead",
         """
@@ -300,7 +316,7 @@ PARTS = {
             VAEDecodeTiled.FUNCTION
             VAEEncodeTiled.FUNCTION
         comfy.sd
-            VAE(sd=_, device=_, dtype=_)
+            VAE(sd=_, device=_, dtype=_, metadata=_)
             VAE.decode_tiled <- samples, *args, **settings
             VAE.encode_tiled <- pixel_samples, *args, **settings
             VAE.decode <- samples_in, *args, **options

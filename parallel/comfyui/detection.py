@@ -18,11 +18,13 @@ from torch import Tensor, nn
 
 from ..diffusers.tensors import mapped
 from ..errors import CheckpointError, UnknownModelError
+from . import gguf
 from .folders import in_comfyuis_names
 
+_SVDQUANT = "SVDQuant (Nunchaku)"
 _FOREIGN_FORMATS = {
-    ".wscales": "SVDQuant (Nunchaku)",
-    ".smooth_factor": "SVDQuant (Nunchaku)",
+    ".wscales": _SVDQUANT,
+    ".smooth_factor": _SVDQUANT,
     ".qweight": "GPTQ or AWQ",
     ".quant_state.bitsandbytes__nf4": "bitsandbytes nf4",
     ".quant_state.bitsandbytes__fp4": "bitsandbytes fp4",
@@ -30,6 +32,7 @@ _FOREIGN_FORMATS = {
     ".SCB": "bitsandbytes int8",
 }
 """Formats that ComfyUI does not know, by the tensors that only they have; the first match counts."""
+_ELSEWHERE = {_SVDQUANT: ", or the loader of the pack ComfyUI-nunchaku, which runs this one on one GPU"}
 
 
 _CHOICE = ".comfy_attention.config"
@@ -50,6 +53,8 @@ class Detected:
     """The whole of a checkpoint, by its own names: text encoders and VAEs, and marks that decide how it is sampled."""
     prefix: str = ""
     """Of the network's names in it."""
+    quantised: str = ""
+    """The formats of the file's quantised layers; empty where there are none."""
 
     def base_model(self, device: torch.device | None = None) -> Any:
         """ComfyUI's `BaseModel` of the file, without weights."""
@@ -81,26 +86,31 @@ class Detected:
         return dict(self.model_config.process_unet_state_dict(dict(self.state)))
 
 
-def detect(path: str, weight_dtype: torch.dtype | None, device: torch.device, *, checkpoint: bool = False) -> Detected:
+def detect(
+    path: str, weight_dtype: torch.dtype | None, device: torch.device, *, checkpoint: bool = False, pack: str = ""
+) -> Detected:
     """Goes the way of `comfy.sd.load_diffusion_model_state_dict`, as far as the choice of class and dtypes.
 
     Args:
-        path: a safetensors file, or a diffusers folder that ComfyUI converts, or of CogVideoX.
+        path: a safetensors or GGUF file, or a diffusers folder that ComfyUI converts, or of CogVideoX.
         weight_dtype: what the user chose; None leaves it to ComfyUI.
         device: that the network will run on.
+        pack: folder of ComfyUI-GGUF, for GGUF files: as its loader, this leaves marks of ComfyUI's own formats alone.
         checkpoint: goes the way of `comfy.sd.load_state_dict_guess_config` instead, which also looks at what lies
             beside the network. The network is the same either way.
 
     Raises:
         CheckpointError: it is damaged.
         UnknownModelError: ComfyUI does not recognise it, or not how it is quantised.
+        UnsupportedError: a GGUF file, without a pack.
     """
-    state, metadata = _read(path)
-    formats = (what for suffix, what in _FOREIGN_FORMATS.items() if any(name.endswith(suffix) for name in state))
-    if what := next(formats, ""):
+    is_gguf = path.endswith(gguf.SUFFIX)
+    state, metadata = (gguf.read(path, pack), None) if is_gguf else _read(path)
+    foreign = (what for suffix, what in _FOREIGN_FORMATS.items() if any(name.endswith(suffix) for name in state))
+    if what := next(foreign, ""):
         raise UnknownModelError(
             f"{path} is quantised as {what}, which this ComfyUI does not read; use the model's bf16, fp16, fp8 or int8"
-            " file"
+            f" file{_ELSEWHERE.get(what, '')}"
         )
     whole: dict[str, Tensor] = {}
     prefix = ""
@@ -115,7 +125,7 @@ def detect(path: str, weight_dtype: torch.dtype | None, device: torch.device, *,
             state = comfy.utils.state_dict_prefix_replace(dict(whole), {prefix: ""}, filter_keys=True)
         else:  # no checkpoint, or ComfyUI takes it for a diffusion model, too
             whole, prefix = {}, ""
-            state, metadata = _of_a_network(state, metadata)
+            state, metadata = _of_a_network(state, metadata, convert=not is_gguf)
             if Path(path).is_dir() and (renamed := in_comfyuis_names(path, state)) is not None:
                 state, sizes = renamed
             config = comfy.model_detection.model_config_from_unet(state, "", metadata=metadata)
@@ -137,15 +147,25 @@ def detect(path: str, weight_dtype: torch.dtype | None, device: torch.device, *,
     cast = comfy.model_management.unet_manual_cast(None if quantised else storage, device, supported)
     knows_device = "device" in inspect.signature(config.set_inference_dtype).parameters  # ComfyUI 0.28 and later
     config.set_inference_dtype(storage, cast, **({"device": device} if knows_device else {}))
-    return Detected(config, state, storage, whole, prefix)
+    if is_gguf:
+        config.custom_operations = gguf.operations(pack)
+    formats = gguf.quantised_as(state.values()) if is_gguf else _quantised_as(state)
+    return Detected(config, state, storage, whole, prefix, formats)
 
 
-def _of_a_network(state: dict[str, Tensor], metadata: Any) -> tuple[dict[str, Tensor], Any]:
-    """A diffusion model's tensors without a prefix, and metadata; marks of older quantised layouts are replaced."""
-    state, metadata = comfy.utils.convert_old_quants(state, "", metadata=metadata)
+def _of_a_network(state: dict[str, Tensor], metadata: Any, *, convert: bool) -> tuple[dict[str, Tensor], Any]:
+    """A diffusion model's tensors without a prefix, and metadata.
+
+    Args:
+        convert: replaces marks of older quantised layouts.
+    """
+    if convert:
+        state, metadata = comfy.utils.convert_old_quants(state, "", metadata=metadata)
     prefix = comfy.model_detection.unet_prefix_from_state_dict(state)
     if network := comfy.utils.state_dict_prefix_replace(dict(state), {prefix: ""}, filter_keys=True):
-        state, metadata = comfy.utils.convert_old_quants(network, "", metadata=metadata)
+        state = network
+        if convert:
+            state, metadata = comfy.utils.convert_old_quants(network, "", metadata=metadata)
     return state, metadata
 
 
@@ -173,7 +193,7 @@ _QUANTISED = "comfy_quant"
 """ComfyUI's name for the tensor that says how a layer is quantised, in JSON."""
 
 
-def quantised_as(state: Mapping[str, Tensor]) -> str:
+def _quantised_as(state: Mapping[str, Tensor]) -> str:
     """The formats of a file's quantised layers; empty where there are none.
 
     Args:
@@ -190,5 +210,5 @@ def _description(state: Mapping[str, Tensor], layer: str) -> dict[str, Any]:
 
 
 def shapes(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors without their data."""
-    return {name: torch.empty_like(tensor, device="meta") for name, tensor in state.items()}
+    """The tensors without their data, quantised ones with the shape of their values."""
+    return {name: torch.empty(tensor.shape, dtype=tensor.dtype, device="meta") for name, tensor in state.items()}

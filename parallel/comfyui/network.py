@@ -25,9 +25,10 @@ class NetworkFile:
         attention: what its attention computes with, by the names of `attention.kernels`.
 
     Args:
-        path: a safetensors file.
+        path: a safetensors or GGUF file.
         weight_dtype: what the user chose; None leaves it to ComfyUI.
         device: that the network will run on.
+        pack: folder of ComfyUI-GGUF, for GGUF files.
 
     Raises:
         UnknownModelError: ComfyUI does not recognise the file, or not how it is quantised.
@@ -35,10 +36,10 @@ class NetworkFile:
 
     routes = ThroughOptions
 
-    def __init__(self, path: str, weight_dtype: torch.dtype | None, device: torch.device):
+    def __init__(self, path: str, weight_dtype: torch.dtype | None, device: torch.device, pack: str = ""):
         self.attention = computes(comfy.ldm.modules.attention.optimized_attention.__name__)
         self._path = path
-        self._detected = detect(path, weight_dtype, device)
+        self._detected = detect(path, weight_dtype, device, pack=pack)
 
     def tensors(self) -> dict[str, Tensor]:
         """By the network's names; mapped, but for those that ComfyUI makes of several of the file's."""

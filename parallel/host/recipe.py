@@ -44,10 +44,12 @@ class Recipe:
     """How the file is quantised."""
     planned: bool = True
     """Whether the class has a split plan; else only samples, and cond and uncond, run side by side."""
+    pack: str = ""
+    """Folder of ComfyUI-GGUF, whose code reads the file and computes with it; empty where the library does."""
     options: Mapping[str, Any] = field(default_factory=dict)
     """What the library needs to know in a worker: of ComfyUI, see `comfyui.start.prepare`."""
 
     def to_json(self) -> dict[str, Any]:
         dtype = None if self.weight_dtype is None else str(self.weight_dtype).removeprefix("torch.")
-        named = {name: getattr(self, name) for name in ("library", "path", "network", "options")}
+        named = {name: getattr(self, name) for name in ("library", "path", "network", "pack", "options")}
         return {**named, "weight_dtype": dtype}

@@ -5,6 +5,8 @@ from __future__ import annotations
 import itertools
 import logging
 from collections.abc import Callable, Collection, Hashable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -15,6 +17,7 @@ from ..quantise.selection import Selection, select_layers
 from ..quantise.settings import KITCHEN, NODE, FP8Report, FP8Settings, choose_scheme, likely_scheme, refuse_devices
 from ..wire import messages
 from ..wire.plain import plain_tensors
+from ..wire.trees import Tree, flatten
 from . import running, status
 from .calls import Poll, Progress
 from .group import WorkerGroup
@@ -29,7 +32,16 @@ _MODELS = itertools.count(1)
 _BATCH_BYTES = 64 * 2**20
 """Replaced weights that travel together; a larger one travels alone."""
 
-Replace = Callable[[str], Tensor]
+
+@dataclass(frozen=True, slots=True)
+class Patches:
+    """What a layer adds to a weight whenever it restores it; the weight's own bytes stay in the workers."""
+
+    nest: Any
+    """Of lists, dictionaries, tensors and plain data (`comfyui.gguf.plain_patches`)."""
+
+
+Replace = Callable[[str], Tensor | Patches]
 """Name of a weight → what the workers are to use, of its shape; of a quantised one a tensor of its own class."""
 
 
@@ -196,10 +208,23 @@ class RemoteWeights(Resident):
         done = 0
         for batch in _batches(_made(sorted(names), replace, poll)):
             group.settle(poll)
-            places = iter(group.memory.write("weights", [piece for _, pieces in batch for piece in pieces]))
-            put = {name: [next(places) for _ in pieces] for name, pieces in batch}
-            self._replaced |= put.keys()
-            group.call(messages.Weights(model=self.name, put=put), poll=poll)
+            places = iter(group.memory.write("weights", [piece for made in batch for piece in made.pieces.values()]))
+            refs = [{path: next(places) for path in made.pieces} for made in batch]
+            self._replaced |= {made.name for made in batch}
+            message = messages.Weights(
+                model=self.name,
+                put={
+                    made.name: list(at.values()) for made, at in zip(batch, refs, strict=True) if made.patches is None
+                },
+                patches={made.name: made.patches for made in batch if made.patches is not None},
+                tensors={
+                    path: ref
+                    for made, at in zip(batch, refs, strict=True)
+                    if made.patches is not None
+                    for path, ref in at.items()
+                },
+            )
+            group.call(message, poll=poll)
             done += len(batch)
             if on_progress is not None:
                 on_progress(done, len(names))
@@ -223,27 +248,38 @@ class RemoteWeights(Resident):
         self.on_change()
 
 
-Made = tuple[str, list[Tensor]]
-"""A weight's name, and what it consists of."""
+class Made(NamedTuple):
+    """What takes a weight's place."""
+
+    name: str
+    pieces: dict[str, Tensor]
+    """What it consists of, in order; or the tensors of its patches, by their names there."""
+    patches: Tree | None = None
 
 
 def _made(names: Iterable[str], replace: Replace, poll: Poll | None) -> Iterator[Made]:
     for name in names:
         if poll is not None:
             poll()
-        yield name, plain_tensors(replace(name))
+        value = replace(name)
+        if isinstance(value, Patches):
+            tensors: dict[str, Tensor] = {}
+            tree = flatten(value.nest, name, tensors)
+            yield Made(name, tensors, tree)
+        else:
+            yield Made(name, {str(number): piece for number, piece in enumerate(plain_tensors(value))})
 
 
 def _batches(weights: Iterable[Made]) -> Iterator[list[Made]]:
     """In groups of at most `_BATCH_BYTES`, or of one."""
     batch: list[Made] = []
     room = _BATCH_BYTES
-    for name, pieces in weights:
-        size = sum(piece.nbytes for piece in pieces)
+    for made in weights:
+        size = sum(piece.nbytes for piece in made.pieces.values())
         if batch and size > room:
             yield batch
             batch, room = [], _BATCH_BYTES
-        batch.append((name, pieces))
+        batch.append(made)
         room -= size
     if batch:
         yield batch

@@ -141,6 +141,10 @@ class Weights(Operation):
     model: str
     put: dict[str, list[TensorRef]] = field(default_factory=dict)
     """Weight → what it consists of (`plain.plain_tensors`)."""
+    patches: dict[str, Tree] = field(default_factory=dict)
+    """Weight of a GGUF file → what its layer adds to it (`comfyui.gguf.plain_patches`)."""
+    tensors: dict[str, TensorRef] = field(default_factory=dict)
+    """Of the patches, by their names there."""
     restore: list[str] = field(default_factory=list)
 
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from ..attention.traffic import Traffic
 from ..errors import CheckpointError
 from ..wire.plain import plain_tensors
-from .packed import Packed, Weight
+from .packed import Packed, QuantisedWeight, Weight
 
 Progress = Callable[[int, int], None]
 """Called with bytes done and bytes in total; may raise StepCancelled."""
@@ -57,6 +57,18 @@ class Home(ABC):
         if name not in self._at:
             raise CheckpointError(f"the network has no weight {name!r}")
         self._put(*self._at[name], pieces)
+
+    def patch(self, name: str, patches: list[Any]) -> None:
+        """Has a weight's layer add patches to it (`QuantisedWeight.patches`); its bytes stay.
+
+        Raises:
+            CheckpointError: there is no such weight, or it is not quantised.
+        """
+        _, weight = self._at.get(name, (0, None))
+        if not isinstance(weight, QuantisedWeight):
+            raise CheckpointError(f"the network has no quantised weight {name!r}")
+        weight.patches = patches
+        weight.module._parameters[weight.leaf].patches = patches  # type: ignore[union-attr]
 
     @abstractmethod
     def _put(self, number: int, weight: Weight, pieces: Sequence[Tensor]) -> None:

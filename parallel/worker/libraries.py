@@ -7,6 +7,7 @@ import importlib
 import threading
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -43,7 +44,8 @@ def library_of(recipe: Mapping[str, Any]) -> Callable[[str, torch.dtype | None, 
     """
     if recipe["library"] == "comfyui":
         prepare(**recipe["options"])
-        return importlib.import_module("..comfyui.network", __package__).NetworkFile
+        network_file: Callable[..., NetworkFile] = importlib.import_module("..comfyui.network", __package__).NetworkFile
+        return partial(network_file, pack=recipe["pack"]) if recipe.get("pack") else network_file
     folder = importlib.import_module("..diffusers.folder", __package__)
     folder.transformer_class(recipe["network"])
     return folder.NetworkFile

@@ -107,6 +107,8 @@ class Models:
         with torch.no_grad():
             for name, refs in message.put.items():
                 model.put_weight(name, [self._link.tensor(ref) for ref in refs])
+            for name, tree in message.patches.items():
+                model.patch_weight(name, tree, lambda path: self._link.tensor(message.tensors[path]))
             model.restore_weights(message.restore)
         return {}
 

@@ -19,7 +19,8 @@ class NativeVAE:
 
     Args:
         source: `comfyui`, the folder of the host's ComfyUI; `arguments`, its parsed command line (see
-            `vae.arguments`); `dtype` of the VAE; `fingerprint` of the host's network.
+            `vae.arguments`); `dtype` of the VAE; `fingerprint` of the host's network; `metadata`, as of a file, that
+            settings of a network are read from.
         state: the host's state dict. On a CPU the network computes with these tensors; elsewhere it copies them.
         device: where it computes.
 
@@ -31,7 +32,8 @@ class NativeVAE:
         try:
             prepare(source["comfyui"], source["arguments"])
             sd = importlib.import_module("comfy.sd")
-            vae = sd.VAE(sd=dict(state), device=device, dtype=getattr(torch, source["dtype"]))
+            dtype, metadata = getattr(torch, source["dtype"]), source["metadata"]
+            vae = sd.VAE(sd=dict(state), device=device, dtype=dtype, metadata=metadata)
             if vae.first_stage_model is not None:
                 vae.first_stage_model.load_state_dict(state, assign=True)
         except torch.OutOfMemoryError:

@@ -87,6 +87,9 @@ class QuantisedWeight(Weight):
     Args:
         name, module, leaf: see `Weight`.
         like: what is quantised as it is to be; by default the parameter.
+
+    Attributes:
+        patches: what its layer adds whenever it restores the values, in the layer's own form; of GGUF files only.
     """
 
     def __init__(self, name: str, module: nn.Module, leaf: str, like: Tensor | None = None):
@@ -95,6 +98,7 @@ class QuantisedWeight(Weight):
         self._class, self._stride = type(value), value.stride()
         self._inner, self._rest = value.__tensor_flatten__()
         self.form = [(piece.shape, piece.dtype) for piece in plain_tensors(value)]
+        self.patches: list[Any] = []
 
     def stored(self, pieces: Sequence[Tensor]) -> list[Tensor]:
         if (given := [(piece.shape, piece.dtype) for piece in pieces]) != self.form:
@@ -104,6 +108,8 @@ class QuantisedWeight(Weight):
     def _install(self, pieces: Sequence[Tensor]) -> None:
         inner = dict(zip(self._inner, pieces, strict=True))
         tensor = self._class.__tensor_unflatten__(inner, self._rest, self.shape, self._stride)
+        if self.patches:
+            tensor.patches = self.patches
         tensor._is_param = True  # what nn.Parameter does with a tensor of another class, after copying its scales
         self.module._parameters[self.leaf] = tensor
 

@@ -100,6 +100,8 @@ class SplitNetwork:
         self._scales = TokenScales(self._network)
         self._quantised = {w.name: plain_tensors(w.value) for w in weights if isinstance(w, QuantisedWeight)}
         """The file's, where they are mapped."""
+        self._patched: set[str] = set()
+        """Those whose layers add patches."""
         rest, blocks = by_block(weights, planned_blocks(self._network, plan))
         self.home: Home = home(rest, blocks, device, progress)
         self.home.skipping = lambda: self._split.streams.skipping
@@ -179,11 +181,31 @@ class SplitNetwork:
         """
         self.home.put(name, [piece.clone() for piece in pieces])
 
+    def patch_weight(self, name: str, patches: Tree, tensor_at: Callable[[str], Tensor]) -> None:
+        """Has the layer of a GGUF file's weight add patches to it, instead of those that it had.
+
+        Args:
+            name: the network's.
+            patches: `comfyui.gguf.plain_patches`.
+            tensor_at: finds their tensors in shared memory; they are copied.
+
+        Raises:
+            CheckpointError: there is no such weight, or it is not quantised.
+        """
+        from ..comfyui import gguf  # imports ComfyUI, which this network is of
+
+        nest = restore(patches, lambda path: tensor_at(path).to(self._device, copy=True))
+        self.home.patch(name, gguf.patches_of(nest, name))
+        self._patched.add(name)
+
     def restore_weights(self, names: Sequence[str]) -> None:
-        """Undoes `put_weight`: reads the file's again. A name that is not in it has been refused there."""
+        """Undoes `put_weight` and `patch_weight`: reads the file's again. Other names have been refused there."""
         tensors = self._file.tensors() if any(name not in self._quantised for name in names) else {}
         for name in names:
-            if name in self._quantised:
+            if name in self._patched:
+                self.home.patch(name, [])
+                self._patched.remove(name)
+            elif name in self._quantised:
                 self.home.put(name, self._quantised[name])
             elif name in tensors:
                 self.home.put(name, [tensors[name]])

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 import pytest
 import torch
@@ -54,13 +55,13 @@ def start_server(
 ) -> ServerFactory:
     """Makes servers, not started yet; arguments are ComfyUI's. Use them in a `with` statement."""
 
-    def make(*arguments: str) -> ComfyServer:
+    def make(*arguments: str, packs: Mapping[str, Path] = MappingProxyType({})) -> ComfyServer:
         base = tmp_path_factory.mktemp("comfyui")
         for folder in model_files.iterdir():
             (base / "models").mkdir(exist_ok=True)
             (base / "models" / folder.name).symlink_to(folder, target_is_directory=True)
         return ComfyServer(
-            installation, base, PACKS, ("--preview-method", "latent2rgb", *_front_end_arguments(), *arguments)
+            installation, base, PACKS | packs, ("--preview-method", "latent2rgb", *_front_end_arguments(), *arguments)
         )
 
     return make

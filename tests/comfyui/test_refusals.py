@@ -65,7 +65,7 @@ def works_afterwards(server: ComfyServer) -> Iterator[None]:
         pytest.param(model_files.SD_LIKE, [r"sd_like\.safetensors", "support|recogni[sz]e|detect"], id="sd"),
         pytest.param(
             model_files.SVDQUANT_LIKE,
-            [r"svdquant_like\.safetensors", "as SVDQuant", "use the model's bf16"],
+            [r"svdquant_like\.safetensors", "as SVDQuant", "use the model's bf16", "ComfyUI-nunchaku"],
             id="svdquant",
         ),
         pytest.param(model_files.AURA_FLOW_LIKE, [r"aura_flow_like\.safetensors", "recogni[sz]e"], id="unknown"),

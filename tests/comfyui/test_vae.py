@@ -54,6 +54,7 @@ TABLE = [
     case("wan_2_1", ENCODE, [5, 64, 48, 3], [TWO], SMALL, ONE_TILE),
     case("flux", DECODE, [2, 16, 9, 13], [TWO]),
     case("flux", ENCODE, [2, 64, 56, 3], [TWO], SMALL, ONE_TILE),
+    case("ltx_2", DECODE, [1, 128, 3, 6, 5], [TWO], PADDED),  # its file says how it is made
 ]
 LARGE = [
     case("wan_2_1", DECODE, [1, 16, 5, 13, 18], ["cpu", TWO, THREE, UNEQUAL], WIDE),
@@ -88,7 +89,7 @@ def compared(installation: Installation) -> dict[str, list[dict]]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["wan_2_1", "flux"])
+@pytest.mark.parametrize("kind", ["wan_2_1", "flux", "ltx_2"])
 @pytest.mark.timeout(900)  # for what all of them share
 def test_the_result_is_the_native_one_bit_for_bit(compared: dict[str, list[dict]], kind: str) -> None:
     check([case for case in TABLE if case["kind"] == kind], compared[kind])

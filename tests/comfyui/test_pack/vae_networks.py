@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from typing import Any
 
@@ -31,6 +32,11 @@ _HUNYUAN_15 = {
     "ffactor_spatial": 16, "ffactor_temporal": 4, "downsample_match_channel": True, "upsample_match_channel": True,
     "z_channels": 32,
 }  # fmt: skip
+_LTX_2 = {
+    "dims": 3, "in_channels": 3, "out_channels": 3, "latent_channels": 128, "norm_layer": "pixel_norm", "patch_size": 4,
+    "latent_log_var": "uniform", "causal_decoder": False, "encoder_base_channels": 16, "decoder_base_channels": 16,
+    "blocks": [["res_x", 1], *([["compress_all", 1], ["res_x", 1]] * 3)],
+}  # fmt: skip
 
 
 def _engine(module: str, parameters: dict[str, Any], regularizer: str) -> nn.Module:
@@ -52,6 +58,7 @@ NETWORKS: dict[str, Callable[[], nn.Module]] = {
     "wan_2_2": lambda: comfy.ldm.wan.vae2_2.WanVAE(**_WAN | {"dim": 160, "z_dim": 48}),
     "mochi": comfy.ldm.genmo.vae.model.VideoVAE,
     "ltxv": comfy.ldm.lightricks.vae.causal_video_autoencoder.VideoVAE,
+    "ltx_2": lambda: comfy.ldm.lightricks.vae.causal_video_autoencoder.VideoVAE(config=_LTX_2),
     "flux2": lambda: comfy.ldm.models.autoencoder.AutoencoderKL(
         ddconfig={**_PICTURE, "z_channels": 32, "batch_norm_latent": True}, embed_dim=32
     ),
@@ -63,7 +70,10 @@ NETWORKS: dict[str, Callable[[], nn.Module]] = {
     "tiny_hunyuan_video_15": lambda: comfy.taesd.taehv.TAEHV(latent_channels=32),
     "tiny_ltxv": lambda: comfy.taesd.taehv.TAEHV(latent_channels=128),
 }
-_METADATA = {"tiny_flux2": {"tae_latent_channels": 128}}
+_METADATA: dict[str, dict[str, Any]] = {
+    "tiny_flux2": {"tae_latent_channels": 128},
+    "ltx_2": {"config": json.dumps({"vae": _LTX_2})},
+}
 
 
 def make_vae(kind: str, seed: int = 0) -> comfy.sd.VAE:

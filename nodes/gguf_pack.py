@@ -1,0 +1,28 @@
+"""The pack ComfyUI-GGUF in this ComfyUI, if it is installed."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from typing import Any
+
+import comfy.model_patcher
+
+from ..parallel.comfyui import gguf
+
+
+def pack_folder() -> str:
+    """Where ComfyUI has loaded it from; empty where it has not."""
+    return gguf.installed(_nodes())
+
+
+def gguf_patcher() -> type[comfy.model_patcher.ModelPatcher]:
+    """The class by which it patches weights that are not quantised: in fp32, whatever the device."""
+    module: Any = sys.modules[_nodes()[gguf.LOADER].__module__]
+    patcher: type[comfy.model_patcher.ModelPatcher] = module.GGUFModelPatcher
+    return patcher
+
+
+def _nodes() -> dict[str, type]:
+    loaded: dict[str, type] = importlib.import_module("nodes").NODE_CLASS_MAPPINGS  # ComfyUI's, not this pack's
+    return loaded

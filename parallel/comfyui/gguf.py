@@ -1,0 +1,201 @@
+"""GGUF files, by the code of the pack ComfyUI-GGUF: its reader, its layers, its way with LoRAs.
+
+Its tensors are bytes that a layer restores each time it computes. ComfyUI's process takes the modules that it has
+loaded already; a worker imports the same files, without the pack's nodes.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from functools import cache
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import comfy.utils
+import comfy.weight_adapter
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from ..errors import CheckpointError, UnsupportedError
+
+SUFFIX = ".gguf"
+PACK = "ComfyUI-GGUF"
+LOADER = "UnetLoaderGGUF"
+"""Its node *Unet Loader (GGUF)*."""
+_ALONE = "sequence_parallel_gguf"
+"""Its name in a worker, where ComfyUI has not loaded it."""
+_FUNCTIONS = {"swap_scale_shift": comfy.utils.swap_scale_shift}
+"""What ComfyUI's LoRA names can do to a patch, for layers that other libraries have the other way round."""
+
+
+def installed(nodes: Mapping[str, type]) -> str:
+    """The pack's folder, if ComfyUI has loaded it; else empty.
+
+    Args:
+        nodes: ComfyUI's `NODE_CLASS_MAPPINGS`.
+    """
+    name = getattr(nodes.get(LOADER), "__module__", "").rpartition(".")[0]
+    parts = [sys.modules.get(f"{name}.{part}") for part in ("loader", "ops")]
+    has = [hasattr(part, needed) for part, needed in zip(parts, ("gguf_sd_loader", "GGMLOps"), strict=True)]
+    return str(Path(sys.modules[name].__file__ or "").parent) if all(has) else ""
+
+
+def refusal(path: str) -> UnsupportedError:
+    """The error for a GGUF file without the pack."""
+    return UnsupportedError(
+        f"{path} is a GGUF file, which is read by the pack {PACK} (city96/{PACK}, the node Unet Loader (GGUF)); it is"
+        " not installed here, or did not load. Install it, or use the model's safetensors file"
+    )
+
+
+def read(path: str, folder: str) -> dict[str, Tensor]:
+    """A file's tensors, mapped: quantised ones of the pack's class, with the shape of their values, the others plain.
+
+    Args:
+        folder: the pack's.
+
+    Raises:
+        UnsupportedError: there is no pack.
+        CheckpointError: the pack cannot read the file.
+    """
+    if not folder:
+        raise refusal(path)
+    module, kind = _module(folder, "dequant"), _portable(_module(folder, "ops").GGMLTensor)
+    try:
+        found = _module(folder, "loader").gguf_sd_loader(path)
+    except Exception as error:  # of a damaged file, its reader may ask for anything
+        raise CheckpointError(
+            f"{path} cannot be read by {PACK} ({type(error).__name__}: {error}); the file may be damaged or incomplete"
+        ) from error
+    return {
+        name: kind(tensor, tensor_type=tensor.tensor_type, tensor_shape=tensor.shape)
+        if module.is_quantized(tensor)
+        else tensor.as_subclass(torch.Tensor)
+        for name, tensor in found.items()
+    }
+
+
+def operations(folder: str) -> Any:
+    """The pack's layers, as ComfyUI's models take them."""
+    return _module(folder, "ops").GGMLOps()
+
+
+def quantised_as(state: Iterable[Tensor]) -> str:
+    """The formats of a file, for people."""
+    kinds = {tensor.tensor_type.name for tensor in state if is_traceable_wrapper_subclass(tensor)}  # type: ignore[attr-defined]
+    return "GGUF" + (f" {', '.join(sorted(kinds))}" if kinds else "")
+
+
+def check(path: str, folder: str, network: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Refuses quantised tensors of modules that are none of the pack's layers: nothing would restore them.
+
+    Raises:
+        CheckpointError: naming one.
+    """
+    layer, modules = _module(folder, "ops").GGMLLayer, dict(network.named_modules())
+    for name, tensor in tensors.items():
+        module = modules.get(name.rpartition(".")[0])  # none has a tensor that the network has no place for
+        if is_traceable_wrapper_subclass(tensor) and module is not None and not isinstance(module, layer):
+            raise CheckpointError(f"{path}: {name} is quantised, and is of no layer that {PACK} restores")
+
+
+def plain_patches(key: str, patches: Sequence[tuple[Any, ...]], shape: torch.Size) -> list[dict[str, Any]]:
+    """Patches of one weight as a nest of tensors and plain data.
+
+    Args:
+        key: the weight's name, for people.
+        patches: of `ModelPatcher.patches`.
+        shape: the weight's.
+
+    Raises:
+        UnsupportedError: a patch gives the weight another shape, or does what no worker knows.
+    """
+    found = []
+    for strength, value, strength_model, offset, function in patches:
+        adapter = isinstance(value, comfy.weight_adapter.WeightAdapterBase)
+        name = None if function is None else getattr(function, "__name__", repr(function))
+        if function is not None and _FUNCTIONS.get(str(name)) is not function:
+            raise UnsupportedError(f"a LoRA that changes {key} by {name} cannot be used with a GGUF file; remove it")
+        if (other := _other_shape(value, shape)) is not None:
+            raise UnsupportedError(
+                f"a LoRA that gives {key} the shape {other} instead of {list(shape)} (as control LoRAs do) cannot be"
+                " used with Load Diffusion Model (SP)"
+            )
+        found.append(
+            {
+                "strength": float(strength),
+                "adapter": value.name if adapter else None,
+                "value": value.weights if adapter else value,
+                "strength_model": float(strength_model),
+                "offset": offset,
+                "function": name,
+            }
+        )
+    return found
+
+
+def _other_shape(value: Any, shape: torch.Size) -> list[int] | None:
+    if isinstance(value, comfy.weight_adapter.LoRAAdapter):
+        reshape = value.weights[5]
+        return None if reshape is None or list(reshape) == list(shape) else list(reshape)
+    pads = isinstance(value, tuple) and value[0] == "diff" and len(value[1]) > 1 and value[1][1]["pad_weight"]
+    return list(value[1][0].shape) if pads and value[1][0].shape != shape else None
+
+
+def patches_of(nest: Sequence[Mapping[str, Any]], key: str) -> list[tuple[list[tuple[Any, ...]], str]]:
+    """What the pack's layers expect of a weight: the reverse of `plain_patches`.
+
+    Args:
+        nest: with tensors on the layer's device.
+        key: the weight's name.
+    """
+    adapters = {adapter.name: adapter for adapter in comfy.weight_adapter.adapters}
+    patches = [
+        (
+            patch["strength"],
+            adapters[patch["adapter"]](set(), patch["value"]) if patch["adapter"] else patch["value"],
+            patch["strength_model"],
+            patch["offset"],
+            _FUNCTIONS[patch["function"]] if patch["function"] else None,
+        )
+        for patch in nest
+    ]
+    return [(patches, key)] if patches else []
+
+
+@cache
+def _portable(kind: type[Tensor]) -> Any:
+    """The pack's tensor, taken apart and put together as PyTorch's own wrappers are."""
+
+    class GGUFTensor(kind):  # type: ignore[misc, valid-type]
+        @property
+        def raw(self) -> Tensor:
+            return self.as_subclass(Tensor)
+
+        def __tensor_flatten__(self) -> tuple[list[str], Any]:
+            return ["raw"], (self.tensor_type, self.tensor_shape)
+
+        @staticmethod
+        def __tensor_unflatten__(inner: Mapping[str, Tensor], told: Any, size: Any, stride: Any) -> Tensor:
+            return GGUFTensor(inner["raw"], tensor_type=told[0], tensor_shape=told[1])
+
+    return GGUFTensor
+
+
+def _module(folder: str, part: str) -> Any:
+    """A module of the pack, the one that ComfyUI has loaded if it has."""
+    loaded = (
+        name
+        for name, module in list(sys.modules.items())
+        if getattr(module, "__file__", None) == str(Path(folder) / "__init__.py")
+    )
+    package = next(loaded, _ALONE)
+    if package == _ALONE and _ALONE not in sys.modules:
+        alone = ModuleType(_ALONE)  # without its `__init__`, which makes nodes
+        alone.__path__ = [folder]
+        sys.modules[_ALONE] = alone
+    return importlib.import_module(f"{package}.{part}")
