@@ -331,12 +331,12 @@ class Conversion {
     }
     const slots = slotsOf(definition);
     const widgets = slots.filter(({ widget }) => widget);
-    const size = [320, 34 + 24 * slots.length];
+    const width = 320;
     const config = {
       id: ++this._lastNode,
       type: CONFIG,
-      pos: freePlace(level, nodes, size),
-      size,
+      pos: freePlace(level, nodes, [width, 60 + 30 * slots.length]), // as high as Nodes 2.0 makes it
+      size: [width, 34 + 24 * slots.length],
       flags: {},
       order: 0,
       mode: 0,

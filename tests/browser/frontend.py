@@ -28,6 +28,15 @@ CHROMIUM_FLAGS = (
 )
 
 
+VUE_NODES = "Comfy.VueNodes.Enabled"
+"""The setting *Nodes 2.0*: each node is HTML, in place of a drawing on the canvas."""
+_SETTINGS = {
+    "Comfy.TutorialCompleted": True,  # else the first visit opens the templates dialog
+    VUE_NODES: False,
+}
+"""What a page starts with, whatever the one before has left."""
+
+
 def find_chromium() -> str | None:
     return os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("chromium-browser")
 
@@ -87,10 +96,28 @@ _SAVE_LATENTS = """
 """
 
 
+_QUIET = """
+(polls) => new Promise((resolve) => {
+    let saved, quiet = 0
+    const observer = new MutationObserver(() => (quiet = 0))
+    observer.observe(document.body, { subtree: true, childList: true, characterData: true })
+    const poll = () => {
+        const now = JSON.stringify((window.app.rootGraph ?? window.app.graph).serialize())
+        quiet = now === saved ? quiet + 1 : 0
+        saved = now
+        if (quiet < polls) return requestAnimationFrame(() => setTimeout(poll, 30))
+        observer.disconnect()
+        resolve()
+    }
+    poll()
+})
+"""
+
+
 class FrontEnd:
     """One page with ComfyUI open in it."""
 
-    def __init__(self, browser: Browser, server: ComfyServer) -> None:
+    def __init__(self, browser: Browser, server: ComfyServer, settings: dict[str, Any] | None = None) -> None:
         self.server = server
         self.errors: list[str] = []
         self.requests: list[str] = []
@@ -100,7 +127,7 @@ class FrontEnd:
         self.page.on("request", lambda request: self.requests.append(request.url))
         self.page.on("pageerror", lambda error: self.errors.append(f"{error}\n{error.stack or ''}"))
         self.page.on("console", self._note_console_error)
-        _skip_the_tutorial(server)
+        _set(server, _SETTINGS | (settings or {}))
         self.page.goto(server.url)
         # The start-up ends by opening a default workflow, in place of whatever was opened before that.
         ready = "window.app?.vueAppReady && window.app.extensionManager?.workflow?.activeWorkflow"
@@ -117,12 +144,12 @@ class FrontEnd:
         """
         self.page.evaluate("(workflow) => window.app.loadGraphData(workflow)", workflow)
         if wait:
-            self._let_messages_appear()
+            self.settle()
 
     def load_graph(self, graph: Graph) -> None:
         """Open a graph in API format."""
         self.page.evaluate("(graph) => window.app.loadApiJson(graph, 'graph')", graph)
-        self._let_messages_appear()
+        self.settle()
 
     def open_template(self, pack: str, name: str) -> None:
         """Open a template of a custom node pack as a user does, in the templates dialog."""
@@ -131,7 +158,7 @@ class FrontEnd:
         dialog.get_by_text(pack, exact=True).first.click()
         dialog.get_by_text(name, exact=True).first.click()
         dialog.wait_for(state="hidden", timeout=15_000)
-        self._let_messages_appear()
+        self.settle()
 
     def node_types(self) -> list[str]:
         return self.page.evaluate("window.app.graph.nodes.map((node) => node.type)")
@@ -200,10 +227,10 @@ class FrontEnd:
     def error_details(self) -> str:
         """All that the message about a failed or refused prompt leads to."""
         self.page.get_by_role("button", name="View details").first.click()
-        self._let_messages_appear()
+        self.settle()
         for button in self.page.get_by_role("button", name="Info for").all():
             button.click()
-        self._let_messages_appear()
+        self.settle()
         return self.text()
 
     def run(self, timeout: float = 90.0) -> dict[str, Any]:
@@ -220,7 +247,7 @@ class FrontEnd:
 
     def screenshot(self, path: Path) -> Path:
         self.page.evaluate("window.app.extensionManager.command.execute('Comfy.Canvas.FitView')")
-        self.page.wait_for_timeout(500)
+        self.settle()
         self.page.screenshot(path=path)
         return path
 
@@ -228,8 +255,9 @@ class FrontEnd:
         """Errors and warnings in the console that name this pack."""
         return [error for error in self.errors if PACK_NAME in error or "sequence_parallel" in error]
 
-    def _let_messages_appear(self) -> None:
-        self.page.wait_for_timeout(1000)
+    def settle(self) -> None:
+        """Wait until nothing changes any more, neither on the page nor in the graph, for some frames."""
+        self.page.evaluate(_QUIET, 8)
 
     def _stay_on_this_machine(self, route: Route) -> None:
         if route.request.url.startswith((self.server.url, "data:", "blob:")):
@@ -242,8 +270,7 @@ class FrontEnd:
             self.errors.append(f"{message.location.get('url', '')}: {message.text}")
 
 
-def _skip_the_tutorial(server: ComfyServer) -> None:
-    """Without this setting the first visit opens the templates dialog."""
-    settings = json.dumps({"Comfy.TutorialCompleted": True}).encode()
-    request = urllib.request.Request(f"{server.url}/settings", settings, {"Content-Type": "application/json"})
+def _set(server: ComfyServer, settings: dict[str, Any]) -> None:
+    body = json.dumps(settings).encode()
+    request = urllib.request.Request(f"{server.url}/settings", body, {"Content-Type": "application/json"})
     urllib.request.urlopen(request, timeout=10).close()

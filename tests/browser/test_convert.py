@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import subprocess
+from collections.abc import Iterator
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -65,16 +66,27 @@ class Converter:
         self.page = front_end.page
 
     def open(self, workflow: dict[str, Any]) -> None:
-        """Opens what *Save* writes of a workflow, so that saving it again changes nothing."""
-        self.front_end.load_workflow(workflow, wait=False)
-        self.front_end.load_workflow(json.loads(self.saved()), wait=False)
+        """Opens what *Save* writes of a workflow, until opening it changes nothing.
+
+        In Nodes 2.0 nodes get the height of what is in them, one or two openings later.
+        """
+        self.front_end.load_workflow(workflow)
+        for _ in range(5):
+            saved = self.saved()
+            self.front_end.load_workflow(json.loads(saved))
+            if without_view(self.saved()) == without_view(saved):
+                break
+        else:
+            pytest.fail("opening this workflow changes it each time")
         self.settle()
 
     def settle(self) -> None:
-        """As a click beside all nodes does, the front end notes what has changed."""
-        self.page.wait_for_timeout(300)
-        self.page.mouse.click(1000, 960)
-        self.page.wait_for_timeout(100)
+        """As after any key, the front end notes what has changed."""
+        self.front_end.settle()
+        self.page.keyboard.down("Shift")
+        self.page.evaluate("new Promise((resolve) => requestAnimationFrame(() => setTimeout(resolve)))")
+        self.page.keyboard.up("Shift")
+        self.front_end.settle()
 
     def saved(self) -> str:
         return self.page.evaluate("JSON.stringify((window.app.rootGraph ?? window.app.graph).serialize())")
@@ -99,7 +111,7 @@ class Converter:
 
     def _wait_for(self, expected: list[int]) -> None:
         self.page.wait_for_function(f"(expected) => String(({_HISTORY})()) === String(expected)", arg=expected)
-        self.page.wait_for_timeout(300)
+        self.front_end.settle()
 
     def history(self) -> list[int]:
         return self.page.evaluate(_HISTORY)
@@ -162,11 +174,27 @@ def check_both_ways(converter: Converter, workflow: dict[str, Any], picture: Pat
     assert front_end.own_errors() == []
 
 
-def without_view(saved: str) -> str:
-    """The text of a saved workflow without where the window shows it, which the screenshot has moved."""
+def without_view(saved: str, *, heights: bool = True) -> str:
+    """The text of a saved workflow without where the window shows it, which the screenshot has moved.
+
+    Args:
+        saved: what *Save* writes.
+        heights: of nodes too. In Nodes 2.0 the front end's own Undo and Redo change some.
+    """
     workflow = json.loads(saved)
     workflow["extra"].pop("ds", None)
+    if not heights:
+        for graph in levels(workflow):
+            for node in graph["nodes"]:
+                node["size"] = node["size"][:1]
     return json.dumps(workflow)
+
+
+def levels(workflow: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """The graph and all definitions of subgraphs."""
+    yield workflow
+    for subgraph in workflow.get("definitions", {}).get("subgraphs", []):
+        yield from levels(subgraph)
 
 
 @pytest.mark.slow
@@ -209,7 +237,6 @@ def test_inside_a_subgraph_its_view_stays(converter: Converter) -> None:
     assert inside
     for command in (ALL_GPUS, "Comfy.Undo", "Comfy.Redo", ONE_GPU):
         converter.execute(command)
-        converter.page.wait_for_timeout(500)
         assert converter.page.evaluate(opened) == inside, command
         shown = converter.page.evaluate("window.app.canvas.graph.nodes.map((node) => node.type)")
         assert ("SPLoadDiffusionModel" in shown) == (command in (ALL_GPUS, "Comfy.Redo")), command

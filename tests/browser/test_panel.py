@@ -173,7 +173,7 @@ def test_what_does_not_run_in_parallel_is_told_once(front_end: FrontEnd, tmp_pat
     panel.toasts(reason).first.wait_for(state="hidden", timeout=30_000)
     front_end.load_graph(sampling_graph(fresh(setting), Swapped()))
     assert front_end.run(timeout=120)["status"]["status_str"] == "success"
-    front_end.page.wait_for_timeout(500)
+    front_end.settle()
     assert panel.toasts(reason).count() == 0
     assert front_end.page.locator(".workflow-tabs-container").get_by_text("Workers failed").count() == 0
     assert front_end.own_errors() == []
@@ -208,7 +208,8 @@ def test_a_changed_setting_takes_effect(front_end: FrontEnd, tmp_path: Path) -> 
 @pytest.mark.slow
 def test_eight_workers_fit_and_a_hidden_panel_asks_for_nothing(front_end: FrontEnd, tmp_path: Path) -> None:
     requests, page = front_end.requests, front_end.page
-    page.wait_for_timeout(1000)
+    page.clock.install()
+    front_end.settle()
     assert not [url for url in requests if "sequence_parallel" in url], "asked before the panel was opened"
 
     page.route("**/sequence_parallel/watch", lambda route: route.fulfill(json=eight_workers()))
@@ -216,7 +217,7 @@ def test_eight_workers_fit_and_a_hidden_panel_asks_for_nothing(front_end: FrontE
     panel.wait_for("Rank 7 · cuda:7")
     for palette in ("dark", "light"):
         page.evaluate("(name) => window.app.extensionManager.setting.set('Comfy.ColorPalette', name)", palette)
-        page.wait_for_timeout(700)
+        front_end.settle()
         page.screenshot(path=tmp_path / f"eight-{palette}.png")
         sizes = panel.root.evaluate("(e) => [e.scrollWidth, e.clientWidth, e.scrollHeight, e.clientHeight]")
         assert sizes[0] <= sizes[1] and sizes[2] <= sizes[3], f"something sticks out: {sizes}"
@@ -245,13 +246,21 @@ def test_eight_workers_fit_and_a_hidden_panel_asks_for_nothing(front_end: FrontE
 
 
 def hidden_again(panel: Panel, requests: list[str], hide: Any) -> None:
-    """Hiding the panel is said once; then, longer than a visible one's interval, nothing is asked."""
-    panel.page.wait_for_timeout(300)
+    """A visible panel asks again and again. Hiding it is said once; then nothing is asked, for a minute."""
+
+    def asked() -> list[str]:
+        panel.front_end.settle()
+        return [url for url in requests if "sequence_parallel" in url]
+
+    asked()
+    requests.clear()
+    panel.page.clock.fast_forward(60_000)
+    assert asked()
     requests.clear()
     hide()
-    panel.page.wait_for_timeout(6000)
-    ours = [url for url in requests if "sequence_parallel" in url]
-    assert len(ours) == 1, ours
+    assert len(asked()) == 1
+    panel.page.clock.fast_forward(60_000)
+    assert len(asked()) == 1, requests
 
 
 def eight_workers() -> dict[str, Any]:

@@ -52,7 +52,11 @@ SD35 = "tiny_sd_3.5.safetensors"
 STABLE_AUDIO_3 = "tiny_stable_audio_3.safetensors"
 PIXART = "tiny_pixart.safetensors"  # of a class that has no plan
 SDXL = "tiny_sdxl.safetensors"  # a checkpoint: predicts v, as a mark beside the network says, and has a VAE
-LTX23_WHOLE = "tiny_ltx_2.3_whole.safetensors"  # a checkpoint with the VAEs of pictures and of sound
+SDXL_WHOLE = "tiny_sdxl_whole.safetensors"  # a checkpoint with both text encoders, too
+LTX23_WHOLE = (
+    "tiny_ltx_2.3_whole.safetensors"  # with the VAEs of pictures and sound, a vocoder, and the text projection
+)
+LTX23_LARGE = "large_ltx_2.3.safetensors"  # with a network of 480 MiB, zeros, and the VAE of pictures
 LORA = "krea_2_lora.safetensors"
 
 # Files of the same networks in other dtypes and layouts.

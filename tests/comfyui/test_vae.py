@@ -204,7 +204,7 @@ def decode_graph(
     if devices is not None:
         inputs["sp_config"] = builder.add("SPConfig", **vars(Swapped(devices=devices)))
     images = builder.add(node, node_id="vae", **inputs)
-    builder.add("SaveLatent", OUTPUT, samples=builder.add("SPTestImageAsLatent", images=images), filename_prefix="vae")
+    builder.add("SaveLatent", OUTPUT, samples=builder.add("SPTestAsLatent", value=images), filename_prefix="vae")
     return builder.graph
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import re
+import struct
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -305,10 +306,54 @@ _LTX_VAE = {
 }  # fmt: skip
 
 
+_RESIDUALS = {"resblock": "1", "resblock_kernel_sizes": [3], "resblock_dilation_sizes": [[1, 3, 5]]}
+_LTX_SOUND: dict[str, Any] = {
+    "audio_vae": {
+        "model": {
+            "params": {
+                "sampling_rate": 16000,
+                "ddconfig": {
+                    "ch": 8, "out_ch": 2, "ch_mult": [1, 2, 4], "num_res_blocks": 1, "attn_resolutions": [],
+                    "in_channels": 2, "resolution": 256, "z_channels": 8, "mel_bins": 64, "norm_type": "pixel",
+                    "causality_axis": "height", "mid_block_add_attention": False,
+                },
+            },
+        },
+        "preprocessing": {"stft": {"filter_length": 1024, "hop_length": 160}},
+    },
+    "vocoder": {
+        "vocoder": {
+            "upsample_rates": [5, 4, 2, 2, 2], "upsample_kernel_sizes": [11, 8, 4, 4, 4],
+            "upsample_initial_channel": 64, **_RESIDUALS,
+        },
+        "bwe": {
+            "upsample_rates": [6, 5, 2, 2, 2], "upsample_kernel_sizes": [12, 11, 4, 4, 4],
+            "upsample_initial_channel": 64, "input_sampling_rate": 16000, "output_sampling_rate": 48000,
+            "hop_length": 80, "n_fft": 512, "num_mels": 64, **_RESIDUALS,
+        },
+    },
+}  # fmt: skip
+"""As in the header of LTX-2.3's files."""
+
+
+def _text_encoders(seed: int) -> dict[str, Tensor]:
+    """SDXL's two, tiny, by a checkpoint's names."""
+    from comfy.diffusers_convert import convert_text_enc_state_dict_v20
+    from tiny_detection import TinySDXLClip
+
+    made = tensors_of(TinySDXLClip(dtype=torch.float32), seed)
+    large = convert_text_enc_state_dict_v20(made, "clip_g")
+    small = {name: tensor for name, tensor in made.items() if name.startswith("clip_l.transformer.text_model.")}
+    renamed = {name.replace("clip_g", "conditioner.embedders.1.model", 1): tensor for name, tensor in large.items()}
+    return renamed | {name.replace("clip_l", "conditioner.embedders.0", 1): tensor for name, tensor in small.items()}
+
+
 def _write_checkpoints(folder: Path) -> None:
     """Networks with what lies beside them in checkpoints."""
+    from comfy.ldm.lightricks.vae.audio_vae import AudioVAE
     from comfy.ldm.lightricks.vae.causal_video_autoencoder import VideoVAE
     from comfy.taesd.taesd import TAESD
+    from tiny_detection import CLIP_WIDTHS
 
     def save(name: str, network: dict[str, Tensor], beside: dict[str, Tensor], metadata: dict[str, Any]) -> None:
         named = {_PREFIX + key: tensor for key, tensor in network.items()} | beside
@@ -318,11 +363,43 @@ def _write_checkpoints(folder: Path) -> None:
     vae = {f"first_stage_model.{name}": tensor for name, tensor in tensors_of(TAESD(), 1).items()}
     unet = tensors_of(split_models.empty_network("SDXL", split_models.sdxl()), 0)
     save(names.SDXL, unet, {**vae, "v_pred": torch.zeros(0)}, {})
-    config = split_models.ltx23(4)
+    pooled = split_models.sdxl() | {"adm_in_channels": CLIP_WIDTHS["clip_g"] + 6 * 256}
+    unet = tensors_of(split_models.empty_network("SDXL", pooled), 3)
+    save(names.SDXL_WHOLE, unet, vae | _text_encoders(4), {})
+
     vae = {f"vae.{name}": tensor for name, tensor in tensors_of(VideoVAE(config=_LTX_VAE), 1).items()}
-    sound = {f"{part}.decoder.conv_in.weight": torch.zeros(8, 8, 3) for part in ("audio_vae", "vocoder")}
+    sound = tensors_of(AudioVAE({"config": _LTX_SOUND}), 2)
+    deviations = "autoencoder.per_channel_statistics.std-of-means"
+    sound[deviations] = sound[deviations].abs() + 0.5
+    sound = {re.sub("^autoencoder", "audio_vae", name): tensor for name, tensor in sound.items()}
+    projection = {
+        f"text_embedding_projection.{part}_aggregate_embed.weight": split_models.random(width, 96)
+        for part, width in (("video", 128), ("audio", 64))
+    }
+    config = split_models.ltx23(4)
     network = tensors_of(split_models.empty_network("LTXAV", config), 0)
-    save(names.LTX23_WHOLE, network, vae | sound, {"transformer": config, "vae": _LTX_VAE})
+    metadata = {"transformer": config, "vae": _LTX_VAE, **_LTX_SOUND}
+    save(names.LTX23_WHOLE, network, vae | sound | projection, metadata)
+    config = split_models.ltx23(32) | {"num_layers": 4}
+    large = split_models.empty_network("LTXAV", config).state_dict()
+    metadata = {"transformer": config, "vae": _LTX_VAE}
+    _write_with_holes(folder / names.LTX23_LARGE, vae, {_PREFIX + name: large[name] for name in large}, metadata)
+
+
+def _write_with_holes(path: Path, tensors: dict[str, Tensor], holes: dict[str, Tensor], config: dict[str, Any]) -> None:
+    """Writes a checkpoint at once, however large: of `holes`, in fp32, the file has nothing, which reads as zeros."""
+    header: dict[str, Any] = {"__metadata__": {"config": json.dumps(config)}}
+    end = 0
+    for name, tensor in (tensors | holes).items():
+        start, end = end, end + tensor.nbytes
+        header[name] = {"dtype": "F32", "shape": list(tensor.shape), "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 64)
+    with path.open("wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        for tensor in tensors.values():
+            file.write(tensor.numpy().tobytes())
+        file.truncate(8 + len(text) + end)
 
 
 def _write_krea_lora(path: Path) -> None:
@@ -339,6 +416,7 @@ def main(comfyui: str, models: Path) -> None:
     from parallel.comfyui.start import prepare
 
     prepare(comfyui, {"cpu": True})
+    sys.path.append(str(Path(__file__).parent / "test_pack"))
     import comfy.ldm.genmo.joint_model.asymm_models_joint as mochi
 
     # Mochi's blocks take the released width for granted, see `test_pack.tiny_detection`.

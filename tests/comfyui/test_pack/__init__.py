@@ -1,6 +1,8 @@
 """Test-only nodes: what text encoders, VAEs and CLIP vision models give, without any of these models."""
 
 import copy
+import ctypes
+import gc
 import json
 import math
 import os
@@ -225,8 +227,8 @@ class SPTestVideoLatent:
         return ({"samples": torch.randn(1, channels, *size, generator=torch.Generator().manual_seed(seed))},)
 
 
-class SPTestImageAsLatent:
-    """Pictures as they are, for SaveLatent."""
+class SPTestAsLatent:
+    """The numbers of a picture, of sound or of conditioning (with its pooled output) as they are, for SaveLatent."""
 
     CATEGORY = "testing"
     RETURN_TYPES = ("LATENT",)
@@ -234,10 +236,14 @@ class SPTestImageAsLatent:
 
     @classmethod
     def INPUT_TYPES(cls) -> dict:
-        return {"required": {"images": ("IMAGE",)}}
+        return {"required": {"value": ("IMAGE,AUDIO,CONDITIONING",)}}
 
-    def make(self, images: torch.Tensor) -> tuple:
-        return ({"samples": images},)
+    def make(self, value: Any) -> tuple:
+        if isinstance(value, dict):
+            value = value["waveform"]
+        elif isinstance(value, list):
+            value = torch.cat([part.flatten() for cond, extra in value for part in (cond, extra["pooled_output"])])
+        return ({"samples": value},)
 
 
 class SPTestFlatLatent:
@@ -366,6 +372,41 @@ class SPTestModelSize:
         return {"ui": {"bytes": [model.model_size()]}}
 
 
+class SPTestHeldMemory:
+    """What ComfyUI's process holds while a MODEL is there, in bytes. What is free there goes back to the system first.
+
+    Private_Dirty and Anonymous are the kernel's sums, "file" the resident pages of a mapped file, "tensors" all that
+    Python has.
+    """
+
+    CATEGORY = "testing"
+    RETURN_TYPES = ()
+    OUTPUT_NODE = True
+    FUNCTION = "tell"
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict:
+        return {"required": {"model": ("MODEL",), "after": ("LATENT",), "file": ("STRING", {})}}
+
+    def tell(self, model: Any, after: dict, file: str) -> dict:
+        gc.collect()
+        ctypes.CDLL(None).malloc_trim(0)
+        found = dict.fromkeys(("Private_Dirty", "Anonymous", "file"), 0)
+        path = ""
+        for line in Path("/proc/self/smaps").read_text().splitlines():
+            name, _, rest = line.partition(":")
+            if " " in name:  # a mapping's first line: addresses, permissions, offset, device, inode, path
+                path = line.split(maxsplit=5)[-1]
+            elif name in found:
+                found[name] += int(rest.split()[0]) * 1024
+            elif name == "Rss" and path == file:
+                found["file"] += int(rest.split()[0]) * 1024
+        held = (thing for thing in gc.get_objects() if issubclass(type(thing), torch.Tensor))
+        sizes = {(t.data_ptr(), t.nbytes) for t in held if t.device.type == "cpu" and t.layout == torch.strided}
+        found["tensors"] = sum(nbytes for _, nbytes in sizes)
+        return {"ui": {name: [value] for name, value in found.items()}}
+
+
 class SPTestWorkersBoot:
     """From now on workers are started by another script than the pack's own; empty: by that again."""
 
@@ -389,7 +430,8 @@ NODE_CLASS_MAPPINGS = {
     node.__name__: node
     for node in (
         SPTestConditioning, SPTestLatent, SPTestVAE, SPTestCLIPVisionOutput, SPTestNoClip, SPTestControlNet,
-        SPTestRandomVAE, SPTestTiledVAE, SPTestVideoLatent, SPTestImageAsLatent, SPTestFlatLatent, SPTestAttention,
-        SPTestAttentionBackend, SPTestOption, SPTestModelPatch, SPTestSoundVAE, SPTestModelSize, SPTestWorkersBoot,
+        SPTestRandomVAE, SPTestTiledVAE, SPTestVideoLatent, SPTestAsLatent, SPTestFlatLatent, SPTestAttention,
+        SPTestAttentionBackend, SPTestOption, SPTestModelPatch, SPTestSoundVAE, SPTestModelSize, SPTestHeldMemory,
+        SPTestWorkersBoot,
     )
 }  # fmt: skip

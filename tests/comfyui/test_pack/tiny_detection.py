@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 
 import comfy.ldm.genmo.joint_model.asymm_models_joint as mochi
 import comfy.model_detection as model_detection
+import comfy.sdxl_clip as sdxl_clip
 import comfy.supported_models as supported_models
 
 HIDDEN_OF_THE_ASSERTION = 1536 * 8
@@ -65,13 +66,32 @@ _SIZES = {"mochi_preview": _mochi_sizes, "qwen_image": _qwen_image_sizes, "lumin
 _SIZES |= {"anima": _anima_sizes}
 
 
+CLIP_WIDTHS = {"clip_l": 24, "clip_g": 40}
+"""Of SDXL's two text encoders, tiny. Together they are the width of the UNet's context."""
+
+
+class TinySDXLClip(sdxl_clip.SDXLClipModel):
+    """ComfyUI's, by its own option for other sizes."""
+
+    def __init__(self, device: Any = "cpu", dtype: Any = None, model_options: Any = None):
+        sizes = {
+            f"{name}_model_config": {
+                "hidden_size": width, "intermediate_size": 2 * width, "num_attention_heads": 2, "num_hidden_layers": 3,
+            }
+            for name, width in CLIP_WIDTHS.items()
+        }  # fmt: skip
+        super().__init__(device, dtype, (model_options or {}) | sizes)
+
+
 class TinySDXL(supported_models.SDXL):
-    """ComfyUI knows its UNets by their sizes."""
+    """ComfyUI knows its UNets by their sizes; how wide the pooled text is does not matter here."""
 
     unet_config: ClassVar = {
-        **supported_models.SDXL.unet_config, "model_channels": 64, "transformer_depth": [0, 1, 1], "context_dim": 64,
-        "adm_in_channels": 768 + 6 * 256,
-    }  # fmt: skip
+        name: value for name, value in supported_models.SDXL.unet_config.items() if name != "adm_in_channels"
+    } | {"model_channels": 64, "transformer_depth": [0, 1, 1], "context_dim": 64}
+
+    def clip_target(self, state_dict: Any = None) -> Any:
+        return supported_models.supported_models_base.ClipTarget(sdxl_clip.SDXLTokenizer, TinySDXLClip)
 
 
 def apply() -> None:
