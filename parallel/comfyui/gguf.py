@@ -84,13 +84,13 @@ def operations(folder: str) -> Any:
     return _module(folder, "ops").GGMLOps()
 
 
-def quantised_as(state: Iterable[Tensor]) -> str:
+def quantised_as(state: Iterable[Any]) -> str:
     """The formats of a file, for people."""
     kinds = {tensor.tensor_type.name for tensor in state if is_traceable_wrapper_subclass(tensor)}  # type: ignore[attr-defined]
     return "GGUF" + (f" {', '.join(sorted(kinds))}" if kinds else "")
 
 
-def check(path: str, folder: str, network: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+def check(path: str, folder: str, network: nn.Module, tensors: Mapping[str, Any]) -> None:
     """Refuses quantised tensors of modules that are none of the pack's layers: nothing would restore them.
 
     Raises:
