@@ -20,6 +20,7 @@ PROVEN: tuple[str, ...] = (
     "image_krea2_turbo_t2i_int8",
     "video_minimax_h3_i2v_continuation",
     "video_ltx2_5_flf2v",
+    "video_wan21_scail2_character_replacement",
     "image_anima_base_v1",
     "video_ltx2_3_t2v",
     "flux_fill_inpaint_example",

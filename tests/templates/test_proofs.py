@@ -86,7 +86,7 @@ def proofs(installation: Installation, tmp_path_factory: pytest.TempPathFactory)
             keys = {key for _, _, key in files}
             assert len(keys) == 1, f"{name}: {keys}"
             (key,) = keys
-            jobs |= {job["path"]: job for job in _jobs(before, key, server.models)}
+            jobs |= {job["path"]: job for job in _jobs(before, key, base)}
             _write_inputs(before, base / "input")
             native = small(before, key)
             cases[name] = Case(
@@ -108,7 +108,8 @@ def _templates() -> Path:
     return found / "templates" if (found / "templates").is_dir() else found
 
 
-def _jobs(prompt: Graph, key: str, models: Path) -> Iterator[dict[str, Any]]:
+def _jobs(prompt: Graph, key: str, base: Path) -> Iterator[dict[str, Any]]:
+    models = base / "models"
     yield {"path": str(models / "loras" / _changing(key)), "kind": "lora", "tiny": key}
     for folder, name, tiny in networks(prompt):
         kind = "network" if folder == "diffusion_models" else "checkpoint"
@@ -121,6 +122,8 @@ def _jobs(prompt: Graph, key: str, models: Path) -> Iterator[dict[str, Any]]:
             yield {"path": str(models / "latent_upscale_models" / inputs["model_name"]), "kind": "upscaler"}
         elif kind == "VAELoader" and key in _LTX:
             yield {"path": str(models / "vae" / inputs["vae_name"]), "kind": "ltx vae"}
+        elif kind == "LoadVideo":
+            yield {"path": str(base / "input" / inputs["file"]), "kind": "video"}
 
 
 def _changing(key: str) -> str:
