@@ -26,7 +26,7 @@ from parallel.plans.comfyui import PLANS
 from tests.comfyui.fixtures import PACKS, require_pack
 from tests.comfyui.installation import REPOSITORY, Installation
 from tests.comfyui.latents import read_latent, relative_difference
-from tests.comfyui.server import ComfyServer, Graph
+from tests.comfyui.server import AT_START, ComfyServer, Graph
 from tests.templates.families import family_of, quantised_as
 from tests.templates.prompts import networks, small, with_lora
 from tests.templates.proven import PROVEN
@@ -135,6 +135,7 @@ def _write_files(installation: Installation, jobs: list[dict[str, Any]]) -> None
         [installation.python, "-m", "tests.templates.write_files", installation.path],
         input=json.dumps(jobs),
         cwd=REPOSITORY,
+        env=os.environ | {"PYTHONPATH": str(AT_START)},
         capture_output=True,
         text=True,
         timeout=600,
