@@ -215,8 +215,8 @@ class WholeGroups:
 
 @dataclass(frozen=True)
 class SampleLengths:
-    """SeedVR2's numbers of tokens of each sample, as the attribute `name` of a dataclass: all samples' tokens lie end to
-    end in `stream`."""
+    """SeedVR2's numbers of tokens of each sample, attribute `name` of a dataclass: the samples' tokens lie end to end in
+    `stream`."""
 
     name: str
     stream: str

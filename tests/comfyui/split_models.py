@@ -846,7 +846,9 @@ def weight(name: str, shape: torch.Size) -> Tensor:
     values = torch.randn(period, generator=torch.Generator().manual_seed(zlib.crc32(name.encode())))
     values = values.repeat(-(-count // period))[:count].reshape(shape)
     last = name.rsplit(".", 1)[-1]
-    if re.search(r"(q|k|query|key)_?norm\w*\.(weight|scale)$|(norm_(added_)?|ln_)[qk](\.(vid|txt|all))?\.(weight|scale)$", name):
+    if re.search(
+        r"(q|k|query|key)_?norm\w*\.(weight|scale)$|(norm_(added_)?|ln_)[qk](\.(vid|txt|all))?\.(weight|scale)$", name
+    ):
         return 2 + 0.2 * values
     if len(shape) <= 1 or math.prod(shape) == max(shape):
         return ("norm" in name and last in ("weight", "scale", "gamma")) + 0.1 * values
@@ -860,7 +862,8 @@ def empty_network(supported: str, config: dict[str, Any], device: str = "meta") 
     import comfy.supported_models
 
     model_config: Any = getattr(comfy.supported_models, supported)(dict(config))
-    model_config.unet_config.update(config)  # sizes that its detection takes for granted, too
+    # Sizes that its detection takes for granted, too; but no mark of a kind.
+    model_config.unet_config.update({name: value for name, value in config.items() if name != "causal_ar"})
     model_config.set_inference_dtype(torch.float32, None)
     network: nn.Module = model_config.get_model(conditioners(supported, config), device=device).diffusion_model
     return network

@@ -48,7 +48,7 @@ def test_a_class_without_a_plan_is_not_split(monkeypatch: pytest.MonkeyPatch):
         ({"left": ("UNETLoader (weights)",)}, "refused by Use all GPUs: UNETLoader (weights)"),
         ({"loaders": ("UnetLoaderGGUF",)}, "refused by Use all GPUs: UnetLoaderGGUF has no counterpart"),
         ({"quantised": ("SVDQuant",)}, "refused by the loader: SVDQuant"),
-        ({"nodes": ("FluxKVCache",)}, "refused by the first step: FluxKVCache (the network's own attributes)"),
+        ({"nodes": ("FluxKVCache",)}, "refused by its name: FluxKVCache"),
         ({"nodes": ("NeverSeen",)}, "NeverSeen is not known here"),
         ({"beside": ("ControlNetApplyAdvanced",)}, "refused by the first step: ControlNet, of SingleStreamDiT"),
         ({"needs": "99.0.1"}, "needs a newer ComfyUI; there: works, split"),

@@ -1,4 +1,4 @@
-"""Test-only nodes for templates: models around the sampled one that cost nothing, always the same for the same inputs."""
+"""Test-only nodes for templates: what models around the sampled one give, for nothing, always alike."""
 
 import copy
 import zlib
@@ -58,7 +58,9 @@ class _VAE:
         pixels = pixels.reshape(-1, *pixels.shape[-3:])[..., :3].float()
         count, *sides = pixels.shape[:3]
         size = [min(side // self._stride, LARGEST) for side in sides]
-        means = adaptive_avg_pool2d(pixels.movedim(-1, 1), size)  # they may come from a sampler: nearly the same, nearly
+        means = adaptive_avg_pool2d(
+            pixels.movedim(-1, 1), size
+        )  # they may come from a sampler: nearly the same, nearly
         if self._frames:
             means = means[::4]
         noise = torch.randn(len(means), self._channels, *size, generator=torch.Generator().manual_seed(count))
