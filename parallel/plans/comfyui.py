@@ -567,7 +567,7 @@ DESCRIBED: Mapping[str, Described] = {
     "HumoWanModel": Described("HuMo", ("T2V", "I2V"), _CALLED),
     "CameraWanModel": Described("Wan 2.1, 2.2 Fun Camera", ("I2V",), _CALLED),
     "SCAILWanModel": Described("SCAIL", ("I2V",), _CALLED),
-    "SCAIL2WanModel": Described("SCAIL-2", ("I2V",), _CALLED),
+    "SCAIL2WanModel": Described("SCAIL-2", ("I2V",), _SAMPLED),
     "WanDancerModel": Described("WanDancer", ("I2V",), _CALLED),
     "HiDreamImageTransformer2DModel": Described("HiDream I1, E1", ("T2I", "edit"), _CALLED),
     "OmniGen2Transformer2DModel": Described("OmniGen2", ("T2I", "edit"), _CALLED),
@@ -585,7 +585,7 @@ DESCRIBED: Mapping[str, Described] = {
     "AudioDiffusionTransformer": Described("Stable Audio", ("T2A",), _SAMPLED),
     "MiniTrainDIT": Described("Cosmos Predict 2", ("T2I", "I2V"), _CALLED),
     "Anima": Described("Anima", ("T2I",), _CALLED),
-    "NaDiT": Described("SeedVR2", ("upscale",), _SAMPLED, compiled=False),
+    "NaDiT": Described("SeedVR2", ("upscale",), _SAMPLED),
 }
 """Class → what people call it."""
 

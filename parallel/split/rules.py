@@ -215,7 +215,7 @@ class WholeGroups:
 
 @dataclass(frozen=True)
 class SampleLengths:
-    """SeedVR2's numbers of tokens of each sample, attribute `name` of a dataclass: the samples' tokens lie end to end in
+    """SeedVR2's numbers of tokens of each sample, attribute `name` of a dataclass: all samples lie end to end in
     `stream`."""
 
     name: str
