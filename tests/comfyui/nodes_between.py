@@ -32,13 +32,9 @@ LTX23 = Setting(
     arrange=with_audio, **texts(192, valid=6),
 )  # fmt: skip
 LTXV = Setting(
-    checkpoint=model_files.LTXV_CAUSAL,
-    empty="EmptyLTXVLatentVideo",
-    width=160,
-    height=96,
-    length=33,
-    cfg=4.0,
-)
+    checkpoint=model_files.LTXV_CAUSAL, empty="EmptyLTXVLatentVideo", width=160, height=96, length=33, cfg=4.0,
+    positive=Text(valid=6), negative=Text(seed=12, valid=6),
+)  # fmt: skip
 SEEDVR2 = Setting(checkpoint=model_files.SEEDVR2, length=9, height=80, cfg=4.0)
 CAUSAL = replace(WAN, checkpoint=model_files.WAN_CAUSAL, chain="cfg_guider")
 SDXL = Setting(
