@@ -225,12 +225,12 @@ class SampleLengths:
         """[B] → [B]: how many of them are this rank's."""
         lengths: Tensor = getattr(value, self.name)
 
-        def own() -> Any:
+        def own() -> Tensor:
             index = streams.mine((self.stream,), lengths.device)
             sample = torch.bucketize(index, lengths.cumsum(0), right=True)
-            return replace(value, **{self.name: torch.bincount(sample, minlength=len(lengths)).to(lengths)})
+            return torch.bincount(sample, minlength=len(lengths)).to(lengths)
 
-        return streams.once(self, value, own)
+        return replace(value, **{self.name: streams.once(self, lengths, own)})
 
 
 @dataclass(frozen=True)
