@@ -28,7 +28,7 @@ from ..parallel.config import SequenceParallelConfig, resolve
 from ..parallel.errors import UnknownModelError, UnsupportedError
 from ..parallel.host.recipe import Recipe
 from ..parallel.host.remote_model import RemoteModel
-from ..parallel.plans.comfyui import plan_of
+from ..parallel.plans.comfyui import READ, plan_of
 from ..parallel.quantise.networks import linear_layers
 from ..parallel.vae.arguments import as_plain
 from .gguf_pack import pack_folder
@@ -160,6 +160,10 @@ def _in_workers(
             },
         )
     )
+    if names := READ.get(type(network).__name__):
+        file = detected.named_as_in_the_network()
+        for name in names:
+            network.register_buffer(name, file[name].to(dtypes[name], copy=True))
     model.diffusion_model = ProxyDiffusionModel(remote, network, parameters)
     # Each device holds its share of the activations only; ComfyUI decides by this whether cond and uncond fit together.
     model.memory_usage_factor /= layout.world_size

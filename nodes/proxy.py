@@ -16,14 +16,14 @@ from torch import Tensor, nn
 
 from ..parallel.errors import WorkerOutOfMemoryError
 from ..parallel.host.remote_model import RemoteModel
-from ..parallel.plans.comfyui import METHODS, handed_on, plan_of, takes_control
+from ..parallel.plans.comfyui import BY_HALVES, METHODS, handed_on, plan_of, takes_control
 from ..parallel.sampling.recording import RecordedLatent, RecordedPart, Recorder, in_parts, packed, recorder_of
 from ..parallel.sampling.step_request import StepRequest
 from ..parallel.split.routes import REPLACED
 from ..parallel.wire.trees import NotPlain, flatten
 from .cached_call import cached_sampling, compiled_sampling, label
 from .options import as_data, travelling
-from .refusals import refuse_skipping, refuse_transformer_options, refuse_value
+from .refusals import refuse, refuse_skipping, refuse_transformer_options, refuse_value
 from .side_by_side import LookAhead, Recorded
 
 _MADE_ANEW = {"minimax_payload": "layout"}
@@ -157,6 +157,8 @@ class ProxyDiffusionModel(nn.Module):
             refuse_skipping(options[REPLACED], handed_on(type(network).__name__), cached_sampling(options)[0])
         if control is not None and not takes_control(plan):
             raise refuse_value("control", control)
+        if type(network).__name__ in BY_HALVES and len(set(options.get("cond_or_uncond", ()))) > 1:
+            raise refuse("one prompt as positive and as negative, with this model,", "set cfg to 1")
         named = {name: value for name, value in conditioning.items() if value is not None}
         for name, part in _MADE_ANEW.items():
             if isinstance(named.get(name), Mapping):

@@ -20,7 +20,7 @@ _OPTIONS = {
     "patches": "a block patch",
     "patches_replace": "a block replacement",
     "optimized_attention_override": "an attention override",
-    "ar_state": "a sampler that lets the network fill its caches",
+    "ar_state": "SamplerARVideo",
 }
 
 _REPLACES = "set_model_options_patch_replace"

@@ -161,6 +161,12 @@ class SequenceParallelPatcher(WorkersPatcher):
             raise refuse("a LoRA in bypass mode", "use Load LoRA")
         raise refuse(f"code injected into the network ({key})")
 
+    def add_callback_with_key(self, call_type: str, key: str, callback: Any) -> None:
+        """BlockSparseAttention's own error would speak of another model."""
+        if key == "block_sparse_attention":
+            raise refuse("BlockSparseAttention")
+        super().add_callback_with_key(call_type, key, callback)
+
     def add_hook_patches(self, *args: Any, **kwargs: Any) -> NoReturn:
         raise refuse("a LoRA hook", "remove the hook node")
 

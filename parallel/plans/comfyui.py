@@ -21,6 +21,7 @@ from ..split.rules import (
     OwnGroups,
     Ranges,
     Residuals,
+    SampleLengths,
     Segment,
     Tokens,
     Trimmed,
@@ -410,6 +411,16 @@ COSMOS_PREDICT2: Plan = {  # Anima, too
     ),
 }
 
+SEEDVR2: Plan = {  # it attends in windows, whose tokens are anybody's: every rank attends for all
+    "blocks": Site(cut={"vid": Tokens(V, 0)}, whole="txt vid_shape txt_shape emb cache"),
+    "blocks.*.ada": Site(
+        cut={"hid_len": SampleLengths("vid", "video")}, whole="vid txt layer mode emb cache branch_tag"
+    ),
+    "blocks.*.attn.proj_qkv": Site(join_each=(Tokens(V, 0), None)),
+    "blocks.*.attn.proj_out": Site(cut={"vid": Tokens(V, 0)}, whole="txt"),
+    "vid_out.proj": Site(join=Tokens(V, 0)),
+}
+
 
 @dataclass(frozen=True, slots=True)
 class ByModel:
@@ -448,6 +459,7 @@ PLANS: Mapping[str, Plan | ByModel] = {
     "MageFlowTransformer2DModel": QWEN_IMAGE,
     "MiniMaxH3Model": MINIMAX_H3,
     "MiniTrainDIT": COSMOS_PREDICT2,
+    "NaDiT": SEEDVR2,
     "NextDiT": LUMINA,
     "OmniGen2Transformer2DModel": OMNIGEN2,
     "OpenAISignatureMMDITWrapper": SD3,
@@ -555,7 +567,7 @@ DESCRIBED: Mapping[str, Described] = {
     "HumoWanModel": Described("HuMo", ("T2V", "I2V"), _CALLED),
     "CameraWanModel": Described("Wan 2.1, 2.2 Fun Camera", ("I2V",), _CALLED),
     "SCAILWanModel": Described("SCAIL", ("I2V",), _CALLED),
-    "SCAIL2WanModel": Described("SCAIL-2", ("I2V",), _CALLED),
+    "SCAIL2WanModel": Described("SCAIL-2", ("I2V",), _SAMPLED),
     "WanDancerModel": Described("WanDancer", ("I2V",), _CALLED),
     "HiDreamImageTransformer2DModel": Described("HiDream I1, E1", ("T2I", "edit"), _CALLED),
     "OmniGen2Transformer2DModel": Described("OmniGen2", ("T2I", "edit"), _CALLED),
@@ -573,6 +585,7 @@ DESCRIBED: Mapping[str, Described] = {
     "AudioDiffusionTransformer": Described("Stable Audio", ("T2A",), _SAMPLED),
     "MiniTrainDIT": Described("Cosmos Predict 2", ("T2I", "I2V"), _CALLED),
     "Anima": Described("Anima", ("T2I",), _CALLED),
+    "NaDiT": Described("SeedVR2", ("upscale",), _SAMPLED),
 }
 """Class → what people call it."""
 
@@ -582,6 +595,12 @@ METHODS: Mapping[str, tuple[str, ...]] = {
     "MiniMaxH3Model": ("preprocess_text_embeds",),
 }
 """Class → methods that ComfyUI calls besides `forward`, and which need weights."""
+
+READ: Mapping[str, tuple[str, ...]] = {"NaDiT": ("positive_conditioning", "negative_conditioning")}
+"""Class → small buffers that ComfyUI's nodes read from the network."""
+
+BY_HALVES = ("NaDiT",)
+"""Classes that exchange the halves of a batch with both prompts, so that its samples cannot be shared out."""
 
 
 def plan_of(network: Any) -> Plan:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
@@ -211,6 +211,26 @@ class WholeGroups:
         """The reverse."""
         before, count, behind = streams.notes[self]
         return torch.cat([value[:, before : before + count], value[:, before + count + behind :]], dim=1)
+
+
+@dataclass(frozen=True)
+class SampleLengths:
+    """SeedVR2's numbers of tokens of each sample, attribute `name` of a dataclass: all samples lie end to end in
+    `stream`."""
+
+    name: str
+    stream: str
+
+    def cut(self, value: Any, streams: Streams) -> Any:
+        """[B] → [B]: how many of them are this rank's."""
+        lengths: Tensor = getattr(value, self.name)
+
+        def own() -> Tensor:
+            index = streams.mine((self.stream,), lengths.device)
+            sample = torch.bucketize(index, lengths.cumsum(0), right=True)
+            return torch.bincount(sample, minlength=len(lengths)).to(lengths)
+
+        return replace(value, **{self.name: streams.once(self, lengths, own)})
 
 
 @dataclass(frozen=True)

@@ -31,6 +31,12 @@ LTX23 = Setting(
     checkpoint=model_files.LTX23, empty="EmptyLTXVLatentVideo", audio=True, width=160, height=96, length=17, cfg=4.0,
     arrange=with_audio, **texts(192, valid=6),
 )  # fmt: skip
+LTXV = Setting(
+    checkpoint=model_files.LTXV_CAUSAL, empty="EmptyLTXVLatentVideo", width=160, height=96, length=33, cfg=4.0,
+    positive=Text(valid=6), negative=Text(seed=12, valid=6),
+)  # fmt: skip
+SEEDVR2 = Setting(checkpoint=model_files.SEEDVR2, length=9, height=80, cfg=4.0)
+CAUSAL = replace(WAN, checkpoint=model_files.WAN_CAUSAL, chain="cfg_guider")
 SDXL = Setting(
     checkpoint=model_files.SDXL, whole=True, picture=True, empty_picture="EmptyLatentImage", cfg=4.0,
     positive=Text(tokens=9), negative=Text(seed=12, tokens=9),
@@ -52,6 +58,8 @@ class Case:
     no_effect: bool = False
     """Whether it changes nothing here with ComfyUI's own loader, either."""
     tolerance: float = 1e-5
+    required: bool = False
+    """Whether the model does not run without the node."""
 
 
 def node(class_type: str, setting: Setting = VIDEO, **inputs: Any) -> Case:
@@ -111,9 +119,82 @@ def _guided(class_type: str, **inputs: Any) -> Add:
         guider["inputs"] |= inputs
         if class_type == "DualCFGGuider":
             guider["inputs"] |= {"cond1": guider["inputs"].pop("positive"), "cond2": builder.add_text(Text(seed=21))}
+        elif class_type == "PerpNegGuider":
+            guider["inputs"] |= {"empty_conditioning": builder.add_text(Text(seed=21))}
         return model
 
     return add
+
+
+def _as_it_is(builder: GraphBuilder, model: Link) -> Link:
+    """The node is in the graph of each such setting."""
+    return model
+
+
+def _in_place_of(class_type: str, other: str, *drop: str, **inputs: Any) -> Add:
+    """Another node, with the first one's inputs but for some, and with these."""
+
+    def add(builder: GraphBuilder, model: Link) -> Link:
+        (found,) = (each for each in builder.graph.values() if each["class_type"] == class_type)
+        found["class_type"] = other
+        kept = {name: value for name, value in found["inputs"].items() if name not in drop}
+        found["inputs"] = kept | inputs
+        return model
+
+    return add
+
+
+def _sampler_custom(builder: GraphBuilder, model: Link) -> Link:
+    sampler = builder.add("KSamplerSelect", sampler_name="euler")
+    sigmas = builder.add("BasicScheduler", model=model, scheduler="simple", steps=3, denoise=1.0)
+    custom = {"add_noise": True, "noise_seed": VIDEO.seed, "sampler": sampler, "sigmas": sigmas}
+    drop = ("seed", "steps", "sampler_name", "scheduler", "denoise")
+    return _in_place_of("KSampler", "SamplerCustom", *drop, **custom)(builder, model)
+
+
+def _latent_operation(builder: GraphBuilder, model: Link) -> Link:
+    operation = builder.add("LatentOperationTonemapReinhard", multiplier=0.5)
+    return builder.add("LatentApplyOperationCFG", model=model, operation=operation)
+
+
+def _perp_neg(builder: GraphBuilder, model: Link) -> Link:
+    empty = builder.add_text(Text(seed=21))
+    return builder.add("PerpNeg", model=model, empty_conditioning=empty, neg_scale=1.0)
+
+
+def with_seedvr2(builder: GraphBuilder, model: Link, negative: int = 1) -> Link:
+    """Makes both prompts; `negative`: which of them is the negative one."""
+    (sampler,) = (each for each in builder.graph.values() if each["class_type"] == "KSampler")
+    latent = builder.add("SPTestVideoLatent", seed=2, frames=3, height=10, width=8, channels=16)
+    made, _ = builder.add("SeedVR2Conditioning", model=model, vae_conditioning=latent)
+    sampler["inputs"] |= {"positive": [made, 0], "negative": [made, negative]}
+    return model
+
+
+def _start_image(builder: GraphBuilder, width: int, height: int) -> dict[str, Any]:
+    image = builder.add("EmptyImage", width=width, height=height, batch_size=1, color=0x808080)
+    vae = builder.add("SPTestVAE", channels=16, stride=8, seed=3)
+    return {"start_image": image, "vae": vae, "width": width, "height": height, "length": 9}
+
+
+def _infinite_talk(builder: GraphBuilder, model: Link) -> Link:
+    (sampler,) = (each for each in builder.graph.values() if each["class_type"] == "KSampler")
+    return builder.add(
+        "WanInfiniteTalkToVideo",
+        model=model,
+        model_patch=builder.add("SPTestModelPatch"),
+        positive=sampler["inputs"]["positive"],
+        negative=sampler["inputs"]["negative"],
+        audio_encoder_output_1=builder.add("SPTestAudioEncoderOutput"),
+        mode="single_speaker",
+        motion_frame_count=9,
+        audio_scale=1.0,
+        **_start_image(builder, 64, 48),
+    )
+
+
+def _ar_image(builder: GraphBuilder, model: Link) -> Link:
+    return builder.add("ARVideoI2V", model=model, batch_size=1, **_start_image(builder, 64, 48))
 
 
 def _second_model(builder: GraphBuilder, model: Link) -> Link:
@@ -146,6 +227,7 @@ def _reference_audio(builder: GraphBuilder, model: Link) -> Link:
 
 
 _CFG_GUIDER = replace(VIDEO, chain="cfg_guider")
+_ADVANCED = {"add_noise": "enable", "start_at_step": 0, "end_at_step": 10000, "return_with_leftover_noise": "disable"}
 _ROPE = {f"{what}_{axis}": value for what, value in (("scale", 1.5), ("shift", 2.0)) for axis in "xyt"}
 _MULTIPLY = {"q": 1.1, "k": 0.9, "v": 1.2, "out": 0.8}
 _INSIDE = ("cannot be used with Load Diffusion Model \\(SP\\)", "remove the node")
@@ -178,6 +260,9 @@ CASES = [
     windows("ContextWindowsManual", LONG, 3, 1, dim=2, freenoise=False, cond_retain_index_list="",
             latent_retain_index_list="", causal_window_fix=True),
     windows("WanContextWindowsManual", LONG, 9, 4, freenoise=True, retain_first_frame=False),
+    node("LTXVContextWindows", LTXV, context_length=17, context_overlap=8, context_schedule="standard_static",
+         fuse_method="pyramid", freenoise=True, retain_first_frame=True, split_conds_to_windows=False,
+         context_stride=1, closed_loop=False),
     node("EasyCache", replace(VIDEO, steps=6), reuse_threshold=3.0, verbose=False, **WHOLE),
     node("LazyCache", replace(VIDEO, steps=6), reuse_threshold=3.0, verbose=False, **WHOLE),
     node("LTXVSpatioTemporalGuidance", LTX23, scale=1.0, blocks="0", **WHOLE),
@@ -187,6 +272,13 @@ CASES = [
     node("UNetCrossAttentionMultiply", SDXL, **_MULTIPLY),
     node("UNetTemporalAttentionMultiply", SDXL, self_structural=0.5, self_temporal=0.6, cross_structural=0.7,
          cross_temporal=0.8),
+    node("RenormCFG", FLUX, cfg_trunc=100.0, renorm_cfg=0.5),
+    node("VideoLinearCFGGuidance", replace(SDXL, batch=2), min_cfg=1.0),
+    node("VideoTriangleCFGGuidance", replace(SDXL, batch=3), min_cfg=1.0),
+    Case("LatentApplyOperationCFG", _latent_operation),
+    Case("PerpNeg", _perp_neg),
+    Case("ARVideoI2V", _ar_image, WAN, no_effect=True),
+    Case("SeedVR2Conditioning", with_seedvr2, SEEDVR2, required=True),
     node("ChromaRadianceOptions", FLUX, preserve_wrapper=True, start_sigma=1.0, end_sigma=0.0, nerf_tile_size=16,
          force_sequential_txt_ids=True, no_effect=True),
     node("HiDreamO1PatchSeamSmoothing", SD35, pattern="symmetric", passes="2", blend="average", strength=1.0,
@@ -203,7 +295,18 @@ CASES = [
     skipping("SkipLayerGuidanceSD3", SD35, "1"),
     node("ModelAttentionBackend", attention="pytorch attention", no_effect=True),
     node("SPTestAttentionBackend", WAN, name="split", no_effect=True),
-    Case("CFGGuider", lambda builder, model: model, _CFG_GUIDER, no_effect=True),
+    Case("KSampler", _as_it_is, no_effect=True),
+    Case("KSamplerAdvanced", _in_place_of("KSampler", "KSamplerAdvanced", "seed", "denoise", noise_seed=VIDEO.seed,
+                                          **_ADVANCED), no_effect=True),
+    Case("SamplerCustom", _sampler_custom, no_effect=True),
+    Case("BasicScheduler", _as_it_is, _CFG_GUIDER, no_effect=True),
+    Case("BetaSamplingScheduler", _in_place_of("BasicScheduler", "BetaSamplingScheduler", "scheduler", "denoise",
+                                               alpha=0.6, beta=0.6), _CFG_GUIDER),
+    Case("SDTurboScheduler", _in_place_of("BasicScheduler", "SDTurboScheduler", "scheduler"),
+         replace(SDXL, chain="cfg_guider")),
+    Case("BasicGuider", _as_it_is, replace(VIDEO, chain="basic_guider"), no_effect=True),
+    Case("CFGGuider", _as_it_is, _CFG_GUIDER, no_effect=True),
+    Case("PerpNegGuider", _guided("PerpNegGuider", cfg=4.0, neg_scale=1.0), _CFG_GUIDER),
     Case("DualCFGGuider", _guided("DualCFGGuider", cfg_conds=3.0, cfg_cond2_negative=2.0, style="regular"),
          _CFG_GUIDER),
     Case("DualModelGuider", _second_model, _CFG_GUIDER),
@@ -224,11 +327,20 @@ CASES = [
     Case("ZImageFunControlnet", _patched("ZImageFunControlnet", strength=1.0), QWEN, _INSIDE),
     Case("USOStyleReference", _patched("USOStyleReference"), FLUX, _INSIDE),
     Case("AnimaLLLiteApply", _patched("AnimaLLLiteApply", strength=1.0, **WHOLE), FLUX, _INSIDE),
+    Case("WanInfiniteTalkToVideo", _infinite_talk, WAN, _INSIDE),
+    Case("BlockSparseAttention", lambda builder, model: builder.add("SPTestBlockSparseAttention", model=model), H3,
+         _INSIDE),
+    Case("SamplerARVideo", _in_place_of("KSamplerSelect", "SamplerARVideo", "sampler_name", num_frame_per_block=1),
+         CAUSAL, _INSIDE),
     node("WanAnimate2Cache", WAN, device="cpu", dtype="default", says=(*_INSIDE, "animate2_cache")),
     node("SPTestOption", name="memory", plain=False, says=(*_INSIDE, "memory")),
     node("SPTestAttention", says=(*_INSIDE, "attention override")),
     node("ModelComputeDtype", dtype="bf16", says=("ModelComputeDtype",)),
 ]  # fmt: skip
+
+NEWER = {"MiniMaxH3FunControlNetApply": False, "QwenImage21Cache": True}
+"""Nodes of newer ComfyUIs that no test has run → whether they should work: the one sets a block patch, the other an
+option that is plain data."""
 
 
 def graph(case: Case, swapped: Swapped | None, *, without: bool = False) -> Any:

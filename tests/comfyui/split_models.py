@@ -336,6 +336,14 @@ def anima(heads: int) -> dict[str, Any]:
     return cosmos(heads, "anima", 1024)
 
 
+def seedvr2(heads: int, **more: Any) -> dict[str, Any]:
+    """As of 3B: only some blocks have weights of their own for the text."""
+    return {
+        "image_model": "seedvr2", "vid_dim": 128 * heads, "heads": heads, "num_layers": 4, "mm_layers": 2,
+        "norm_eps": 1e-5, "mlp_type": "swiglu", "vid_out_norm": True,
+    } | more  # fmt: skip
+
+
 def kandinsky5(heads: int) -> dict[str, Any]:
     return {
         "image_model": "kandinsky5", "model_dim": 64 * heads, "time_dim": 64, "ff_dim": 128, "visual_embed_dim": 64,
@@ -394,6 +402,12 @@ def wan_call(
 ) -> Callable[[Any], Call]:
     t = [600.0] * batch if t is None else t
     return call((batch, channels, 3, *size), t, (batch, 9, 4096), **named)
+
+
+def seedvr2_call(*, batch: int = 1) -> Callable[[Any], Call]:
+    """45 tokens a sample, in several windows."""
+    t = [600.0, 300.0][:batch]
+    return call((batch, 16, 3, 6, 10), t, (batch, 9, 5120), condition=(batch, 17, 3, 6, 10))
 
 
 def animate_call(*, face: bool = True, **named: Any) -> Callable[[Any], Call]:
@@ -636,6 +650,8 @@ CASES: dict[str, Case] = {
             sam_latents=(1, 28, 3, 2, 6),
         ),
     ),
+    "SeedVR2": Case(supported="SeedVR2", config=seedvr2, inputs=seedvr2_call()),
+    "SeedVR2, batch 2": Case(supported="SeedVR2", config=seedvr2, inputs=seedvr2_call(batch=2)),
     "AuraFlow": Case(supported="AuraFlow", config=aura_flow, inputs=call((1, 4, 10, 14), [0.6], (1, 7, 48))),
     "Hunyuan-DiT": Case(
         supported="HunyuanDiT1",
@@ -810,6 +826,7 @@ ONE_OF_EACH_CLASS = (
     "Wan HuMo, reference", "Wan S2V, reference", "ERNIE-Image", "HiDream", "Lens, padded", "Mochi",
     "OmniGen2, references", "SD3.5 Medium, ControlNet, batch 2",
     "Hunyuan-DiT, ControlNet, batch 2", "Stable Audio, mean of all tokens, batch 2", "Stable Audio 3, inpaint",
+    "SeedVR2, batch 2",
 )  # fmt: skip
 """For the plain run, but for classes all of whose rules another one has, too: the extended run has each."""
 
@@ -829,7 +846,9 @@ def weight(name: str, shape: torch.Size) -> Tensor:
     values = torch.randn(period, generator=torch.Generator().manual_seed(zlib.crc32(name.encode())))
     values = values.repeat(-(-count // period))[:count].reshape(shape)
     last = name.rsplit(".", 1)[-1]
-    if re.search(r"(q|k|query|key)_?norm\w*\.(weight|scale)$|(norm_(added_)?|ln_)[qk]\.(weight|scale)$", name):
+    if re.search(
+        r"(q|k|query|key)_?norm\w*\.(weight|scale)$|(norm_(added_)?|ln_)[qk](\.(vid|txt|all))?\.(weight|scale)$", name
+    ):
         return 2 + 0.2 * values
     if len(shape) <= 1 or math.prod(shape) == max(shape):
         return ("norm" in name and last in ("weight", "scale", "gamma")) + 0.1 * values
@@ -843,7 +862,8 @@ def empty_network(supported: str, config: dict[str, Any], device: str = "meta") 
     import comfy.supported_models
 
     model_config: Any = getattr(comfy.supported_models, supported)(dict(config))
-    model_config.unet_config.update(config)  # sizes that its detection takes for granted, too
+    # Sizes that its detection takes for granted, too; but no mark of a kind.
+    model_config.unet_config.update({name: value for name, value in config.items() if name != "causal_ar"})
     model_config.set_inference_dtype(torch.float32, None)
     network: nn.Module = model_config.get_model(conditioners(supported, config), device=device).diffusion_model
     return network

@@ -164,7 +164,7 @@ def main(rank: int, world: int, store: str, results: str, comfyui: str, which: s
                 replaced: Any = None, network: nn.Module = network, inputs: Callable[[Any], Any] = case.inputs
             ) -> Tensor:
                 args, named = inputs(network)
-                options = {} if replaced is None else {"patches_replace": replaced}
+                options = {"cond_or_uncond": [0]} | ({} if replaced is None else {"patches_replace": replaced})
                 return flat(network(*args, transformer_options=options, **named))
 
             chosen = ranks
@@ -172,7 +172,8 @@ def main(rank: int, world: int, store: str, results: str, comfyui: str, which: s
                 turn = next(itertools.islice(itertools.cycle(SPLITS), number, None))
                 chosen = {split: view for split, view in ranks.items() if split in (turn, "2 × 2")}
             found[f"{name}; {heads} heads"] = told = compare(network, run, chosen)
-            if name in ONE_OF_EACH_CLASS and (view := ranks["Ulysses 2"]) is not None:
+            routed = any(site.attention for site in plan_of(network).values())
+            if routed and name in ONE_OF_EACH_CLASS and (view := ranks["Ulysses 2"]) is not None:
                 told["without exchange"] = without_exchange(network, run, view)
             if (view := ranks["2 × 2"]) is not None:
                 told |= skipping(network, run, view)

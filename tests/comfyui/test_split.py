@@ -73,6 +73,8 @@ def test_blocks_that_a_node_skips(plain: list[Results]) -> None:
 @pytest.mark.slow
 def test_these_cases_show_a_lost_exchange(plain: list[Results]) -> None:
     for name in plain[0]:
+        if "without exchange" not in plain[0][name]:
+            continue  # its attention is computed by every rank
         least = HARDLY if name.startswith(WITHOUT_NORMS) else WRONG
         assert max(found[name]["without exchange"] for found in plain[:2]) > least, name
 

@@ -183,6 +183,8 @@ def files() -> dict[str, File]:
         names.STABLE_AUDIO_3: File(supported="StableAudio3", config=stable_audio_3()),
         names.KREA2: File(supported="Krea2", config=split_models.krea2(4)),
         names.Z_IMAGE: File(supported="Lumina2", config=split_models.lumina(3)),
+        names.SEEDVR2: File(supported="SeedVR2", config=split_models.seedvr2(4)),
+        names.WAN_CAUSAL: File(supported="WAN21_CausalAR_T2V", config=wan(causal_ar=True), metadata=True),
         names.WAN_VACE: File(supported="WAN21_Vace", config=split_models.wan_vace(3)),
     }
     found |= {name: File(**video, config=hunyuan(), **kind) for name, kind in _HUNYUAN_KINDS.items()}

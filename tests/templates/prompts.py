@@ -1,8 +1,8 @@
 """A template as a small prompt: what is sampled is what the template samples; what is around it costs little.
 
 Stand-ins (`stand_ins`) replace text encoders, VAEs other than LTX's and a checkpoint's own, and language models that
-write prompts. Left out is what comes behind the samplers, and nodes that scale pictures. Sizes and steps are small, and
-a switch before a LoRA is on.
+write prompts, and models that look at pictures. Left out is what comes behind the samplers, and nodes that scale
+pictures. Sizes and steps are small, and a switch before a LoRA is on.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ SAMPLERS = ("KSampler", "KSamplerAdvanced", "SamplerCustom", "SamplerCustomAdvan
 NETWORK_FILES = {"UNETLoader": "unet_name", "CheckpointLoaderSimple": "ckpt_name"}
 CHECKPOINTS = ("CheckpointLoaderSimple", "SPLoadCheckpoint")
 _CLIPS = ("CLIPLoader", "DualCLIPLoader", "LTXAVTextEncoderLoader")
+_TRACKER = "SAM3_VideoTrack"
 _WRITERS = ("TextGenerate", "TextGenerateLTX2Prompt")
 _SCALERS = {
     "FluxKontextImageScale": "image",
@@ -31,6 +32,7 @@ _SMALL: dict[str, dict[str, Any]] = {
     "MiniMaxH3ReferenceToVideo": _VIDEO,
     "WanImageToVideo": _VIDEO,
     "WanFirstLastFrameToVideo": _VIDEO,
+    "WanSCAILToVideo": {"width": 64, "height": 96, "length": 9},
     "EmptyHunyuanLatentVideo": _VIDEO,
     "EmptyLTXVLatentVideo": {"width": 128, "height": 64, "length": 9},
     "LTXVEmptyLatentAudio": {"frames_number": 9},
@@ -49,9 +51,9 @@ _SOUND = (8, 1, False)
 
 
 def networks(prompt: Graph) -> Iterable[tuple[str, str, str]]:
-    """The files of networks: (folder, name, key of TINY)."""
-    for node in prompt.values():
-        if (name := NETWORK_FILES.get(node["class_type"])) is not None:
+    """The files of networks that are sampled: (folder, name, key of TINY)."""
+    for loader, node in prompt.items():
+        if (name := NETWORK_FILES.get(node["class_type"])) is not None and not _is_for_a_tracker(prompt, loader):
             file = node["inputs"][name]
             folder = "diffusion_models" if name == "unet_name" else "checkpoints"
             yield folder, file, tiny_of(family_of(file).title, file)
@@ -71,6 +73,10 @@ def small(prompt: Graph, key: str) -> Graph:
         inputs |= _SMALL.get(kind, {})
         if kind in _CLIPS:
             made[name] = {"class_type": "SPTemplateCLIP", "inputs": {"width": tiny.text}}
+        elif kind == "CLIPVisionLoader":
+            made[name] = {"class_type": "SPTemplateCLIPVision", "inputs": {}}
+        elif kind == _TRACKER:
+            made[name] = {"class_type": "SPTemplateTrack", "inputs": {"images": inputs["images"]}}
         elif kind in _WRITERS:
             made[name] = {"class_type": "PrimitiveStringMultiline", "inputs": {"value": "A small boat on a lake."}}
         elif kind == "LTXVAudioVAELoader" or (kind == "VAELoader" and "audio" in inputs["vae_name"].lower()):
@@ -81,6 +87,8 @@ def small(prompt: Graph, key: str) -> Graph:
         elif kind == "KSamplerAdvanced":
             first = inputs["add_noise"] == "enable"
             inputs |= {"steps": 4, "start_at_step": 0 if first else 2, "end_at_step": 2 if first else 10000}
+        elif kind == "ImageFromBatch" and isinstance(inputs["batch_index"], list):
+            inputs |= {"batch_index": 8, "length": 9}  # the video that is loaded is short
         elif kind == "ComfySwitchNode" and _is_lora(made, inputs.get("on_true")):
             inputs["switch"] = True
     for name, node in list(made.items()):
@@ -111,6 +119,11 @@ def _relink(prompt: Graph, old: list[Any], new: Any) -> None:
 
 def _vae(channels: int, stride: int, frames: bool) -> dict[str, Any]:
     return {"class_type": "SPTemplateVAE", "inputs": {"channels": channels, "stride": stride, "frames": frames}}
+
+
+def _is_for_a_tracker(prompt: Graph, loader: str) -> bool:
+    readers = [node["class_type"] for node in prompt.values() if [loader, 0] in node["inputs"].values()]
+    return bool(readers) and set(readers) == {_TRACKER}
 
 
 def _is_lora(prompt: Graph, link: Any) -> bool:

@@ -26,7 +26,7 @@ from parallel.plans.comfyui import PLANS
 from tests.comfyui.fixtures import PACKS, require_pack
 from tests.comfyui.installation import REPOSITORY, Installation
 from tests.comfyui.latents import read_latent, relative_difference
-from tests.comfyui.server import ComfyServer, Graph
+from tests.comfyui.server import AT_START, ComfyServer, Graph
 from tests.templates.families import family_of, quantised_as
 from tests.templates.prompts import networks, small, with_lora
 from tests.templates.proven import PROVEN
@@ -86,7 +86,7 @@ def proofs(installation: Installation, tmp_path_factory: pytest.TempPathFactory)
             keys = {key for _, _, key in files}
             assert len(keys) == 1, f"{name}: {keys}"
             (key,) = keys
-            jobs |= {job["path"]: job for job in _jobs(before, key, server.models)}
+            jobs |= {job["path"]: job for job in _jobs(before, key, base)}
             _write_inputs(before, base / "input")
             native = small(before, key)
             cases[name] = Case(
@@ -108,7 +108,8 @@ def _templates() -> Path:
     return found / "templates" if (found / "templates").is_dir() else found
 
 
-def _jobs(prompt: Graph, key: str, models: Path) -> Iterator[dict[str, Any]]:
+def _jobs(prompt: Graph, key: str, base: Path) -> Iterator[dict[str, Any]]:
+    models = base / "models"
     yield {"path": str(models / "loras" / _changing(key)), "kind": "lora", "tiny": key}
     for folder, name, tiny in networks(prompt):
         kind = "network" if folder == "diffusion_models" else "checkpoint"
@@ -121,6 +122,8 @@ def _jobs(prompt: Graph, key: str, models: Path) -> Iterator[dict[str, Any]]:
             yield {"path": str(models / "latent_upscale_models" / inputs["model_name"]), "kind": "upscaler"}
         elif kind == "VAELoader" and key in _LTX:
             yield {"path": str(models / "vae" / inputs["vae_name"]), "kind": "ltx vae"}
+        elif kind == "LoadVideo":
+            yield {"path": str(base / "input" / inputs["file"]), "kind": "video"}
 
 
 def _changing(key: str) -> str:
@@ -132,6 +135,7 @@ def _write_files(installation: Installation, jobs: list[dict[str, Any]]) -> None
         [installation.python, "-m", "tests.templates.write_files", installation.path],
         input=json.dumps(jobs),
         cwd=REPOSITORY,
+        env=os.environ | {"PYTHONPATH": str(AT_START)},
         capture_output=True,
         text=True,
         timeout=600,

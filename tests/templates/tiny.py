@@ -26,6 +26,7 @@ class Tiny:
 
 _LTX = Tiny("LTXAV", "ltx23", 384, None, heads=8, metadata=True)
 _FLUX2 = (("in_channels", 128), ("out_channels", 128), ("context_in_dim", 64))
+_SEEDVR2_7B = (("mlp_type", "normal"), ("rope_type", "rope3d"), ("rope_dim", 64), ("vid_out_norm", None))
 
 TINY = {
     "MiniMax-H3": Tiny("MiniMaxH3", "minimax_h3", 48, (24, 16, True)),
@@ -42,6 +43,8 @@ TINY = {
     "FLUX.1 Fill": Tiny("FluxInpaint", "flux", 4096, (16, 8, False), heads=2, more=(("in_channels", 96),)),
     "Anima": Tiny("Anima", "anima", 1024, (16, 8, True)),
     "SDXL": Tiny("SDXL", "sdxl", 64, (4, 8, False)),
+    "SeedVR2": Tiny("SeedVR2", "seedvr2", 64, (16, 8, True)),
+    "SeedVR2 7B": Tiny("SeedVR2", "seedvr2", 64, (16, 8, True), heads=6, more=_SEEDVR2_7B),
     "SCAIL-2": Tiny("WAN21_SCAIL2", "wan", 4096, (16, 8, True), more=(("model_type", "scail2"), ("in_dim", 20))),
 }
 
@@ -54,4 +57,6 @@ def tiny_of(family: str, file: str) -> str:
         return "FLUX.2 Klein"
     if family == "FLUX.1" and "fill" in file:
         return "FLUX.1 Fill"
+    if family == "SeedVR2" and "7b" in file:
+        return "SeedVR2 7B"
     return family

@@ -1,47 +1,18 @@
-"""Whether a template works after the conversion, by the pack's own tables."""
+"""Whether a template works after the conversion, by the pack's own tables and that of the nodes that tests have run."""
 
 from __future__ import annotations
 
-import ast
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
-from parallel.plans import comfyui as plans
-from parallel.plans.comfyui import PLANS, ByModel, takes_control
+from parallel.plans.comfyui import PLANS, ByModel, handed_on, takes_control
+from tests.comfyui.nodes_between import CASES, NEWER
 from tests.templates.facts import Facts
 
-ROOT = Path(__file__).parents[2]
-
-REACHES: Mapping[str, str] = {
-    "AnimaLLLiteApply": "patches",
-    "BlockSparseAttention": "patches_replace",
-    "MiniMaxH3FunControlNetApply": "patches",
-    "ModelAttentionBackend": "optimized_attention_override",
-    "QwenImageDiffsynthControlnet": "patches",
-    "SkipLayerGuidanceDiT": "patches_replace",
-    "SkipLayerGuidanceDiTSimple": "patches_replace",
-    "USOStyleReference": "patches",
-    "WanInfiniteTalkToVideo": "patches",
-    "FluxKVCache": "the network's own attributes",
-    "SamplerARVideo": "keys that the network keeps from step to step",
-}
-"""Node → what of the network it changes: an option of MODEL that holds code, or something else."""
-PLAIN = frozenset(
-    (
-        "ARVideoI2V", "BasicGuider", "BasicScheduler", "BetaSamplingScheduler", "CFGGuider", "CFGNorm", "CFGOverride",
-        "CFGZeroStar", "ChromaRadianceOptions", "ComfySwitchNode", "ContextWindowsManual", "DifferentialDiffusion",
-        "DualCFGGuider", "DualModelGuider", "GetICLoRAParameters", "HiDreamO1PatchSeamSmoothing", "KSampler",
-        "KSamplerAdvanced", "LatentApplyOperationCFG", "LTXVDualCFGGuider", "LTXVReferenceAudio", "LoraLoader",
-        "LoraLoaderModelOnly", "MiniMaxH3SigmaShift", "ModelNoiseScale", "ModelSamplingAuraFlow", "ModelSamplingFlux",
-        "ModelSamplingSD3", "QwenImage21Cache", "RescaleCFG", "SDTurboScheduler", "SamplerCustom", "ScaleROPE",
-        "SeedVR2Conditioning", "TemporalScoreRescaling", "TripoSplatSamplingPreview", "UNetTemporalAttentionMultiply",
-        "VideoLinearCFGGuidance", "WanAnimate2Cache",
-    )
-)  # fmt: skip
-"""Nodes that change weights, the sampling around the network, or options that are plain data."""
-OPTIONS = ("optimized_attention_override", "patches", "patches_replace")
-"""Those of MODEL that the pack refuses or takes by its own table."""
+WORKS = frozenset(case.node for case in CASES if not case.says) | {name for name, works in NEWER.items() if works}
+"""Nodes with a MODEL that work, by the table that `tests/comfyui/test_nodes_between.py` runs."""
+REFUSED = frozenset(case.node for case in CASES if case.says) | NEWER.keys() - WORKS
+"""Those that do not."""
 CONTROL = ("ControlNetApply", "ControlNetApplyAdvanced", "ControlNetApplySD3", "ControlNetInpaintingAliMamaApply")
 FORMATS = ("16 bit", "fp8", "fp8_scaled", "fp8mixed", "int8_convrot", "mxfp8", "nvfp4")
 """Those whose files `tests/comfyui/test_quantised_networks.py` holds against ComfyUI's own results."""
@@ -84,7 +55,7 @@ def judge(facts: Facts, comfyui: str) -> Verdict:
     """
     absent = [name for name in facts.networks if name in facts.missing]
     newer = bool(absent) or _version(facts.needs) > _version(comfyui)
-    known = (*PLAIN, *REACHES)
+    known = WORKS | REFUSED
     unknown = [name for name in absent if name not in PLANS]
     unknown += [name for name in (*facts.nodes, *facts.samplers) if name not in known]
     planned = all(name in PLANS for name in facts.networks)
@@ -101,39 +72,18 @@ def _refusals(facts: Facts) -> Iterator[str]:
     for form in facts.quantised:
         if form not in FORMATS:
             yield f"the loader: {form}"
-    options = refused_options()
     for node in (*facts.nodes, *facts.samplers, *facts.beside):
-        reach = REACHES.get(node)
-        if reach is None or _goes_as_data(node, facts.networks):
-            continue
-        if reach not in OPTIONS or reach in options:
-            yield f"the first step: {node} ({options.get(reach, reach)})"
+        if node in REFUSED or (node.startswith("SkipLayerGuidance") and not _skip(facts.networks)):
+            yield f"its name: {node}"
     if any(node in CONTROL for node in facts.beside):
         without = [name for name in facts.networks if not _takes_control(name)]
         if without:
             yield f"the first step: ControlNet, of {', '.join(without)}"
 
 
-def refused_options() -> Mapping[str, str]:
-    """The pack's: option of MODEL → what it calls it. Read from the source: to import it takes ComfyUI."""
-    tree = ast.parse(_source("refusals"))
-    assigned = [
-        node for node in tree.body if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "_OPTIONS"
-    ]
-    found: Mapping[str, str] = ast.literal_eval(assigned[0].value)
-    return found
-
-
-def _goes_as_data(node: str, networks: tuple[str, ...]) -> bool:
-    """Whether the pack tells its workers what the node's code would do, for all these networks."""
-    if node.startswith("SkipLayerGuidance"):
-        handed_on = getattr(plans, "handed_on", None)
-        return handed_on is not None and all(name not in PLANS or handed_on(name) for name in networks)
-    return node == "ModelAttentionBackend" and "set_model_optimized_attention" in _source("options")
-
-
-def _source(name: str) -> str:
-    return (ROOT / "nodes" / f"{name}.py").read_text()
+def _skip(networks: tuple[str, ...]) -> bool:
+    """Whether all these networks can skip blocks."""
+    return all(name not in PLANS or handed_on(name) for name in networks)
 
 
 def _takes_control(network: str) -> bool:

@@ -24,7 +24,7 @@ from tests.templates import facts as kept
 from tests.templates import table
 from tests.templates.facts import Facts, Walked
 from tests.templates.families import family_of, quantised_as
-from tests.templates.verdicts import CONTROL, REACHES
+from tests.templates.verdicts import CONTROL, REFUSED
 from tests.templates.workflow import Definitions, Node, model_chains, read
 
 CONVERT = Path(__file__).parents[1] / "browser" / "convert_templates.mjs"
@@ -94,7 +94,7 @@ def look(
         left=_sorted(_reason(place) for place in left),
         nodes=_sorted(nodes[name].type for _, _, way in chains for name in way),
         samplers=_sorted(nodes[last].type for _, last, _ in chains),
-        beside=_sorted(types & ({*CONTROL, *REACHES} - {nodes[name].type for _, _, way in chains for name in way})),
+        beside=_sorted(types & ({*CONTROL, *REFUSED} - {nodes[name].type for _, _, way in chains for name in way})),
         missing=_sorted((networks - classes) | (types - set(definitions) - set(_OF_THE_FRONT_END))),
     )
 

@@ -164,12 +164,13 @@ class _Reader:
         """Values of a subgraph's widgets outside: in the order of its inputs, or as `proxyWidgets` names them."""
         values = instance.get("widgets_values") or []
         targets: dict[int, list[tuple[Path, str]]] = {}
+        plain: dict[int, list[tuple[Path, str]]] = {}
+        """Inputs without a widget, which take the value, too."""
         inner = {node["id"]: node for node in subgraph["nodes"]}
         for (target, slot), (source, number) in self._links.items():
             if source == (*path, _INPUTS) and (node := inner.get(target[-1])) is not None:
                 put = node["inputs"][slot]
-                if put.get("widget"):
-                    targets.setdefault(number, []).append((target, put["name"]))
+                (targets if put.get("widget") else plain).setdefault(number, []).append((target, put["name"]))
         names = [put["name"] for put in subgraph.get("inputs") or []]
         linked = {put["name"] for put in instance.get("inputs") or [] if put.get("link") is not None}
         if len(values) == len(targets):
@@ -178,10 +179,15 @@ class _Reader:
                     if names[number] not in linked:
                         outer = self._shown.get((path, names[number]), value)
                         self._shown[target] = outer
-            return
-        proxies = (instance.get("properties") or {}).get("proxyWidgets") or []
-        for (number, name), value in zip(proxies, values, strict=False):
-            self._shown[(*path, int(number)) if str(number).lstrip("-").isdigit() else path, name] = value
+        else:
+            proxies = (instance.get("properties") or {}).get("proxyWidgets") or []
+            for (number, name), value in zip(proxies, values, strict=False):
+                self._shown[(*path, int(number)) if str(number).lstrip("-").isdigit() else path, name] = value
+        for number, others in plain.items():
+            for first, name in targets.get(number, [])[:1]:
+                value = self._shown.get((first, name), self._values(self._nodes[first]).get(name))
+                if value is not None and names[number] not in linked:
+                    self._shown.update(dict.fromkeys(others, value))
 
     def _source(self, path: Path, slot: int, depth: int = 0) -> Origin | None:
         """Where an input's value comes from, through everything that does not run."""

@@ -2,7 +2,8 @@
 
     python -m tests.templates.write_files COMFYUI < jobs.json
 
-Each job: {"path", "kind": "network", "checkpoint", "lora", "ltx vae" or "upscaler", "tiny": key of TINY, "form"}.
+Each job: {"path", "kind": "network", "checkpoint", "lora", "ltx vae", "upscaler" or "video", "tiny": key of TINY,
+"form"}.
 """
 
 from __future__ import annotations
@@ -88,6 +89,19 @@ def save(made: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
     path.write_bytes(struct.pack("<Q", len(text)) + text + b"".join(parts))
 
 
+def video(path: Path) -> None:
+    """Writes 17 frames of noise, 30 a second."""
+    import av
+
+    with av.open(str(path), "w") as file:
+        stream = file.add_stream("mpeg4", rate=30, options={"flags": "+bitexact"})
+        stream.width, stream.height, stream.pix_fmt = 96, 64, "yuv420p"
+        for number in range(17):
+            pixels = 255 * torch.rand(64, 96, 3, generator=torch.Generator().manual_seed(number))
+            file.mux(stream.encode(av.VideoFrame.from_ndarray(pixels.byte().numpy(), "rgb24")))
+        file.mux(stream.encode())
+
+
 def main(comfyui: str) -> None:
     """Writes what standard input names."""
     from parallel.comfyui.start import prepare
@@ -104,6 +118,9 @@ def main(comfyui: str) -> None:
         return {prefix + name: tensor for name, tensor in made.items()}
 
     for job in json.load(sys.stdin):
+        if job["kind"] == "video":
+            video(Path(job["path"]))
+            continue
         key, form = job.get("tiny", ""), job.get("form", "")
         metadata: dict[str, Any] = {"transformer": configuration(key)} if key and TINY[key].metadata else {}
         if job["kind"] == "network":

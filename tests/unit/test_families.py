@@ -38,7 +38,9 @@ def test_readme_has_the_generated_table():
 def test_every_planned_network_has_a_row_with_its_own_title():
     assert list(TABLE) == list(DESCRIBED) and set(DESCRIBED) == set(PLANS)
     assert len({row["title"] for row in TABLE.values()}) == len(TABLE)
-    assert all(set(row["makes"]) <= {"T2V", "I2V", "T2I", "T2A", "edit"} and row["makes"] for row in TABLE.values())
+    assert all(
+        set(row["makes"]) <= {"T2V", "I2V", "T2I", "T2A", "edit", "upscale"} and row["makes"] for row in TABLE.values()
+    )
 
 
 def test_every_cell_says_something():

@@ -3,7 +3,7 @@ tested in distributed/ and comfyui/."""
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -28,6 +28,7 @@ from parallel.split.rules import (
     OwnGroups,
     Ranges,
     Residuals,
+    SampleLengths,
     Tokens,
     Trimmed,
     WholeGroups,
@@ -131,6 +132,25 @@ def test_values_of_the_last_tokens_are_these_tokens(weights: tuple[float, ...], 
 def test_a_rank_goes_on_with_its_own_part_of_a_whole_result():
     whole = torch.arange(5.0)[None, :, None]
     assert Own(Tokens(I)).join(whole, streams_of((1, 1), 1, image=5)).flatten().tolist() == [3, 4]
+
+
+@pytest.mark.parametrize("weights", [(1.0, 1.0), (4.0, 2.0, 1.0), (1.0,) * 20])
+def test_a_rank_counts_its_tokens_of_each_sample(weights: tuple[float, ...]):
+    """A rank without a token has a phantom, of the first sample."""
+
+    @dataclass
+    class Sizes:
+        video: Tensor
+        text: int
+
+    lengths, counts = Sizes(torch.tensor([9, 4, 5]), 7), []
+    for rank in range(len(weights)):
+        streams = streams_of(weights, rank, video=18)
+        own = SampleLengths("video", "video").cut(lengths, streams)
+        assert own.text == 7 and int(own.video.sum()) == streams.local(("video",))
+        counts.append(own.video)
+    phantoms = sum(count == 0 for count in streams.counts(("video",)))
+    assert sum(counts).tolist() == [9 + phantoms, 4, 5]
 
 
 def test_heads_of_queries_stay_with_their_keys():

@@ -48,7 +48,7 @@ def test_a_class_without_a_plan_is_not_split(monkeypatch: pytest.MonkeyPatch):
         ({"left": ("UNETLoader (weights)",)}, "refused by Use all GPUs: UNETLoader (weights)"),
         ({"loaders": ("UnetLoaderGGUF",)}, "refused by Use all GPUs: UnetLoaderGGUF has no counterpart"),
         ({"quantised": ("SVDQuant",)}, "refused by the loader: SVDQuant"),
-        ({"nodes": ("FluxKVCache",)}, "refused by the first step: FluxKVCache (the network's own attributes)"),
+        ({"nodes": ("FluxKVCache",)}, "refused by its name: FluxKVCache"),
         ({"nodes": ("NeverSeen",)}, "NeverSeen is not known here"),
         ({"beside": ("ControlNetApplyAdvanced",)}, "refused by the first step: ControlNet, of SingleStreamDiT"),
         ({"needs": "99.0.1"}, "needs a newer ComfyUI; there: works, split"),
@@ -57,6 +57,13 @@ def test_a_class_without_a_plan_is_not_split(monkeypatch: pytest.MonkeyPatch):
 )
 def test_what_stands_in_the_way_is_named(change: dict[str, Any], said: str):
     assert verdict(replace(KREA2, **change)) == said
+
+
+def test_nodes_with_a_model_work_or_not():
+    """One table says it, of which a test in a server runs each line."""
+    assert {"SPTestOption"} >= verdicts.WORKS & verdicts.REFUSED
+    assert {"KSampler", "SeedVR2Conditioning"} <= verdicts.WORKS
+    assert {"WanAnimate2Cache", "BlockSparseAttention"} <= verdicts.REFUSED
 
 
 def test_facts_are_read_as_they_were_written(tmp_path: Path):
@@ -103,7 +110,13 @@ INSIDE = {
         node(1, "Load", [put("file", "COMBO", 1, True)], ["MODEL"], ["a", "x"]),
         node(2, "Lora", [put("model", "MODEL", 2)], ["MODEL"], [0.5]),
         node(3, "Lora", [put("model", "MODEL", 3)], ["MODEL"], [0.7], mode=4),
-        node(4, "Sample", [put("model", "MODEL", 4), put("latent", "LATENT", 5)], ["LATENT"], [7, "fixed", 20]),
+        node(
+            4,
+            "Sample",
+            [put("model", "MODEL", 4), put("latent", "LATENT", 5), put("note", "*", 7)],
+            ["LATENT"],
+            [7, "fixed", 20],
+        ),
     ],
     "links": [
         {"id": 1, "origin_id": -10, "origin_slot": 1, "target_id": 1, "target_slot": 0, "type": "COMBO"},
@@ -111,6 +124,7 @@ INSIDE = {
         {"id": 3, "origin_id": 2, "origin_slot": 0, "target_id": 3, "target_slot": 0, "type": "MODEL"},
         {"id": 4, "origin_id": 3, "origin_slot": 0, "target_id": 4, "target_slot": 0, "type": "MODEL"},
         {"id": 5, "origin_id": -10, "origin_slot": 0, "target_id": 4, "target_slot": 1, "type": "LATENT"},
+        {"id": 7, "origin_id": -10, "origin_slot": 1, "target_id": 4, "target_slot": 2, "type": "*"},
         {"id": 6, "origin_id": 4, "origin_slot": 0, "target_id": -20, "target_slot": 0, "type": "LATENT"},
     ],
 }
@@ -136,7 +150,7 @@ def test_a_workflow_is_read_through_subgraphs_bypassed_nodes_and_reroutes():
         "9:2": {"class_type": "Lora", "inputs": {"strength": 0.5, "model": ["9:1", 0]}},
         "9:4": {
             "class_type": "Sample",
-            "inputs": {"seed": 7, "steps": 20, "model": ["9:2", 0], "latent": ["8", 0]},
+            "inputs": {"seed": 7, "steps": 20, "note": "b", "model": ["9:2", 0], "latent": ["8", 0]},
         },
     }
     assert list(model_chains(nodes)) == [("9:1", "9:4", ["9:2"])]

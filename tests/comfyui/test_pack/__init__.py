@@ -337,7 +337,48 @@ class SPTestModelPatch:
         network = torch.nn.Linear(1, 1)
         network.cond_in_channels, network.additional_in_dim = 3, 0
         network.process_input_latent_image = lambda latent: latent
+        network.audio_proj = _AudioProjection()
         return (ModelPatcher(network, torch.device("cpu"), torch.device("cpu")),)
+
+
+class _AudioProjection:
+    seq_len = 5
+
+    def __call__(self, first: torch.Tensor, later: torch.Tensor) -> torch.Tensor:
+        return torch.zeros(1, 1 + later.shape[1], 4, 8)
+
+
+class SPTestAudioEncoderOutput:
+    """What an audio encoder makes of 0.8 s, for WanInfiniteTalkToVideo."""
+
+    CATEGORY = "testing"
+    RETURN_TYPES = ("AUDIO_ENCODER_OUTPUT",)
+    FUNCTION = "make"
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict:
+        return {"required": {}}
+
+    def make(self) -> tuple:
+        return ({"encoded_audio_all_layers": [torch.zeros(1, 40, 8)] * 3},)
+
+
+class SPTestBlockSparseAttention:
+    """What BlockSparseAttention does, a node that ComfyUI 0.33 has not, to a model that it takes for no MiniMax-H3."""
+
+    CATEGORY = "testing"
+    RETURN_TYPES = ("MODEL",)
+    FUNCTION = "patch"
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict:
+        return {"required": {"model": ("MODEL",)}}
+
+    def patch(self, model: Any) -> tuple:
+        patched = model.clone()
+        patched.model_options["transformer_options"]["optimized_attention_override"] = lambda function, *args: function
+        patched.add_callback_with_key("on_prepare_state", "block_sparse_attention", lambda *args: None)
+        raise ValueError("VSA selection needs a MiniMax-H3 model")
 
 
 class SPTestSoundVAE:
@@ -431,7 +472,7 @@ NODE_CLASS_MAPPINGS = {
     for node in (
         SPTestConditioning, SPTestLatent, SPTestVAE, SPTestCLIPVisionOutput, SPTestNoClip, SPTestControlNet,
         SPTestRandomVAE, SPTestTiledVAE, SPTestVideoLatent, SPTestAsLatent, SPTestFlatLatent, SPTestAttention,
-        SPTestAttentionBackend, SPTestOption, SPTestModelPatch, SPTestSoundVAE, SPTestModelSize, SPTestHeldMemory,
-        SPTestWorkersBoot,
+        SPTestAttentionBackend, SPTestOption, SPTestModelPatch, SPTestAudioEncoderOutput, SPTestBlockSparseAttention,
+        SPTestSoundVAE, SPTestModelSize, SPTestHeldMemory, SPTestWorkersBoot,
     )
 }  # fmt: skip

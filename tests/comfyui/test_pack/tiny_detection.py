@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Any, ClassVar
 
 import comfy.ldm.genmo.joint_model.asymm_models_joint as mochi
+import comfy.ldm.seedvr.model as seedvr2
 import comfy.model_detection as model_detection
 import comfy.sdxl_clip as sdxl_clip
 import comfy.supported_models as supported_models
@@ -83,6 +84,29 @@ class TinySDXLClip(sdxl_clip.SDXLClipModel):
         super().__init__(device, dtype, (model_options or {}) | sizes)
 
 
+SEEDVR2_7B = 768
+"""Width of a tiny network that ComfyUI is to take for the one of 7B: it goes by the released one's."""
+
+
+class _WidthOf7B(int):
+    def __eq__(self, other: object) -> bool:
+        return other in (int(self), SEEDVR2_7B)
+
+    __hash__ = int.__hash__
+
+
+def _seedvr2(shape_of: dict[str, Any]) -> dict[str, Any]:
+    """A tiny one's configuration. ComfyUI tells SeedVR2's networks by their last blocks."""
+    width = shape_of["txt_in.weight"][0]
+    blocks = {int(name.split(".")[1]) for name in shape_of if name.startswith("blocks.")}
+    apart = [number for number in blocks if f"blocks.{number}.attn.proj_qkv.vid.weight" in shape_of]
+    config = {"image_model": "seedvr2", "vid_dim": width, "heads": width // 128, "norm_eps": 1e-5}
+    config |= {"num_layers": len(blocks), "mm_layers": len(apart)}
+    if width == SEEDVR2_7B:
+        return config | {"rope_type": "rope3d", "rope_dim": 64, "mlp_type": "normal"}
+    return config | {"mlp_type": "swiglu", "vid_out_norm": True}
+
+
 class TinySDXL(supported_models.SDXL):
     """ComfyUI knows its UNets by their sizes; how wide the pooled text is does not matter here."""
 
@@ -99,13 +123,16 @@ def apply() -> None:
     detect = model_detection.detect_unet_config
 
     def detect_sizes(state_dict: dict[str, Any], key_prefix: str, metadata: Any = None) -> Any:
+        shapes = {name.removeprefix(key_prefix): tuple(t.shape) for name, t in state_dict.items()}
+        if "positive_conditioning" in shapes and "blocks.31.attn.proj_qkv.all.weight" not in shapes:
+            return _seedvr2(shapes)
         config = detect(state_dict, key_prefix, metadata=metadata)
         if config is not None and (sizes := _SIZES.get(config.get("image_model", ""))):
-            shapes = {name.removeprefix(key_prefix): tuple(t.shape) for name, t in state_dict.items()}
             config |= sizes(shapes)
         return config
 
     model_detection.detect_unet_config = detect_sizes
     supported_models.models.append(TinySDXL)
     feed_forward = mochi.FeedForward
+    seedvr2.SEEDVR2_7B_VID_DIM = _WidthOf7B(seedvr2.SEEDVR2_7B_VID_DIM)
     mochi.FeedForward = lambda **options: feed_forward(**options | {"hidden_size": 4 * options["in_features"]})
