@@ -12,7 +12,12 @@ const REPLACED = "sp_replaced";
 /** Properties that say which pack, of which version, a node is from. */
 const ORIGIN = ["cnr_id", "aux_id", "ver"];
 
-const LOADERS = { UNETLoader: "SPLoadDiffusionModel", CheckpointLoaderSimple: "SPLoadCheckpoint" };
+const GGUF = "UnetLoaderGGUF"; // of the pack ComfyUI-GGUF
+const LOADERS = {
+  UNETLoader: "SPLoadDiffusionModel",
+  [GGUF]: "SPLoadDiffusionModel",
+  CheckpointLoaderSimple: "SPLoadCheckpoint",
+};
 const DECODERS = { VAEDecode: "SPVAEDecode", VAEDecodeTiled: "SPVAEDecode" };
 /** Pack nodes that no conversion has made; VAE Decode (Tiled) gives the same pixels with the same settings. */
 const NATIVE = {
@@ -21,11 +26,12 @@ const NATIVE = {
   SPVAEDecode: "VAEDecodeTiled",
   SPVAEEncode: "VAEEncodeTiled",
 };
-const OTHER_FILES = /\.(bin|ckpt|gguf|pkl|pt|pt2|pth)$/i; // workers map safetensors files, and read no others
-const FOLDERS = /^(?!.*\.(safetensors|sft|bin|ckpt|gguf|pkl|pt|pt2|pth)$)/i; // of diffusers
+const OTHER_FILES = /\.(bin|ckpt|pkl|pt|pt2|pth)$/i; // workers map safetensors and GGUF files, and read no others
+const NO_FILES = /^(?!.*\.(safetensors|sft|bin|ckpt|pkl|pt|pt2|pth)$)/i; // of ComfyUI's: diffusers folders, and GGUF's
 /** Values that a node refuses when it runs. */
 const REFUSED = {
-  UNETLoader: { unet_name: FOLDERS },
+  UNETLoader: { unet_name: NO_FILES },
+  [GGUF]: { unet_name: /^(?!.*\.gguf$)/i },
   SPLoadDiffusionModel: { unet_name: OTHER_FILES, weight_dtype: /^fp8_e4m3fn_fast$/ },
   SPLoadCheckpoint: { ckpt_name: OTHER_FILES },
 };
@@ -112,7 +118,8 @@ export function toNative(workflow, { definitions }) {
       if (node.type in NATIVE) {
         const replaced = node.properties?.[REPLACED]?.type;
         const known = (LOADERS[replaced] ?? DECODERS[replaced]) === node.type;
-        conversion.replace(level, node, known ? replaced : NATIVE[node.type], configs);
+        const usual = conversion.readsGGUF(node) ? GGUF : NATIVE[node.type];
+        conversion.replace(level, node, known ? replaced : usual, configs);
       } else if (node.type !== CONFIG && definitions[node.type]?.category === "sequence parallel") {
         conversion.leave(level, node, "no counterpart");
       }
@@ -247,6 +254,12 @@ class Conversion {
       }
     }
     return { workflow: this.workflow, report: this._report };
+  }
+
+  /** Whether the file of a node of this pack is one that ComfyUI's own loader does not read. */
+  readsGGUF(node) {
+    const definition = this._definitions[node.type];
+    return !!definition && /\.gguf$/i.test(widgetValues(node, slotsOf(definition)).unet_name ?? "");
   }
 
   leave(level, node, reason, details = {}) {

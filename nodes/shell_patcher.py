@@ -104,9 +104,7 @@ class SequenceParallelPatcher(WorkersPatcher):
             layer, _, leaf = name.rpartition(".")
             if f"{layer}." in quantised and leaf == "weight":
                 return patched_layer(self.patches, key, self._quantised_layer(layer, tensors), self.load_device)
-            if is_traceable_wrapper_subclass(
-                tensors[name]
-            ):  # ComfyUI-GGUF adds patches whenever it restores the weight
+            if is_traceable_wrapper_subclass(tensors[name]):  # of GGUF: its layer adds them whenever it restores it
                 return Patches(gguf.plain_patches(key, self.patches[key], tensors[name].shape))
             return patched_weight(self.patches, key, tensors[name].to(kept[name]), self.load_device, patcher)
 

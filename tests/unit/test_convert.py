@@ -33,6 +33,7 @@ def definition(required: dict, optional: dict | None = None, category: str = "lo
 
 PACK = {"category": "sequence parallel"}
 DEFINITIONS = {
+    "UnetLoaderGGUF": definition({"unet_name": COMBO}),
     "UNETLoader": definition({"unet_name": COMBO, "weight_dtype": DTYPES}),
     "CheckpointLoaderSimple": definition({"ckpt_name": COMBO}),
     "VAEDecode": definition({"samples": ["LATENT"], "vae": ["VAE"]}),
@@ -307,14 +308,34 @@ def test_checkpoints(convert: Convert) -> None:
     assert [(each["reason"], each["node"]) for each in report["left"]] == [("unregistered", "SPLoadCheckpoint")]
 
 
+def test_a_gguf_file_goes_to_the_packs_loader_and_back(convert: Convert) -> None:
+    """Back also where no conversion has made the node; ComfyUI's own loader does not read it."""
+    loads = node(1, "UnetLoaderGGUF", [widget("unet_name")], [output("MODEL", 5)], widgets_values=["a.gguf"])
+    native = root([loads, sampler(2, 5)], [[5, 1, 0, 2, 0, "MODEL"]])
+    converted, _ = convert(native)
+    after = by_id(converted)[1]
+    assert after["type"] == "SPLoadDiffusionModel"
+    assert after["widgets_values"] == ["a.gguf", "default", 0.5]
+    back, _ = convert(converted, undo=True)
+    assert back["nodes"] == native["nodes"]
+    del after["properties"]["sp_replaced"]
+    back, _ = convert(converted, undo=True)
+    assert by_id(back)[1]["type"] == "UnetLoaderGGUF"
+
+    after["properties"]["sp_replaced"] = {"type": "UNETLoader"}
+    same, report = convert(converted, undo=True)
+    assert by_id(same)[1]["type"] == "SPLoadDiffusionModel"
+    assert [(each["reason"], each["value"]) for each in report["left"]] == [("value", "a.gguf")]
+
+
 def left_alone() -> list[Any]:
-    gguf = node(1, "UnetLoaderGGUF", [widget("unet_name")], [output("MODEL", 5)])
+    other = node(1, "NunchakuFluxDiTLoader", [widget("model_path")], [output("MODEL", 5)])
     links = [[5, 1, 0, 2, 0, "MODEL"]]
     group = {"groupNodes": {"Mine": {"nodes": [{"type": "UNETLoader"}]}}}
     tracking = [loader(1, 5), node(2, "LoraLoaderModelOnly", [socket("model", "MODEL", 5)], [output("MODEL", 6)])]
     tracking.append(sampler(3, 6, "SAM3_Detect"))
     return [
-        pytest.param(root([gguf, sampler(2, 5)], links), "no counterpart", id="other loader"),
+        pytest.param(root([other, sampler(2, 5)], links), "no counterpart", id="other loader"),
         pytest.param(simple(dtype="fp8_e4m3fn_fast"), "value", id="refused dtype"),
         pytest.param(simple(widgets_values=["a.ckpt", "default"]), "value", id="no safetensors file"),
         pytest.param(root([node(1, "workflow>Mine")], [], extra=group), "group node", id="group node"),
