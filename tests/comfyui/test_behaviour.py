@@ -55,9 +55,9 @@ def start_long_step(server: ComfyServer) -> str:
     return prompt_id
 
 
-def _gains_cpu(workers: list[Process], seconds: float) -> bool:
+def _gains_cpu(workers: list[Process], seconds: float, within: float = 5.0) -> bool:
     before = total_cpu_seconds(workers)
-    return wait_until(lambda: total_cpu_seconds(workers) - before > seconds, timeout=5)
+    return wait_until(lambda: total_cpu_seconds(workers) - before > seconds, timeout=within)
 
 
 def test_second_prompt_uses_the_same_workers(server: ComfyServer) -> None:
@@ -85,17 +85,17 @@ def test_progress_and_previews_arrive_at_every_step(server: ComfyServer) -> None
 
 @pytest.mark.slow
 def test_cancel_stops_inside_a_step(server: ComfyServer) -> None:
+    """Told by how much the workers still compute, which does not depend on what else the machine does."""
     workers = busy_workers(server)
+    before = total_cpu_seconds(workers)
+    sample(server, fresh(LONG, steps=1), TWO)
+    step = total_cpu_seconds(workers) - before
     prompt_id = start_long_step(server)
-    asked = time.monotonic()
+    cancelled = total_cpu_seconds(workers)
     server.interrupt()
-    result = server.wait(prompt_id)
-    assert result.status == "interrupted"
-    assert result.ended - asked <= 0.5, f"Cancel took {result.ended - asked:.2f} s"
-    time.sleep(0.5)
-    before = total_cpu_seconds(server.workers())
-    time.sleep(1.0)
-    assert total_cpu_seconds(server.workers()) - before < 0.2, "the workers went on after Cancel"
+    assert server.wait(prompt_id).status == "interrupted"
+    assert wait_until(lambda: not _gains_cpu(workers, seconds=step / 50, within=1.0), timeout=60), "they went on"
+    assert total_cpu_seconds(workers) - cancelled < step / 4, "the step was not left early"
     assert busy_workers(server) == workers
     after = fresh(Setting())
     assert relative_difference(sample(server, after, TWO), sample(server, after)) <= 1e-4
