@@ -36,9 +36,9 @@ class SPQuantizeFP8(io.ComfyNode):
                     tooltip="dynamic_rowwise: multiplies in FP8, one scale per token and channel."
                     " dynamic_tensorwise: the same with one scale per tensor, less exact. Both need compute capability"
                     " 8.9. weight_only: saves memory on any device, and computes as before. auto: the best one that"
-                    " all devices can do; the node says which. int8_convrot: ComfyUI's 8-bit integers, fast from the"
-                    " RTX 20 series on. mxfp8, nvfp4: ComfyUI's FP8 and FP4 in blocks, fast on the RTX 50 series;"
-                    " elsewhere they save memory and are slower.",
+                    " all devices can do; the node says which. int8_convrot: ComfyUI's 8-bit integers, multiplied as"
+                    " such from the RTX 20 series on. mxfp8, nvfp4: ComfyUI's FP8 and FP4 in blocks, multiplied as such"
+                    " on the RTX 50 series; other devices restore the weights at each call, which only saves memory.",
                 ),
                 io.String.Input(
                     "skip",
