@@ -162,6 +162,7 @@ PARTS = {
             ModelPatcher.use_ejected(skip_and_inject_on_exit_only=_)
             ModelPatcher.patch_model(load_weights=_)
             ModelPatcher.add_wrapper_with_key(_, _, _)
+            ModelPatcher.add_callback_with_key <- call_type, key, callback
             ModelPatcher.model_options
             ModelPatcher.object_patches
             ModelPatcher.patches
