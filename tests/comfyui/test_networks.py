@@ -413,8 +413,9 @@ def test_compiled_blocks_agree_and_are_kept(server: ComfyServer, reference: Refe
 
 @pytest.mark.parametrize("name", ["krea_2", "wan_vace"])
 def test_same_latent_on_one_worker(server: ComfyServer, reference: Reference, name: str) -> None:
-    """To the bit where both have as many threads, which decides about the order of sums."""
-    assert relative_difference(sample(server, CASES[name], ONE), reference(CASES[name])) <= 1e-6
+    """To the bit where both have as many threads, which decides about the order of sums, and tensors lie alike in
+    memory, on which some CPUs' products depend."""
+    assert relative_difference(sample(server, CASES[name], ONE), reference(CASES[name])) <= 3e-6
 
 
 def test_a_lora_is_the_native_one_and_goes_again(server: ComfyServer, reference: Reference) -> None:
