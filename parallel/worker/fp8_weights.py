@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,9 +11,10 @@ from torch import Tensor, nn
 
 from ..quantise.networks import linear_layers
 from ..quantise.selection import Selection, select_layers
-from ..quantise.settings import FP8, KITCHEN
+from ..quantise.settings import FP8, KITCHEN, convrot_group
+from ..wire.plain import plain_tensors
 from .fp8_linear import become_fp8, quantised
-from .packed import Weight
+from .packed import QuantisedWeight, Weight
 
 
 class FP8Weight(Weight):
@@ -40,6 +42,31 @@ class FP8Weight(Weight):
             self.module._parameters[name] = nn.Parameter(piece, requires_grad=False)
 
 
+class KitchenWeight(QuantisedWeight):
+    """The weight of a linear layer that becomes ComfyUI's own of a format. Takes values of the network's own dtype.
+
+    Args:
+        weight: the layer's, with the file's values.
+        scheme: one of `quantise.settings.KITCHEN`.
+        device: that the network runs on, which quantises.
+    """
+
+    def __init__(self, weight: Weight, scheme: str, device: torch.device):
+        from ..comfyui.quantise import become, quantised  # needs ComfyUI, which FP8's own schemes do not
+
+        form, group = KITCHEN[scheme], convrot_group(weight.shape[1])
+        self._device, self._quantised = device, partial(quantised, form=form, group=group)
+        dtype = torch.float32 if weight.dtype in FP8 else weight.dtype
+        like = self._quantised(torch.empty(weight.shape, dtype=dtype, device="meta"))
+        super().__init__(weight.name, weight.module, weight.leaf, like)
+        self._plain, self._value = Weight(weight.name, weight.module, weight.leaf, dtype), weight.value
+        become(self.module, form, dtype, device)
+
+    def stored(self, pieces: Sequence[Tensor]) -> list[Tensor]:
+        (plain,) = self._plain.stored(pieces)
+        return plain_tensors(self._quantised(plain.to(self._device)))
+
+
 def quantise(
     network: nn.Module, plan: Sequence[str], weights: Sequence[Weight], fp8: Mapping[str, Any], device: torch.device
 ) -> tuple[list[Weight], Selection]:
@@ -58,7 +85,5 @@ def quantise(
     """
     layers = linear_layers(network, plan, {weight.name: weight.dtype for weight in weights})
     selection = select_layers(layers, scheme=fp8["scheme"], skip=fp8["skip"])
-    kind: Callable[[Weight, str, torch.device], Weight] = FP8Weight
-    if fp8["scheme"] in KITCHEN:
-        from ..comfyui.quantise import KitchenWeight as kind  # needs ComfyUI, which the other schemes do not
+    kind = KitchenWeight if fp8["scheme"] in KITCHEN else FP8Weight
     return [kind(w, fp8["scheme"], device) if w.name in selection.weights else w for w in weights], selection
