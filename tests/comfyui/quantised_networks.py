@@ -173,10 +173,13 @@ def main(comfyui: str, repository: str, folder: Path, knobs: dict[str, dict[str,
         alone = models.flat(plain(*args, transformer_options={}, **named))
         shapes[file.patched] = plain.state_dict()[file.patched].shape
         results[name] = {
-            "sensitivity": sensitivity(models, model, file.case, native[name]),
+            "sensitivity": sensitivity(models, model, file.case, native[name]),  # and that with the LoRA, below
             "rounding": off(native[name], alone),
         }
-        with_lora[name] = run(models, patch(model, file.patched), file.case)
+        patched = patch(model, file.patched)
+        with_lora[name] = run(models, patched, file.case)
+        moved = sensitivity(models, patched, file.case, with_lora[name])
+        results[name]["sensitivity"] = max(results[name]["sensitivity"], moved)
         results[name]["lora changes"] = off(with_lora[name], native[name])
         comfy.model_management.unload_all_models()
     for number, (title, chosen) in enumerate(knobs.items()):
