@@ -27,13 +27,14 @@ const NATIVE = {
   SPVAEEncode: "VAEEncodeTiled",
 };
 const OTHER_FILES = /\.(bin|ckpt|pkl|pt|pt2|pth)$/i; // workers map safetensors and GGUF files, and read no others
+const OTHER_CHECKPOINTS = /\.(bin|ckpt|gguf|pkl|pt|pt2|pth)$/i;
 const NO_FILES = /^(?!.*\.(safetensors|sft|bin|ckpt|pkl|pt|pt2|pth)$)/i; // of ComfyUI's: diffusers folders, and GGUF's
 /** Values that a node refuses when it runs. */
 const REFUSED = {
   UNETLoader: { unet_name: NO_FILES },
   [GGUF]: { unet_name: /^(?!.*\.gguf$)/i },
   SPLoadDiffusionModel: { unet_name: OTHER_FILES, weight_dtype: /^fp8_e4m3fn_fast$/ },
-  SPLoadCheckpoint: { ckpt_name: OTHER_FILES },
+  SPLoadCheckpoint: { ckpt_name: OTHER_CHECKPOINTS },
 };
 
 /** Nodes that read or call a model's network themselves; the pack's is in its workers. */

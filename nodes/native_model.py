@@ -18,11 +18,7 @@ import torch
 from comfy.patcher_extension import WrappersMP
 
 from ..parallel.comfyui import contract, gguf
-from ..parallel.comfyui.detection import (
-    Detected,
-    detect,
-    shapes,
-)
+from ..parallel.comfyui.detection import Detected, detect, shapes
 from ..parallel.comfyui.network import changed_dtypes
 from ..parallel.config import SequenceParallelConfig, resolve
 from ..parallel.errors import UnknownModelError, UnsupportedError
@@ -137,6 +133,7 @@ def _in_workers(
     parameters = shapes(tensors)
     changed = changed_dtypes(parameters, network)
     dtypes = {name: changed.get(name, tensor.dtype) for name, tensor in parameters.items()}
+    quantised = detected.quantised_as()
     kept = {name: tensor.nbytes for name, tensor in tensors.items() if name not in changed}
     remote = RemoteModel(
         Recipe(
@@ -150,8 +147,8 @@ def _in_workers(
             heads=_heads(detected),
             arguments=dict(detected.model_config.unet_config),
             channels=model.latent_format.latent_channels,
-            linear=() if detected.quantised else tuple(linear_layers(network, plan, dtypes)),
-            quantised=detected.quantised,
+            linear=() if quantised else tuple(linear_layers(network, plan, dtypes)),
+            quantised=quantised,
             planned=bool(plan),
             pack=pack,
             options={
@@ -160,10 +157,8 @@ def _in_workers(
             },
         )
     )
-    if names := READ.get(type(network).__name__):
-        file = detected.named_as_in_the_network()
-        for name in names:
-            network.register_buffer(name, file[name].to(dtypes[name], copy=True))
+    for name in READ.get(type(network).__name__, ()):
+        network.register_buffer(name, tensors[name].to(dtypes[name], copy=True))
     model.diffusion_model = ProxyDiffusionModel(remote, network, parameters)
     # Each device holds its share of the activations only; ComfyUI decides by this whether cond and uncond fit together.
     model.memory_usage_factor /= layout.world_size

@@ -52,8 +52,6 @@ class Part(NamedTuple):
     affects: str
     """What breaks, for the user."""
     symbols: str
-    optional: bool = False
-    """Whether all else works without."""
 
 
 PARTS = {
@@ -241,7 +239,6 @@ PARTS = {
             EnumHookType.Weight
             HookGroup.get_type(_)
         """,
-        optional=True,
     ),
     "caches": Part(
         "First Block Cache (SP), TeaCache (SP) and Torch Compile (SP)",
@@ -280,7 +277,6 @@ PARTS = {
             QUANT_ALGOS["comfy_tensor_layout"]
             QuantizedTensor
         """,
-        optional=True,
     ),
     "sampler": Part(
         "Sampler (SP)",
@@ -357,7 +353,6 @@ PARTS = {
         execution
             PromptQueue.set_flag(_, _)
         """,
-        optional=True,
     ),
     "texts": Part(
         "texts on nodes, and notices in the browser",
@@ -370,7 +365,6 @@ PARTS = {
             PromptServer.send_sync(_, _, _)
             PromptServer.send_progress_text(_, _)
         """,
-        optional=True,
     ),
     "previews": Part(
         "leaving out latents that no preview needs, in Sampler (SP)",
@@ -378,7 +372,6 @@ PARTS = {
         latent_preview
             prepare_callback["callback", "pbar", "previewer", "x0_output_dict"]
         """,
-        optional=True,
     ),
     "plans": Part(
         "`python -m parallel plan`",
@@ -386,7 +379,6 @@ PARTS = {
         comfy.ops
             disable_weight_init
         """,
-        optional=True,
     ),
 }
 

@@ -53,8 +53,7 @@ class Detected:
     """The whole of a checkpoint, by its own names: text encoders and VAEs, and marks that decide how it is sampled."""
     prefix: str = ""
     """Of the network's names in it."""
-    quantised: str = ""
-    """The formats of the file's quantised layers; empty where there are none."""
+    is_gguf: bool = False
 
     def base_model(self, device: torch.device | None = None) -> Any:
         """ComfyUI's `BaseModel` of the file, without weights."""
@@ -81,6 +80,13 @@ class Detected:
         found = {name: tensor for name, tensor in self._named().items() if name.endswith(_CHOICE)}
         homeless = [name for name in found if name.rpartition(".")[0] not in modules]
         return {name: tensor for name, tensor in found.items() if name not in homeless}, homeless
+
+    def quantised_as(self) -> str:
+        """The formats of the file's quantised layers; empty where there are none. Reads their descriptions."""
+        if self.is_gguf:
+            return gguf.quantised_as(self.state.values())
+        layers = quantised_layers(self.state)
+        return ", ".join(sorted({str(_description(self.state, layer).get("format")) for layer in layers}))
 
     def _named(self) -> dict[str, Tensor]:
         return dict(self.model_config.process_unet_state_dict(dict(self.state)))
@@ -149,8 +155,7 @@ def detect(
     config.set_inference_dtype(storage, cast, **({"device": device} if knows_device else {}))
     if is_gguf:
         config.custom_operations = gguf.operations(pack)
-    formats = gguf.quantised_as(state.values()) if is_gguf else _quantised_as(state)
-    return Detected(config, state, storage, whole, prefix, formats)
+    return Detected(config, state, storage, whole, prefix, is_gguf)
 
 
 def _of_a_network(state: dict[str, Tensor], metadata: Any, *, convert: bool) -> tuple[dict[str, Tensor], Any]:
@@ -191,16 +196,6 @@ def quantised_layers(names: Iterable[str]) -> set[str]:
 
 _QUANTISED = "comfy_quant"
 """ComfyUI's name for the tensor that says how a layer is quantised, in JSON."""
-
-
-def _quantised_as(state: Mapping[str, Tensor]) -> str:
-    """The formats of a file's quantised layers; empty where there are none.
-
-    Args:
-        state: with its data.
-    """
-    layers = quantised_layers(state)
-    return ", ".join(sorted({str(_description(state, layer).get("format")) for layer in layers}))
 
 
 def _description(state: Mapping[str, Tensor], layer: str) -> dict[str, Any]:

@@ -209,21 +209,15 @@ class RemoteWeights(Resident):
         for batch in _batches(_made(sorted(names), replace, poll)):
             group.settle(poll)
             places = iter(group.memory.write("weights", [piece for made in batch for piece in made.pieces.values()]))
-            refs = [{path: next(places) for path in made.pieces} for made in batch]
+            message = messages.Weights(model=self.name)
+            for made in batch:
+                refs = {path: next(places) for path in made.pieces}
+                if made.patches is None:
+                    message.put[made.name] = list(refs.values())
+                else:
+                    message.patches[made.name] = made.patches
+                    message.tensors.update(refs)
             self._replaced |= {made.name for made in batch}
-            message = messages.Weights(
-                model=self.name,
-                put={
-                    made.name: list(at.values()) for made, at in zip(batch, refs, strict=True) if made.patches is None
-                },
-                patches={made.name: made.patches for made in batch if made.patches is not None},
-                tensors={
-                    path: ref
-                    for made, at in zip(batch, refs, strict=True)
-                    if made.patches is not None
-                    for path, ref in at.items()
-                },
-            )
             group.call(message, poll=poll)
             done += len(batch)
             if on_progress is not None:

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import pytest
 from PIL import Image
 
 from tests.comfyui.installation import REPOSITORY, Installation
@@ -24,15 +21,6 @@ STAND_INS = {"sp-template-stand-ins": REPOSITORY / "tests" / "templates" / "stan
 """A pack for the server."""
 _LORAS = ("LoraLoaderModelOnly", "LoraLoader")
 _SEEDS = ("seed", "noise_seed")
-
-
-def templates_folder() -> Path:
-    """The folder of comfyui-workflow-templates-json that COMFYUI_TEMPLATES names, or a skip."""
-    named = os.environ.get("COMFYUI_TEMPLATES")
-    if not named:
-        pytest.skip("no templates (set COMFYUI_TEMPLATES to the folder of comfyui-workflow-templates-json)")
-    found = Path(named)
-    return found / "templates" if (found / "templates").is_dir() else found
 
 
 def family(prompt: Graph) -> str:

@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests.browser.frontend import VUE_NODES, FrontEnd
-from tests.browser.templates import STAND_INS, family, make_runs_small, templates_folder, write_files
+from tests.browser.templates import STAND_INS, family, make_runs_small, write_files
 from tests.browser.test_convert import (
     ALL_GPUS,
     COUNTERPARTS,
@@ -32,6 +32,7 @@ from tests.comfyui.fixtures import PACKS, require_pack
 from tests.comfyui.installation import Installation
 from tests.comfyui.latents import relative_difference
 from tests.comfyui.server import ComfyServer
+from tests.templates.running import templates_folder
 
 pytestmark = [
     pytest.mark.comfyui,

@@ -16,11 +16,12 @@ from PIL import Image
 
 from tests.comfyui.fixtures import PACKS, require_pack
 from tests.comfyui.installation import REPOSITORY, Installation
-from tests.comfyui.latents import read_latent, relative_difference
+from tests.comfyui.latents import relative_difference
 from tests.comfyui.server import ComfyServer, Graph
 from tests.comfyui.test_widgets import CONTROL, WORKFLOWS, widgets_of
 from tests.templates.families import quantised_as
 from tests.templates.prompts import networks, small
+from tests.templates.running import latents
 from tests.templates.workflow import Definitions, as_prompt, read
 
 pytestmark = pytest.mark.comfyui
@@ -178,15 +179,6 @@ def test_every_node_of_this_pack_is_shown() -> None:
         "SPSampler",
         "SPQuantizeFP8",
     }
-
-
-def latents(server: ComfyServer, graph: Graph, **knobs: Any) -> dict[str, torch.Tensor]:
-    """What leaves each sampler. Knobs are SP Config's."""
-    for node in graph.values():
-        if node["class_type"] == "SPConfig":
-            node["inputs"] |= knobs
-    result = server.run(graph, timeout=240)
-    return {name: read_latent(server, result, name) for name in graph if name.startswith("saved ")}
 
 
 @pytest.mark.slow

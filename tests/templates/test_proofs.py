@@ -25,11 +25,12 @@ from PIL import Image
 from parallel.plans.comfyui import PLANS
 from tests.comfyui.fixtures import PACKS, require_pack
 from tests.comfyui.installation import REPOSITORY, Installation
-from tests.comfyui.latents import read_latent, relative_difference
+from tests.comfyui.latents import relative_difference
 from tests.comfyui.server import AT_START, ComfyServer, Graph
 from tests.templates.families import family_of, quantised_as
 from tests.templates.prompts import networks, small, with_lora
 from tests.templates.proven import PROVEN
+from tests.templates.running import latents, templates_folder
 from tests.templates.walk import converted
 from tests.templates.workflow import as_prompt, read
 
@@ -67,7 +68,7 @@ class Proofs:
 
 @pytest.fixture(scope="module")
 def proofs(installation: Installation, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Proofs]:
-    templates = _templates()
+    templates = templates_folder()
     chosen = [name for name in os.environ.get("TEMPLATE", "").split(",") if name] or PROVEN
     folder = tmp_path_factory.mktemp("templates")
     for name in chosen:
@@ -98,14 +99,6 @@ def proofs(installation: Installation, tmp_path_factory: pytest.TempPathFactory)
             )
         _write_files(installation, list(jobs.values()))
         yield Proofs(server, cases)
-
-
-def _templates() -> Path:
-    folder = os.environ.get("COMFYUI_TEMPLATES")
-    if not folder:
-        pytest.skip("no templates (set COMFYUI_TEMPLATES to the folder of comfyui-workflow-templates-json)")
-    found = Path(folder)
-    return found / "templates" if (found / "templates").is_dir() else found
 
 
 def _jobs(prompt: Graph, key: str, base: Path) -> Iterator[dict[str, Any]]:
@@ -155,15 +148,6 @@ def _write_inputs(prompt: Graph, folder: Path) -> None:
             with wave.open(str(folder / node["inputs"]["audio"]), "wb") as file:
                 file.setparams((2, 2, 16000, 0, "NONE", ""))
                 file.writeframes(bytes(range(256)) * 200)
-
-
-def latents(server: ComfyServer, graph: Graph, **knobs: Any) -> dict[str, torch.Tensor]:
-    """What leaves each sampler. Knobs are SP Config's."""
-    for node in graph.values():
-        if node["class_type"] == "SPConfig":
-            node["inputs"] |= knobs
-    result = server.run(graph, timeout=300)
-    return {name: read_latent(server, result, name) for name in graph if name.startswith("saved ")}
 
 
 @pytest.mark.parametrize("template", [pytest.param(name, id=name) for name in PROVEN])

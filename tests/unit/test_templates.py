@@ -46,7 +46,10 @@ def test_a_class_without_a_plan_is_not_split(monkeypatch: pytest.MonkeyPatch):
     ("change", "said"),
     [
         ({"left": ("UNETLoader (weights)",)}, "refused by Use all GPUs: UNETLoader (weights)"),
-        ({"loaders": ("UnetLoaderGGUF",)}, "refused by Use all GPUs: UnetLoaderGGUF has no counterpart"),
+        (
+            {"loaders": ("ImageOnlyCheckpointLoader",)},
+            "refused by Use all GPUs: ImageOnlyCheckpointLoader has no counterpart",
+        ),
         ({"quantised": ("SVDQuant",)}, "refused by the loader: SVDQuant"),
         ({"nodes": ("FluxKVCache",)}, "refused by its name: FluxKVCache"),
         ({"nodes": ("NeverSeen",)}, "NeverSeen is not known here"),
