@@ -102,6 +102,7 @@ class InWorkers:
         self.told = (
             f"{_counted(report.steps, 'step')} in the workers ({_counted(report.passes, 'network call')}), after"
             f" {_counted(report.messages, 'message')} to them: {report.seconds:.1f} s"
+            f"{f', on fresh workers from the last finished step on: {report.resumed}×' if report.resumed else ''}"
         )
         return result
 
@@ -184,6 +185,7 @@ def _run(
                 on_step=on_step if audience.wants_latents else None,
                 interval_s=audience.interval_s,
                 on_progress=on_progress,
+                restore=network.restore_weights,
             )
         except WorkerOutOfMemoryError as error:
             # ComfyUI's own kind, so that it frees memory and shows its advice.

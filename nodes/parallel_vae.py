@@ -14,6 +14,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary, finalize, ref
@@ -30,6 +31,7 @@ from ..parallel.config import SequenceParallelConfig, resolve
 from ..parallel.errors import ConfigError, UnsupportedError, WorkerOutOfMemoryError
 from ..parallel.host import running
 from ..parallel.host.remote_vae import RemoteVAE
+from ..parallel.host.retry import Retry
 from ..parallel.host.tiles import Tile
 from ..parallel.vae.arguments import as_plain
 from ..parallel.vae.devices import unequal
@@ -131,10 +133,13 @@ class VAEInWorkers(comfy.sd.VAE):
         """`function` of a VAE, computed by the workers where that gives the same, and what was done told."""
         began = time.perf_counter()
         try:
-            patcher = _patcher(self, _used_config(self._config))
+            config = _used_config(self._config)
+            patcher = _patcher(self, config)
             if direction == "decode" and _adds_noise(self.first_stage_model):
                 raise UnsupportedError("this VAE adds random noise to what it decodes; workers would draw other noise")
-            result, tiles = _shared_out(function, self, patcher, direction)
+            retry = Retry(config)
+            share_out = partial(_shared_out, function, self, patcher, direction)  # it loads the VAE where need be
+            result, tiles = retry.run(share_out, lambda: None, f"the VAE's {direction}")
         except UnsupportedError as error:
             reason = str(error)
         else:

@@ -72,17 +72,20 @@ class SequenceParallelPatcher(WorkersPatcher):
     def _load_weights(self) -> None:
         """Brings the workers, the weights and their patches to what this clone says."""
         poll = comfy.model_management.throw_exception_if_processing_interrupted
-        try:
+        fp8, weights = attached_fp8(self), self.held
+
+        def load() -> None:
             names, replace = self._replacement()
-            fp8 = attached_fp8(self)
-            weights = self.held
             weights.ensure_loaded(poll=poll, on_progress=progress_bar(), fp8=None if fp8 is None else fp8.settings)
             weights.replace(self.patches_uuid if names else None, names, replace, poll=poll, on_progress=progress_bar())
-            if fp8 is not None:
-                tell(fp8.node_id, str(weights.fp8_report))
+
+        try:
+            self.remote.retry.run(load, lambda: None, "loading the model")
         except BaseException:
             self.detach()  # what has been loaded so far does not count as loaded
             raise
+        if fp8 is not None:
+            tell(fp8.node_id, str(weights.fp8_report))
 
     def _replacement(self) -> tuple[Collection[str], Replace]:
         """Weights that patches change, by the network's names, and what makes the patched ones of the file's."""
@@ -131,7 +134,7 @@ class SequenceParallelPatcher(WorkersPatcher):
         ComfyUI leaves them until the next load; until then a graph without the patch would still see it.
         """
         super().cleanup()
-        self.model.diffusion_model.load_weights = None
+        self.model.diffusion_model.end_sampling()
         self.unpatch_model(unpatch_weights=False)
         self.remote.rest()
 

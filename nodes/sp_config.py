@@ -6,7 +6,7 @@ from typing import Any
 
 from comfy_api.latest import io
 
-from ..parallel.config import ATTENTION_KERNELS, SequenceParallelConfig, resolve
+from ..parallel.config import ATTENTION_KERNELS, ON_FAILURE, SequenceParallelConfig, resolve
 from ..parallel.placement import MODES
 
 SPConfig = io.Custom("SP_CONFIG")
@@ -61,6 +61,15 @@ class SPConfigNode(io.ComfyNode):
                     tooltip="Attention kernel in the workers. auto: ComfyUI's own choice, in a ring PyTorch's. sdpa:"
                     " PyTorch's. cudnn and flash need a CUDA device, sage also the package sageattention (8-bit:"
                     " results differ slightly).",
+                ),
+                io.Combo.Input(
+                    "on_failure",
+                    options=list(ON_FAILURE),
+                    default="error",
+                    optional=True,
+                    tooltip="When a worker dies. error: the prompt ends, the next one starts fresh workers. retry:"
+                    " fresh workers load the model and redo the failed step, once; the result is the same. Not for out"
+                    " of memory, which would come again.",
                 ),
             ],
             outputs=[SPConfig.Output(display_name="sp_config")],

@@ -14,6 +14,7 @@ from .degrees import RequestedDegrees
 from .errors import ConfigError
 
 ATTENTION_KERNELS = ("auto", "sdpa", "cudnn", "flash", "sage")
+ON_FAILURE = ("error", "retry")
 KERNEL_CAPABILITY = (8, 0)
 """The least compute capability of a GPU for FlashAttention, cuDNN's attention and SageAttention."""
 
@@ -54,6 +55,9 @@ class SequenceParallelConfig:
     memory), or `auto`; see `placement`."""
     attention: str = "auto"
     """Attention kernel: `sdpa`, `cudnn`, `flash`, `sage`, or `auto`."""
+    on_failure: str = "error"
+    """What follows when the workers are lost: `error` ends the prompt, `retry` runs the failed call again, once, on
+    fresh workers."""
 
     def __post_init__(self) -> None:
         for knob in ("ulysses_degree", "ring_degree", "cfg_degree", "dp_degree"):
@@ -62,6 +66,7 @@ class SequenceParallelConfig:
                 raise ConfigError(f"{knob} is {value!r}; allowed are 0 (choose automatically), 1 (off) or more ranks")
         _require_choice("weights", self.weights, placement.MODES)
         _require_choice("attention", self.attention, ATTENTION_KERNELS)
+        _require_choice("on_failure", self.on_failure, ON_FAILURE)
         parse_devices(self.devices)
 
 

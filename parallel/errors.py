@@ -36,11 +36,15 @@ class WorkerError(EngineError):
         rank: rank of the failing worker.
         remote_type: class name of the exception in the worker.
         remote_traceback: the worker's traceback, every line prefixed with its rank.
+        lost: whether the workers have been ended; else they stay usable.
     """
 
-    def __init__(self, message: str, *, rank: int, remote_type: str = "", remote_traceback: str = ""):
+    def __init__(
+        self, message: str, *, rank: int, remote_type: str = "", remote_traceback: str = "", lost: bool = True
+    ):
         super().__init__(message)
         self.rank = rank
+        self.lost = lost
         self.remote_type = remote_type
         self.remote_traceback = remote_traceback
 
@@ -51,6 +55,10 @@ class WorkerOutOfMemoryError(WorkerError):
 
 class WorkerDiedError(WorkerError):
     """A worker process ended, was killed, or stopped answering."""
+
+
+class NotFiniteError(WorkerError):
+    """A prediction with NaN or infinite values. The workers stay usable."""
 
 
 class StepCancelled(EngineError):

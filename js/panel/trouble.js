@@ -10,6 +10,8 @@ const TOASTS = {
   left: ["info", "Workers have left", 6],
   crashed: ["error", "Workers failed", 20],
   out_of_memory: ["error", "Out of memory in a worker", 20],
+  not_finite: ["warn", "Values that are not finite", 20],
+  retried: ["warn", "Run again on fresh workers", 10],
   fallback: ["warn", "Not run in parallel", 10],
 };
 

@@ -34,6 +34,9 @@ Poll = Callable[[], None]
 Progress = Callable[[int, int], None]
 """Called in the caller's thread with (done, total)."""
 
+_NEXT = "The next prompt starts fresh workers"
+_OF_NOBODY = 0
+"""Number of operations whose answers nobody waits for."""
 _SLICE_S = 0.05
 _DRAIN_TIMEOUT_S = 60.0
 """How long the ranks may be silent in a call that has been cancelled."""
@@ -339,13 +342,26 @@ class Calls:
             task.replies[worker.rank] = reply
             if reply.result is not None:  # it gives a sign of life when it begins
                 self._pace.measured(task.work, reply.result.get("seconds", 0.0))
-        if call is not None and reply.id == call.number:
-            call.replies[worker.rank] = reply
+            return
+        if reply.id == _OF_NOBODY:
+            return
+        if call is None or reply.id != call.number or worker.rank in call.replies:
+            raise ValueError(f"it answers call {reply.id}, which does not wait for it")
+        call.replies[worker.rank] = reply
 
     def _on_end(self, worker: WorkerProcess) -> None:
         if not self._fate.stopped and not self._fate.failing:
-            during = next((call.operation for call in self._open() if worker.rank in call.ranks), None)
-            self._fate.lose_unasked(worker.rank, worker.describe_end(during) + ". The next prompt starts fresh workers")
+            text = worker.describe_end(self._operation_of(worker.rank))
+            self._fate.lose_unasked(worker.rank, f"{text}. {_NEXT}")
+
+    def _on_loss(self, rank: int, text: str) -> None:
+        operation = self._operation_of(rank)
+        during = "" if operation is None else f" during {operation!r}"
+        self._fate.lose_unasked(rank, f"{text}{during}. {_NEXT}")
+
+    def _operation_of(self, rank: int) -> str | None:
+        """What this rank has still to answer."""
+        return next((call.operation for call in self._open() if rank in call.ranks), None)
 
 
 @contextlib.contextmanager

@@ -96,12 +96,15 @@ class Fate:
             log.error("%s", failure)
 
 
-def not_started(workers: Sequence[WorkerProcess], layout: Layout, seconds: float) -> WorkerDiedError:
-    """Of workers that are late, at the start of a group."""
-    late = [worker for worker in workers if not worker.ready]
+def not_started(
+    workers: Sequence[WorkerProcess], layout: Layout, seconds: float, stuck: Stuck | None = None
+) -> WorkerDiedError:
+    """Of workers that are late, or known not to go on, at the start of a group."""
+    late = [worker for worker in workers if not worker.ready] if stuck is None else stuck.workers
     names = ", ".join(worker.describe() for worker in late) or "the workers"
     said = late[0].output_so_far() if late else ""
-    text = f"{names} did not start within {seconds:g} s{_advice_on_silence(layout)}{said}"
+    why = f"did not start within {seconds:.0f} s" if stuck is None else f"did not start: {stuck.reason}"
+    text = f"{names} {why}{_advice_on_silence(layout)}{said}"
     return WorkerDiedError(text, rank=late[0].rank if late else 0)
 
 
@@ -134,6 +137,7 @@ def raised(worker: WorkerProcess, operation: str, failure: Failure, *, kept: boo
         rank=worker.rank,
         remote_type=failure.type,
         remote_traceback=prefixed(worker.rank, failure.traceback),
+        lost=not kept,
     )
 
 

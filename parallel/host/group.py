@@ -9,6 +9,7 @@ from __future__ import annotations
 import atexit
 import itertools
 import logging
+import math
 import os
 import time
 from collections.abc import Mapping
@@ -21,6 +22,7 @@ from ..wire.control import ControlPage
 from . import failures, status
 from .calls import Calls, Poll
 from .failures import Fate
+from .pace import Watch
 from .process import WorkerProcess
 from .supervisor import LEAVE_S, Supervisor
 
@@ -56,7 +58,7 @@ class WorkerGroup(Calls):
             first,
             on_message=self._on_message,
             on_end=self._on_end,
-            on_loss=lambda rank, text: self._fate.lose_unasked(rank, text),
+            on_loss=self._on_loss,
         )
         super().__init__(layout, supervisor, Fate(supervisor, self.stop), control)
 
@@ -71,12 +73,16 @@ class WorkerGroup(Calls):
         began = time.monotonic()
         self._supervisor.start()
         atexit.register(self.stop)
+        watch = Watch(lambda: math.inf)  # only for processes that are stopped
+        beats = self._control.beats(self.layout.world_size)  # none before they have met
         try:
             while not self._when(lambda: sum(worker.ready for worker in self.workers) == self.layout.world_size):
                 if poll is not None:
                     poll()
-                if time.monotonic() - began > _START_TIMEOUT_S:
-                    self._fate.lose_and_raise(failures.not_started(self.workers, self.layout, _START_TIMEOUT_S))
+                found = watch.look([worker for worker in self.workers if not worker.ready], beats)
+                if found is not None or time.monotonic() - began > _START_TIMEOUT_S:
+                    failure = failures.not_started(self.workers, self.layout, time.monotonic() - began, found)
+                    self._fate.lose_and_raise(failure)
         except BaseException:
             self.stop()
             raise

@@ -19,7 +19,7 @@ SHORTEST_S = 60.0
 """The least patience: other programs may slow a machine down many times over."""
 FACTOR = 10.0
 """Times the longest silence measured."""
-HALTED_S = 10.0
+HALTED_S = 5.0
 """A process that is stopped or has ended for so long is stuck, however much patience is left."""
 _LOOK_S = 1.0
 """Between two looks at the states of the processes, and the most that one look adds to a silence: when this process

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -13,24 +13,29 @@ from torch import Tensor
 
 from ..config import Layout
 from ..degrees import Degrees
+from ..errors import WorkerError
 from ..plan import share_of
 from ..sampling.program import Program
 from ..sampling.step_request import OF_ALL_SAMPLES, StepRequest
 from ..wire import messages
 from ..wire.shared import Segment, TensorRef
-from ..wire.trees import flatten, restore
+from ..wire.trees import Tree, flatten
+from ..wire.trees import restore as restored
 from ..wire.typed import from_plain
 from .cached_sampling import CachedSampling
 from .calls import Poll, Progress
 from .compiled_sampling import CompiledSampling
 from .group import WorkerGroup
+from .not_finite import not_finite
 from .recipe import Recipe
 from .remote_weights import RemoteWeights
+from .retry import Restore, Retry, announce
 from .sampling import OUTPUT_DTYPE, OnStep, SampleReport, Sent
 from .sent_conditioning import SentConditioning
 
 log = logging.getLogger("sequence_parallel")
 
+_NOTHING_NEW = messages.Conditioning(put={}, drop=[])
 _ROOM = 1 << 20
 """Bytes for a method's results; more are collected by a second message."""
 
@@ -46,6 +51,7 @@ class RemoteModel:
         last_step: what each rank said of the last step: `seconds` and the counters of `attention.traffic.Traffic`; with
             a cache also `cache`: `passes`, `hits` and `skipped_s` (`cache.blocks.Tally`), with compiled blocks
             `compile` (`compilation.compiler.Tally`).
+        retry: what follows when the workers are lost.
 
     Raises:
         ConfigError: the configuration does not fit this machine.
@@ -58,6 +64,7 @@ class RemoteModel:
         self._told_degrees: Degrees | None = None
         self._reason = ""
         self._conditioning = SentConditioning(self.weights.name)
+        self.retry = Retry(recipe.config)
         self.weights.on_change = self._conditioning.clear
 
     @property
@@ -124,6 +131,7 @@ class RemoteModel:
         sigma: float = 1.0,
         compiled: CompiledSampling | None = None,
         poll: Poll | None = None,
+        restore: Restore | None = None,
     ) -> list[Tensor]:
         """The network's predictions for requests that may run side by side.
 
@@ -134,14 +142,31 @@ class RemoteModel:
             sigma: the step's, which decides whether it may.
             compiled: the sampling that this step is part of, if its blocks are to be compiled.
             poll: see `WorkerGroup.call`.
+            restore: see `Retry.run`.
 
         Returns:
             The predictions, on x's device, in fp32.
 
         Raises:
             UnsupportedError: before any work: a cache that does not know this model.
+            NotFiniteError: a prediction has NaN or infinite values.
             WorkerError: a worker failed; the weights are gone unless `loaded` still says otherwise.
         """
+
+        def attempt() -> list[Tensor]:
+            return self._steps(requests, conditions, cache, sigma, compiled, poll)
+
+        return self.retry.run(attempt, restore, f"the step{_beginning(cache)}")
+
+    def _steps(
+        self,
+        requests: Sequence[StepRequest],
+        conditions: int,
+        cache: CachedSampling | None,
+        sigma: float,
+        compiled: CompiledSampling | None,
+        poll: Poll | None,
+    ) -> list[Tensor]:
         degrees = self.degrees(conditions, requests)
         told = None if cache is None else cache.message(sigma, self.recipe, requests[0].shapes)
         group = self.weights.settled(poll)
@@ -163,6 +188,9 @@ class RemoteModel:
             compile=None if compiled is None else compiled.settings,
         )
         self.last_step = self._ask(group, message, poll, cache)
+        if not all(result["finite"] for result in self.last_step):
+            watching = replace(message, conditioning=_NOTHING_NEW, cache=None, compile=None, watch=True)
+            raise not_finite(group.workers, [each["where"] for each in self._ask(group, watching, poll, cache)])
         if cache is not None:
             cache.count(self.last_step, degrees)
         if compiled is not None:
@@ -217,6 +245,7 @@ class RemoteModel:
         on_step: OnStep | None = None,
         interval_s: float = 0.0,
         on_progress: Progress | None = None,
+        restore: Restore | None = None,
     ) -> tuple[Tensor, SampleReport]:
         """A whole sampling, for which each worker gets one message.
 
@@ -227,22 +256,49 @@ class RemoteModel:
             on_step: see `OnStep`. Without it, no latents are sent back before the end.
             interval_s: least seconds between two of its calls, but for the last one; 0: at every step.
             on_progress: told how many steps have been done, of all, where `on_step` is not.
+            restore: as in `Retry.run`; fresh workers go on behind the last finished step.
 
         Returns:
             The result, on the program's device, in fp32.
 
         Raises:
             UnsupportedError: before any work: a cache that does not know this model.
+            NotFiniteError: a prediction has NaN or infinite values.
             WorkerError: a worker failed; the weights are gone unless `loaded` still says otherwise.
         """
+        options = _SampleOptions(cache, compiled, poll, on_step, interval_s, on_progress)
+        keep = restore is not None and self.retry.wanted
+        left, resumed, began = program, 0, time.monotonic()
+        while True:
+            sent: Sent | None = None
+            try:
+                sent = self._sent(left, options, keep)
+                result, report = self._sampled(left, sent, options)
+                whole = sum(len(network.passes) for network in program.networks)
+                return result, replace(report, passes=whole, seconds=time.monotonic() - began, resumed=resumed)
+            except WorkerError as error:
+                rest = left if sent is None else sent.rest()
+                if restore is None or not self.retry.may_help(error) or (resumed and rest is left):
+                    raise
+                what = "the sampling" if rest is program else "what is left of the sampling"
+                announce(error, f"{what}{_beginning(cache)}")
+            left, resumed = rest, resumed + 1
+            restore()
+
+    def _sent(self, program: Program, options: _SampleOptions, keep: bool) -> Sent:
         networks = program.networks
         degrees = [self.degrees(network.conditions, [each.request for each in network.passes]) for network in networks]
+        group = self.weights.settled(options.poll)
+        previews = options.on_step is not None
+        return Sent(program, degrees, group.memory, with_previews=previews, interval_s=options.interval_s, keep=keep)
+
+    def _sampled(self, program: Program, sent: Sent, options: _SampleOptions) -> tuple[Tensor, SampleReport]:
+        cache, compiled, poll = options.cache, options.compiled, options.poll
+        networks, group = program.networks, self.weights.settled(poll)
         passes = [each.request for network in networks for each in network.passes]
         told = None
         if cache is not None and passes:
             told = cache.message(0.0, self.recipe, passes[0].shapes)
-        group = self.weights.settled(poll)
-        sent = Sent(program, degrees, group.memory, with_previews=on_step is not None, interval_s=interval_s)
         kinds = [tuple((name, id(tensor)) for name, tensor in each.conditioning.items()) for each in passes]
         different = {kind: each.conditioning for kind, each in zip(kinds, passes, strict=True)}
         keys, conditioning = self._conditioning.update(list(different.values()), group)
@@ -256,7 +312,10 @@ class RemoteModel:
             compiled=None if compiled is None else compiled.settings,
         )
         before, began = group.messages, time.monotonic()
-        results = self._ask(group, message, poll, cache, sent.followed(on_step, on_progress))
+        results = self._ask(group, message, poll, cache, sent.followed(options.on_step, options.on_progress))
+        if found := [result["not_finite"] for result in results if "not_finite" in result]:
+            step = f"step {found[0]['step'] + 1} of {program.steps}"
+            raise not_finite(group.workers, [each["where"] for each in found], step)
         seconds = time.monotonic() - began
         report = SampleReport(program.steps, len(passes), group.messages - before, seconds, sent.previews)
         if cache is not None:
@@ -273,18 +332,27 @@ class RemoteModel:
                 {**{name: each[name] // n for name in counted}, **{name: each[name] / n for name in timed}}
                 for each in results
             ]
-            self._note_step(group, requests, degrees[0], cache, compiled, per_call)
+            self._note_step(group, requests, sent.of_network[0], cache, compiled, per_call)
         result = sent.result()
         sent.clear()
         return result, report
 
-    def call(self, method: str, args: Sequence[Any], named: Mapping[str, Any], *, poll: Poll | None = None) -> Any:
+    def call(
+        self,
+        method: str,
+        args: Sequence[Any],
+        named: Mapping[str, Any],
+        *,
+        poll: Poll | None = None,
+        restore: Restore | None = None,
+    ) -> Any:
         """The result of one of the network's methods that needs weights, on the device of the first tensor.
 
         Args:
             method: one of those that the plans' module lists.
             args, named: nests of tensors and plain data.
             poll: see `WorkerGroup.call`.
+            restore: see `Retry.run`.
 
         Raises:
             NotPlain: something cannot travel; before any work.
@@ -293,6 +361,11 @@ class RemoteModel:
         tensors: dict[str, Tensor] = {}
         first = [flatten(value, str(i), tensors) for i, value in enumerate(args)]
         tree = {"dict": {"args": {"list": first}, "named": flatten(dict(named), "named", tensors)}}
+        return self.retry.run(
+            lambda: self._call(method, tree, tensors, poll), restore, f"{self.recipe.network}.{method}"
+        )
+
+    def _call(self, method: str, tree: Tree, tensors: dict[str, Tensor], poll: Poll | None) -> Any:
         group = self.weights.settled(poll)
         degrees = self._all_in_one(self._chosen(1, ())[0])
         (held,), conditioning = self._conditioning.update([tensors], group)
@@ -315,7 +388,24 @@ class RemoteModel:
         device = next(iter(tensors.values())).device
         refs = [from_plain(TensorRef, ref) for ref in told["out"]]
         found = {str(i): results.tensor(ref).clone().to(device) for i, ref in enumerate(refs)}
-        return restore(told["structure"], found.__getitem__)
+        return restored(told["structure"], found.__getitem__)
+
+
+@dataclass(frozen=True, slots=True)
+class _SampleOptions:
+    """Of `RemoteModel.sample`."""
+
+    cache: CachedSampling | None
+    compiled: CompiledSampling | None
+    poll: Poll | None
+    on_step: OnStep | None
+    interval_s: float
+    on_progress: Progress | None
+
+
+def _beginning(cache: CachedSampling | None) -> str:
+    """How a cache begins on fresh workers, for people."""
+    return "" if cache is None else f", with an empty {cache.settings.name},"
 
 
 def _hand_over(segment: Segment, ref: TensorRef, device: torch.device, lend: bool) -> Tensor:

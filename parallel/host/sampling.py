@@ -39,6 +39,8 @@ class SampleReport:
     seconds: float
     previews: int
     """How often the latents were sent back before the end; 0 where nobody wants to look."""
+    resumed: int = 0
+    """How often fresh workers went on behind a finished step."""
 
 
 class Sent:
@@ -50,6 +52,7 @@ class Sent:
         memory: of the group.
         with_previews: whether somebody wants to look.
         interval_s: least seconds between two looks; 0: at every step.
+        keep: whether the state behind each step is to outlive the workers.
     """
 
     def __init__(
@@ -60,9 +63,11 @@ class Sent:
         *,
         with_previews: bool,
         interval_s: float,
+        keep: bool,
     ):
         self._program = program
-        self._of_network = list(degrees)
+        self.of_network = list(degrees)
+        """Degrees of each instruction that runs the network."""
         self.degrees = list(dict.fromkeys(degrees))
         self._tensors: list[tuple[tuple[int, ...], torch.dtype]] = []
         self._copies: list[tuple[int, Tensor]] = []
@@ -75,6 +80,10 @@ class Sent:
         world = self.degrees[0].world_size if self.degrees else 1
         shown = [[self._room(*latent) for _ in range(2)] for _ in range(2)] if with_previews else []
         wanted, counts = self._room((1,), torch.int64), self._room((world, 2), torch.int64)
+        self._places_kept = program.kept() if keep else {}
+        most = max(map(len, self._places_kept.values()), default=0)
+        kept = [[self._room(*latent) for _ in range(most)] for _ in range(2)]
+        done = self._room((world,), torch.int64)
         refs, size = lay_out(SEGMENT, self._tensors)
         segment = self._segment = memory.segment(SEGMENT, size)
         for place, tensor in self._copies:
@@ -90,6 +99,14 @@ class Sent:
         if shown:
             self._previews = messages.Previews(
                 wanted=refs[wanted], shown=refs[counts], latents=self._shown, interval_s=interval_s
+            )
+        self._done = segment.tensor(refs[done]).fill_(-1)
+        self._kept = None
+        if self._places_kept:
+            self._kept = messages.KeptState(
+                places={str(place): numbers for place, numbers in self._places_kept.items()},
+                latents=[[refs[place] for place in row] for row in kept],
+                done=refs[done],
             )
         self._constants = {str(number): refs[place] for number, place in constants.items()}
         self._networks = [[{name: refs[at] for name, at in places.items()} for places in each] for each in networks]
@@ -113,7 +130,7 @@ class Sent:
             is_active: of a pass's sigma: whether a cache may skip its blocks.
             cache, compiled: see `messages.Sample`.
         """
-        keys_left, networks = iter(keys), iter(zip(self._networks, self._of_network, strict=True))
+        keys_left, networks = iter(keys), iter(zip(self._networks, self.of_network, strict=True))
         program: list[messages.Evaluate | messages.RunNetwork | messages.Report] = []
         for each in self._program.instructions:
             if isinstance(each, Network):
@@ -140,6 +157,7 @@ class Sent:
             result=self._program.result,
             out=self._result,
             previews=self._previews,
+            kept=self._kept,
             conditioning=conditioning,
             cache=cache,
             compile=compiled,
@@ -173,6 +191,18 @@ class Sent:
     def result(self) -> Tensor:
         """A copy, where the sampling wants it."""
         return self._segment.tensor(self._result).to(self._program.device, copy=True)
+
+    def rest(self) -> Program:
+        """What is left to do once the workers are lost; the whole program where no step was finished, or none kept."""
+        place = int(self._done.min())
+        if self._kept is None or place < 0:
+            return self._program
+        row = self._kept.latents[list(self._places_kept).index(place) % 2]
+        numbers = self._places_kept[place]
+        latents = {
+            number: self._segment.tensor(ref).clone() for number, ref in zip(numbers, row[: len(numbers)], strict=True)
+        }
+        return self._program.rest(place, latents)
 
     def clear(self) -> None:
         """Gives the memory back to the system: the noise of all steps may be gigabytes."""

@@ -21,8 +21,9 @@ _KEPT_ERRORS = 10
 _KEPT_SINGLE_STEPS = 64
 
 STARTED, LEFT, CRASHED, OUT_OF_MEMORY, FALLBACK = "started", "left", "crashed", "out_of_memory", "fallback"
+NOT_FINITE, RETRIED = "not_finite", "retried"
 """Kinds of events. Those of `_TROUBLE` are kept for the report."""
-_TROUBLE = (CRASHED, OUT_OF_MEMORY)
+_TROUBLE = (CRASHED, OUT_OF_MEMORY, NOT_FINITE)
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,7 +17,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from ..config import Layout
-from ..wire.channel import ChannelBlocked, ChannelClosed, Message
+from ..wire.channel import ChannelBlocked, ChannelClosed, ChannelGarbled, Message
 from .process import SEND_TIMEOUT_S, WorkerProcess
 from .process_state import in_words, state
 
@@ -40,7 +40,7 @@ class Supervisor:
         on_message: called with a worker's answer or progress, while `changed` is held.
         on_end: called with a worker that has ended although nobody has asked it to.
         on_loss: called with a rank, and why it, or all, cannot be used any more: it takes no messages (in the thread
-            that wanted to send one), or this thread cannot go on.
+            that wanted to send one), or what it sends makes no sense, or this thread cannot go on.
 
     Attributes:
         workers: those that have been started.
@@ -85,7 +85,7 @@ class Supervisor:
         except ChannelBlocked:
             words = in_words(state(worker.process.pid))
             text = f"{worker.describe()} has read nothing of what it was sent for {SEND_TIMEOUT_S:g} s ({words})"
-            self._tell_loss(rank, f"{text}. The next prompt starts fresh workers")
+            self._tell_loss(rank, text)
         except ChannelClosed:
             pass
 
@@ -189,6 +189,9 @@ class Supervisor:
     def _on_message(self, worker: WorkerProcess) -> bool:
         try:
             message, fds = worker.channel.receive()
+        except ChannelGarbled as error:
+            self._tell_loss(worker.rank, f"{worker.describe()} has sent what is no message ({error})")
+            return False
         except ChannelClosed:
             worker.gone = True
             if not self._ending:
@@ -196,16 +199,28 @@ class Supervisor:
             return False
         for fd in fds:
             os.close(fd)
-        with self.changed:
-            if message.get("event") == "ready":
-                worker.ready, worker.title, worker.total = True, message["title"], message["total"]
-                worker.start_seconds = message["seconds"]
-            elif message.get("event") == "log":
-                log.log(message["level"], "[rank %d] %s", worker.rank, message["text"])
-            else:
-                self._tell_message(worker, message)
-            self.changed.notify_all()
+        try:
+            with self.changed:
+                self._understand(worker, message)
+                self.changed.notify_all()
+        except (KeyError, TypeError, ValueError) as error:
+            self._tell_loss(worker.rank, f"{worker.describe()} has sent a message that makes no sense ({error})")
+            return False
         return True
+
+    def _understand(self, worker: WorkerProcess, message: Message) -> None:
+        """Takes in one message.
+
+        Raises:
+            KeyError, TypeError, ValueError: it is none that workers send, or answers what nobody has asked.
+        """
+        if message.get("event") == "ready":
+            worker.ready, worker.title, worker.total = True, message["title"], message["total"]
+            worker.start_seconds = message["seconds"]
+        elif message.get("event") == "log":
+            log.log(message["level"], "[rank %d] %s", worker.rank, message["text"])
+        else:
+            self._tell_message(worker, message)
 
     def _on_output(self, worker: WorkerProcess) -> bool:
         lines = worker.read_output()

@@ -7,6 +7,7 @@ do it for the elements that it holds.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -78,6 +79,35 @@ class Program:
         return max(
             (instruction.steps for instruction in self.instructions if isinstance(instruction, Report)), default=0
         )
+
+    def kept(self) -> dict[int, list[int]]:
+        """Place of each report behind which the sampling can go on → the latents, but constants, that it needs then.
+
+        Between two such places there is a pass through the network, after which all ranks have left the first one.
+        """
+        alive: set[int] = set()
+        kept: dict[int, list[int]] = {}
+        passed = False
+        for place, (instruction, freed) in enumerate(zip(self.instructions, self.last_uses(), strict=True)):
+            if isinstance(instruction, Network):
+                alive, passed = alive | instruction.results, True
+            elif isinstance(instruction, Evaluate):
+                alive.add(instruction.evaluate)
+            alive -= set(freed)
+            if isinstance(instruction, Report) and passed:
+                kept[place], passed = sorted(alive), False
+        return kept
+
+    def rest(self, place: int, latents: Mapping[int, Tensor]) -> Program:
+        """What is left to do behind an instruction.
+
+        Args:
+            latents: those that `kept` names for this place.
+        """
+        left = self.instructions[place + 1 :]
+        needed = set().union(*map(_used, left), *(used for _, used in self.result))
+        constants = {number: tensor for number, tensor in (self.constants | dict(latents)).items() if number in needed}
+        return Program(self.shape, self.device, constants, left, self.result)
 
     def last_uses(self) -> list[list[int]]:
         """For each instruction, the latents (but constants) that no later one needs."""

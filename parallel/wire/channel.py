@@ -27,6 +27,10 @@ class ChannelBlocked(ChannelClosed):
     """The other end takes nothing; a part of the message may be under way, so nothing can be sent any more."""
 
 
+class ChannelGarbled(ChannelClosed):
+    """The other end sent what is no message; nothing after it can be understood."""
+
+
 class Channel:
     """One end of the socket. `send` may be called from several threads, `receive` from one.
 

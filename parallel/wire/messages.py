@@ -208,6 +208,19 @@ class Step(Operation):
     conditioning: Conditioning
     cache: CacheRule | None
     compile: CompileSettings | None
+    watch: bool = False
+    """Only to find where values stop being finite."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NotFinite:
+    """Where a rank has first met values that are NaN or infinite, see `worker.finite`."""
+
+    place: int
+    """Number of the block behind which; −1: in the input `name`; beyond the blocks: behind all of them."""
+    name: str
+    blocks: int
+    """How many the network has."""
 
 
 Terms = list[Any]
@@ -271,6 +284,18 @@ class Previews:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class KeptState:
+    """Where a sampling leaves what it needs to go on behind a step, in case its workers are lost."""
+
+    places: dict[str, list[int]]
+    """Place of a `Report` in the program → the latents that later instructions need, but constants."""
+    latents: list[list[TensorRef]]
+    """Room for as many, twice: they take turns."""
+    done: TensorRef
+    """[ranks]: the last place whose latents a rank has left there; −1 at first."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Sample(Operation):
     """Runs a whole sampling."""
 
@@ -287,6 +312,7 @@ class Sample(Operation):
     result: Terms
     out: TensorRef
     previews: Previews | None
+    kept: KeptState | None
     conditioning: Conditioning
     cache: CacheRule | None
     compile: CompileSettings | None

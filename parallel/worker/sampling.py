@@ -24,8 +24,21 @@ from ..wire.messages import Evaluate, Report, RunNetwork, Sample
 from .host_link import HostLink
 from .ranks import Ranks
 
-RunPasses = Callable[[RunNetwork], None]
-"""Runs this rank's part of the passes."""
+RunPasses = Callable[[RunNetwork], bool]
+"""Runs this rank's part of the passes; False where its part of the predictions is not finite."""
+
+
+class PredictionNotFinite(Exception):
+    """Raised on all ranks alike.
+
+    Args:
+        instruction: whose passes it was.
+        step: from 0.
+    """
+
+    def __init__(self, instruction: RunNetwork, step: int):
+        super().__init__(instruction, step)
+        self.instruction, self.step = instruction, step
 
 
 class Sampling:
@@ -46,6 +59,7 @@ class Sampling:
         """Elements of one sample of a latent."""
         self._share = ranges(shares(result.numel(), [1.0] * ranks.world_size))[ranks.rank]
         self._latents = {int(n): self._mine(self._tensor_at(ref)) for n, ref in message.constants.items()}
+        self._times_kept = 0
         self._show = False
         self._shown = 0
         self._shown_at = -math.inf
@@ -60,11 +74,13 @@ class Sampling:
 
         Raises:
             StepCancelled: on all ranks, after the same pass.
+            PredictionNotFinite: likewise.
         """
         steps = zip(self._message.program, self._message.free, strict=True)
         for place, (instruction, done_with) in enumerate(steps):
             if isinstance(instruction, RunNetwork):
-                self._network(instruction, passes)
+                if not self._network(instruction, passes):
+                    raise PredictionNotFinite(instruction, self._step_at(place))
             elif isinstance(instruction, Evaluate):
                 self._latents[instruction.evaluate] = self._value(instruction.terms)
             else:
@@ -72,31 +88,41 @@ class Sampling:
                 on_report(instruction.step + 1, instruction.steps)
             for number in done_with:
                 del self._latents[number]
+            self._keep(place)
         self._mine(self._tensor_at(self._message.out)).copy_(self._value(self._message.result))
 
     # --- instructions -------------------------------------------------------------------------------------------
 
-    def _network(self, instruction: RunNetwork, passes: RunPasses) -> None:
+    def _step_at(self, place: int) -> int:
+        """Number of the step that an instruction is part of, from 0."""
+        later = (each.step for each in self._message.program[place:] if isinstance(each, Report))
+        return next(later, 0)
+
+    def _network(self, instruction: RunNetwork, passes: RunPasses) -> bool:
+        """False where a prediction is not finite; the same answer on all ranks."""
         for each in instruction.passes:
             x = self._tensor_at(each.request.x)
             for place, number in enumerate(each.latents):
                 self._write(x, place, self._latents[number])
         self._any(False)  # x is complete
-        stopped = False
+        stopped, finite = False, True
         try:
-            passes(instruction)
+            finite = passes(instruction)
         except StepCancelled:  # this rank's batch group has stopped; another one may just have finished
             stopped = True
-        stopped, self._show = self._any(
-            stopped or self._control.cancel_requested, self._ranks.rank == 0 and self._preview_is_due()
+        stopped, self._show, not_finite = self._any(
+            stopped or self._control.cancel_requested, self._ranks.rank == 0 and self._preview_is_due(), not finite
         )
         if stopped:
             raise StepCancelled("stopped between two passes")
+        if not_finite:
+            return False
         size = self._message.size
         for each in instruction.passes:
             out = self._tensor_at(each.request.out).view(-1)
             for place, number in enumerate(each.results):
                 self._latents[number] = self._mine(out[place * size : (place + 1) * size]).float().clone()
+        return True
 
     def _any(self, *seen: bool) -> list[bool]:
         """For each, whether some rank has seen it. All ranks of the world ask, and wait for each other."""
@@ -127,6 +153,20 @@ class Sampling:
         for place, terms in zip(preview.latents[self._shown % 2], latents, strict=True):
             self._mine(self._tensor_at(place)).copy_(self._value(terms))
         self._tensor_at(preview.shown)[self._ranks.rank] = torch.tensor([self._shown, instruction.step])
+
+    def _keep(self, place: int) -> None:
+        """Leaves this rank's share of the state behind a step where the host finds it.
+
+        A rank overwrites the state of the step before the last one only after another pass, which every rank has begun:
+        all have left that of the last step by then.
+        """
+        kept = self._message.kept
+        if kept is None or (numbers := kept.places.get(str(place))) is None:
+            return
+        for ref, number in zip(kept.latents[self._times_kept % 2], numbers, strict=False):
+            self._mine(self._tensor_at(ref)).copy_(self._latents[number])
+        self._tensor_at(kept.done)[self._ranks.rank] = place
+        self._times_kept += 1
 
     def _value(self, terms: list[Any]) -> Tensor:
         """This rank's share of a sum of products."""

@@ -30,6 +30,7 @@ from ..wire.messages import Request
 from ..wire.plain import plain_tensors
 from ..wire.shared import TensorRef
 from ..wire.trees import Tree, restore
+from .finite import FirstNotFinite, all_finite
 from .fp8_weights import quantise
 from .homes import Home, MakeHome, Progress, Replicated, by_block
 from .libraries import library_of
@@ -262,6 +263,10 @@ class SplitNetwork:
         registered(name)
         return computes(name)
 
+    def watch(self) -> FirstNotFinite:
+        """Finds the block behind which values stop being finite."""
+        return FirstNotFinite(self._network, self._plan)
+
     def step(
         self,
         request: Request,
@@ -270,7 +275,8 @@ class SplitNetwork:
         ranks: SequenceRanks,
         passes: StepPasses | None = None,
         compiler: CompiledModules | None = None,
-    ) -> None:
+        watch: FirstNotFinite | None = None,
+    ) -> Tensor:
         """Runs the network on some samples, and writes this rank's share of the prediction.
 
         Args:
@@ -280,6 +286,10 @@ class SplitNetwork:
             ranks: that share the sequence.
             passes: of this request, if a cache may skip blocks.
             compiler: of the blocks, if they are to run compiled; each rank's own affair.
+            watch: looks at the inputs.
+
+        Returns:
+            A boolean on the device: whether this rank's share is finite.
 
         Raises:
             UnsupportedError: the prediction has another shape than the latent.
@@ -296,6 +306,8 @@ class SplitNetwork:
             of_each = value.ndim and len(value) == len(x) and name not in OF_ALL_SAMPLES
             return value[rows] if of_each else value
 
+        if watch is not None:
+            watch.given(latent | other)
         result = self._run("forward", restore(request.arguments, tensor), ranks, passes, compiler)
         if not isinstance(result, Tensor):
             result = result[0] if len(result) == 1 else torch.cat([part.flatten(1) for part in result], 1)[:, None]
@@ -306,7 +318,9 @@ class SplitNetwork:
                 " expected"
             )
         first, last = ranges(shares(mine.numel(), [1.0] * ranks.size))[ranks.rank]
-        mine.view(-1)[first:last].copy_(result.reshape(-1)[first:last])
+        share = result.reshape(-1)[first:last]
+        mine.view(-1)[first:last].copy_(share)
+        return all_finite(share)
 
     def call(self, method: str, arguments: Tree, held: Mapping[str, str], ranks: SequenceRanks) -> Any:
         """Calls one of the network's methods; all ranks of the sequence call alike.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,11 +13,12 @@ from ..cache.blocks import StepPasses, Tally
 from ..degrees import Degrees
 from ..mesh import Mesh
 from ..plan import share_of
-from ..wire.messages import CacheRule, Request, RunNetwork, Sample, Step
+from ..wire.messages import CacheRule, NotFinite, Request, RunNetwork, Sample, Step
+from .finite import FirstNotFinite
 from .host_link import HostLink
 from .models import Models
 from .ranks import ParallelContext, Ranks
-from .sampling import Sampling
+from .sampling import PredictionNotFinite, Sampling
 from .split_network import SplitNetwork
 from .tiles import Operations
 
@@ -26,6 +27,16 @@ if TYPE_CHECKING:
 
 _BLOCKS_OF_A_PASS = 2**20
 """More than any step of a sampling enters."""
+
+
+@dataclass(frozen=True, slots=True)
+class Ran:
+    """What has become of requests."""
+
+    tally: Tally
+    """What the cache has counted."""
+    finite: bool
+    """Whether this rank's part of the predictions is."""
 
 
 class Steps:
@@ -40,8 +51,12 @@ class Steps:
             compiler = model.compiled(message.compile, self._link.beat)
             began = time.perf_counter()
             context = ParallelContext(self._ranks, mesh, self._link.control)
-            tally = self._run(model, message.requests, mesh, context, message.cache, compiler)
-        counted = {} if message.cache is None else {"cache": asdict(tally)}
+            if message.watch:
+                return {"where": asdict(self._watched(model, message.requests, mesh, context))}
+            ran = self._run(model, message.requests, mesh, context, message.cache, compiler)
+        counted: dict[str, Any] = {"finite": ran.finite}
+        if message.cache is not None:
+            counted["cache"] = asdict(ran.tally)
         if compiler is not None:
             counted["compile"] = asdict(compiler.take_tally())
         return {"seconds": time.perf_counter() - began, **context.traffic.to_json(), **counted}
@@ -55,26 +70,38 @@ class Steps:
         seconds, tallies = [0.0 for _ in meshes], [Tally() for _ in meshes]
         compiler = model.compiled(message.compile, self._link.beat)
 
-        def passes(instruction: RunNetwork) -> None:
-            which = instruction.degrees
+        def new_context(which: int) -> ParallelContext:
             # Batch groups may have run unequal numbers of blocks; under the next degrees their ranks may be one group.
             first_block = len(contexts) * _BLOCKS_OF_A_PASS
-            context = ParallelContext(self._ranks, meshes[which], self._link.control, first_block)
-            contexts.append(context)
+            contexts.append(ParallelContext(self._ranks, meshes[which], self._link.control, first_block))
+            return contexts[-1]
+
+        def passes(instruction: RunNetwork) -> bool:
+            which = instruction.degrees
+            context = new_context(which)
             rule = None if message.cache is None else replace(message.cache, active=instruction.active)
             began = time.perf_counter()
             requests = [each.request for each in instruction.passes]
-            tallies[which].add(self._run(model, requests, meshes[which], context, rule, compiler))
+            ran = self._run(model, requests, meshes[which], context, rule, compiler)
+            tallies[which].add(ran.tally)
             seconds[which] += time.perf_counter() - began
+            return ran.finite
 
+        not_finite: dict[str, Any] = {}
         with model.evaluating():
             began = time.perf_counter()
-            Sampling(message, self._link, self._ranks, traffic).run(passes, self._link.tell_progress)
+            try:
+                Sampling(message, self._link, self._ranks, traffic).run(passes, self._link.tell_progress)
+            except PredictionNotFinite as found:
+                requests, which = [each.request for each in found.instruction.passes], found.instruction.degrees
+                where = self._watched(model, requests, meshes[which], new_context(which))
+                not_finite = {"not_finite": {"step": found.step, "where": asdict(where)}}
         for context in contexts:
             traffic.include(context.traffic)
         counted = {} if compiler is None else {"compile": asdict(compiler.take_tally())}
         return {
             **counted,
+            **not_finite,
             "seconds": time.perf_counter() - began,
             **traffic.to_json(),
             "degrees": [
@@ -96,17 +123,16 @@ class Steps:
         requests: list[Request],
         mesh: Mesh,
         context: ParallelContext,
-        rule: CacheRule | None,
-        compiler: CompiledModules | None,
-    ) -> Tally:
+        rule: CacheRule | None = None,
+        compiler: CompiledModules | None = None,
+        watch: FirstNotFinite | None = None,
+    ) -> Ran:
         """This rank's part of requests that run side by side; the results lie in shared memory when it returns.
 
         Args:
             rule: of the sampling's cache.
             compiler: of the model's blocks, which are compared with uncompiled ones where they run.
-
-        Returns:
-            What the cache has counted.
+            watch: looks at what the network is given.
         """
         kernel = self._ranks.chosen
         attentions = [
@@ -119,6 +145,7 @@ class Steps:
             cache.begin_step(mesh.degrees, rule.active)
         batches = [request.x.shape[0] for request in requests]
         parts = share_of(batches, mesh.group, mesh.degrees.groups)
+        finite: list[torch.Tensor] = []
         for request, attention, rows in zip(requests, attentions, parts, strict=True):
             if rows.stop == rows.start:
                 continue
@@ -127,8 +154,14 @@ class Steps:
                 passes = StepPasses(cache, (request.label, rows.start, rows.stop), shape, total)
             work = (id(model), rows.stop - rows.start, shape)
             sequence = self._ranks.sequence(mesh, context, attention, work)
-            model.step(request, rows, self._link.tensor, sequence, passes, compiler)
+            finite.append(model.step(request, rows, self._link.tensor, sequence, passes, compiler, watch))
         if self._ranks.device.type == "cuda":
             torch.cuda.synchronize(self._ranks.device)
         context.finish()
-        return Tally() if cache is None else cache.tally
+        return Ran(Tally() if cache is None else cache.tally, all(map(bool, finite)))
+
+    def _watched(self, model: SplitNetwork, requests: list[Request], mesh: Mesh, context: ParallelContext) -> NotFinite:
+        """Runs requests again, all of their blocks, to find where values stop being finite here."""
+        with model.watch() as watch:
+            self._run(model, requests, mesh, context, watch=watch)
+        return watch.found

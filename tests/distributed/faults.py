@@ -36,7 +36,8 @@ class Faults:
 
         Args:
             kind: of `faulty_boot`.
-            place: `before` or `after` one of `block`, `exchange`, `parameter`, `echo`.
+            place: `before` or `after` one of `start`, `meeting`, `parameter`, `LoRA`, `self-check`, `compile`, `block`,
+                `exchange`, `pass`, `echo`, `unload`.
             count: when they pass the place for this time.
             at: `rank0="after exchange"` and the like, for ranks that fail elsewhere.
         """

@@ -8,9 +8,12 @@ of PyTorch fail, too. On a CUDA rank that is a real one.
 from __future__ import annotations
 
 import contextlib
+import errno
 import importlib.util
 import json
 import os
+import signal
+import socket
 import sys
 import time
 from collections import Counter
@@ -25,13 +28,23 @@ FILE = "SEQUENCE_PARALLEL_TEST_FAULT"
 HELD_BYTES = 256 << 20
 """Of the tensor that is alive where memory runs out."""
 OUT_OF_MEMORY, AND_BROKEN, AND_HANGS, BROKEN = "out of memory", "out of memory and broken", "and hangs", "broken"
+EXITS, IS_KILLED, IS_STOPPED, RAISES, SLOW = "exits", "is killed", "is stopped", "raises", "slow"
+UNREADABLE, NO_ROOM, VANISHED = "cannot read", "no room", "file vanished"
+"""Errors of the system: EIO, ENOSPC, and SIGBUS, which ends a process whose mapped file has been cut."""
+GARBAGE, SHORT, STRAY, CLOSED = "garbage", "short message", "stray reply", "closed connection"
+"""What its host receives: no message, the beginning of one, an answer that nobody waits for, nothing any more."""
+EXIT_CODE = 3
+
+
+SIGNALS = {IS_KILLED: signal.SIGKILL, IS_STOPPED: signal.SIGSTOP, VANISHED: signal.SIGBUS}
+ERRORS = {UNREADABLE: errno.EIO, NO_ROOM: errno.ENOSPC}
 
 
 class Fault:
     """What the file says, for one rank."""
 
-    def __init__(self, rank: int, device: str):
-        self._rank, self._device = rank, device
+    def __init__(self, rank: int, device: str, channel: Callable[[], Any]):
+        self._rank, self._device, self._channel = rank, device, channel
         self._path = Path(os.environ[FILE])
         self._passed: Counter[tuple[str, str]] = Counter()
 
@@ -44,7 +57,9 @@ class Fault:
         if fault["places"].get(str(self._rank)) != place:
             return
         self._passed[fault["id"], place] += 1
-        if self._passed[fault["id"], place] == fault["count"]:
+        if fault["kind"] == SLOW:
+            time.sleep(0.05)
+        elif self._passed[fault["id"], place] == fault["count"]:
             self._fail(fault["kind"])
 
     def hangs(self) -> None:
@@ -53,6 +68,18 @@ class Fault:
             time.sleep(3600)
 
     def _fail(self, kind: str) -> None:
+        if kind == EXITS:
+            os._exit(EXIT_CODE)
+        if kind in SIGNALS:
+            os.kill(os.getpid(), SIGNALS[kind])
+            return
+        if kind == RAISES:
+            raise RuntimeError(f"a fault of rank {self._rank}")
+        if kind in ERRORS:
+            raise OSError(ERRORS[kind], os.strerror(ERRORS[kind]))
+        if kind in (GARBAGE, SHORT, STRAY, CLOSED):
+            self._misspeak(kind)
+            return
         import torch
 
         if kind == BROKEN:
@@ -65,6 +92,18 @@ class Fault:
             f"CUDA out of memory. Tried to allocate {held.nbytes >> 20} MiB. GPU {self._rank} has a total capacity of"
             f" {23 + self._rank}.65 GiB"
         )
+
+    def _misspeak(self, kind: str) -> None:
+        """Sends what no worker sends, and waits for the end."""
+        channel = self._channel()
+        if kind == STRAY:
+            channel.send({"id": 10**9, "launched": {}, "memory": None, "result": {}, "error": None})
+            return
+        if kind == CLOSED:
+            channel._sock.shutdown(socket.SHUT_RDWR)
+        else:
+            channel._sock.sendall(b"\xff" * 64 if kind == GARBAGE else b"\x00\x00\x01\x00\x00{")
+        time.sleep(3600)
 
     def _break(self) -> None:
         import torch
@@ -102,6 +141,13 @@ def put_in(fault: Fault, engine: str) -> None:
     before(import_module(f"{engine}.attention.ring").RingAttention, "exchange", "exchange")
     before(import_module(f"{engine}.worker.packed").Weight, "install", "parameter")
     before(import_module(f"{engine}.worker.benchmarks").Benchmarks, "_echo", "echo")
+    before(import_module(f"{engine}.attention.row_check").RowCheck, "__call__", "self-check")
+    models = import_module(f"{engine}.worker.models").Models
+    before(models, "_weights", "LoRA")
+    before(models, "_unload", "unload")
+    before(import_module(f"{engine}.worker.split_network").SplitNetwork, "compiled", "compile")
+    before(import_module(f"{engine}.worker.sampling").Sampling, "_network", "pass")
+    before(import_module(f"{engine}.worker.loop"), "join", "meeting")
     worker = import_module(f"{engine}.worker.loop").Worker
     recover = worker._recover
 
@@ -121,5 +167,16 @@ if __name__ == "__main__":
     spec.loader.exec_module(boot)
     boot.import_engine()
     settings = json.loads(sys.argv[1])
-    put_in(Fault(settings["rank"], settings["device"]), boot.ENGINE)
+    channels: list[Any] = []
+    fault = Fault(settings["rank"], settings["device"], lambda: channels[-1])
+    channel_class = import_module(f"{boot.ENGINE}.wire.channel").Channel
+    make = channel_class.__init__
+
+    def made(self: Any, *args: Any, **options: Any) -> None:
+        make(self, *args, **options)
+        channels.append(self)
+
+    channel_class.__init__ = made
+    put_in(fault, boot.ENGINE)
+    fault.passes("before start")
     import_module(f"{boot.ENGINE}.worker.loop").main(settings, entered)

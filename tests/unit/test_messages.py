@@ -42,6 +42,7 @@ MESSAGES = [
             messages.Report(step=0, steps=1, denoised=[[1.0, [1]]], x=[]),
         ],
         previews=messages.Previews(wanted=PLACE, shown=PLACE, latents=[[PLACE, PLACE]] * 2, interval_s=1),
+        kept=messages.KeptState(places={"2": [1]}, latents=[[PLACE], [PLACE]], done=PLACE),
         **COMMON,
     ),
     messages.Tile(

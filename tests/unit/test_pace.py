@@ -46,7 +46,8 @@ def network(passes: int) -> RunNetwork:
 
 SAMPLE = Sample(
     model="model-1", degrees=[Degrees(ulysses=2)], size=2048, constants={}, program=[network(1)], free=[[]], result=[],
-    out=TensorRef("sampling", 0, (1,), "float32"), previews=None, conditioning=NOTHING, cache=None, compile=None,
+    out=TensorRef("sampling", 0, (1,), "float32"), previews=None, kept=None,
+    conditioning=NOTHING, cache=None, compile=None,
 )  # fmt: skip
 
 
