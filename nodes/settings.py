@@ -140,5 +140,5 @@ def keep_alive_seconds() -> float:
     try:
         return 60 * read().keep_alive_minutes
     except ConfigError as error:
-        log.warning("%s", error)
+        log.warning("%s", str(error))
         return 0.0

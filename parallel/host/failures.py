@@ -93,7 +93,7 @@ class Fate:
         failure = WorkerDiedError(text, rank=rank)
         self.lose(failure)
         if self.failure is failure:
-            log.error("%s", failure)
+            log.error("%s", str(failure))  # handlers may keep what they are given, and with it the group
 
 
 def not_started(

@@ -56,7 +56,7 @@ class Resident:
             try:
                 group.call(self._goodbye)
             except WorkerError as error:  # the weights have gone with the workers
-                log.warning("%s", error)
+                log.warning("%s", str(error))
 
     def release(self) -> None:
         """As `unload`, without waiting: for a finalizer, which may run in the middle of anything."""

@@ -1,0 +1,96 @@
+"""Predictions that are not finite: found in the workers, named once, and the workers stay."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+from parallel.diffusers.tensors import mapped
+from parallel.errors import NotFiniteError
+from parallel.host import status
+from parallel.host.remote_model import RemoteModel
+from tests.distributed.test_sampling import SETTINGS, Sampling
+from tests.distributed.tiny_models import Inputs, StartGroup, TinyModels, loaded, step
+
+SMALL = Inputs(valid=(5,))
+WEIGHTS = {
+    "transformer_blocks.0.norm1.linear.bias": r"first behind the block transformer_blocks\.0 on worker rank \d \(cpu",
+    "single_transformer_blocks.1.proj_out.bias": r"first behind the block single_transformer_blocks\.1 on worker rank"
+    r" \d \(cpu, pid \d+\), \d of \d blocks before it gave finite ones",
+    "proj_out.bias": r"behind all \d blocks on worker rank 0",
+}
+"""A weight that is NaN → what the message says."""
+
+
+@pytest.fixture
+def told() -> Iterator[list[str]]:
+    texts: list[str] = []
+
+    def listen(event: status.Event) -> None:
+        if event.kind == status.NOT_FINITE:
+            texts.append(event.text)
+
+    status.listen(listen)
+    yield texts
+    status._listeners.remove(listen)
+
+
+def broken(model: RemoteModel, name: str, value: float = float("nan")) -> None:
+    tensor = mapped(model.recipe.path)[name]
+
+    def replaced(_: str) -> Tensor:
+        return torch.full_like(tensor, value)
+
+    model.weights.replace(object(), [name], replaced)
+
+
+@pytest.mark.parametrize("devices", ["cpu,cpu", "cpu,cpu,cpu"])
+@pytest.mark.parametrize("name", list(WEIGHTS))
+def test_a_step_names_the_block(
+    start_group: StartGroup, tiny_models: TinyModels, told: list[str], devices: str, name: str
+) -> None:
+    with loaded(start_group(devices), tiny_models.path(heads=3, num_single_layers=4)) as model:
+        right = step(model, SMALL).clone()
+        group = model.weights.group
+        assert group is not None
+        pids = list(group.pids)
+        broken(model, name)
+        for _ in range(2):
+            with pytest.raises(NotFiniteError, match=WEIGHTS[name]) as caught:
+                step(model, SMALL)
+        assert "float16" in str(caught.value) and "LoRA" in str(caught.value)
+        assert told == [str(caught.value)] * 2, "once for each step that fails"
+        model.weights.replace(None, (), lambda _: right)
+        assert torch.equal(step(model, SMALL), right)
+        assert group.pids == pids
+
+
+@pytest.mark.parametrize(("devices", "degrees"), [("cpu", {}), ("cpu,cpu", {}), ("cpu,cpu", {"cfg_degree": 2})])
+def test_a_sampling_names_step_and_block(
+    start_group: StartGroup, tiny_models: TinyModels, told: list[str], devices: str, degrees: dict[str, int]
+) -> None:
+    setting = SETTINGS["guided"]
+    with loaded(start_group(devices), setting.model.path(tiny_models), **degrees) as model:
+        program = Sampling(setting).record()
+        right, _ = model.sample(program)
+        broken(model, "single_transformer_blocks.0.proj_mlp.bias", float("inf"))
+        with pytest.raises(NotFiniteError, match=r"step 1 of 4: .*first behind the block single_transformer_blocks\.0"):
+            model.sample(program)
+        assert len(told) == 1
+        model.weights.replace(None, (), lambda _: right)
+        assert torch.equal(model.sample(program)[0], right)
+
+
+def test_inputs_that_are_no_numbers_are_named(start_group: StartGroup, tiny_models: TinyModels) -> None:
+    request = SMALL.make()
+    name = next(name for name, tensor in request.conditioning.items() if tensor.is_floating_point())
+    request.conditioning[name].view(-1)[0] = float("nan")
+    said = rf"in the input '{name}' that worker rank 0 .* was given\. Look at"
+    with (
+        loaded(start_group("cpu,cpu"), tiny_models.path(heads=3, num_single_layers=4)) as model,
+        pytest.raises(NotFiniteError, match=said),
+    ):
+        model.steps([request])
