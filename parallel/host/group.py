@@ -76,7 +76,7 @@ class WorkerGroup(Calls):
         where = f"on {self.layout.describe()} ({self.layout.reason}), attention {self.layout.attention}"
         versions = f"Sequence Parallel {__version__}, Python {platform.python_version()}, torch {torch.__version__}"
         log_file = self._supervisor.log_file
-        log_file.write(f"starting {self.layout.world_size} workers {where}: {versions}")
+        log_file.write(f"starting workers {where}: {versions}")
         self._supervisor.start()
         atexit.register(self.stop)
         watch = Watch(lambda: math.inf)  # only for processes that are stopped

@@ -527,7 +527,7 @@ def test_an_error_names_the_log_that_has_all_of_it(
         bare_group.start()
     assert str(caught.value).endswith(f"; log: {path}") and str(caught.value).count(str(path)) == 1
     lines = [line.partition(" [")[2] for line in path.read_text()[before:].splitlines()]
-    assert re.match(rf"host\] starting 2 workers on {CONFIG.devices} .*torch {re.escape(torch.__version__)}", lines[0])
+    assert re.match(rf"host\] starting workers on {CONFIG.devices} .*torch {re.escape(torch.__version__)}", lines[0])
     said = rf"rank {caught.value.rank}\] .*no_such_boot_script.py"
     assert any(re.match(said, line) for line in lines), "what the worker printed"
     assert any(re.match(r"host\] worker rank \d .* ended with exit code 2", line) for line in lines)
