@@ -7,6 +7,7 @@ import json
 import os
 import platform
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -128,6 +129,20 @@ def test_the_report_is_made_without_torch(run: Callable[..., subprocess.Complete
     report = json.loads(result.stdout.splitlines()[-1])["report"]
     assert result.stdout.startswith(report) and report.startswith("### Sequence Parallel report\n")
     assert "torch not installed" in report and '"detail": "torch is not installed in this Python' in report
+
+
+def test_in_a_comfyui_the_report_has_the_log_of_its_workers(tmp_path: Path):
+    pack = tmp_path / "ComfyUI" / "custom_nodes" / "a-pack"
+    shutil.copytree(ROOT / "parallel", pack / "parallel", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / "requirements.txt", pack)
+    (tmp_path / "ComfyUI" / "folder_paths.py").touch()
+    logs = tmp_path / "ComfyUI" / "user" / "__sequence_parallel"
+    logs.mkdir(parents=True)
+    (logs / "workers-cuda0-cuda1.log").write_text("[rank 1] the cause\n")
+    command = [sys.executable, "-S", "-m", "parallel", "doctor", "--report"]
+    environment = os.environ | {"XDG_STATE_HOME": str(tmp_path / "state")}
+    result = subprocess.run(command, cwd=pack, env=environment, capture_output=True, text=True, check=False)
+    assert "End of workers-cuda0-cuda1.log:\n```\n[rank 1] the cause\n```" in result.stdout, result.stderr
 
 
 @pytest.mark.parametrize("command", [["bench", "attention"], ["demo"], ["families"], ["plan", "Flux"]], ids=" ".join)
