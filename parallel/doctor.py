@@ -132,15 +132,17 @@ def _system(devices: str) -> str:
         raise ConfigError(f"this is {platform.system()}; workers need Linux (on Windows use WSL2)")
     import torch
 
-    with warnings.catch_warnings(record=True) as warned:  # by this torch tells of a driver that it cannot use
+    with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         try:
             available = torch.cuda.is_available()
             gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if available else []
         except Exception as error:
             raise UnsupportedError(f"{_NO_CUDA}: {_in_one_line(error)}") from error
-    if warned and not available and "cpu" not in devices.lower():
-        raise UnsupportedError(f"{_NO_CUDA}: {' '.join(str(warned[0].message).split())}")
+    # So torch reports a driver that it cannot use, and sees no GPU then; where there is no driver it says nothing.
+    reasons = [text for each in caught if "CUDA initialization" in (text := str(each.message))]
+    if reasons and not available and "cpu" not in devices.lower():
+        raise UnsupportedError(f"{_NO_CUDA}: {' '.join(reasons[0].split())}")
     return f"{platform.platform()}, {os.cpu_count()} cores, GPUs: {', '.join(gpus) or 'none'}"
 
 

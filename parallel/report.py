@@ -56,8 +56,8 @@ def compose(
         f"- {platform.platform()}, {os.cpu_count()} cores",
         f"- torch sees: {_seen_by_torch()}",
         f"- nvidia-smi (index, name, driver, memory): {'; '.join(smi.splitlines())}",
-        f"- config: {json.dumps(config)}",
-        *_block(title, json.dumps(state, indent=1), "json"),
+        f"- config: {json.dumps(config, ensure_ascii=False)}",
+        *_block(title, json.dumps(state, indent=1, ensure_ascii=False), "json"),
         *_block("Last errors", "\n".join(errors or ["none"])),
     ]
     if not smi.startswith("nvidia-smi"):

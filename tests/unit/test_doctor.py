@@ -95,10 +95,10 @@ BROKEN = {
         r"torch cannot use the GPUs.*: RuntimeError: CUDA error: unknown error",
     ),
     "a driver that is too old": (
-        CUDA.format(is_available="import warnings; warnings.warn('The NVIDIA driver is too old'); return False"),
+        CUDA.format(is_available="import warnings; warnings.warn('CUDA initialization: too old'); return False"),
         "2.13.0+cu130",
         "system",
-        r"torch cannot use the GPUs.*: The NVIDIA driver is too old",
+        r"torch cannot use the GPUs.*: CUDA initialization: too old",
     ),
 }
 
@@ -117,8 +117,14 @@ def test_a_missing_or_broken_torch_is_a_line(
     assert lines[-1] == f"FAIL {check}: {found['reason']}"
 
 
+def test_other_warnings_of_torch_are_no_finding(run: Callable[..., subprocess.CompletedProcess[str]]):
+    torch = CUDA.format(is_available="import warnings; warnings.warn('pynvml is deprecated'); return False")
+    result = run("doctor", torch=torch, metadata="2.13.0")
+    assert re.search(r"^ok   system: .*GPUs: none$", result.stdout, re.MULTILINE), result.stdout
+
+
 def test_cpu_devices_need_no_driver(run: Callable[..., subprocess.CompletedProcess[str]]):
-    torch = CUDA.format(is_available="import warnings; warnings.warn('The driver is too old'); return False")
+    torch = CUDA.format(is_available="import warnings; warnings.warn('CUDA initialization: too old'); return False")
     result = run("doctor", "--devices", "cpu,cpu", torch=torch, metadata="2.13.0")
     assert re.search(r"^ok   system: .*GPUs: none$", result.stdout, re.MULTILINE), result.stdout
 
