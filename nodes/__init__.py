@@ -1,10 +1,14 @@
 """What a user sees: one file per node. The only half of the pack that imports ComfyUI."""
 
+from pathlib import Path
+
 import comfyui_version
+import folder_paths
 import torch
 from comfy_api.latest import ComfyExtension, io
 
 from ..parallel.comfyui import contract
+from ..parallel.host import group_log
 from ..parallel.versions import OLDEST_COMFYUI, OLDEST_TORCH, require
 
 contract.changed()  # and says so in the log
@@ -31,6 +35,8 @@ class SequenceParallelExtension(ComfyExtension):
         from server import PromptServer  # only a running ComfyUI has it
 
         if (server := getattr(PromptServer, "instance", None)) is not None and contract.fits("panel"):
+            # beside comfyui.log, in a folder that no route of ComfyUI's serves
+            group_log.keep_in(Path(folder_paths.get_system_user_directory("sequence_parallel")))
             panel.register(server)
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:

@@ -44,7 +44,8 @@ def register(server: Any) -> None:
 
     @routes.get("/sequence_parallel/report")
     async def get_report(_: web.Request) -> web.Response:
-        return web.json_response({"text": report()})
+        text = await asyncio.get_running_loop().run_in_executor(None, report)
+        return web.json_response({"text": text})
 
     @routes.post("/sequence_parallel/watch")
     async def watch(request: web.Request) -> web.Response:

@@ -6,10 +6,15 @@ import argparse
 import json
 import logging
 import os
+import platform
 import sys
+from pathlib import Path
 from typing import Any
 
+from .doctor import examine, load_torch
 from .errors import ConfigError, EngineError
+from .host import group_log
+from .versions import OLDEST_PYTHON, require
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -25,7 +30,8 @@ def main(arguments: list[str] | None = None) -> int:
     demo.add_argument("--steps", type=int, default=6, help="denoising steps (default 6)")
     demo.add_argument("--output", default="output/demo.webp", help="animated file to write")
     commands.add_parser("families", parents=[common], help="list the models, and what works with each")
-    commands.add_parser("doctor", parents=[common], help="check this machine and start the workers once")
+    doctor = commands.add_parser("doctor", parents=[common], help="check this machine and start the workers once")
+    doctor.add_argument("--report", action="store_true", help="print a report to paste into an issue instead")
 
     bench = commands.add_parser("bench", parents=[common], help="time the exchange, a tiny model's step, or the start")
     bench.add_argument("what", choices=("attention", "step", "start"))
@@ -62,6 +68,7 @@ def main(arguments: list[str] | None = None) -> int:
     )
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     try:
+        require("Python", platform.python_version(), OLDEST_PYTHON)
         result, text, status = _run(options)
     except EngineError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -75,6 +82,15 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _run(options: argparse.Namespace) -> tuple[dict[str, Any], str, int]:
+    if options.command == "doctor":
+        return _doctor(options)
+    if options.command == "contract":
+        from .comfyui.contract_command import hold
+
+        return hold(options.paths)
+    load_torch()
+    if options.command in ("demo", "bench"):
+        group_log.keep_in(_state_folder())
     if options.command in ("demo", "bench") and options.devices == "auto":
         import torch
 
@@ -89,18 +105,41 @@ def _run(options: argparse.Namespace) -> tuple[dict[str, Any], str, int]:
         from .families import as_markdown, families
 
         return {"families": families()}, as_markdown().rstrip(), 0
-    if options.command == "plan":
-        from .drafts import draft
+    from .drafts import draft
 
-        return (*draft(options.network, options.config, options.input, options.larger), 0)
-    if options.command == "contract":
-        from .comfyui.contract_command import hold
+    return (*draft(options.network, options.config, options.input, options.larger), 0)
 
-        return hold(options.paths)
-    from .doctor import examine
 
+def _doctor(options: argparse.Namespace) -> tuple[dict[str, Any], str, int]:
+    own, comfyuis = _state_folder(), _comfyuis_folder()
+    group_log.keep_in(own)
     result, text = examine(options.devices)
+    if options.report:
+        from .report import compose
+
+        folders = [folder for folder in (own, comfyuis) if folder is not None]
+        config = {"devices": options.devices}
+        text = compose(front={}, config=config, title="Checks", state=result, log_folders=folders)
+        result["report"] = text
     return result, text, 0 if result["ok"] else 1
+
+
+def _state_folder() -> Path | None:
+    """Where logs go without ComfyUI: https://specifications.freedesktop.org/basedir-spec, None for users without a
+    home."""
+    stated = Path(os.environ.get("XDG_STATE_HOME", ""))
+    try:
+        return (stated if stated.is_absolute() else Path.home() / ".local" / "state") / "sequence-parallel"
+    except RuntimeError:
+        return None
+
+
+def _comfyuis_folder() -> Path | None:
+    """Where logs go in the ComfyUI whose custom_nodes hold this pack, if it has its folders in their usual places."""
+    for comfyui in Path(__file__).parents[3:4]:
+        if (comfyui / "folder_paths.py").exists():
+            return comfyui / "user" / "__sequence_parallel"
+    return None
 
 
 def _bench(options: argparse.Namespace) -> tuple[dict[str, Any], str]:

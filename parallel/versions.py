@@ -1,4 +1,5 @@
-"""How old a user's ComfyUI and torch may be, neither of which this pack installs. For the rest see requirements.txt."""
+"""How old a user's ComfyUI, Python and torch may be, which this pack does not install. For the rest see
+requirements.txt."""
 
 from __future__ import annotations
 
@@ -11,6 +12,7 @@ OLDEST_COMFYUI = "0.21.0"
 """The oldest that parts of the tests have run with; pyproject.toml tells it to the registry."""
 NEWEST_COMFYUI = "0.33.0"
 """The newest that the tests have run with; for messages."""
+OLDEST_PYTHON = "3.10"
 OLDEST_TORCH = "2.9"
 """The oldest tested, as 2.9.1; 2.6 failed, nothing between was tried."""
 

@@ -28,7 +28,7 @@ export class Panel {
   _workerButtons() {
     const unload = t("ComfyUI unloads all models between prompts; the workers stay.");
     const again = t("Ends the workers, whatever they do, and starts them again.");
-    const contents = t("Versions, devices, settings, state and the last errors, for a bug report.");
+    const contents = t("Versions, devices, settings, state, the last errors and the ends of the log files, for a bug report.");
     return [
       button("pi pi-eraser", t("Free memory"), unload, free),
       button("pi pi-refresh", t("Restart workers"), again, restart),

@@ -342,8 +342,10 @@ PARTS = {
         """,
     ),
     "panel": Part(
-        "the panel",
+        "the panel and the workers' log files",
         """
+        folder_paths
+            get_system_user_directory(_)
         server
             PromptServer.instance
             PromptServer.routes

@@ -10,6 +10,7 @@ from ..config import Layout
 from ..errors import EngineError, WorkerDiedError, WorkerError, WorkerOutOfMemoryError
 from ..wire.messages import Failure
 from . import status
+from .group_log import GroupLog
 from .pace import Stuck
 from .process import WorkerProcess
 from .supervisor import REAP_S, Supervisor
@@ -69,13 +70,17 @@ class Fate:
 
     def lose(self, failure: WorkerError) -> None:
         """Ends the processes, since peers would wait for a lost one in a collective, and makes the failure known: once,
-        where a second rank reports what the first one caused. Its message then also names what could not be ended."""
+        where a second rank reports what the first one caused. Its message then also names what could not be ended, and
+        the group's log file."""
         with self._changed:
             if self.failing or self.stopped:
                 return
             self.failing = True
         left_behind = self._supervisor.kill()
-        failure.args = (". ".join([str(failure), *(worker.describe_left_behind() for worker in left_behind)]),)
+        text = ". ".join([str(failure), *(worker.describe_left_behind() for worker in left_behind)])
+        log_file = self._supervisor.log_file
+        log_file.write(text)
+        failure.args = (text if log_file.path is None else f"{text}; log: {log_file.path}",)
         with self._changed:
             self.failure = failure
             self._changed.notify_all()
@@ -146,10 +151,11 @@ def prefixed(rank: int, text: str) -> str:
     return "\n".join(f"[rank {rank}] {line}" for line in text.rstrip().splitlines())
 
 
-def report_left_behind(workers: Iterable[WorkerProcess]) -> None:
+def report_left_behind(workers: Iterable[WorkerProcess], log_file: GroupLog) -> None:
     """Tells of processes that could not be ended."""
     if text := ". ".join(worker.describe_left_behind() for worker in workers):
         log.error("%s", text)
+        log_file.write(text)
         status.tell(status.CRASHED, text)
 
 

@@ -11,12 +11,14 @@ import itertools
 import logging
 import math
 import os
+import platform
 import time
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 
+from .. import __version__
 from ..config import Layout
 from ..wire.control import ControlPage
 from . import failures, status
@@ -71,6 +73,10 @@ class WorkerGroup(Calls):
             WorkerDiedError: a worker could not start; the message ends with its last lines of output.
         """
         began = time.monotonic()
+        where = f"on {self.layout.describe()} ({self.layout.reason}), attention {self.layout.attention}"
+        versions = f"Sequence Parallel {__version__}, Python {platform.python_version()}, torch {torch.__version__}"
+        log_file = self._supervisor.log_file
+        log_file.write(f"starting workers {where}: {versions}")
         self._supervisor.start()
         atexit.register(self.stop)
         watch = Watch(lambda: math.inf)  # only for processes that are stopped
@@ -89,6 +95,8 @@ class WorkerGroup(Calls):
         self.figures.started([worker.start_seconds for worker in self.workers])
         seconds, phases = time.monotonic() - began, status.phases_text(self.figures.start)
         log.info("workers started in %.1f s (%s) on %s", seconds, phases, self.layout.describe())
+        ranks = ", ".join(f"{worker.describe()}: {worker.title}" for worker in self.workers)
+        log_file.write(f"workers started in {seconds:.1f} s ({phases}): {ranks}")
         self.last_used = time.monotonic()
 
     def stop(self, reason: str = "the workers were stopped") -> None:
@@ -101,9 +109,11 @@ class WorkerGroup(Calls):
             return
         atexit.unregister(self.stop)
         busy = self._fate.failure is not None or self._call is not None or self._tasks
+        log_file = self._supervisor.log_file
+        log_file.write(reason)
         left_behind = self._supervisor.end(0.0 if busy else LEAVE_S)
         if not self._fate.failing:  # else the failure's message names them
-            failures.report_left_behind(left_behind)
+            failures.report_left_behind(left_behind, log_file)
         # A thread in the middle of a call leaves it first: it would touch what is closed here.
         alone = self._lock.acquire(timeout=LEAVE_S)
         try:

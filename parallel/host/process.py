@@ -22,6 +22,7 @@ from ..wire.channel import Channel, ChannelClosed
 from ..wire.control import SIZE as CONTROL_SIZE
 from ..wire.messages import MemoryUse
 from .environment import initial_environment, worker_environment
+from .group_log import GroupLog
 from .process_state import in_words, state
 
 SEND_TIMEOUT_S = 60.0
@@ -43,6 +44,7 @@ class WorkerProcess:
         common: descriptor of the common memory of CPU ranks.
         control: descriptor of the control page.
         first: recipe of the model that it will load first, if known.
+        log_file: receives the lines of its output.
 
     Attributes:
         ready: it has met the other ranks.
@@ -65,6 +67,7 @@ class WorkerProcess:
         common: int,
         control: int,
         first: Mapping[str, Any] | None,
+        log_file: GroupLog,
     ):
         self.rank = rank
         self.device: WorkerDevice = layout.devices[rank]
@@ -77,6 +80,7 @@ class WorkerProcess:
         self.start_seconds: dict[str, float] = {}
         self.last_lines: deque[str] = deque(maxlen=30)
         self._unfinished = ""
+        self._log_file = log_file
         ours, theirs = socket.socketpair()
         settings = {
             "fd": theirs.fileno(),
@@ -129,8 +133,10 @@ class WorkerProcess:
     def read_output(self) -> list[str] | None:
         """The lines it has written since, the last one once it is whole; None when its output has closed."""
         text = os.read(self.output.fileno(), 65536).decode(errors="replace")
-        *lines, self._unfinished = (self._unfinished + text).split("\n")
+        *lines, self._unfinished = (self._unfinished + (text or "\n")).split("\n")
         self.last_lines.extend(lines)
+        for line in lines:
+            self._log_file.write(line, self.rank)
         return lines if text else None
 
     def describe_end(self, operation: str | None) -> str:

@@ -18,6 +18,7 @@ from typing import Any
 
 from ..config import Layout
 from ..wire.channel import ChannelBlocked, ChannelClosed, ChannelGarbled, Message
+from .group_log import GroupLog
 from .process import SEND_TIMEOUT_S, WorkerProcess
 from .process_state import in_words, state
 
@@ -45,6 +46,7 @@ class Supervisor:
     Attributes:
         workers: those that have been started.
         changed: notified after everything that a worker says.
+        log_file: what the workers print and log, and the host's lines about them.
     """
 
     def __init__(
@@ -60,6 +62,7 @@ class Supervisor:
     ):
         self.workers: list[WorkerProcess] = []
         self.changed = threading.Condition()
+        self.log_file = GroupLog([device.name for device in layout.devices])
         self._layout, self._threads, self._control, self._first = layout, threads, control, first
         self._tell_message, self._tell_end, self._tell_loss = on_message, on_end, on_loss
         self._ending = False
@@ -130,6 +133,7 @@ class Supervisor:
         """Closes what it holds open; to be called after `end`."""
         for descriptor in (self._store, self._common, self._wake_read, self._wake_write):
             os.close(descriptor)
+        self.log_file.close()
         self._wake_write = -1  # a late `post` must not write to a file that has got the number since
 
     # --- in the thread ------------------------------------------------------------------------------------------
@@ -150,6 +154,7 @@ class Supervisor:
                         common=self._common,
                         control=self._control,
                         first=self._first,
+                        log_file=self.log_file,
                     )
                     self.workers.append(worker)
                     selector.register(worker.channel, selectors.EVENT_READ, (worker, self._on_message))
@@ -219,8 +224,11 @@ class Supervisor:
             worker.start_seconds = message["seconds"]
         elif message.get("event") == "log":
             log.log(message["level"], "[rank %d] %s", worker.rank, message["text"])
+            self.log_file.write(f"{logging.getLevelName(message['level'])}: {message['text']}", worker.rank)
         else:
             self._tell_message(worker, message)
+            if error := message.get("error"):
+                self.log_file.write(error["traceback"], worker.rank)
 
     def _on_output(self, worker: WorkerProcess) -> bool:
         lines = worker.read_output()

@@ -198,3 +198,14 @@ def test_the_report_has_versions_settings_and_workers(server: ComfyServer) -> No
     for part in ("torch ", "ComfyUI 0.", "diffusers ", '"keep_alive_minutes": 30', '"devices"', "Last errors:"):
         assert part in text, text
     assert str(server.base) not in text.partition("Last errors:")[0], "the report tells where the files are"
+
+
+def test_the_workers_log_lies_where_only_the_report_shows_it(server: ComfyServer) -> None:
+    assert server.run(sampling_graph(fresh(Setting()), Swapped())).status == "success"
+    log = server.base / "user" / "__sequence_parallel" / "workers-cpu-cpu.log"
+    assert "[host] workers started in " in log.read_text()
+    assert f"End of {log.name}:" in server.get("/sequence_parallel/report")["text"]
+    for path in (f"..%2F{log.parent.name}%2F{log.name}", f"{log.parent.name}%2F{log.name}"):
+        with pytest.raises(urllib.error.HTTPError) as refused:
+            urllib.request.urlopen(f"{server.url}/userdata/{path}", timeout=10)
+        assert refused.value.code in (403, 404)

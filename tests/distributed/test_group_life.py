@@ -27,7 +27,7 @@ from parallel.diffusers.request import request as request_of
 from parallel.diffusers.tensors import mapped
 from parallel.diffusers.tiny import HEAD_DIM
 from parallel.errors import EngineError, WorkerDiedError, WorkerError, WorkerOutOfMemoryError
-from parallel.host import pace, running, status
+from parallel.host import group_log, pace, running, status
 from parallel.host import process as process_module
 from parallel.host.group import WorkerGroup
 from parallel.host.recipe import Recipe
@@ -51,6 +51,7 @@ from tests.distributed.tiny_models import FLUX, Inputs, TinyModels, loaded, reci
 ROOT = Path(__file__).parents[2]
 CONFIG = SequenceParallelConfig(devices=on_ranks("cpu,cpu"))
 DEVICES = CONFIG.devices.split(",")
+LOG_NAME = f"workers-{'-'.join(device.replace(':', '') for device in DEVICES)}.log"
 SMALL = Inputs(valid=(5,))
 LONG = Inputs(frames=4, height=64, width=64)
 """A step of seconds, made of many blocks."""
@@ -63,8 +64,16 @@ class Cancelled(Exception):
     """Stands for ComfyUI's InterruptProcessingException."""
 
 
+@pytest.fixture(scope="module")
+def logs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """The folder of the groups' log files."""
+    group_log.keep_in(tmp_path_factory.mktemp("logs"))
+    yield group_log.folder()
+    group_log.keep_in(None)
+
+
 @pytest.fixture(scope="module", autouse=True)
-def _groups() -> Iterator[None]:
+def _groups(logs: Path) -> Iterator[None]:
     """Ends the groups; they are started under an environment that would have them listen on the network."""
     interfaces = sorted(path.name for path in Path("/sys/class/net").iterdir() if path.name != "lo")
     with pytest.MonkeyPatch.context() as environment:
@@ -506,6 +515,32 @@ def test_a_worker_that_cannot_start_says_why(bare_group: WorkerGroup, monkeypatc
     with pytest.raises(WorkerDiedError, match=r"(?s)ended with exit code 2.*its last lines:.*no_such_boot_script.py"):
         bare_group.start()
     assert wait_until(lambda: all_ended(bare_group.pids), RELEASE_S)
+
+
+def test_an_error_names_the_log_that_has_all_of_it(
+    bare_group: WorkerGroup, logs: Path, monkeypatch: pytest.MonkeyPatch
+):
+    path = logs / LOG_NAME
+    before = len(path.read_text()) if path.exists() else 0
+    monkeypatch.setattr(process_module, "_BOOT", Path("no_such_boot_script.py"))
+    with pytest.raises(WorkerDiedError) as caught:
+        bare_group.start()
+    assert str(caught.value).endswith(f"; log: {path}") and str(caught.value).count(str(path)) == 1
+    lines = [line.partition(" [")[2] for line in path.read_text()[before:].splitlines()]
+    assert re.match(rf"host\] starting workers on {CONFIG.devices} .*torch {re.escape(torch.__version__)}", lines[0])
+    said = rf"rank {caught.value.rank}\] .*no_such_boot_script.py"
+    assert any(re.match(said, line) for line in lines), "what the worker printed"
+    assert any(re.match(r"host\] worker rank \d .* ended with exit code 2", line) for line in lines)
+
+
+def test_the_log_has_the_traceback_of_every_rank(group: WorkerGroup, logs: Path):
+    path = logs / LOG_NAME
+    before = len(path.read_text())
+    with pytest.raises(WorkerError, match="do not have no-such-model any more"):
+        group.call(Weights(model="no-such-model"))
+    lines = [line.partition(" [")[2] for line in path.read_text()[before:].splitlines()]
+    for rank in range(2):
+        assert f"rank {rank}] Traceback (most recent call last):" in lines
 
 
 def test_workers_start_with_the_hosts_switches_of_torch(bare_group: WorkerGroup, monkeypatch: pytest.MonkeyPatch):
