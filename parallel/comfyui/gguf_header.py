@@ -65,14 +65,14 @@ class _Reader:
         self._once(self._pair() for _ in range(keys))
         self._once(self._tensor() for _ in range(tensors))
 
-    def _once(self, names: Iterable[bytes]) -> None:
-        seen: set[bytes] = set()
+    def _once(self, names: Iterable[str]) -> None:
+        seen: set[str] = set()
         for name in names:
             if name in seen:
                 raise ValueError(f"{name[:100]!r} is given twice")
             seen.add(name)
 
-    def _pair(self) -> bytes:
+    def _pair(self) -> str:
         name = self._text()
         self._value(self._number("I"))
         return name
@@ -92,7 +92,7 @@ class _Reader:
         else:
             raise ValueError(f"it has a value of the type {kind}, which does not exist")
 
-    def _tensor(self) -> bytes:
+    def _tensor(self) -> str:
         name = self._text()
         if (dims := self._number("I")) > _MOST_DIMS:
             raise ValueError(f"tensor {name[:100]!r} has {dims} dims; {_MOST_DIMS} are the most")
@@ -108,10 +108,8 @@ class _Reader:
         if self._items > MOST_ITEMS:
             raise ValueError(f"it announces {self._items} items; {MOST_ITEMS} are the most")
 
-    def _text(self) -> bytes:
-        text = self._take(self._number("Q"))
-        text.decode()  # UnicodeDecodeError is a ValueError
-        return text
+    def _text(self) -> str:
+        return self._take(self._number("Q")).decode()  # UnicodeDecodeError is a ValueError
 
     def _number(self, kind: str) -> int:
         found: int
