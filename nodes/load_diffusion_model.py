@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ from comfy_api.latest import io
 from ..parallel.comfyui import gguf
 from ..parallel.config import SequenceParallelConfig
 from ..parallel.errors import ConfigError
+from ..parallel.headers import read_json
 from .gguf_pack import pack_folder
 from .native_model import WEIGHT_DTYPES, load_native_model
 from .settings import default_config, default_devices
@@ -116,8 +116,8 @@ def _diffusers_folders(root: str) -> list[str]:
 
 def _is_transformer(folder: Path) -> bool:
     try:
-        config = json.loads((folder / _CONFIG).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        config = read_json(folder / _CONFIG)
+    except ValueError:
         return False
     return isinstance(config, dict) and "Transformer" in str(config.get("_class_name"))
 

@@ -21,7 +21,7 @@ from ..parallel.comfyui import contract, gguf
 from ..parallel.comfyui.detection import Detected, detect, shapes
 from ..parallel.comfyui.network import changed_dtypes
 from ..parallel.config import SequenceParallelConfig, resolve
-from ..parallel.errors import UnknownModelError, UnsupportedError
+from ..parallel.errors import CheckpointError, UnknownModelError, UnsupportedError
 from ..parallel.host.recipe import Recipe
 from ..parallel.host.remote_model import RemoteModel
 from ..parallel.plans.comfyui import READ, plan_of
@@ -119,7 +119,12 @@ def _in_workers(
     detected: Detected, path: str, dtype: torch.dtype | None, config: SequenceParallelConfig
 ) -> SequenceParallelPatcher:
     layout = resolve(config)
-    model = detected.base_model(torch.device("meta"))
+    try:
+        model = detected.base_model(torch.device("meta"))
+    except Exception as error:  # of sizes that a damaged file claims, ComfyUI's classes make anything
+        raise CheckpointError(
+            f"{path}: ComfyUI recognises the model, and cannot make it ({type(error).__name__}: {error})"
+        ) from error
     network = model.diffusion_model
     plan = plan_of(network)
     if ignored := detected.attention_choices(network)[1]:

@@ -7,7 +7,9 @@ Nothing is computed and nothing is sent for a panel that nobody sees: an open on
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 from aiohttp import web
@@ -19,10 +21,14 @@ from .report import report
 
 log = logging.getLogger("sequence_parallel")
 
+_Handler = Callable[[web.Request], Awaitable[web.Response]]
+
 _BUSY_INTERVAL_S = 0.25
 _IDLE_INTERVAL_S = 1.0
 _VISIBLE_S = 15.0
 """How long a panel counts as visible after it said so; `js/panel/connection.js` repeats it in time."""
+_LONGEST_BODY = 4096
+"""Bytes."""
 _GRAIN = 64 * 2**20
 """Bytes; the system's free memory changes all the time, and smaller changes are no news."""
 
@@ -38,44 +44,87 @@ def register(server: Any) -> None:
     status.listen(lambda event: server.send_sync("sequence_parallel.event", event.to_json(), None))
     running.keep_alive(settings.keep_alive_seconds)
 
-    @routes.get("/sequence_parallel/status")
     async def get_status(_: web.Request) -> web.Response:
         return web.json_response(_snapshot())
 
-    @routes.get("/sequence_parallel/report")
     async def get_report(_: web.Request) -> web.Response:
         text = await asyncio.get_running_loop().run_in_executor(None, report)
         return web.json_response({"text": text})
 
-    @routes.post("/sequence_parallel/watch")
-    async def watch(request: web.Request) -> web.Response:
+    async def watch(wish: dict[str, Any]) -> web.Response:
         """A panel is visible, or not any more: {"client": its WebSocket's id, "visible": true or false}."""
-        try:
-            wish = await request.json()
-            client, visible = wish["client"], wish["visible"]
-            if not isinstance(client, str) or not isinstance(visible, bool):
-                raise TypeError
-        except (ValueError, KeyError, TypeError):
+        client, visible = wish.get("client"), wish.get("visible")
+        if not isinstance(client, str) or not isinstance(visible, bool):
             return _refused('the body must be {"client": "…", "visible": true or false}', 400)
         if visible and client not in server.sockets:
             return _refused("no such client is connected", 404)
         publisher.set_visible(client, visible)
         return web.json_response(_snapshot() if visible else {})
 
-    @routes.post("/sequence_parallel/free")
-    async def free(_: web.Request) -> web.Response:
+    async def free(_: dict[str, Any]) -> web.Response:
         """As Unload Models: ComfyUI lets go of all models, between prompts; the workers stay, without weights."""
         server.prompt_queue.set_flag("unload_models", True)
         return web.json_response({})
 
-    @routes.post("/sequence_parallel/restart")
-    async def restart(_: web.Request) -> web.Response:
+    async def restart(_: dict[str, Any]) -> web.Response:
         """Ends all workers, whatever they do, and starts them on the same devices."""
         try:
             groups = await asyncio.get_running_loop().run_in_executor(None, running.restart)
         except EngineError as error:
             return _refused(str(error), 500)
         return web.json_response({"groups": groups})
+
+    for name, answer in {"status": get_status, "report": get_report}.items():
+        _register(routes, "GET", name, answer)
+    for name, change in {"watch": watch, "free": free, "restart": restart}.items():
+        _register(routes, "POST", name, _of_json(change))
+
+
+def _of_json(answer: Callable[[dict[str, Any]], Awaitable[web.Response]]) -> _Handler:
+    """A handler that passes `answer` the request's JSON object."""
+
+    async def handle(request: web.Request) -> web.Response:
+        body = await _body(request)
+        return body if isinstance(body, web.Response) else await answer(body)
+
+    return handle
+
+
+def _register(routes: web.RouteTableDef, method: str, name: str, handle: _Handler) -> None:
+    """Adds a route for one method, and refuses all others."""
+
+    async def refuse(request: web.Request) -> web.Response:
+        refused = _refused(f"the method is {request.method}; allowed is {method}", 405)
+        refused.headers["Allow"] = method
+        return refused
+
+    path = f"/sequence_parallel/{name}"
+    routes.route(method, path)(handle)
+    routes.route("*", path)(refuse)
+
+
+async def _body(request: web.Request) -> dict[str, Any] | web.Response:
+    """The JSON object of a request; or, of another one, its refusal.
+
+    A form of another site's page can send any text, but not as application/json: browsers ask first whether a script
+    of that site may (CORS), and ComfyUI says no to all but the origin of --enable-cors-header. Its own comparison of
+    origins is not enough: it needs a loopback host or headers that browsers leave out with plain http, and is not made
+    with --enable-cors-header.
+    """
+    if request.content_type != "application/json":
+        return _refused(f"the content type is {request.content_type}; allowed is application/json", 415)
+    try:
+        await request.content.readexactly(_LONGEST_BODY + 1)
+        return _refused(f"the body has more than {_LONGEST_BODY} bytes", 413)
+    except asyncio.IncompleteReadError as end:
+        text = end.partial
+    except web.RequestPayloadError as error:
+        return _refused(f"the body cannot be read: {error}", 400)
+    try:
+        body = json.loads(text.decode())
+    except (ValueError, RecursionError):
+        body = None
+    return body if isinstance(body, dict) else _refused("the body must be a JSON object", 400)
 
 
 def _refused(message: str, code: int) -> web.Response:

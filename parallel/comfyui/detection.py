@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from ..diffusers.tensors import mapped
 from ..errors import CheckpointError, UnknownModelError
+from ..headers import check_safetensors
 from . import gguf
 from .folders import in_comfyuis_names
 
@@ -54,6 +55,7 @@ class Detected:
     prefix: str = ""
     """Of the network's names in it."""
     is_gguf: bool = False
+    path: str = ""
 
     def base_model(self, device: torch.device | None = None) -> Any:
         """ComfyUI's `BaseModel` of the file, without weights."""
@@ -82,11 +84,24 @@ class Detected:
         return {name: tensor for name, tensor in found.items() if name not in homeless}, homeless
 
     def quantised_as(self) -> str:
-        """The formats of the file's quantised layers; empty where there are none. Reads their descriptions."""
+        """The formats of the file's quantised layers; empty where there are none. Reads their descriptions.
+
+        Raises:
+            CheckpointError: a description is damaged.
+        """
         if self.is_gguf:
             return gguf.quantised_as(self.state.values())
-        layers = quantised_layers(self.state)
-        return ", ".join(sorted({str(_description(self.state, layer).get("format")) for layer in layers}))
+        return ", ".join(sorted({self._format(f"{layer}{_QUANTISED}") for layer in quantised_layers(self.state)}))
+
+    def _format(self, name: str) -> str:
+        """What the tensor `name` says in JSON; ComfyUI reads the same."""
+        tensor = self.state[name]
+        try:
+            if tensor.nbytes > _LONGEST_DESCRIPTION:
+                raise ValueError(f"it has {tensor.nbytes} bytes")
+            return str(json.loads(tensor.numpy().tobytes()).get("format"))
+        except (AttributeError, RecursionError, TypeError, ValueError) as error:
+            raise CheckpointError(f"{self.path}: {name} does not say how its layer is quantised: {error}") from error
 
     def _named(self) -> dict[str, Tensor]:
         return dict(self.model_config.process_unet_state_dict(dict(self.state)))
@@ -155,7 +170,7 @@ def detect(
     config.set_inference_dtype(storage, cast, **({"device": device} if knows_device else {}))
     if is_gguf:
         config.custom_operations = gguf.operations(pack)
-    return Detected(config, state, storage, whole, prefix, is_gguf)
+    return Detected(config, state, storage, whole, prefix, is_gguf, path)
 
 
 def _of_a_network(state: dict[str, Tensor], metadata: Any, *, convert: bool) -> tuple[dict[str, Tensor], Any]:
@@ -183,6 +198,7 @@ def _read(path: str) -> tuple[dict[str, Tensor], Any]:
     if Path(path).is_dir():
         return mapped(path), None
     try:
+        check_safetensors(Path(path))
         state, metadata = comfy.utils.load_torch_file(path, return_metadata=True)
     except (OSError, ValueError, SafetensorError) as error:
         raise CheckpointError(f"{path} cannot be read ({error}); the file may be damaged or incomplete") from error
@@ -196,12 +212,7 @@ def quantised_layers(names: Iterable[str]) -> set[str]:
 
 _QUANTISED = "comfy_quant"
 """ComfyUI's name for the tensor that says how a layer is quantised, in JSON."""
-
-
-def _description(state: Mapping[str, Tensor], layer: str) -> dict[str, Any]:
-    """What the file says of a quantised layer."""
-    described: dict[str, Any] = json.loads(state[f"{layer}{_QUANTISED}"].numpy().tobytes())
-    return described
+_LONGEST_DESCRIPTION = 1 << 16
 
 
 def shapes(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -5,13 +5,14 @@ CogVideoX, whose version 1.5 is published in no other form. Its tensors are the 
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
+
+from ..headers import read_json
 
 _COGVIDEOX = "CogVideoXTransformer3DModel"
 _NAMES = [
@@ -39,8 +40,8 @@ def in_comfyuis_names(path: str, state: Mapping[str, Tensor]) -> tuple[dict[str,
         None for a folder of another class.
     """
     try:
-        config = json.loads((Path(path) / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        config = read_json(Path(path) / "config.json")
+    except ValueError:
         return None
     if not isinstance(config, dict) or config.get("_class_name") != _COGVIDEOX:
         return None

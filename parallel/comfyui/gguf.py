@@ -10,6 +10,7 @@ import importlib
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
+from math import prod
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ..errors import CheckpointError, UnsupportedError
+from . import gguf_header
 
 SUFFIX = ".gguf"
 PACK = "ComfyUI-GGUF"
@@ -60,10 +62,11 @@ def read(path: str, folder: str) -> dict[str, Tensor]:
 
     Raises:
         UnsupportedError: there is no pack.
-        CheckpointError: the pack cannot read the file.
+        CheckpointError: the file is damaged, or the pack cannot read it.
     """
     if not folder:
         raise refusal(path)
+    gguf_header.check(path)
     module, kind = _module(folder, "dequant"), _portable(_module(folder, "ops").GGMLTensor)
     try:
         found = _module(folder, "loader").gguf_sd_loader(path)
@@ -71,12 +74,35 @@ def read(path: str, folder: str) -> dict[str, Tensor]:
         raise CheckpointError(
             f"{path} cannot be read by {PACK} ({type(error).__name__}: {error}); the file may be damaged or incomplete"
         ) from error
+    _check_places(path, found)
     return {
         name: kind(tensor, tensor_type=tensor.tensor_type, tensor_shape=tensor.shape)
         if module.is_quantized(tensor)
         else tensor.as_subclass(torch.Tensor)
         for name, tensor in found.items()
     }
+
+
+def _check_places(path: str, found: Mapping[str, Any]) -> None:
+    """Checks what the pack takes at its word: bytes that two tensors share, and shapes that a file gives besides.
+
+    Raises:
+        CheckpointError: naming a tensor.
+    """
+    sizes = importlib.import_module("gguf").GGML_QUANT_SIZES
+    end, before = 0, ""
+    for name, tensor in sorted(found.items(), key=lambda item: item[1].data_ptr()):
+        if tensor.data_ptr() < end and tensor.nbytes:
+            raise CheckpointError(f"{path} is damaged: the tensors {before!r} and {name!r} overlap")
+        end, before = tensor.data_ptr() + tensor.nbytes, name
+        shape = list(tensor.tensor_shape)
+        values, nbytes = sizes[tensor.tensor_type]
+        if tensor.dtype is torch.uint8 and (
+            min(shape, default=0) < 0 or prod(shape) * nbytes // values != tensor.nbytes
+        ):
+            raise CheckpointError(
+                f"{path} is damaged: {name!r} has {tensor.nbytes} bytes, and cannot have the shape {shape}"
+            )
 
 
 def operations(folder: str) -> Any:

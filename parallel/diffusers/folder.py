@@ -4,7 +4,6 @@ mapped."""
 from __future__ import annotations
 
 import importlib
-import json
 import re
 from collections.abc import Mapping
 from math import prod
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 
 from ..config import SequenceParallelConfig
 from ..errors import CheckpointError, ConfigError, UnsupportedError
+from ..headers import read_json
 from ..host.recipe import Recipe
 from ..plans.diffusers import CHANNELS_DIM, PLANS
 from ..quantise.networks import linear_layers
@@ -134,12 +134,14 @@ def read_config(path: str) -> dict[str, Any]:
         UnsupportedError: its class has no plan.
     """
     try:
-        config = json.loads((Path(path) / CONFIG).read_text(encoding="utf-8"))
+        config = read_json(Path(path) / CONFIG)
         name = str(config["_class_name"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{path} is no transformer folder of diffusers: {CONFIG}: {error!r}") from error
     if name not in PLANS:
-        raise UnsupportedError(f"{path} is a {name}, which has no plan; plans exist for {', '.join(sorted(PLANS))}")
+        raise UnsupportedError(
+            f"{path} is a {name[:100]}, which has no plan; plans exist for {', '.join(sorted(PLANS))}"
+        )
     return dict(config)
 
 

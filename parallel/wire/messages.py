@@ -5,6 +5,7 @@ Every rank gets the same, but for `Tile`, which one rank gets.
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -45,12 +46,16 @@ class Operation:
 
 
 def read(message: Plain) -> Operation:
-    """What `Operation.to_json` has made.
+    """Reads what `Operation.to_json` has made. `message` may be any JSON object.
 
     Raises:
-        TypeError: it is no such thing.
+        TypeError: it names no operation, or lacks fields of it, or has others.
+        ValueError: a field has a value that its class refuses.
     """
-    return from_plain(OPERATIONS[message["op"]], message["arguments"])
+    name = message.get("op")
+    if not isinstance(name, str) or name not in OPERATIONS:
+        raise TypeError(f"op is {reprlib.repr(name)}, which is no operation")
+    return from_plain(OPERATIONS[name], message.get("arguments"))
 
 
 # --- replies ----------------------------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import mmap
 import os
+import reprlib
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -29,9 +30,19 @@ _DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in (
 )}  # fmt: skip
 
 
+_MOST_DIMS = 64
+"""PyTorch's own limit in most operations."""
+_MOST_BYTES = 2**63 - 1
+"""PyTorch counts elements and bytes in signed 64-bit integers."""
+
+
 @dataclass(frozen=True, slots=True)
 class TensorRef:
-    """Where a tensor lies in a segment: plain data, so that it can be put in a message."""
+    """Where a tensor lies in a segment: plain data, so that it can be put in a message.
+
+    Raises:
+        ValueError: no tensor has such a dtype, shape or offset.
+    """
 
     segment: str
     offset: int
@@ -45,17 +56,36 @@ class TensorRef:
     def __post_init__(self) -> None:
         if self.dtype not in _DTYPES:
             raise ValueError(f"dtype {self.dtype!r} cannot travel through shared memory")
+        if self.offset < 0 or len(self.shape) > _MOST_DIMS or any(dim < 0 for dim in self.shape):
+            raise ValueError(
+                f"offset {reprlib.repr(self.offset)}, shape {reprlib.repr(self.shape)}: they are at least 0, in at most"
+                f" {_MOST_DIMS} dims"
+            )
+        # Strides count elements, also of a tensor without any.
+        if self.offset + prod(max(1, dim) for dim in self.shape) * _DTYPES[self.dtype].itemsize > _MOST_BYTES:
+            raise ValueError(f"offset {reprlib.repr(self.offset)}, shape {reprlib.repr(self.shape)}: too large")
 
 
 class Segment:
     """A piece of shared memory, mapped in this process."""
 
     def __init__(self, name: str, fd: int, size: int):
-        """Maps `size` bytes of `fd`, which the segment owns from here on."""
+        """Maps `size` bytes of `fd`, which the segment owns from here on.
+
+        Raises:
+            ValueError: the file has fewer bytes, or cannot be mapped; `fd` is closed then.
+        """
         self.name = name
         self.size = size
         self._fd = fd
-        self._map = mmap.mmap(fd, size)
+        try:
+            # Pages behind the end of a file can be mapped, and kill the process that touches them.
+            if not 0 < size <= os.fstat(fd).st_size:
+                raise ValueError(f"it has {os.fstat(fd).st_size} bytes")
+            self._map = mmap.mmap(fd, size)
+        except (OSError, ValueError) as error:
+            self.close()
+            raise ValueError(f"no {size} bytes of shared memory for segment {name!r}: {error}") from error
         self._loans: list[weakref.ref[Any]] = []
 
     @classmethod

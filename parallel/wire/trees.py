@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -47,16 +48,31 @@ def flatten(value: Any, path: str, tensors: dict[str, Tensor]) -> Tree:
 
 
 def restore(tree: Tree, tensor: Callable[[str], Tensor]) -> Any:
-    """The nest again, with `tensor(name)` for each tensor."""
-    if not isinstance(tree, dict):
+    """Restores the nest, with `tensor(name)` for each tensor. `tree` may be any JSON.
+
+    Raises:
+        ValueError: it is not what `flatten` returns, or names a tensor that `tensor` does not have (KeyError).
+    """
+    try:
+        return _restored(tree, tensor)
+    except RecursionError as error:
+        raise ValueError("a nest of tensors and plain data is nested too deeply") from error
+
+
+def _restored(tree: Tree, tensor: Callable[[str], Tensor]) -> Any:
+    if tree is None or isinstance(tree, bool | int | float | str):
         return tree
-    ((kind, content),) = tree.items()
-    if kind == "tensor":
-        return tensor(content)
-    if kind == "dict":
-        return {name: restore(item, tensor) for name, item in content.items()}
-    if kind == "set":
+    kind, content = next(iter(tree.items())) if isinstance(tree, dict) and len(tree) == 1 else (None, None)
+    if kind == "tensor" and isinstance(content, str):
+        try:
+            return tensor(content)
+        except KeyError as error:
+            raise ValueError(f"there is no tensor {reprlib.repr(content)}") from error
+    if kind == "dict" and isinstance(content, dict):
+        return {name: _restored(item, tensor) for name, item in content.items()}
+    if kind in ("list", "tuple") and isinstance(content, list):
+        items = [_restored(item, tensor) for item in content]
+        return tuple(items) if kind == "tuple" else items
+    if kind == "set" and isinstance(content, list) and all(isinstance(item, int | str) for item in content):
         return set(content)
-    assert kind in ("list", "tuple"), kind
-    items = [restore(item, tensor) for item in content]
-    return tuple(items) if kind == "tuple" else items
+    raise ValueError(f"{reprlib.repr(tree)} is no nest of tensors and plain data")

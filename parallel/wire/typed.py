@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import reprlib
+import sys
 import types
 import typing
 from collections.abc import Mapping
@@ -23,10 +25,11 @@ def to_plain(value: Any) -> Any:
 
 
 def from_plain(kind: type[T], value: Any) -> T:
-    """What `to_plain` was given, an instance of a dataclass.
+    """Restores what `to_plain` was given, an instance of a dataclass. `value` may be any JSON.
 
     Raises:
         TypeError: `value` has other fields than `kind`, or a field is of another type.
+        ValueError: a dataclass refuses the values of its fields.
     """
     made: T = _restored(kind, value, kind.__name__)
     return made
@@ -40,16 +43,17 @@ def _restored(kind: Any, value: Any, where: str) -> Any:
         return _one_of(arguments, value, where)
     if (fields := _fields(kind)) is not None:
         if not isinstance(value, dict) or value.keys() != fields.keys():
-            raise TypeError(f"{where}: {value!r} has not the fields {', '.join(fields)}")
+            raise TypeError(f"{where}: {reprlib.repr(value)} has not the fields {', '.join(fields)}")
         return kind(**{name: _restored(fields[name], item, f"{where}.{name}") for name, item in value.items()})
     if origin in (list, tuple) and isinstance(value, list):
         each = arguments[0]
         return origin(_restored(each, item, where) for item in value)
     if origin is dict and isinstance(value, dict):
         return {name: _restored(arguments[1], item, f"{where}.{name}") for name, item in value.items()}
-    if (kind is float and type(value) is int) or (isinstance(kind, type) and type(value) is kind):
+    is_whole_float = kind is float and type(value) is int and abs(value) <= sys.float_info.max
+    if is_whole_float or (isinstance(kind, type) and type(value) is kind):
         return value
-    raise TypeError(f"{where} is {value!r}, and should be {kind}")
+    raise TypeError(f"{where} is {reprlib.repr(value)}, and should be {kind}")
 
 
 def _one_of(kinds: tuple[Any, ...], value: Any, where: str) -> Any:
@@ -60,7 +64,7 @@ def _one_of(kinds: tuple[Any, ...], value: Any, where: str) -> Any:
         fields = _fields(kind)
         if fields is None or (isinstance(value, dict) and value.keys() == fields.keys()):
             return _restored(kind, value, where)
-    raise TypeError(f"{where}: {value!r} is none of {', '.join(str(kind) for kind in kinds)}")
+    raise TypeError(f"{where}: {reprlib.repr(value)} is none of {', '.join(str(kind) for kind in kinds)}")
 
 
 @cache

@@ -17,7 +17,7 @@ from tests.comfyui.graphs import OUTPUT, Arrange, Graph, GraphBuilder, Link, Set
 from tests.comfyui.installation import REPOSITORY, Installation
 from tests.comfyui.latents import read_latent, relative_difference, sample
 from tests.comfyui.model_files import COGVIDEOX_I2V
-from tests.comfyui.processes import Process, total_resident_bytes, wait_until
+from tests.comfyui.processes import Process, is_loopback, listening_addresses, total_resident_bytes, wait_until
 from tests.comfyui.server import ComfyServer, PromptResult
 
 pytestmark = pytest.mark.comfyui
@@ -243,6 +243,16 @@ def test_workers_of_the_diffusion_model_are_used(server: ComfyServer) -> None:
     assert torch.equal(decode(server, "SPVAEDecode", seed=2), decode(server, DECODE, seed=2))
     assert re.search(r"24 tiles on cpu,cpu in", server.log()[start:])
     assert server.workers() == workers
+
+
+def test_nothing_listens_beyond_this_machine_between_tiles(server: ComfyServer) -> None:
+    prompt_id = start_long_decode(server)
+    workers = server.workers()
+    addresses = listening_addresses([server.pid, *(worker.pid for worker in workers)])
+    server.interrupt()
+    assert server.wait(prompt_id).status == "interrupted", "it was over before anybody looked"
+    assert len(workers) == 2 and len(addresses) > 1, addresses
+    assert all(is_loopback(address) for address, _ in addresses), addresses
 
 
 def test_cancel_stops_between_tiles(server: ComfyServer) -> None:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import os
 import socket
+import struct
 import threading
+import tracemalloc
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from parallel.wire.channel import Channel, ChannelBlocked, ChannelClosed
+from parallel.wire.channel import LONGEST, Channel, ChannelBlocked, ChannelClosed, ChannelGarbled
 
 Pair = tuple[Channel, Channel]
 
@@ -158,3 +161,156 @@ def test_a_time_limit_of_sending_is_none_of_receiving():
     assert channel.receive() == ({"late": True}, [])
     channel.close()
     other.close()
+
+
+# --- what is no message -----------------------------------------------------------------------------------------------
+
+
+def frame(text: bytes, descriptors: int = 0, length: int | None = None) -> bytes:
+    return struct.pack("!IB", len(text) if length is None else length, descriptors) + text
+
+
+def open_descriptors() -> set[str]:
+    """What they are of."""
+    links = [f"/proc/self/fd/{name}" for name in os.listdir("/proc/self/fd")]
+    return {os.readlink(link) for link in links if os.path.lexists(link)}  # that of the listing itself has gone
+
+
+@pytest.fixture
+def raw() -> Iterator[tuple[socket.socket, Channel]]:
+    """The other end, and a channel that gives a begun message 0.2 s."""
+    theirs, ours = socket.socketpair()
+    channel = Channel(ours, receive_timeout_s=0.2)
+    with theirs:
+        yield theirs, channel
+    channel.close()
+
+
+@pytest.mark.parametrize(
+    ("text", "complaint"),
+    [
+        (b"", "no JSON"),
+        (b"no json", "no JSON"),
+        (b"\xff\xfe{}", "no JSON"),
+        ("{}".encode("utf-16"), "no JSON"),
+        (b"[]", "no JSON object"),
+        (b"3", "no JSON object"),
+        (b"null", "no JSON object"),
+        (b'{"x": NaN}', "NaN is not finite"),
+        (b'{"x": -Infinity}', "-Infinity is not finite"),
+        (b'{"x": 1e999}', "1e999 is not finite"),
+        (b'{"x": ' + b"9" * 5000 + b"}", "no JSON"),
+        (b'{"x": ' + b"[" * 200_000 + b"]" * 200_000 + b"}", "recursion"),
+        (b'{"x": 1} {"y": 2}', "no JSON"),
+    ],
+    ids=lambda value: repr(value)[:20],
+)
+def test_what_is_no_message_is_refused_by_name(raw: tuple[socket.socket, Channel], text: bytes, complaint: str):
+    theirs, channel = raw
+    with ThreadPoolExecutor(1) as pool:
+        sending = pool.submit(theirs.sendall, frame(text) + frame(b"{}"))
+        with pytest.raises(ChannelGarbled, match=complaint):
+            channel.receive()
+        sending.result(timeout=10)
+    with pytest.raises(ChannelGarbled, match=complaint):  # where the next message begins nobody knows
+        channel.receive()
+
+
+def test_the_longest_message_is_refused_before_it_takes_memory(raw: tuple[socket.socket, Channel]):
+    theirs, channel = raw
+    theirs.sendall(frame(b"{", length=LONGEST + 1))
+    tracemalloc.start()
+    with pytest.raises(ChannelGarbled, match=f"{LONGEST + 1} bytes is announced"):
+        channel.receive()
+    assert tracemalloc.get_traced_memory()[1] < 1 << 20
+    tracemalloc.stop()
+
+
+def test_an_announced_length_takes_no_memory_before_the_bytes_arrive(raw: tuple[socket.socket, Channel]):
+    theirs, channel = raw
+    theirs.sendall(frame(b'{"x":', length=LONGEST))
+    tracemalloc.start()
+    with pytest.raises(ChannelGarbled, match=r"did not come within 0\.2 s"):
+        channel.receive()
+    assert tracemalloc.get_traced_memory()[1] < 4 << 20
+    tracemalloc.stop()
+
+
+def test_a_message_that_is_too_long_is_not_sent(pair: Pair, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("parallel.wire.channel.LONGEST", 100)
+    host, worker = pair
+    with pytest.raises(ValueError, match="the longest may have 100"):
+        host.send({"text": "x" * 100})
+    host.send({"text": "y"})
+    assert worker.receive() == ({"text": "y"}, [])
+
+
+@pytest.mark.parametrize("part", [b"\x00", b"\x00\x00\x00\x09", frame(b'{"a":', length=9)], ids=["1", "4", "text"])
+def test_the_rest_of_a_message_is_not_waited_for_for_ever(raw: tuple[socket.socket, Channel], part: bytes):
+    theirs, channel = raw
+    theirs.sendall(part)
+    with pytest.raises(ChannelGarbled, match=r"did not come within 0\.2 s"):
+        channel.receive()
+
+
+def test_the_first_byte_of_a_message_has_all_the_time(raw: tuple[socket.socket, Channel]):
+    theirs, channel = raw
+    late = threading.Timer(0.5, theirs.sendall, (frame(b'{"late": true}'),))
+    late.start()
+    assert channel.receive() == ({"late": True}, [])
+
+
+@pytest.mark.parametrize(
+    ("announced", "sent"), [(0, 1), (1, 0), (2, 1), (255, 3), (16, 20)], ids=lambda count: str(count)
+)
+def test_descriptors_of_a_garbled_message_are_closed(raw: tuple[socket.socket, Channel], announced: int, sent: int):
+    theirs, channel = raw
+    files = [os.memfd_create("garbled") for _ in range(sent)]
+    socket.send_fds(theirs, [frame(b"{}", announced)], files)
+    for file in files:
+        os.close(file)
+    with pytest.raises(ChannelGarbled, match="descriptors"):
+        channel.receive()
+    assert not any("garbled" in name for name in open_descriptors())
+
+
+@pytest.mark.parametrize("text", [b"no json", b'{"begun": '], ids=["garbled", "torn"])
+def test_no_descriptor_is_left_of_what_is_no_message(raw: tuple[socket.socket, Channel], text: bytes):
+    theirs, channel = raw
+    file = os.memfd_create("garbled")
+    socket.send_fds(theirs, [frame(text, 1, length=10 if text.startswith(b"{") else None)], [file])
+    os.close(file)
+    theirs.shutdown(socket.SHUT_WR)
+    with pytest.raises(ChannelClosed):
+        channel.receive()
+    assert not any("garbled" in name for name in open_descriptors())
+
+
+def test_descriptors_that_ride_behind_the_header_are_refused(raw: tuple[socket.socket, Channel]):
+    theirs, channel = raw
+    file = os.memfd_create("garbled")
+    whole = frame(b"{}", 1)
+    theirs.sendall(whole[:5])
+    socket.send_fds(theirs, [whole[5:]], [file, file])
+    os.close(file)
+    with pytest.raises(ChannelGarbled, match="1 descriptors are announced, 2 came"):
+        channel.receive()
+    assert not any("garbled" in name for name in open_descriptors())
+
+
+def test_received_descriptors_are_not_inherited_by_programs(pair: Pair):
+    host, worker = pair
+    file = os.memfd_create("mine")
+    host.send({}, (file,))
+    os.close(file)
+    (received,) = worker.receive()[1]
+    assert not os.get_inheritable(received)
+    os.close(received)
+
+
+def test_a_whole_message_of_single_bytes(raw: tuple[socket.socket, Channel]):
+    theirs, channel = raw
+    message = {"text": "σ" * 50}
+    for byte in frame(json.dumps(message, ensure_ascii=False).encode()):
+        theirs.sendall(bytes([byte]))
+    assert channel.receive() == (message, [])

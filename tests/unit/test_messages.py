@@ -7,11 +7,14 @@ import json
 from typing import Any
 
 import pytest
+import torch
 
 from parallel.compilation.settings import CompileSettings
 from parallel.degrees import Degrees
 from parallel.wire import messages
 from parallel.wire.shared import TensorRef
+from parallel.wire.trees import flatten, restore
+from parallel.wire.typed import from_plain
 
 PLACE = TensorRef("step", 64, (1, 2), "bfloat16")
 REQUEST = messages.Request(
@@ -78,3 +81,83 @@ def test_what_does_not_fit_is_refused_by_name(changes: dict[str, Any], complaint
     written["arguments"] |= changes
     with pytest.raises((TypeError, ValueError), match=complaint):
         messages.read(written)
+
+
+@pytest.mark.parametrize(
+    "message",
+    [{}, {"op": 3}, {"op": []}, {"op": None}, {"op": "dance"}, {"op": "free memory"}, {"op": "step", "arguments": []}],
+    ids=str,
+)
+def test_what_is_no_operation_is_refused(message: dict[str, Any]):
+    with pytest.raises(TypeError, match=r"is no operation|has not the fields"):
+        messages.read(message)
+
+
+def test_a_refusal_is_short_whatever_is_refused():
+    deep: Any = 0
+    for _ in range(900):
+        deep = [deep]
+    for wrong in (deep, list(range(100_000)), "x" * 1_000_000, {str(i): i for i in range(10_000)}):
+        with pytest.raises(TypeError) as refused:
+            messages.read({"op": "echo", "arguments": {"x": wrong, "out": wrong}})
+        assert len(str(refused.value)) < 500
+
+
+def test_a_number_that_is_no_float_is_refused():
+    written = MESSAGES[-3].to_json()
+    written["arguments"]["previews"]["interval_s"] = 10**400
+    with pytest.raises(TypeError, match=r"Sample\.previews\.interval_s is 1000"):
+        messages.read(written)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"offset": -1},
+        {"shape": [-1]},
+        {"shape": [2, -2, -2]},
+        {"shape": [1 << 40, 1 << 40]},
+        {"shape": [0, 1 << 62, 1 << 62]},
+        {"shape": [1] * 65},
+        {"shape": [10**4000] * 64},
+        {"offset": 1 << 63},
+        {"dtype": "complex64"},
+        {"dtype": "__class__"},
+    ],
+    ids=lambda wrong: str(wrong)[:40],
+)
+def test_a_place_that_no_tensor_can_have_is_refused(wrong: dict[str, Any]):
+    with pytest.raises(ValueError, match=r"too large|at least 0|cannot travel"):
+        from_plain(TensorRef, {"segment": "s", "offset": 0, "shape": [2], "dtype": "float32"} | wrong)
+
+
+# --- nests ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_nest_comes_back_with_its_tensors():
+    tensors: dict[str, torch.Tensor] = {}
+    nest = {"a": [1, 2.5, None, True, "σ", (torch.ones(2), [])], "b": {"c": {1, 2}}}
+    tree = json.loads(json.dumps(flatten(nest, "x", tensors)))
+    assert restore(tree, tensors.__getitem__) == nest
+
+
+@pytest.mark.parametrize(
+    "tree",
+    [
+        [], {}, {"list": [], "dict": {}}, {"code": "x"}, {"list": {}}, {"tuple": "abc"}, {"list": [[1]]}, {"dict": []},
+        {"dict": {"a": {"list": None}}}, {"tensor": "none"}, {"tensor": 3}, {"tensor": []}, {"set": [[1]]},
+        {"set": "abc"},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_what_is_no_nest_is_refused(tree: Any):
+    with pytest.raises(ValueError, match=r"nest|there is no tensor"):
+        restore(tree, {}.__getitem__)
+
+
+def test_a_nest_that_is_too_deep_is_refused():
+    tree: Any = 0
+    for _ in range(100_000):
+        tree = {"list": [tree]}
+    with pytest.raises(ValueError, match="too deeply"):
+        restore(tree, {}.__getitem__)

@@ -108,8 +108,8 @@ def test_a_ref_survives_its_message():
         TensorRef("s", 0, (17,), "float32"),
         TensorRef("s", 64, (1,), "uint8"),
         TensorRef("s", 63, (2,), "uint8"),
-        TensorRef("s", -8, (1,), "uint8"),
-        TensorRef("s", 0, (1 << 40, 1 << 20), "float64"),
+        TensorRef("s", 0, (1 << 40, 1 << 19), "float64"),
+        TensorRef("s", (1 << 63) - 2, (1,), "uint8"),
     ],
 )
 def test_a_ref_outside_the_segment_is_refused(create: Create, ref: TensorRef):
@@ -135,3 +135,21 @@ def test_nothing_appears_in_dev_shm(create: Create):
     appeared = {path.name for path in Path("/dev/shm").iterdir()} - before
     assert not {name for name in appeared if "sequence-parallel" in name}
     assert os.fstat(segment.fileno()).st_nlink == 0  # it has no name anywhere, so nothing can be left behind
+
+
+@pytest.mark.parametrize("size", [0, -1, 129, 1 << 40, 1 << 80])
+def test_memory_behind_the_end_of_a_file_is_not_mapped(size: int):
+    """Whoever touched it would be killed by SIGBUS."""
+    fd = os.memfd_create("short")
+    os.ftruncate(fd, 128)
+    with pytest.raises(ValueError, match="segment 's': it has 128 bytes"):
+        Segment("s", fd, size)
+    with pytest.raises(OSError):
+        os.fstat(fd)
+
+
+def test_what_is_no_memory_is_not_mapped():
+    read, write = os.pipe()
+    with pytest.raises(ValueError, match="no 8 bytes of shared memory"):
+        Segment("s", read, 8)
+    os.close(write)
