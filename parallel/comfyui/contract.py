@@ -74,7 +74,7 @@ PARTS = {
             io.Custom(_)
             io.Schema(node_id=_, display_name=_, category=_, description=_, inputs=_, outputs=_, hidden=_)
             io.Boolean.Input(_, default=_, tooltip=_)
-            io.Combo.Input(_, options=_, default=_, tooltip=_, advanced=_)
+            io.Combo.Input(_, options=_, default=_, optional=_, tooltip=_, advanced=_)
             io.Float.Input(_, default=_, min=_, max=_, step=_, round=_, tooltip=_, advanced=_)
             io.Int.Input(_, default=_, min=_, max=_, step=_, control_after_generate=_, tooltip=_)
             io.String.Input(_, default=_, tooltip=_)

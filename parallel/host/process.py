@@ -27,6 +27,8 @@ from .process_state import in_words, state
 
 SEND_TIMEOUT_S = 60.0
 """How long a worker may take nothing from its socket: a thread of its own reads it, whatever the worker computes."""
+_RECEIVE_TIMEOUT_S = 5.0
+"""How long the rest of a message may take that a worker has begun: it sends each in one piece."""
 _CLOSING_S = 2.0
 """How long a process may take to end by itself after its socket has closed."""
 
@@ -112,7 +114,7 @@ class WorkerProcess:
         assert self.process.stdout is not None
         self.output = self.process.stdout
         os.set_blocking(self.output.fileno(), False)
-        self.channel = Channel(ours, SEND_TIMEOUT_S)
+        self.channel = Channel(ours, SEND_TIMEOUT_S, _RECEIVE_TIMEOUT_S)
         with contextlib.suppress(ChannelClosed):  # whoever reads the channel sees it too, and says why
             page = {"segments": [{"name": "control", "size": CONTROL_SIZE}], "op": "attach", "id": 0}
             self.channel.send(page, (control,))

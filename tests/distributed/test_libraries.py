@@ -1,9 +1,8 @@
-"""Packages that diffusers imports where they are installed are nobody's to hide: peft lies beside."""
+"""Packages that diffusers imports where they are installed are nobody's to hide: tests/requirements.txt has peft."""
 
 from __future__ import annotations
 
 import importlib.metadata
-import sys
 from pathlib import Path
 
 import pytest
@@ -20,7 +19,6 @@ from tests.distributed.tiny_models import TinyModels, recipe_of
 def test_a_worker_with_a_model_has_transformers_and_peft_as_they_are(
     tiny_models: TinyModels, monkeypatch: pytest.MonkeyPatch, ahead: bool
 ) -> None:
-    monkeypatch.setenv("PYTHONPATH", str(Path(sys.prefix) / "beside"))
     monkeypatch.setattr(process, "_BOOT", Path(__file__).with_name("reporting_boot.py"))
     recipe = recipe_of(tiny_models.path(), "cpu")
     layout = resolve(SequenceParallelConfig(devices="cpu"))
