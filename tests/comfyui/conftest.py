@@ -1,4 +1,5 @@
 from tests.comfyui.fixtures import (  # noqa: F401
+    faults,
     installation,
     model_files,
     native_latents,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -15,6 +16,8 @@ from tests.comfyui.installation import PACK_NAME, REPOSITORY, Installation, find
 from tests.comfyui.latents import sample
 from tests.comfyui.model_files import write_model_files
 from tests.comfyui.server import ComfyServer
+from tests.distributed.faults import BOOT, Faults
+from tests.distributed.faulty_boot import FILE
 
 TEST_PACK = Path(__file__).parent / "test_pack"
 PACKS = {PACK_NAME: REPOSITORY, "sp-test-pack": TEST_PACK}
@@ -123,3 +126,22 @@ def reference(server: ComfyServer, native_latents: dict[Setting, torch.Tensor]) 
         return native_latents[setting]
 
     return get
+
+
+@pytest.fixture
+def faults(server: ComfyServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Faults]:
+    """Workers of this server that fail when told to."""
+    path = tmp_path / "fault.json"
+
+    def boot(script: str) -> None:
+        inputs = {"script": script, "environment": json.dumps({FILE: str(path)})}
+        result = server.run({"1": {"class_type": "SPTestWorkersBoot", "inputs": inputs}})
+        assert result.status == "success", result.message
+        status, _ = server.post("/sequence_parallel/restart")
+        assert status == 200
+
+    boot(str(BOOT))
+    faults = Faults(path, monkeypatch)
+    yield faults
+    faults.clear()
+    boot("")

@@ -26,6 +26,7 @@ class Swapped:
     dp_degree: int = 0
     weights: str = "auto"
     attention: str = "auto"
+    on_failure: str = "error"
 
 
 @dataclass(frozen=True)

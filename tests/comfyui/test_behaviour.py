@@ -1,12 +1,9 @@
 """What a user notices besides the picture: speed of the second prompt, Cancel, progress, memory, failures."""
 
-import json
 import re
 import signal
 import time
-from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 
@@ -25,8 +22,8 @@ from tests.comfyui.processes import (
     wait_until,
 )
 from tests.comfyui.server import ComfyServer
-from tests.distributed.faults import BOOT, Faults
-from tests.distributed.faulty_boot import BROKEN, FILE, OUT_OF_MEMORY
+from tests.distributed.faults import Faults
+from tests.distributed.faulty_boot import BROKEN, OUT_OF_MEMORY
 
 pytestmark = pytest.mark.comfyui
 
@@ -118,25 +115,6 @@ def test_a_killed_worker_fails_the_prompt_and_the_next_one_works(server: ComfySe
     after = fresh(Setting())
     assert relative_difference(sample(server, after, TWO), sample(server, after)) <= 1e-4
     assert not any(worker.alive for worker in working), "a worker of the broken group is left"
-
-
-@pytest.fixture
-def faults(server: ComfyServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Faults]:
-    """Workers of this server that fail when told to."""
-    path = tmp_path / "fault.json"
-
-    def boot(script: str) -> None:
-        inputs = {"script": script, "environment": json.dumps({FILE: str(path)})}
-        result = server.run({"1": {"class_type": "SPTestWorkersBoot", "inputs": inputs}})
-        assert result.status == "success", result.message
-        status, _ = server.post("/sequence_parallel/restart")
-        assert status == 200
-
-    boot(str(BOOT))
-    faults = Faults(path, monkeypatch)
-    yield faults
-    faults.clear()
-    boot("")
 
 
 @pytest.mark.slow
