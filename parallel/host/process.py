@@ -161,6 +161,8 @@ class WorkerProcess:
             text += f"; it had {self.memory.used / 2**20:.0f} MiB in use"
         if code == -signal.SIGKILL:
             text += "; if nobody ended it, the system ran out of memory (see dmesg)"
+        elif code == -signal.SIGBUS:
+            text += "; a file that it had mapped, such as the model's, was cut or cannot be read any more"
         elif code > 0 or not self.ready:
             text += self.output_so_far()
         return text

@@ -81,6 +81,12 @@ def total_cpu_seconds(processes: Iterable[Process]) -> float:
     return sum(process.cpu_seconds for process in processes)
 
 
+def gains_cpu(processes: list[Process], seconds: float, within: float = 5.0) -> bool:
+    """Whether they compute for so long, within a time of waiting."""
+    before = total_cpu_seconds(processes)
+    return wait_until(lambda: total_cpu_seconds(processes) - before > seconds, timeout=within)
+
+
 def total_resident_bytes(processes: Iterable[Process]) -> int:
     return sum(process.resident_bytes for process in processes)
 

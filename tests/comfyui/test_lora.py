@@ -1,6 +1,5 @@
 """LoRA loaders act on the workers' weights just as they act on ComfyUI's own."""
 
-import time
 from dataclasses import replace
 
 import pytest
@@ -21,6 +20,7 @@ from tests.comfyui.graphs import (
 )
 from tests.comfyui.latents import read_latent, relative_difference, sample
 from tests.comfyui.model_files import FLUX, FLUX2, FLUX_FOLDER, LTXV_CAUSAL, MOCHI, ORIGINAL_NAMES, QWEN_IMAGE, WAN
+from tests.comfyui.processes import wait_until
 from tests.comfyui.server import ComfyServer
 from tests.thinned import one_in
 
@@ -240,7 +240,7 @@ def test_fresh_workers_get_the_lora_too(server: ComfyServer, base: Setting) -> N
     before = sample_anew(server, setting)
     workers = server.workers()
     workers[-1].kill()
-    time.sleep(0.5)
+    assert wait_until(lambda: not any(worker.alive for worker in workers), timeout=60)
     sample(server, fresh(setting), TWO)
     assert not set(server.workers()) & set(workers)
     assert torch.equal(sample_anew(server, setting), before)

@@ -29,11 +29,10 @@ WAN = Setting(checkpoint=model_files.WAN, positive=Text(width=4096), negative=Te
 
 
 def refusal(server: ComfyServer, graph: Graph) -> PromptResult:
-    """Run a graph that must be refused, quickly and without starting a process."""
+    """Run a graph that must be refused, without starting a process."""
     workers = set(server.workers())
     result = server.run(graph)
     assert result.status in ("error", "rejected"), f"the prompt ended with {result.status}"
-    assert result.seconds < 5
     assert not set(server.workers()) - workers, "processes were started for a prompt that cannot run"
     assert len(result.message) < 2000, "the message is too long to read"
     texts = [line.partition(" - ")[2] or line for line in result.message.splitlines()]

