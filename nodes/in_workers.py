@@ -102,7 +102,7 @@ class InWorkers:
         self.told = (
             f"{_counted(report.steps, 'step')} in the workers ({_counted(report.passes, 'network call')}), after"
             f" {_counted(report.messages, 'message')} to them: {report.seconds:.1f} s"
-            f"{f', on fresh workers from the last finished step on: {report.resumed}×' if report.resumed else ''}"
+            f"{'; lost workers were replaced ' + _counted(report.resumed, 'time') if report.resumed else ''}"
         )
         return result
 

@@ -46,8 +46,8 @@ class ProxyDiffusionModel(nn.Module):
         self.look_ahead = LookAhead(remote)
         self.load_weights: Callable[[], None] | None = None
         """Set when ComfyUI loads the model, and run by the next step."""
-        self._loading: Callable[[], None] | None = None
-        """What has brought the weights of this sampling."""
+        self.restore_weights: Callable[[], None] | None = None
+        """Likewise; brings them to fresh workers in the middle of a sampling."""
         self.__dict__["_network"] = network  # not a module of this one: its own are
         self._modules.update(network._modules)
         self._parameters.update(network._parameters)
@@ -89,17 +89,8 @@ class ProxyDiffusionModel(nn.Module):
     def bring_weights(self) -> None:
         """What ComfyUI's loading of the model has left to be done, once it is known that the inputs are good."""
         if self.load_weights is not None:
-            self._loading, self.load_weights = self.load_weights, None
-            self._loading()
-
-    def restore_weights(self) -> None:
-        """Brings them to fresh workers, in the middle of a sampling."""
-        assert self._loading is not None, "they have been there"
-        self._loading()
-
-    def end_sampling(self) -> None:
-        """Weights that nobody has asked for are not brought any more."""
-        self.load_weights = self._loading = None
+            load, self.load_weights = self.load_weights, None
+            load()
 
     def _record(
         self, recorder: Recorder, options: dict[str, Any], x: Any, timestep: Any, **conditioning: Any

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Collection, Mapping
+from functools import partial
 from typing import Any, NoReturn
 
 import comfy.hooks
@@ -68,22 +69,27 @@ class SequenceParallelPatcher(WorkersPatcher):
         that load a model for another purpose and are refused, e.g. those that save it.
         """
         self.model.diffusion_model.load_weights = self._load_weights
+        self.model.diffusion_model.restore_weights = partial(self._bring_weights, again=True)
 
     def _load_weights(self) -> None:
-        """Brings the workers, the weights and their patches to what this clone says."""
-        poll = comfy.model_management.throw_exception_if_processing_interrupted
-        fp8, weights = attached_fp8(self), self.held
-
-        def load() -> None:
-            names, replace = self._replacement()
-            weights.ensure_loaded(poll=poll, on_progress=progress_bar(), fp8=None if fp8 is None else fp8.settings)
-            weights.replace(self.patches_uuid if names else None, names, replace, poll=poll, on_progress=progress_bar())
-
         try:
-            self.remote.retry.run(load, lambda: None, "loading the model")
+            self.remote.retry.run(self._bring_weights, lambda: None, "the loading of the model")
         except BaseException:
             self.detach()  # what has been loaded so far does not count as loaded
             raise
+
+    def _bring_weights(self, again: bool = False) -> None:
+        """Brings the workers, the weights and their patches to what this clone says.
+
+        Args:
+            again: they have been there: they go where they were.
+        """
+        poll = comfy.model_management.throw_exception_if_processing_interrupted
+        fp8, weights = attached_fp8(self), self.held
+        names, replace = self._replacement()
+        settings = None if fp8 is None else fp8.settings
+        weights.ensure_loaded(poll=poll, on_progress=progress_bar(), fp8=settings, again=again)
+        weights.replace(self.patches_uuid if names else None, names, replace, poll=poll, on_progress=progress_bar())
         if fp8 is not None:
             tell(fp8.node_id, str(weights.fp8_report))
 
@@ -134,7 +140,7 @@ class SequenceParallelPatcher(WorkersPatcher):
         ComfyUI leaves them until the next load; until then a graph without the patch would still see it.
         """
         super().cleanup()
-        self.model.diffusion_model.end_sampling()
+        self.model.diffusion_model.load_weights = self.model.diffusion_model.restore_weights = None
         self.unpatch_model(unpatch_weights=False)
         self.remote.rest()
 

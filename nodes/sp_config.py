@@ -68,8 +68,8 @@ class SPConfigNode(io.ComfyNode):
                     default="error",
                     optional=True,
                     tooltip="When a worker dies. error: the prompt ends, the next one starts fresh workers. retry:"
-                    " fresh workers load the model and redo the failed step, once; the result is the same. Not for out"
-                    " of memory, which would come again.",
+                    " fresh workers load the model and redo the failed step, once; the result is the same. Not where a"
+                    " GPU is out of memory: it would be so again.",
                 ),
             ],
             outputs=[SPConfig.Output(display_name="sp_config")],

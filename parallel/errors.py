@@ -37,6 +37,7 @@ class WorkerError(EngineError):
         remote_type: class name of the exception in the worker.
         remote_traceback: the worker's traceback, every line prefixed with its rank.
         lost: whether the workers have been ended; else they stay usable.
+        left_behind: whether one could not be ended: it still has its device's memory.
     """
 
     def __init__(
@@ -45,6 +46,7 @@ class WorkerError(EngineError):
         super().__init__(message)
         self.rank = rank
         self.lost = lost
+        self.left_behind = False
         self.remote_type = remote_type
         self.remote_traceback = remote_traceback
 

@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 
 LONGEST = 8 << 20
 """Bytes of a header or of a JSON file. A checkpoint with 10,000 tensors has one of about 1.3 MB."""
-MOST_COMMAS = 150_000
+MOST_COMMAS = 300_000
 """In it, each of which can make an object in memory; a tensor has five or six."""
 _MOST_DIMS = 64
 _MOST_ELEMENTS = 2**63 - 1
@@ -74,7 +74,7 @@ def _opened(path: Path) -> Any:
         ValueError: it is no regular file.
     """
     if not stat.S_ISREG(path.stat().st_mode):
-        raise ValueError("this is no file")
+        raise ValueError("not a regular file")
     return path.open("rb")
 
 

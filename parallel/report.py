@@ -157,8 +157,8 @@ _NOT_PERSONAL = {"root", "user", "admin", "ubuntu", "comfy", "comfyui"}
 
 
 def scrub(text: str) -> str:
-    """Removes what tells who and where the user is: home directories become `~`, the user's name `<user>`, and model
-    files lose their folders."""
+    """Removes what tells who and where the user is: home directories become `~`, the names of user and machine `<user>`,
+    and model files lose their folders."""
     for home in sorted(set(_homes()), key=len, reverse=True):
         text = re.sub(rf"(?<![\w.]){re.escape(home)}(?![\w.-])", "~", text)
     text = _MODEL_FOLDERS.sub("", _ANY_HOME.sub(r"/\1/<user>", text))
@@ -179,5 +179,6 @@ def _homes() -> Iterator[str]:
 
 def _names() -> Iterator[str]:
     yield from filter(None, (os.environ.get(name) for name in ("USER", "LOGNAME", "SUDO_USER")))
+    yield from filter(None, [platform.node()])  # NCCL writes it to the log
     with contextlib.suppress(KeyError):
         yield pwd.getpwuid(os.getuid()).pw_name

@@ -37,7 +37,7 @@ def check(path: str) -> None:
     """
     try:
         if not stat.S_ISREG(Path(path).stat().st_mode):
-            raise ValueError("this is no file")
+            raise ValueError("not a regular file")
         with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
             _Reader(content).check()
     except (OSError, ValueError) as error:
@@ -84,6 +84,8 @@ class _Reader:
             self._text()
         elif kind == _ARRAY:
             each, count = self._number("I"), self._number("Q")
+            if count > MOST_ITEMS:
+                raise ValueError(f"it has a list of {count} items, as language models have; diffusion models have none")
             self._count(count)
             if each == _ARRAY:
                 raise ValueError("it has an array of arrays")

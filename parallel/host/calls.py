@@ -35,8 +35,8 @@ Progress = Callable[[int, int], None]
 """Called in the caller's thread with (done, total)."""
 
 _NEXT = "The next prompt starts fresh workers"
-_OF_NOBODY = 0
-"""Number of operations whose answers nobody waits for."""
+_UNAWAITED = 0
+"""Number of operations whose replies nobody waits for."""
 _SLICE_S = 0.05
 _DRAIN_TIMEOUT_S = 60.0
 """How long the ranks may be silent in a call that has been cancelled."""
@@ -213,7 +213,11 @@ class Calls:
         self._fate.check()
         task = Call(next(self._numbers), message.name, (rank,), work_of(message))
         self._tasks[task.number] = task
-        self._supervisor.send(rank, message.to_json(task.number))
+        try:
+            self._supervisor.send(rank, message.to_json(task.number))
+        except ValueError:
+            del self._tasks[task.number]
+            raise
         return task
 
     def wait_for(self, condition: Callable[[], bool], poll: Poll | None = None) -> None:
@@ -254,10 +258,15 @@ class Calls:
         ranks = range(self.layout.world_size)
         self._call = call = Call(next(self._numbers), message.name, ranks, work_of(message))
         self.messages += 1
-        segments, fds = self.memory.announce()
+        segments, fds = self.memory.announcement()
         frame = message.to_json(call.number, segments)
-        for rank in call.ranks:
-            self._supervisor.send(rank, frame, fds)
+        try:
+            for rank in call.ranks:
+                self._supervisor.send(rank, frame, fds)
+        except ValueError:  # it cannot be written, so no rank has got it
+            self._call = None
+            raise
+        self.memory.announced()
         return call
 
     def _open(self) -> list[Call]:
@@ -343,10 +352,10 @@ class Calls:
             if reply.result is not None:  # it gives a sign of life when it begins
                 self._pace.measured(task.work, reply.result.get("seconds", 0.0))
             return
-        if reply.id == _OF_NOBODY:
+        if reply.id == _UNAWAITED:
             return
         if call is None or reply.id != call.number or worker.rank in call.replies:
-            raise ValueError(f"it answers call {reply.id}, which does not wait for it")
+            raise ValueError(f"a reply to call {reply.id}, which nobody waits for")
         call.replies[worker.rank] = reply
 
     def _on_end(self, worker: WorkerProcess) -> None:

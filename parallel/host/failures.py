@@ -79,11 +79,12 @@ class Fate:
         left_behind = self._supervisor.kill()
         text = ". ".join([str(failure), *(worker.describe_left_behind() for worker in left_behind)])
         log_file = self._supervisor.log_file
-        log_file.write(text)
         failure.args = (text if log_file.path is None else f"{text}; log: {log_file.path}",)
+        failure.left_behind = bool(left_behind)
         with self._changed:
             self.failure = failure
             self._changed.notify_all()
+        log_file.write(text)  # nobody waits for the disk
         out_of_memory = isinstance(failure, WorkerOutOfMemoryError)
         status.tell(status.OUT_OF_MEMORY if out_of_memory else status.CRASHED, str(failure))
 

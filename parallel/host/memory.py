@@ -68,11 +68,14 @@ class GroupMemory:
         refs, size = lay_out(name, tensors)
         return self.segment(name, size), refs, name != "results"
 
-    def announce(self) -> tuple[list[dict[str, Any]], tuple[int, ...]]:
+    def announcement(self) -> tuple[list[dict[str, Any]], tuple[int, ...]]:
         """Name and size, and descriptors, of the segments that the workers do not know yet."""
-        new, self._new = self._new, {}
-        entries = [{"name": name, "size": segment.size} for name, segment in new.items()]
-        return entries, tuple(segment.fileno() for segment in new.values())
+        entries = [{"name": name, "size": segment.size} for name, segment in self._new.items()]
+        return entries, tuple(segment.fileno() for segment in self._new.values())
+
+    def announced(self) -> None:
+        """The workers have been sent the announcement."""
+        self._new = {}
 
     def close(self) -> None:
         """Drops the descriptors; lent tensors stay valid."""

@@ -27,7 +27,7 @@ from .process_state import in_words, state
 
 SEND_TIMEOUT_S = 60.0
 """How long a worker may take nothing from its socket: a thread of its own reads it, whatever the worker computes."""
-_RECEIVE_TIMEOUT_S = 5.0
+_RECEIVE_TIMEOUT_S = 8.0
 """How long the rest of a message may take that a worker has begun: it sends each in one piece."""
 _CLOSING_S = 2.0
 """How long a process may take to end by itself after its socket has closed."""

@@ -290,7 +290,15 @@ class RemoteModel:
         degrees = [self.degrees(network.conditions, [each.request for each in network.passes]) for network in networks]
         group = self.weights.settled(options.poll)
         previews = options.on_step is not None
-        return Sent(program, degrees, group.memory, with_previews=previews, interval_s=options.interval_s, keep=keep)
+        return Sent(
+            program,
+            degrees,
+            group.memory,
+            ranks=group.layout.world_size,
+            with_previews=previews,
+            interval_s=options.interval_s,
+            keep=keep,
+        )
 
     def _sampled(self, program: Program, sent: Sent, options: _SampleOptions) -> tuple[Tensor, SampleReport]:
         cache, compiled, poll = options.cache, options.compiled, options.poll
@@ -314,8 +322,9 @@ class RemoteModel:
         before, began = group.messages, time.monotonic()
         results = self._ask(group, message, poll, cache, sent.followed(options.on_step, options.on_progress))
         if found := [result["not_finite"] for result in results if "not_finite" in result]:
-            step = f"step {found[0]['step'] + 1} of {program.steps}"
-            raise not_finite(group.workers, [each["where"] for each in found], step)
+            sent.clear()
+            done = sent.reported_before + found[0]["steps"]
+            raise not_finite(group.workers, [each["where"] for each in found], f"{done} of {program.steps}")
         seconds = time.monotonic() - began
         report = SampleReport(program.steps, len(passes), group.messages - before, seconds, sent.previews)
         if cache is not None:

@@ -113,7 +113,12 @@ class RemoteWeights(Resident):
         return select_layers(recipe.linear, scheme=likely_scheme(fp8, self.layout), skip=fp8.patterns)
 
     def ensure_loaded(
-        self, poll: Poll | None = None, on_progress: Progress | None = None, *, fp8: FP8Settings | None = None
+        self,
+        poll: Poll | None = None,
+        on_progress: Progress | None = None,
+        *,
+        fp8: FP8Settings | None = None,
+        again: bool = False,
     ) -> int:
         """Starts workers and loads the weights unless both have been done.
 
@@ -121,6 +126,8 @@ class RemoteWeights(Resident):
             poll: see `WorkerGroup.call`.
             on_progress: told in bytes.
             fp8: quantises them on the way; other settings than those in place load them anew.
+            again: workers that had them are lost: they go where they were, whatever has room now, so that degrees, and
+                with them all bits, stay.
 
         Returns:
             Bytes of weights on one worker.
@@ -143,7 +150,8 @@ class RemoteWeights(Resident):
             choice = choose_scheme(fp8, group.layout, support)
         self.unload()  # what is loaded otherwise makes room for this
         in_the_file = recipe.in_the_file if fp8 is None else 0
-        placement = self._placing.settle(group, poll, nbytes, in_the_file=in_the_file)
+        placement = self.placement if again else None
+        placement = placement or self._placing.settle(group, poll, nbytes, in_the_file=in_the_file)
         with self._placing.home(placement, self.name, group, poll) as home:
             message = messages.Load(
                 model=self.name,

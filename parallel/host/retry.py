@@ -31,16 +31,17 @@ class Retry:
         self.wanted = config.on_failure == "retry"
 
     def may_help(self, error: WorkerError) -> bool:
-        """Whether the same call may succeed on fresh workers. Memory would run out again, and what workers refuse and
-        survive they would refuse again."""
-        return self.wanted and error.lost and not isinstance(error, WorkerOutOfMemoryError)
+        """Whether the same call may succeed on fresh workers. Memory would run out again, all the more beside a worker
+        that could not be ended; and what workers refuse and survive they would refuse again."""
+        hopeless = isinstance(error, WorkerOutOfMemoryError) or error.left_behind or not error.lost
+        return self.wanted and not hopeless
 
     def run(self, attempt: Callable[[], T], restore: Restore | None, what: str) -> T:
         """The result of `attempt`, or of a second one.
 
         Args:
             restore: runs before the second attempt; None allows none.
-            what: is run again, for people.
+            what: is repeated, for people.
 
         Raises:
             WorkerError: also the second attempt failed, or no second one was made.
@@ -56,7 +57,7 @@ class Retry:
 
 
 def announce(error: WorkerError, what: str) -> None:
-    """Says that a failure is followed by another attempt."""
-    text = f"{what} is run again on fresh workers (SP Config, on_failure: retry), after: {error}"
+    """Reports that a failure is followed by another attempt."""
+    text = f"fresh workers repeat {what} (SP Config, on_failure: retry). The failure: {error}"
     log.warning("%s", text)
     status.tell(status.RETRIED, text)

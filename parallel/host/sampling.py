@@ -40,7 +40,7 @@ class SampleReport:
     previews: int
     """How often the latents were sent back before the end; 0 where nobody wants to look."""
     resumed: int = 0
-    """How often fresh workers went on behind a finished step."""
+    """How often fresh workers took over. `messages` and `previews` are of the last ones."""
 
 
 class Sent:
@@ -50,6 +50,7 @@ class Sent:
         program: what to run.
         degrees: of each of its `network` instructions.
         memory: of the group.
+        ranks: of the group.
         with_previews: whether somebody wants to look.
         interval_s: least seconds between two looks; 0: at every step.
         keep: whether the state behind each step is to outlive the workers.
@@ -61,6 +62,7 @@ class Sent:
         degrees: Sequence[Degrees],
         memory: GroupMemory,
         *,
+        ranks: int,
         with_previews: bool,
         interval_s: float,
         keep: bool,
@@ -77,13 +79,12 @@ class Sent:
         networks = [[self._pass_places(slot, each) for slot, each in enumerate(n.passes)] for n in program.networks]
         latent = (program.shape, torch.float32)
         result = self._room(*latent)
-        world = self.degrees[0].world_size if self.degrees else 1
         shown = [[self._room(*latent) for _ in range(2)] for _ in range(2)] if with_previews else []
-        wanted, counts = self._room((1,), torch.int64), self._room((world, 2), torch.int64)
+        wanted, counts = self._room((1,), torch.int64), self._room((ranks, 2), torch.int64)
         self._places_kept = program.kept() if keep else {}
         most = max(map(len, self._places_kept.values()), default=0)
         kept = [[self._room(*latent) for _ in range(most)] for _ in range(2)]
-        done = self._room((world,), torch.int64)
+        done = self._room((ranks,), torch.int64)
         refs, size = lay_out(SEGMENT, self._tensors)
         segment = self._segment = memory.segment(SEGMENT, size)
         for place, tensor in self._copies:
@@ -191,6 +192,12 @@ class Sent:
     def result(self) -> Tensor:
         """A copy, where the sampling wants it."""
         return self._segment.tensor(self._result).to(self._program.device, copy=True)
+
+    @property
+    def reported_before(self) -> int:
+        """Steps that were done when this program began."""
+        first = next((each for each in self._program.instructions if isinstance(each, messages.Report)), None)
+        return 0 if first is None else first.step
 
     def rest(self) -> Program:
         """What is left to do once the workers are lost; the whole program where no step was finished, or none kept."""

@@ -20,10 +20,10 @@ log = logging.getLogger("sequence_parallel")
 _KEPT_ERRORS = 10
 _KEPT_SINGLE_STEPS = 64
 
-STARTED, LEFT, CRASHED, OUT_OF_MEMORY, FALLBACK = "started", "left", "crashed", "out_of_memory", "fallback"
-NOT_FINITE, RETRIED = "not_finite", "retried"
-"""Kinds of events. Those of `_TROUBLE` are kept for the report."""
-_TROUBLE = (CRASHED, OUT_OF_MEMORY, NOT_FINITE)
+STARTED, LEFT, RETRIED, FALLBACK = "started", "left", "retried", "fallback"
+"""Kinds of events."""
+_TROUBLE = CRASHED, OUT_OF_MEMORY, NOT_FINITE = "crashed", "out_of_memory", "not_finite"
+"""Further ones, which are kept for the report."""
 
 
 @dataclass(frozen=True, slots=True)

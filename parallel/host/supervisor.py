@@ -195,7 +195,7 @@ class Supervisor:
         try:
             message, fds = worker.channel.receive()
         except ChannelGarbled as error:
-            self._tell_loss(worker.rank, f"{worker.describe()} has sent what is no message ({error})")
+            self._tell_loss(worker.rank, f"{worker.describe()} has sent data that is not a message ({error})")
             return False
         except ChannelClosed:
             worker.gone = True
@@ -206,29 +206,31 @@ class Supervisor:
             os.close(fd)
         try:
             with self.changed:
-                self._understand(worker, message)
+                written = self._understand(worker, message)
                 self.changed.notify_all()
         except (KeyError, TypeError, ValueError) as error:
             self._tell_loss(worker.rank, f"{worker.describe()} has sent a message that makes no sense ({error})")
             return False
+        if written:
+            self.log_file.write(written, worker.rank)
         return True
 
-    def _understand(self, worker: WorkerProcess, message: Message) -> None:
-        """Takes in one message.
+    def _understand(self, worker: WorkerProcess, message: Message) -> str:
+        """Takes in one message. Returns what of it belongs into the group's log file.
 
         Raises:
-            KeyError, TypeError, ValueError: it is none that workers send, or answers what nobody has asked.
+            KeyError, TypeError, ValueError: it is none that workers send, or a reply that nobody waits for.
         """
         if message.get("event") == "ready":
             worker.ready, worker.title, worker.total = True, message["title"], message["total"]
             worker.start_seconds = message["seconds"]
-        elif message.get("event") == "log":
+            return ""
+        if message.get("event") == "log":
             log.log(message["level"], "[rank %d] %s", worker.rank, message["text"])
-            self.log_file.write(f"{logging.getLevelName(message['level'])}: {message['text']}", worker.rank)
-        else:
-            self._tell_message(worker, message)
-            if error := message.get("error"):
-                self.log_file.write(error["traceback"], worker.rank)
+            return f"{logging.getLevelName(message['level'])}: {message['text']}"
+        self._tell_message(worker, message)
+        error = message.get("error")
+        return error["traceback"] if error else ""
 
     def _on_output(self, worker: WorkerProcess) -> bool:
         lines = worker.read_output()

@@ -219,13 +219,15 @@ class Step(Operation):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NotFinite:
-    """Where a rank has first met values that are NaN or infinite, see `worker.finite`."""
+    """Where a rank has met the first values that are NaN or infinite in a second run, see `worker.finite`."""
 
     place: int
-    """Number of the block behind which; −1: in the input `name`; beyond the blocks: behind all of them."""
+    """Blocks that had run before that one; −1: in the input `name`; as many as `blocks` or more: in none of them."""
     name: str
     blocks: int
-    """How many the network has."""
+    """How many have run."""
+    finite: bool
+    """Whether this rank's part of the prediction was finite this time."""
 
 
 Terms = list[Any]

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from types import TracebackType
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -12,9 +12,6 @@ from torch import Tensor, nn
 from ..split.blocks import blocks_of_any, planned_blocks
 from ..wire.messages import NotFinite
 
-AT_INPUT, AT_END = -1, 1 << 30
-"""Places before the first block, and behind the last one."""
-
 
 def all_finite(x: Tensor) -> Tensor:
     """A boolean on x's device: nothing waits for it."""
@@ -22,47 +19,50 @@ def all_finite(x: Tensor) -> Tensor:
 
 
 class FirstNotFinite:
-    """Watches the blocks of a network that runs, inside a `with` statement.
+    """The first place in a run of a network with values that are not finite.
 
     Waits for the device behind each block: for a step that has failed already.
 
     Args:
         plan: of the network, which names its blocks; an empty one leaves it to guess.
-
-    Attributes:
-        found: the first place; behind the last block where none was found.
     """
 
     def __init__(self, network: nn.Module, plan: Iterable[str]):
         names = {module: name for name, module in network.named_modules()}
         blocks = planned_blocks(network, plan) or blocks_of_any(network)
-        self._blocks = [(names[block], block) for block in blocks]
-        self.found = NotFinite(place=AT_END, name="", blocks=len(blocks))
+        self._blocks = {block: names[block] for block in blocks}
+        self._ran = 0
+        self._first: tuple[int, str] | None = None
 
-    def __enter__(self) -> FirstNotFinite:
-        self._handles = [
-            block.register_forward_hook(lambda _, __, out, place=place, name=name: self._look(out, place, name))
-            for place, (name, block) in enumerate(self._blocks)
-        ]
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None):
-        for handle in self._handles:
-            handle.remove()
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """Looks at the output of every block that runs inside."""
+        handles = [block.register_forward_hook(self._after) for block in self._blocks]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
 
     def given(self, inputs: Mapping[str, Tensor]) -> None:
         """Looks at what the network is called with. Masks may be infinite."""
         for name, tensor in inputs.items():
             if tensor.is_floating_point() and bool(torch.isnan(tensor).any()):
-                self._note(AT_INPUT, name)
+                self._first = self._first or (-1, name)
 
-    def _look(self, value: Any, place: int, name: str) -> None:
-        if place < self.found.place and not all(bool(all_finite(tensor)) for tensor in _tensors(value)):
-            self._note(place, name)
+    def found(self, finite: bool) -> NotFinite:
+        """The first place.
 
-    def _note(self, place: int, name: str) -> None:
-        if place < self.found.place:
-            self.found = NotFinite(place=place, name=name, blocks=len(self._blocks))
+        Args:
+            finite: whether this rank's part of the prediction is.
+        """
+        place, name = self._first or (self._ran, "")
+        return NotFinite(place=place, name=name, blocks=self._ran, finite=finite)
+
+    def _after(self, block: nn.Module, _: Any, out: Any) -> None:
+        if self._first is None and not all(bool(all_finite(tensor)) for tensor in _tensors(out)):
+            self._first = self._ran, self._blocks[block]
+        self._ran += 1
 
 
 def _tensors(value: Any) -> list[Tensor]:

@@ -33,12 +33,12 @@ class PredictionNotFinite(Exception):
 
     Args:
         instruction: whose passes it was.
-        step: from 0.
+        steps: of this program that had been reported by then.
     """
 
-    def __init__(self, instruction: RunNetwork, step: int):
-        super().__init__(instruction, step)
-        self.instruction, self.step = instruction, step
+    def __init__(self, instruction: RunNetwork, steps: int):
+        super().__init__(instruction, steps)
+        self.instruction, self.steps = instruction, steps
 
 
 class Sampling:
@@ -80,7 +80,8 @@ class Sampling:
         for place, (instruction, done_with) in enumerate(steps):
             if isinstance(instruction, RunNetwork):
                 if not self._network(instruction, passes):
-                    raise PredictionNotFinite(instruction, self._step_at(place))
+                    reported = sum(isinstance(each, Report) for each in self._message.program[:place])
+                    raise PredictionNotFinite(instruction, reported)
             elif isinstance(instruction, Evaluate):
                 self._latents[instruction.evaluate] = self._value(instruction.terms)
             else:
@@ -92,11 +93,6 @@ class Sampling:
         self._mine(self._tensor_at(self._message.out)).copy_(self._value(self._message.result))
 
     # --- instructions -------------------------------------------------------------------------------------------
-
-    def _step_at(self, place: int) -> int:
-        """Number of the step that an instruction is part of, from 0."""
-        later = (each.step for each in self._message.program[place:] if isinstance(each, Report))
-        return next(later, 0)
 
     def _network(self, instruction: RunNetwork, passes: RunPasses) -> bool:
         """False where a prediction is not finite; the same answer on all ranks."""

@@ -31,7 +31,7 @@ _BLOCKS_OF_A_PASS = 2**20
 
 @dataclass(frozen=True, slots=True)
 class Ran:
-    """What has become of requests."""
+    """Result of running this rank's part of requests."""
 
     tally: Tally
     """What the cache has counted."""
@@ -95,7 +95,7 @@ class Steps:
             except PredictionNotFinite as found:
                 requests, which = [each.request for each in found.instruction.passes], found.instruction.degrees
                 where = self._watched(model, requests, meshes[which], new_context(which))
-                not_finite = {"not_finite": {"step": found.step, "where": asdict(where)}}
+                not_finite = {"not_finite": {"steps": found.steps, "where": asdict(where)}}
         for context in contexts:
             traffic.include(context.traffic)
         counted = {} if compiler is None else {"compile": asdict(compiler.take_tally())}
@@ -162,6 +162,7 @@ class Steps:
 
     def _watched(self, model: SplitNetwork, requests: list[Request], mesh: Mesh, context: ParallelContext) -> NotFinite:
         """Runs requests again, all of their blocks, to find where values stop being finite here."""
-        with model.watch() as watch:
-            self._run(model, requests, mesh, context, watch=watch)
-        return watch.found
+        watch = model.watch()
+        with watch.watching():
+            ran = self._run(model, requests, mesh, context, watch=watch)
+        return watch.found(ran.finite)

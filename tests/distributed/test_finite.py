@@ -17,10 +17,9 @@ from tests.distributed.tiny_models import Inputs, StartGroup, TinyModels, loaded
 
 SMALL = Inputs(valid=(5,))
 WEIGHTS = {
-    "transformer_blocks.0.norm1.linear.bias": r"first behind the block transformer_blocks\.0 on worker rank \d \(cpu",
-    "single_transformer_blocks.1.proj_out.bias": r"first behind the block single_transformer_blocks\.1 on worker rank"
-    r" \d \(cpu, pid \d+\), \d of \d blocks before it gave finite ones",
-    "proj_out.bias": r"behind all \d blocks on worker rank 0",
+    "transformer_blocks.0.norm1.linear.bias": r"first in the output of block transformer_blocks\.0 \(1 of 5\) on worker rank \d \(cpu",
+    "single_transformer_blocks.1.proj_out.bias": r"in the output of block single_transformer_blocks\.1 \(\d of \d\) on",
+    "proj_out.bias": r"behind the last of \d blocks on worker rank \d",
 }
 """A weight that is NaN → what the message says."""
 
@@ -77,7 +76,9 @@ def test_a_sampling_names_step_and_block(
         program = Sampling(setting).record()
         right, _ = model.sample(program)
         broken(model, "single_transformer_blocks.0.proj_mlp.bias", float("inf"))
-        with pytest.raises(NotFiniteError, match=r"step 1 of 4: .*first behind the block single_transformer_blocks\.0"):
+        with pytest.raises(
+            NotFiniteError, match=r"after 0 of 4 steps .*first in the output of block single_transformer_blocks\.0"
+        ):
             model.sample(program)
         assert len(told) == 1
         model.weights.replace(None, (), lambda _: right)
@@ -88,7 +89,7 @@ def test_inputs_that_are_no_numbers_are_named(start_group: StartGroup, tiny_mode
     request = SMALL.make()
     name = next(name for name, tensor in request.conditioning.items() if tensor.is_floating_point())
     request.conditioning[name].view(-1)[0] = float("nan")
-    said = rf"in the input '{name}' that worker rank 0 .* was given\. Look at"
+    said = rf"already in the model's input '{name}'\. Look at"
     with (
         loaded(start_group("cpu,cpu"), tiny_models.path(heads=3, num_single_layers=4)) as model,
         pytest.raises(NotFiniteError, match=said),

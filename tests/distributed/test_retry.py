@@ -98,7 +98,7 @@ def test_a_step_is_run_again_with_the_same_bits(case: Case, faults: Faults, retr
     assert torch.equal(case.model.steps([SMALL.make()], restore=case.restore_mended)[0], right)
     assert case.restored == 1
     (text,) = retried
-    assert "the step is run again on fresh workers" in text and "worker rank 1" in text and "SIGKILL" in text
+    assert "fresh workers repeat the step" in text and "worker rank 1" in text and "SIGKILL" in text
 
 
 @pytest.mark.parametrize("name", ["euler", "guided", "together"])
@@ -130,7 +130,7 @@ def test_a_cache_starts_cold_and_says_so(case: Case, faults: Faults, retried: li
     case.model.sample(Sampling(SETTINGS["euler"]).record(), cache=cache)
     faults.order(IS_KILLED, [0], place="before pass", count=3)
     case.model.sample(Sampling(SETTINGS["euler"]).record(), cache=cache, restore=case.restore_mended)
-    assert "with an empty First Block Cache (SP)" in retried[0]
+    assert "with an empty First Block Cache (SP)" in retried[0], retried
 
 
 @pytest.mark.parametrize("what", ["step", "sampling"])

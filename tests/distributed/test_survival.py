@@ -46,8 +46,8 @@ FAULTS = {
     boot.OUT_OF_MEMORY: "CUDA out of memory",
     boot.UNREADABLE: "Input/output error",
     boot.NO_ROOM: "No space left on device",
-    boot.GARBAGE: "has sent what is no message",
-    boot.SHORT: "has sent what is no message",
+    boot.GARBAGE: "has sent data that is not a message",
+    boot.SHORT: "has sent data that is not a message",
     boot.STRAY: "has sent a message that makes no sense",
     boot.CLOSED: "has closed its connection",
 }
