@@ -157,8 +157,8 @@ _NOT_PERSONAL = {"root", "user", "admin", "ubuntu", "comfy", "comfyui"}
 
 
 def scrub(text: str) -> str:
-    """Removes what tells who and where the user is: home directories become `~`, the names of user and machine `<user>`,
-    and model files lose their folders."""
+    """Removes what tells who and where the user is: home directories become `~`, names of the user and the machine
+    `<user>`, and model files lose their folders."""
     for home in sorted(set(_homes()), key=len, reverse=True):
         text = re.sub(rf"(?<![\w.]){re.escape(home)}(?![\w.-])", "~", text)
     text = _MODEL_FOLDERS.sub("", _ANY_HOME.sub(r"/\1/<user>", text))

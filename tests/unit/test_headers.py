@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -155,7 +156,7 @@ def test_an_index_names_only_files_of_its_folder(tmp_path: Path, name: str) -> N
     folder = tmp_path / "folder"
     for each in (name, str(tmp_path / "x.safetensors")):
         (folder / INDEX).write_text(json.dumps({"weight_map": {"a": each}}))
-        assert "no file" in refused(lambda: mapped(str(folder)), folder)
+        assert re.search("no file|not a regular file", refused(lambda: mapped(str(folder)), folder))
 
 
 def test_a_shard_may_be_a_link(tmp_path: Path) -> None:
