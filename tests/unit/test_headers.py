@@ -120,7 +120,7 @@ def test_what_is_no_file_is_not_waited_for(tmp_path: Path, name: str) -> None:
         save_file({"a": torch.ones(1)}, tmp_path / FILE)
     os.mkfifo(tmp_path / name)
     read = read_config if name == CONFIG else mapped
-    assert "no file" in refused(lambda: read(str(tmp_path)), tmp_path)
+    assert "not a regular file" in refused(lambda: read(str(tmp_path)), tmp_path)
 
 
 JSON = {
