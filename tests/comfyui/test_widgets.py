@@ -24,7 +24,7 @@ KINDS = {"INT": (int,), "FLOAT": (int, float), "STRING": (str,), "COMBO": (str,)
 TILES = ["tile_size", "overlap", "temporal_size", "temporal_overlap"]
 PUBLISHED = {
     "SPConfig": [
-        "devices", "ulysses_degree", "ring_degree", "cfg_degree", "dp_degree", "weights", "attention",
+        "devices", "ulysses_degree", "ring_degree", "cfg_degree", "dp_degree", "weights", "attention", "on_failure",
     ],
     "SPLoadDiffusionModel": ["unet_name", "weight_dtype"],
     "SPLoadCheckpoint": ["ckpt_name"],
