@@ -49,7 +49,7 @@ FAULTS = {
     boot.GARBAGE: "has sent data that is not a message",
     boot.SHORT: "has sent data that is not a message",
     boot.STRAY: "has sent a message that makes no sense",
-    boot.CLOSED: "has closed its connection",
+    boot.CLOSED: "has closed its connection|ended with exit code 0",
 }
 """Fault → what its message says."""
 
