@@ -158,7 +158,7 @@ class Soak:
         if not prompt.lora:
             return []
         linear = self._loaded[prompt.network, prompt.split, prompt.place].recipe.linear
-        return sorted(layer.name for layer in linear)[:3]
+        return sorted(f"{layer.name}.weight" for layer in linear)[:3]
 
     def _results(self, prompt: Prompt, poll: Any = None) -> list[Tensor]:
         """Of some steps with two conditions."""
