@@ -14,7 +14,7 @@ import struct
 from collections import Counter
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from safetensors import SafetensorError, safe_open
 
@@ -34,7 +34,7 @@ def read_json(path: Path) -> Any:
         ValueError: it cannot be read, is no JSON, is too large, or has a name twice.
     """
     try:
-        with _opened(path) as file:
+        with opened(path) as file:
             return _parsed(file.read(LONGEST + 1))
     except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{path.name}: {_shortened(error)}") from error
@@ -47,7 +47,7 @@ def check_safetensors(path: Path) -> None:
         ValueError: it is missing, damaged, incomplete or too large.
     """
     try:
-        with _opened(path) as file:
+        with opened(path) as file:
             size = os.fstat(file.fileno()).st_size
             start = file.read(8)
             length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
@@ -66,7 +66,7 @@ def check_safetensors(path: Path) -> None:
         raise ValueError(f"{path.name}: {_shortened(error)}") from error
 
 
-def _opened(path: Path) -> Any:
+def opened(path: Path) -> BinaryIO:
     """Opens a file. A named pipe would block, a device may have no end; links are followed.
 
     Raises:

@@ -25,7 +25,7 @@ from typing import Any
 from torch import Tensor, equal
 
 from parallel.errors import EngineError, WorkerDiedError
-from parallel.host import running
+from parallel.host import calls, running
 from parallel.host.remote_model import RemoteModel
 from tests.distributed.changed_weights import changed
 from tests.distributed.process_facts import memory
@@ -36,7 +36,7 @@ SIZES = {"small": {"height": 8, "width": 6}, "odd": {"height": 10, "width": 14}}
 SPLITS: dict[str, dict[str, Any]] = {"ulysses": {}, "ring": {"ring_degree": 2}, "cfg": {"cfg_degree": 2}}
 PLACES = ("replicate", "shard", "offload")
 TROUBLE = {"none": 70, "cancel": 14, "kill": 6, "free": 10}
-STEPS = 3
+STEPS = 4
 LONG_S = 120.0
 """What counts as hanging."""
 
@@ -67,6 +67,7 @@ class Tally:
 
     prompts: int = 0
     trouble: Counter[str] = field(default_factory=Counter)
+    """What has happened; a prompt that ended before its turn came counts as `none`."""
     wrong: list[str] = field(default_factory=list)
     hung: int = 0
     messages: set[str] = field(default_factory=set)
@@ -115,17 +116,22 @@ class Soak:
         running.stop_all()
         return self.tally
 
+    def _drawn(self) -> Prompt:
+        while True:
+            prompt = Prompt(
+                self._draw.choice((HUNYUAN, FLUX, WAN, COGVIDEOX)),
+                self._draw.choice(list(SIZES)),
+                self._draw.choice(list(SPLITS)),
+                self._draw.choice(PLACES),
+                self._draw.random() < 0.3,
+            )
+            if prompt.possible:
+                return prompt
+
     def _prompt(self) -> None:
-        network = self._draw.choice((HUNYUAN, FLUX, WAN, COGVIDEOX))
-        prompt = Prompt(
-            network, self._draw.choice(list(SIZES)), self._draw.choice(list(SPLITS)), self._draw.choice(PLACES),
-            self._draw.random() < 0.3,
-        )  # fmt: skip
-        if not prompt.possible:
-            return self._prompt()
+        prompt = self._drawn()
         (trouble,) = self._draw.choices(list(TROUBLE), list(TROUBLE.values()))
         self.tally.prompts += 1
-        self.tally.trouble[trouble] += 1
         began = time.monotonic()
         if trouble == "free":
             self._free()
@@ -133,11 +139,12 @@ class Soak:
         took = time.monotonic() - began
         self.tally.slowest_s = max(self.tally.slowest_s, took)
         self.tally.hung += took > LONG_S
-        if results is not None:
-            self._compare(prompt, results)
-        if trouble == "none":
-            self._measure()
-        return None
+        if results is None:
+            self.tally.trouble[trouble] += 1
+            return
+        self._compare(prompt, results)
+        self._measure()
+        self.tally.trouble["free" if trouble == "free" else "none"] += 1
 
     def _model(self, prompt: Prompt) -> RemoteModel:
         key = (prompt.network, prompt.split, prompt.place)
@@ -175,12 +182,12 @@ class Soak:
         model = self._model(prompt)
         group = model.weights.group
         assert group is not None
-        calls, after = 0, self._draw.randint(1, 3)
+        polls, after = 0, self._draw.randint(1, 20)
 
         def poll() -> None:
-            nonlocal calls
-            calls += 1
-            if calls == after:
+            nonlocal polls
+            polls += 1
+            if polls == after:
                 if trouble == "cancel":
                     raise Cancelled
                 os.kill(self._draw.choice(group.pids), signal.SIGKILL)
@@ -216,6 +223,7 @@ def main() -> int:
     parser.add_argument("--prompts", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
+    calls._SLICE_S = 0.0005  # polled often, also in short steps
     with tempfile.TemporaryDirectory(prefix="sequence-parallel-soak-") as folder:
         began = time.monotonic()
         try:

@@ -7,14 +7,13 @@ ever. Layout: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md, version
 from __future__ import annotations
 
 import mmap
-import stat
 import struct
 from collections.abc import Iterable
 from math import prod
 from pathlib import Path
 
 from ..errors import CheckpointError
-from ..headers import LONGEST
+from ..headers import LONGEST, opened
 
 MOST_ITEMS = 50_000
 """Keys, items of arrays and tensors, each of which the library makes arrays of. A network has a few thousand; lists of
@@ -36,9 +35,7 @@ def check(path: str) -> None:
         CheckpointError: it is damaged, incomplete or too large.
     """
     try:
-        if not stat.S_ISREG(Path(path).stat().st_mode):
-            raise ValueError("not a regular file")
-        with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        with opened(Path(path)) as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
             _Reader(content).check()
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path} is damaged or incomplete: {error}") from error

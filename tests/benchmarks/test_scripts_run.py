@@ -1,4 +1,4 @@
-"""The benchmarks at toy size: they must still run on the day they are needed."""
+"""The benchmarks and the soak at toy size: they must still run on the day they are needed."""
 
 from __future__ import annotations
 
@@ -62,6 +62,15 @@ def test_bench_start_tells_where_the_time_goes():
         assert result[way]["load"]["libraries"] >= 0 and result[way]["load"]["weights"] > 0
         assert result[way]["total"] > result[way]["start"]["torch"] > 0
     assert "until the first step" in done.stdout
+
+
+def test_a_short_soak():
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.soak", "--prompts", "8"], cwd=ROOT, check=True, capture_output=True, text=True
+    )
+    result = json.loads(done.stdout)
+    assert result["prompts"] == sum(result["trouble"].values()) == 8
+    assert result["wrong"] == [] and result["hung"] == 0
 
 
 def test_hooks_are_timed():

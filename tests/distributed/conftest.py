@@ -8,8 +8,10 @@ from pathlib import Path
 import pytest
 
 from parallel.config import SequenceParallelConfig, resolve
+from parallel.host import running
 from parallel.host.group import WorkerGroup
 from tests.distributed.devices import chosen, on_ranks
+from tests.distributed.faults import Faults
 from tests.distributed.tiny_models import StartGroup, TinyModels
 
 
@@ -35,6 +37,16 @@ def start_group() -> Iterator[StartGroup]:
     yield start
     for group in groups.values():
         group.stop()
+
+
+@pytest.fixture(scope="module")
+def faults(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Faults]:
+    """Workers of these tests fail when told to; their temporary files have a folder of their own."""
+    running.stop_all()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TMPDIR", str(tmp_path_factory.mktemp("temporary")))
+        yield Faults(tmp_path_factory.mktemp("faults") / "fault.json", patch)
+    running.stop_all()
 
 
 @pytest.fixture(scope="session")

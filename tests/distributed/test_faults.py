@@ -25,6 +25,7 @@ from parallel.host.group import WorkerGroup
 from parallel.host.remote_model import RemoteModel
 from parallel.wire.messages import Echo, FreeMemory, Operation, UnloadVAE
 from parallel.wire.shared import lay_out
+from tests.distributed.events import heard
 from tests.distributed.faults import Faults, make_unkillable
 from tests.distributed.faulty_boot import AND_BROKEN, AND_HANGS, BROKEN, HELD_BYTES, OUT_OF_MEMORY
 from tests.distributed.process_facts import all_ended, memory, wait_until
@@ -101,26 +102,11 @@ def spy_on_calls(group: WorkerGroup) -> list[str]:
     return seen
 
 
-@pytest.fixture(scope="module")
-def faults(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Faults]:
-    running.stop_all()
-    with pytest.MonkeyPatch.context() as patch:
-        yield Faults(tmp_path_factory.mktemp("faults") / "fault.json", patch)
-    running.stop_all()
-
-
 @pytest.fixture
 def events() -> Iterator[list[status.Event]]:
     """Of trouble."""
-    heard: list[status.Event] = []
-
-    def listen(event: status.Event) -> None:
-        if event.kind in (status.CRASHED, status.OUT_OF_MEMORY):
-            heard.append(event)
-
-    status.listen(listen)
-    yield heard
-    status._listeners.remove(listen)
+    with heard(status.CRASHED, status.OUT_OF_MEMORY) as events:
+        yield events
 
 
 @pytest.fixture(scope="module")

@@ -12,6 +12,7 @@ from parallel.diffusers.tensors import mapped
 from parallel.errors import NotFiniteError
 from parallel.host import status
 from parallel.host.remote_model import RemoteModel
+from tests.distributed.events import heard
 from tests.distributed.test_sampling import SETTINGS, Sampling
 from tests.distributed.tiny_models import Inputs, StartGroup, TinyModels, loaded, step
 
@@ -26,16 +27,9 @@ WEIGHTS = {
 
 
 @pytest.fixture
-def told() -> Iterator[list[str]]:
-    texts: list[str] = []
-
-    def listen(event: status.Event) -> None:
-        if event.kind == status.NOT_FINITE:
-            texts.append(event.text)
-
-    status.listen(listen)
-    yield texts
-    status._listeners.remove(listen)
+def told() -> Iterator[list[status.Event]]:
+    with heard(status.NOT_FINITE) as events:
+        yield events
 
 
 def broken(model: RemoteModel, name: str, value: float = float("nan")) -> None:
@@ -50,7 +44,7 @@ def broken(model: RemoteModel, name: str, value: float = float("nan")) -> None:
 @pytest.mark.parametrize("devices", ["cpu,cpu", "cpu,cpu,cpu"])
 @pytest.mark.parametrize("name", list(WEIGHTS))
 def test_a_step_names_the_block(
-    start_group: StartGroup, tiny_models: TinyModels, told: list[str], devices: str, name: str
+    start_group: StartGroup, tiny_models: TinyModels, told: list[status.Event], devices: str, name: str
 ) -> None:
     with loaded(start_group(devices), tiny_models.path(heads=3, num_single_layers=4)) as model:
         right = step(model, SMALL).clone()
@@ -62,7 +56,7 @@ def test_a_step_names_the_block(
             with pytest.raises(NotFiniteError, match=WEIGHTS[name]) as caught:
                 step(model, SMALL)
         assert "float16" in str(caught.value) and "LoRA" in str(caught.value)
-        assert told == [str(caught.value)] * 2, "once for each step that fails"
+        assert [event.text for event in told] == [str(caught.value)] * 2, "once for each step that fails"
         model.weights.replace(None, (), lambda _: right)
         assert torch.equal(step(model, SMALL), right)
         assert group.pids == pids
@@ -70,7 +64,7 @@ def test_a_step_names_the_block(
 
 @pytest.mark.parametrize(("devices", "degrees"), [("cpu", {}), ("cpu,cpu", {}), ("cpu,cpu", {"cfg_degree": 2})])
 def test_a_sampling_names_step_and_block(
-    start_group: StartGroup, tiny_models: TinyModels, told: list[str], devices: str, degrees: dict[str, int]
+    start_group: StartGroup, tiny_models: TinyModels, told: list[status.Event], devices: str, degrees: dict[str, int]
 ) -> None:
     setting = SETTINGS["guided"]
     with loaded(start_group(devices), setting.model.path(tiny_models), **degrees) as model:

@@ -11,10 +11,11 @@ import torch
 
 from parallel.cache.settings import FirstBlockCacheSettings
 from parallel.errors import WorkerDiedError, WorkerOutOfMemoryError
-from parallel.host import running, status
+from parallel.host import status
 from parallel.host.cached_sampling import CachedSampling
 from parallel.host.remote_model import RemoteModel
 from parallel.wire.messages import Operation, RunNetwork, Sample
+from tests.distributed.events import heard
 from tests.distributed.faults import Faults
 from tests.distributed.faulty_boot import IS_KILLED, OUT_OF_MEMORY
 from tests.distributed.test_sampling import SETTINGS, Sampling, Setting
@@ -24,26 +25,11 @@ TWO = "cpu,cpu"
 SMALL = Inputs(valid=(5,))
 
 
-@pytest.fixture(scope="module")
-def faults(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Faults]:
-    running.stop_all()
-    with pytest.MonkeyPatch.context() as patch:
-        yield Faults(tmp_path_factory.mktemp("faults") / "fault.json", patch)
-    running.stop_all()
-
-
 @pytest.fixture
-def retried() -> Iterator[list[str]]:
+def retried() -> Iterator[list[status.Event]]:
     """What users are told."""
-    texts: list[str] = []
-
-    def listen(event: status.Event) -> None:
-        if event.kind == status.RETRIED:
-            texts.append(event.text)
-
-    status.listen(listen)
-    yield texts
-    status._listeners.remove(listen)
+    with heard(status.RETRIED) as events:
+        yield events
 
 
 class Case:
@@ -92,18 +78,20 @@ def case(tiny_models: TinyModels, faults: Faults) -> Iterator[Case]:
     made.model.weights.unload()
 
 
-def test_a_step_is_run_again_with_the_same_bits(case: Case, faults: Faults, retried: list[str]) -> None:
+def test_a_step_is_run_again_with_the_same_bits(case: Case, faults: Faults, retried: list[status.Event]) -> None:
     right = step(case.model, SMALL).clone()
     faults.order(IS_KILLED, [1], count=3)
     assert torch.equal(case.model.steps([SMALL.make()], restore=case.restore_mended)[0], right)
     assert case.restored == 1
-    (text,) = retried
-    assert "fresh workers repeat the step" in text and "worker rank 1" in text and "SIGKILL" in text
+    text = retried[0].text
+    assert (
+        len(retried) == 1 and "fresh workers repeat the step" in text and "worker rank 1" in text and "SIGKILL" in text
+    )
 
 
 @pytest.mark.parametrize("name", ["euler", "guided", "together"])
 def test_a_sampling_goes_on_behind_the_last_finished_step_with_the_same_bits(
-    name: str, tiny_models: TinyModels, faults: Faults, retried: list[str]
+    name: str, tiny_models: TinyModels, faults: Faults, retried: list[status.Event]
 ) -> None:
     """Multistep samplers keep several latents; heun has two passes in a step."""
     setting = replace(SETTINGS[name], steps=6)
@@ -125,16 +113,16 @@ def test_a_sampling_goes_on_behind_the_last_finished_step_with_the_same_bits(
     case.model.weights.unload()
 
 
-def test_a_cache_starts_cold_and_says_so(case: Case, faults: Faults, retried: list[str]) -> None:
+def test_a_cache_starts_cold_and_says_so(case: Case, faults: Faults, retried: list[status.Event]) -> None:
     cache = CachedSampling(FirstBlockCacheSettings(residual_diff_threshold=1e9))
     case.model.sample(Sampling(SETTINGS["euler"]).record(), cache=cache)
     faults.order(IS_KILLED, [0], place="before pass", count=3)
     case.model.sample(Sampling(SETTINGS["euler"]).record(), cache=cache, restore=case.restore_mended)
-    assert "with an empty First Block Cache (SP)" in retried[0], retried
+    assert "with an empty First Block Cache (SP)" in retried[0].text
 
 
 @pytest.mark.parametrize("what", ["step", "sampling"])
-def test_what_fails_again_ends_the_prompt(case: Case, faults: Faults, retried: list[str], what: str) -> None:
+def test_what_fails_again_ends_the_prompt(case: Case, faults: Faults, retried: list[status.Event], what: str) -> None:
     faults.order(IS_KILLED, [1], place="before block", count=2)
     with pytest.raises(WorkerDiedError, match="rank 1"):
         if what == "step":
@@ -144,14 +132,16 @@ def test_what_fails_again_ends_the_prompt(case: Case, faults: Faults, retried: l
     assert case.restored == len(retried) == 1
 
 
-def test_memory_that_is_short_would_be_so_again(case: Case, faults: Faults, retried: list[str]) -> None:
+def test_memory_that_is_short_would_be_so_again(case: Case, faults: Faults, retried: list[status.Event]) -> None:
     faults.order(OUT_OF_MEMORY, [1])
     with pytest.raises(WorkerOutOfMemoryError):
         case.model.steps([SMALL.make()], restore=case.restore)
     assert case.restored == 0 and not retried
 
 
-def test_without_the_wish_an_error_is_an_error(tiny_models: TinyModels, faults: Faults, retried: list[str]) -> None:
+def test_without_the_wish_an_error_is_an_error(
+    tiny_models: TinyModels, faults: Faults, retried: list[status.Event]
+) -> None:
     case = Case(tiny_models, faults, SETTINGS["euler"], on_failure="error")
     faults.order(IS_KILLED, [1])
     with pytest.raises(WorkerDiedError):

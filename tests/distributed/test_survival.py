@@ -215,15 +215,6 @@ def failure_of(run: Callable[[Prompt], object], prompt: Prompt) -> tuple[int, st
 
 
 @pytest.fixture(scope="module")
-def faults(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Faults]:
-    running.stop_all()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TMPDIR", str(tmp_path_factory.mktemp("temporary")))  # of the workers
-        yield Faults(tmp_path_factory.mktemp("faults") / "fault.json", patch)
-    running.stop_all()
-
-
-@pytest.fixture(scope="module")
 def expected(tiny_models: TinyModels) -> dict[int, torch.Tensor]:
     """Number of workers → the step's result."""
     return {}
