@@ -185,7 +185,7 @@ def check(cases: list[dict], results: list[dict]) -> None:
 
 # --- in a graph -------------------------------------------------------------------------------------------------------
 
-LONG_FRAMES = 101
+LONG_FRAMES = 101  # a minute and more; nobody waits for its end
 _seeds = iter(range(1000, 2000))
 
 
@@ -213,10 +213,13 @@ def decode(server: ComfyServer, node: str, devices: str | None = None, seed: int
     return read_latent(server, server.run(decode_graph(node, devices, seed=seed)))
 
 
-def start_long_decode(server: ComfyServer, seed: int | None = None, on_failure: str = "error") -> str:
+def start_long_decode(server: ComfyServer) -> str:
     """Queue a decode of many tiles; return in the middle of it."""
-    seed = next(_seeds) if seed is None else seed
-    graph = decode_graph("SPVAEDecode", TWO, seed=seed, frames=LONG_FRAMES, on_failure=on_failure)
+    return decode_until_some_tiles(server, decode_graph("SPVAEDecode", TWO, seed=next(_seeds), frames=LONG_FRAMES))
+
+
+def decode_until_some_tiles(server: ComfyServer, graph: Graph) -> str:
+    """Queue the graph; return when some of its tiles are decoded."""
     prompt_id = server.queue(graph)
     assert isinstance(prompt_id, str), prompt_id
     server.wait_for_event(
@@ -280,14 +283,16 @@ def test_a_killed_worker_is_named_and_the_next_prompt_works(server: ComfyServer)
 
 @pytest.mark.slow
 def test_the_tiles_of_a_killed_worker_are_decoded_again(server: ComfyServer) -> None:
-    seed = next(_seeds)
-    expected = read_latent(server, server.run(decode_graph("SPVAEDecode", TWO, seed=seed, frames=LONG_FRAMES)))
+    frames, seed = 13, next(_seeds)
+    expected = read_latent(server, server.run(decode_graph("SPVAEDecode", TWO, seed=seed, frames=frames)))
     server.free()  # not from ComfyUI's cache
-    prompt_id = start_long_decode(server, seed, on_failure="retry")
-    start = server.mark()
+    prompt_id = decode_until_some_tiles(
+        server, decode_graph("SPVAEDecode", TWO, seed=seed, frames=frames, on_failure="retry")
+    )
+    before = server.mark()
     server.workers()[-1].kill()
     assert torch.equal(read_latent(server, server.wait(prompt_id)), expected)
-    kinds = [event.data["kind"] for event in server.events("sequence_parallel.event", since=start)]
+    kinds = [event.data["kind"] for event in server.events("sequence_parallel.event", since=before)]
     assert kinds == ["crashed", "retried", "started"]
 
 
