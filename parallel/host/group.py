@@ -24,13 +24,14 @@ from ..wire.control import ControlPage
 from . import failures, status
 from .calls import Calls, Poll
 from .failures import Fate
-from .pace import Watch
+from .pace import FIRST_START_S, Pace, Watch
 from .process import WorkerProcess
 from .supervisor import LEAVE_S, Supervisor
 
 log = logging.getLogger("sequence_parallel")
 
-_START_TIMEOUT_S = 180.0
+_starts = Pace(unknown=FIRST_START_S)
+"""How long groups of so many workers took to start in this process."""
 
 
 class WorkerGroup(Calls):
@@ -80,13 +81,14 @@ class WorkerGroup(Calls):
         self._supervisor.start()
         atexit.register(self.stop)
         watch = Watch(lambda: math.inf)  # only for processes that are stopped
+        patience = _starts.patience(self.layout.world_size)
         beats = self._control.beats(self.layout.world_size)  # none before they have met
         try:
             while not self._when(lambda: sum(worker.ready for worker in self.workers) == self.layout.world_size):
                 if poll is not None:
                     poll()
                 found = watch.look([worker for worker in self.workers if not worker.ready], beats)
-                if found is not None or time.monotonic() - began > _START_TIMEOUT_S:
+                if found is not None or time.monotonic() - began > patience:
                     failure = failures.not_started(self.workers, self.layout, time.monotonic() - began, found)
                     self._fate.lose_and_raise(failure)
         except BaseException:
@@ -94,6 +96,7 @@ class WorkerGroup(Calls):
             raise
         self.figures.started([worker.start_seconds for worker in self.workers])
         seconds, phases = time.monotonic() - began, status.phases_text(self.figures.start)
+        _starts.measured(self.layout.world_size, seconds)
         log.info("workers started in %.1f s (%s) on %s", seconds, phases, self.layout.describe())
         ranks = ", ".join(f"{worker.describe()}: {worker.title}" for worker in self.workers)
         log_file.write(f"workers started in {seconds:.1f} s ({phases}): {ranks}")

@@ -19,6 +19,8 @@ SHORTEST_S = 60.0
 """The least patience: other programs may slow a machine down many times over."""
 FACTOR = 10.0
 """Times the longest silence measured."""
+FIRST_START_S = 300.0
+"""Patience with the first start of workers: reading PyTorch from a cold disk, once for each, takes minutes."""
 HALTED_S = 5.0
 """A process that is stopped or has ended for so long is stuck, however much patience is left."""
 _LOOK_S = 1.0
@@ -45,9 +47,14 @@ def work_of(message: Operation) -> Hashable | None:
 
 
 class Pace:
-    """The longest silence of each kind of work in one group, in seconds."""
+    """The longest silence of each kind of work, in seconds.
 
-    def __init__(self) -> None:
+    Args:
+        unknown: patience with work that has not been measured.
+    """
+
+    def __init__(self, unknown: float = LONGEST_S) -> None:
+        self._unknown = unknown
         self._longest: dict[Hashable, float] = {}
 
     def measured(self, work: Hashable | None, silence: float) -> None:
@@ -59,7 +66,7 @@ class Pace:
     def patience(self, work: Hashable | None) -> float:
         """Seconds of silence after which a rank that does this work counts as stuck."""
         longest = self._longest.get(work)
-        return LONGEST_S if longest is None else min(LONGEST_S, max(SHORTEST_S, FACTOR * longest))
+        return self._unknown if longest is None else min(LONGEST_S, max(SHORTEST_S, FACTOR * longest))
 
 
 @dataclass(frozen=True, slots=True)

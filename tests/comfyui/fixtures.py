@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 
@@ -56,16 +56,22 @@ def model_files(
 def start_server(
     installation: Installation, model_files: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> ServerFactory:
-    """Makes servers, not started yet; arguments are ComfyUI's. Use them in a `with` statement."""
+    """Makes servers, not started yet; arguments are ComfyUI's. Use them in a `with` statement.
 
-    def make(*arguments: str, packs: Mapping[str, Path] = MappingProxyType({})) -> ComfyServer:
+    `wrapper` makes of the server's folder what goes before its command; see `ComfyServer`.
+    """
+
+    def make(
+        *arguments: str,
+        packs: Mapping[str, Path] = MappingProxyType({}),
+        wrapper: Callable[[Path], Sequence[str]] = lambda base: (),
+    ) -> ComfyServer:
         base = tmp_path_factory.mktemp("comfyui")
         for folder in model_files.iterdir():
             (base / "models").mkdir(exist_ok=True)
             (base / "models" / folder.name).symlink_to(folder, target_is_directory=True)
-        return ComfyServer(
-            installation, base, PACKS | packs, ("--preview-method", "latent2rgb", *_front_end_arguments(), *arguments)
-        )
+        arguments = ("--preview-method", "latent2rgb", *_front_end_arguments(), *arguments)
+        return ComfyServer(installation, base, PACKS | packs, arguments, wrapper=wrapper(base))
 
     return make
 

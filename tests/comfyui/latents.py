@@ -17,7 +17,7 @@ def sample(server: ComfyServer, setting: Setting, swapped: Swapped | None = None
 def read_latent(server: ComfyServer, result: PromptResult, output: str = OUTPUT) -> torch.Tensor:
     assert result.status == "success", f"{result.status}: {result.message}\n{server.log_tail(30)}"
     saved = result.outputs[output]["latents"][0]
-    return load_file(server.base / "output" / saved["subfolder"] / saved["filename"])["latent_tensor"].float()
+    return load_file(server.output / saved["subfolder"] / saved["filename"])["latent_tensor"].float()
 
 
 def relative_difference(actual: torch.Tensor, expected: torch.Tensor) -> float:

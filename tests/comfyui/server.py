@@ -57,7 +57,10 @@ class PromptResult:
 
 
 class ComfyServer:
-    """Context manager around one `main.py --cpu` process; `packs` are linked into its custom_nodes folder."""
+    """Context manager around one `main.py --cpu` process; `packs` are linked into its custom_nodes folder.
+
+    `wrapper` goes before its command, and is to become it in the end, as `exec` does.
+    """
 
     def __init__(
         self,
@@ -66,6 +69,7 @@ class ComfyServer:
         packs: Mapping[str, Path],
         arguments: Sequence[str] = (),
         environment: Mapping[str, str] | None = None,
+        wrapper: Sequence[str] = (),
     ) -> None:
         self.installation = installation
         self.base = base
@@ -76,6 +80,7 @@ class ComfyServer:
         self.client_id = uuid.uuid4().hex
         self._sources = dict(packs)
         self._arguments = list(arguments)
+        self._wrapper = list(wrapper)
         self._environment = dict(environment or {})
         self._popen: subprocess.Popen[bytes] | None = None
         self._websocket: WebSocket | None = None
@@ -99,6 +104,15 @@ class ComfyServer:
         return self._popen.pid
 
     @property
+    def output(self) -> Path:
+        """Its output folder as it sees it, which may have mounts of its own."""
+        return self.seen(self.base / "output")
+
+    def seen(self, path: Path) -> Path:
+        """A path for what the server finds at `path`."""
+        return Path(f"/proc/{self.pid}/root{path}")
+
+    @property
     def url(self) -> str:
         return f"http://{HOST}:{self.port}"
 
@@ -120,7 +134,7 @@ class ComfyServer:
         command += ["--database-url", f"sqlite:///{self.base / 'user' / 'comfyui.db'}", "--disable-api-nodes"]
         with self.log_path.open("wb") as log:
             self._popen = subprocess.Popen(
-                [str(part) for part in command + self._arguments],
+                [str(part) for part in self._wrapper + command + self._arguments],
                 cwd=self.base,
                 env=self._make_environment(),
                 stdin=subprocess.DEVNULL,

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import random
 import re
+import shlex
 import shutil
 import signal
+import subprocess
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
+from tests.comfyui.fixtures import ServerFactory, require_pack
 from tests.comfyui.graphs import Graph, Setting, Swapped, fresh, model_node, sampling_graph
-from tests.comfyui.latents import read_latent, sample
+from tests.comfyui.latents import read_latent, relative_difference, sample
 from tests.comfyui.model_files import DEEP
 from tests.comfyui.processes import wait_until
 from tests.comfyui.server import ComfyServer, PromptResult
@@ -80,6 +84,56 @@ def test_a_file_that_vanishes_or_shrinks_is_named(server: ComfyServer, own_check
     assert own_checkpoint.name in result.message, result.message
     after = fresh(Setting())
     assert sample(server, after, TWO).isfinite().all()
+
+
+ROOM = "256k"
+"""Of the cramped machine's shared memory, output folder and logs: a few tiny latents."""
+LOG_FOLDER = "__sequence_parallel"
+
+
+@pytest.fixture
+def cramped(start_server: ServerFactory) -> Iterator[ComfyServer]:
+    """A server that sees a full /dev/shm, models it may not write to, no room for logs, and little for outputs."""
+    if subprocess.run(["unshare", "--mount", "true"], capture_output=True, check=False).returncode:
+        pytest.skip("no mounts of one's own here (unshare --mount)")
+
+    def wrapper(base: Path) -> list[str]:
+        small = [Path("/dev/shm"), base / "output", base / "user" / LOG_FOLDER]
+        small[-1].mkdir(parents=True)
+        lines = [f"mount -t tmpfs -o size={ROOM} none {shlex.quote(str(path))}" for path in small]
+        lines += [f"cat /dev/zero > {shlex.quote(str(path / 'full'))} || true" for path in (small[0], small[-1])]
+        for models in (base / "models").iterdir():
+            folder = shlex.quote(str(models.resolve()))
+            lines += [f"mount --bind {folder} {folder}", f"mount -o remount,bind,ro {folder}"]
+        script = " && ".join([*(f"{{ {line}; }}" for line in lines), 'exec "$@"'])
+        return ["unshare", "--mount", "sh", "-c", script, "sh"]
+
+    with start_server(wrapper=wrapper) as server:
+        yield server
+
+
+def test_a_machine_without_room(cramped: ComfyServer) -> None:
+    """Nothing of the pack's needs what is missing; what ComfyUI itself cannot write, ComfyUI names."""
+    require_pack(cramped)
+    with pytest.raises(OSError, match="No space left on device"):
+        (cramped.seen(Path("/dev/shm")) / "more").write_bytes(bytes(8192))
+    with pytest.raises(OSError, match="Read-only file system"):
+        (cramped.seen((cramped.models / "diffusion_models").resolve()) / "more").write_bytes(b"1")
+    setting = fresh(Setting())
+    assert relative_difference(sample(cramped, setting, TWO), sample(cramped, setting)) < 1e-5
+    assert len(cramped.workers()) == 2
+    assert len(re.findall("the workers' log cannot be written to .*No space left on device", cramped.log())) == 1
+
+    full = cramped.output / "full"
+    with suppress(OSError):
+        full.write_bytes(bytes(1 << 20))
+    result = cramped.run(sampling_graph(fresh(Setting()), TWO))
+    assert result.status == "error" and result.node_type == "SaveLatent", result
+    assert "No space left on device" in result.message
+    full.unlink()
+    workers = cramped.workers()
+    assert sample(cramped, fresh(Setting()), TWO).isfinite().all()
+    assert cramped.workers() == workers, "a full disk cost the workers"
 
 
 @pytest.mark.extended

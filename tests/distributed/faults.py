@@ -37,7 +37,7 @@ class Faults:
         Args:
             kind: of `faulty_boot`.
             place: `before` or `after` one of `start`, `meeting`, `parameter`, `LoRA`, `self-check`, `compile`, `block`,
-                `exchange`, `pass`, `echo`, `unload`.
+                `exchange`, `pass`, `check`, `echo`, `unload`.
             count: when they pass the place for this time.
             at: `rank0="after exchange"` and the like, for ranks that fail elsewhere.
         """

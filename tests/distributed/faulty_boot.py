@@ -31,6 +31,8 @@ OUT_OF_MEMORY, AND_BROKEN, AND_HANGS, BROKEN = "out of memory", "out of memory a
 EXITS, IS_KILLED, IS_STOPPED, RAISES, SLOW = "exits", "is killed", "is stopped", "raises", "slow"
 UNREADABLE, NO_ROOM, VANISHED = "cannot read", "no room", "file vanished"
 """Errors of the system: EIO, ENOSPC, and SIGBUS, which ends a process whose mapped file has been cut."""
+NOT_A_NUMBER = "not a number"
+"""In a prediction, once."""
 GARBAGE, SHORT, STRAY, CLOSED = "garbage", "short message", "stray reply", "closed connection"
 """What its host receives: no message, the beginning of one, an answer that nobody waits for, nothing any more."""
 EXIT_CODE = 3
@@ -50,17 +52,22 @@ class Fault:
 
     def passes(self, place: str) -> None:
         """Fails if it is time to."""
+        if (kind := self.due(place)) is not None:
+            self._fail(kind)
+
+    def due(self, place: str) -> str | None:
+        """What happens now; slow ranks have been it already."""
         try:
             fault = json.loads(self._path.read_text())
         except FileNotFoundError:
-            return
+            return None
         if fault["places"].get(str(self._rank)) != place:
-            return
+            return None
         self._passed[fault["id"], place] += 1
         if fault["kind"] == SLOW:
             time.sleep(0.05)
-        elif self._passed[fault["id"], place] == fault["count"]:
-            self._fail(fault["kind"])
+            return None
+        return fault["kind"] if self._passed[fault["id"], place] == fault["count"] else None
 
     def hangs(self) -> None:
         """Takes longer than anybody waits, if it is to."""
@@ -148,6 +155,15 @@ def put_in(fault: Fault, engine: str) -> None:
     before(import_module(f"{engine}.worker.split_network").SplitNetwork, "compiled", "compile")
     before(import_module(f"{engine}.worker.sampling").Sampling, "_network", "pass")
     before(import_module(f"{engine}.worker.loop"), "join", "meeting")
+    network = import_module(f"{engine}.worker.split_network")
+    all_finite = network.all_finite
+
+    def poisoned(prediction: Any) -> Any:
+        if fault.due("before check") == NOT_A_NUMBER:
+            prediction.fill_(float("nan"))
+        return all_finite(prediction)
+
+    network.all_finite = poisoned
     worker = import_module(f"{engine}.worker.loop").Worker
     recover = worker._recover
 

@@ -13,8 +13,10 @@ from parallel.errors import NotFiniteError
 from parallel.host import status
 from parallel.host.remote_model import RemoteModel
 from tests.distributed.events import heard
+from tests.distributed.faults import Faults
+from tests.distributed.faulty_boot import NOT_A_NUMBER
 from tests.distributed.test_sampling import SETTINGS, Sampling
-from tests.distributed.tiny_models import Inputs, StartGroup, TinyModels, loaded, step
+from tests.distributed.tiny_models import Inputs, StartGroup, TinyModels, loaded, recipe_of, step
 
 SMALL = Inputs(valid=(5,))
 WEIGHTS = {
@@ -78,6 +80,20 @@ def test_a_sampling_names_step_and_block(
         assert len(told) == 1
         model.weights.replace(None, (), lambda _: right)
         assert torch.equal(model.sample(program)[0], right)
+
+
+@pytest.mark.cpu_ranks("a fault that is put into them")
+def test_what_a_second_run_does_not_show_is_laid_to_caches(faults: Faults, tiny_models: TinyModels) -> None:
+    faults.clear()
+    model = RemoteModel(recipe_of(tiny_models.path(heads=3, num_single_layers=4), "cpu,cpu"))
+    model.weights.ensure_loaded()
+    right = step(model, SMALL).clone()
+    faults.order(NOT_A_NUMBER, [1], place="before check", count=1)
+    said = r"not finite .*A second run, without a cache between steps and compiled blocks, gave finite ones: remove"
+    with pytest.raises(NotFiniteError, match=said):
+        step(model, SMALL)
+    assert torch.equal(step(model, SMALL), right), "the workers stay"
+    model.weights.unload()
 
 
 def test_inputs_that_are_no_numbers_are_named(start_group: StartGroup, tiny_models: TinyModels) -> None:

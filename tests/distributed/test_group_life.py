@@ -29,6 +29,7 @@ from parallel.errors import EngineError, WorkerDiedError, WorkerError, WorkerOut
 from parallel.host import group_log, pace, running, status
 from parallel.host import process as process_module
 from parallel.host.group import WorkerGroup
+from parallel.host.pace import Pace
 from parallel.host.recipe import Recipe
 from parallel.host.remote_model import RemoteModel
 from parallel.measure import QuietRounds
@@ -558,7 +559,7 @@ def test_workers_of_changed_files_say_so(bare_group: WorkerGroup, monkeypatch: p
 
 
 def test_silent_gpus_come_with_advice(bare_group: WorkerGroup, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("parallel.host.group._START_TIMEOUT_S", 0)
+    monkeypatch.setattr("parallel.host.group._starts", Pace(unknown=0.0))
     layout = replace(bare_group.layout, devices=tuple(WorkerDevice(name=f"cuda:{i}") for i in range(2)))
     monkeypatch.setattr(bare_group, "layout", layout)
     with pytest.raises(WorkerDiedError, match=r"did not start within 0 s.*NCCL_P2P_DISABLE=1"):

@@ -16,7 +16,7 @@ import pytest
 from parallel.compilation.settings import CompileSettings
 from parallel.degrees import Degrees
 from parallel.host import pace
-from parallel.host.pace import FACTOR, HALTED_S, LONGEST_S, SHORTEST_S, Pace, Watch, work_of
+from parallel.host.pace import FACTOR, FIRST_START_S, HALTED_S, LONGEST_S, SHORTEST_S, Pace, Watch, work_of
 from parallel.host.process_state import ENDED, in_words, state
 from parallel.wire.messages import Conditioning, FreeMemory, Pass, Request, RunNetwork, Sample, Step, Weights
 from parallel.wire.shared import TensorRef
@@ -196,3 +196,12 @@ def test_the_state_of_a_process_that_has_ended(child: subprocess.Popen[bytes]) -
     assert {"Z", ENDED} <= pace.HALTED
     assert in_words("D") == "state D: it waits in the kernel and cannot be interrupted"
     assert in_words("?") == "state ?"
+
+
+def test_patience_with_a_start_follows_the_slowest_one_so_far() -> None:
+    starts = Pace(unknown=FIRST_START_S)
+    assert starts.patience(2) == FIRST_START_S
+    starts.measured(2, 50.0)
+    starts.measured(2, 8.0)
+    assert starts.patience(2) == FACTOR * 50.0
+    assert starts.patience(8) == FIRST_START_S, "more workers are slower"
