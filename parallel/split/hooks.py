@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import itertools
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -14,7 +15,7 @@ from torch.utils.hooks import RemovableHandle
 from .blocks import blocks_of_any, reached_into
 from .ranks import SequenceRanks
 from .routes import Route, ThroughOptions
-from .sites import Pairs, Plan, PlanError, Rule, Site, applied
+from .sites import Pairs, Plan, PlanError, Rule, Site, prepared
 from .streams import Streams
 
 
@@ -155,8 +156,10 @@ class _Cut:
         self._surplus = next((name for name, p in parameters.items() if p.kind is p.VAR_POSITIONAL), "")
         self._names = list(itertools.takewhile(lambda name: name != self._surplus, list(parameters)[1:]))
         self._names += site.positional.split()
+        self._site = site
+        self._places = {name: place for place, name in enumerate(self._names)}
         takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
-        self._rules: dict[str, Rule] = {}
+        self._cuts: dict[str, Callable[[Any, Streams], Any]] = {}
         self._whole: set[str] | None = None if site.whole is None else {"transformer_options"}
         for entry in [*site.cut, *(site.whole or "").split()]:
             name = entry.removesuffix("?")
@@ -167,45 +170,60 @@ class _Cut:
                     f"{where} has no argument {name!r}, which its plan names; it has: {', '.join(self._names)}"
                 )
             if entry in site.cut:
-                self._rules[name] = site.cut[entry]
+                self._cuts[name] = prepared("cut", site.cut[entry])
             if self._whole is not None:
                 self._whole.add(name)
+        self._known_places = sys.maxsize if self._whole and self._surplus in self._whole else len(self._names)
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        given = dict(zip(self._names, args, strict=False)) | kwargs if args else kwargs
+        if self._whole is not None and (len(args) > self._known_places or not given.keys() <= self._whole):
+            self._refuse_unknown(args, given)
         streams = self._current()
-        given = dict(zip(self._names, args, strict=False)) | kwargs
-        if self._whole is not None:
-            surplus = [(self._surplus, value) for value in args[len(self._names) :]]
-            for name, value in [*given.items(), *surplus]:
-                if name not in self._whole and value is not None:
-                    raise PlanError(f"{self._where} is given {_shown(name, value)}, which its plan does not know")
         if streams.ranks.size == 1:
             return None
-        streams.given, new, changed = given, dict(given), False
-        for name, rule in self._rules.items():
-            if (value := given.get(name)) is not None:
+        streams.given, cut_before = given, streams.cut_before(self._site)
+        new_args: list[Any] | None = None
+        new_kwargs: dict[str, Any] | None = None
+        for name, cut in self._cuts.items():
+            if (value := given.get(name)) is None:
+                continue
+            if (part := cut_before.get(name, value)) is value:
                 try:
-                    new[name] = part = applied("cut", rule, value, streams)
+                    part = cut(value, streams)
                 except PlanError as error:
                     raise _named(error, self._where, name, value) from None
-                changed = changed or part is not value
+                if part is value:
+                    continue
+                cut_before.keep(name, value, part)
+            if self._places.get(name, len(args)) < len(args):
+                new_args = new_args or list(args)
+                new_args[self._places[name]] = part
+            else:
+                new_kwargs = new_kwargs or dict(kwargs)
+                new_kwargs[name] = part
         streams.given = {}
-        if not changed:
+        if new_args is new_kwargs:  # neither
             return None
-        places = min(len(args), len(self._names))
-        named = [new[name] for name in self._names[:places]]
-        return (*named, *args[places:]), {name: new[name] for name in kwargs}
+        return args if new_args is None else tuple(new_args), new_kwargs or kwargs
+
+    def _refuse_unknown(self, args: tuple[Any, ...], given: Mapping[str, Any]) -> None:
+        assert self._whole is not None
+        surplus = [(self._surplus, value) for value in args[len(self._names) :]]
+        for name, value in [*given.items(), *surplus]:
+            if value is not None and name not in self._whole:
+                raise PlanError(f"{self._where} is given {_shown(name, value)}, which its plan does not know")
 
 
 class _Joined:
     def __init__(self, rule: Rule, current: Callable[[], Streams], where: str):
-        self._rule, self._current, self._where = rule, current, where
+        self._join, self._current, self._where = prepared("join", rule), current, where
 
     def __call__(self, module: nn.Module, args: Any, out: Any) -> Any:
         if self._current().ranks.size == 1:
             return None
         try:
-            return applied("join", self._rule, out, self._current())
+            return None if out is None else self._join(out, self._current())
         except PlanError as error:
             raise _named(error, f"{self._where} ({type(module).__name__})", "its result", out) from None
 

@@ -21,7 +21,7 @@ from torch.utils.hooks import RemovableHandle
 from ..attention.between import Compute
 from ..attention.kernels import Kernel
 from .sites import Pairs, PlanError
-from .streams import Names, Streams
+from .streams import Names, Streams, Way
 
 OPTIONS = "transformer_options"
 OVERRIDE = "optimized_attention_override"
@@ -72,20 +72,33 @@ class Route:
             compute = _by_kernel(ranks.chosen, compute)
         if ranks.size == 1:
             return compute(q, k, v, mask)
-        if (pair := self._pair(q.shape[2], k.shape[2])) is None:
+        heads, count = q.shape[1:3]
+        groups, of_keys = k.shape[1:3]
+        key = self._kind, heads, count, groups, of_keys
+        if (way := streams.ways.get(key)) is None:
+            way = streams.ways[key] = self._way(*key[1:])
+        if way.pair is None or way.exchange is None:
             return compute(q, k, v, mask)
-        queries, keys = pair
+        if way.as_it_is and mask is None:
+            return way.exchange(q, k, v, compute, None)
+        queries, keys = way.pair
         if None in self._pairs:
             k, v = (streams.take_before(x, keys, 2) for x in (k, v))
-        heads, groups = q.shape[1], k.shape[1]
-        if heads % groups:
-            raise PlanError(f"{self._where}: {heads} heads of queries, which {groups} heads of keys do not divide")
-        exchange = streams.exchange(queries, keys, heads, groups)
         q = streams.without_phantoms(q, queries, 2)
         k, v = (streams.without_phantoms(x, keys, 2) for x in (k, v))
         if mask is not None:
             mask = self._exchanged(self._exchanged(mask, -1, keys), -2, queries)
-        return streams.with_phantoms(exchange(q, k, v, compute, mask), queries, 2)
+        return streams.with_phantoms(way.exchange(q, k, v, compute, mask), queries, 2)
+
+    def _way(self, heads: int, queries: int, groups: int, keys: int) -> Way:
+        """What `attend` does with as many heads and tokens."""
+        streams = self._current()
+        if (pair := self._pair(queries, keys)) is None:
+            return Way(None, None, False)
+        if heads % groups:
+            raise PlanError(f"{self._where}: {heads} heads of queries, which {groups} heads of keys do not divide")
+        as_it_is = None not in self._pairs and not any(map(streams.phantoms, pair))
+        return Way(pair, streams.exchange(*pair, heads, groups), as_it_is)
 
     def _pair(self, queries: int, keys: int) -> tuple[Names, Names] | None:
         """The streams that have these numbers of tokens here; None: nothing is exchanged. All ranks find the same: a
@@ -163,7 +176,7 @@ def named_attention(
     """What ComfyUI's attention is called with → q [B, H, Q, D], k, v [B, G, K, D], the mask, whether heads are to stay
     apart in the result, and the rest by name."""
     named = {**dict(zip(("q", "k", "v", "heads", "mask", "attn_precision"), args, strict=False)), **kwargs}
-    q, k, v, heads = (named.pop(name) for name in ("q", "k", "v", "heads"))
+    q, k, v, heads = named.pop("q"), named.pop("k"), named.pop("v"), named.pop("heads")
     if not named.pop("skip_reshape", False):
         dim = q.shape[-1] // heads
         # Heads may be apart in some of them already, which ComfyUI's attention does not care about.
@@ -234,7 +247,7 @@ class ThroughOptions:
                 return override.enter(site)
             if self._current().ranks.size == 1 and (route is None or route.alone):
                 return None
-            if not isinstance(options, Mapping):
+            if type(options) is not dict and not isinstance(options, Mapping):  # the first is quick
                 raise PlanError(f"{where} is given no {OPTIONS}: its attention cannot be routed")
             options = options_of(options, route)
             if route is not None:

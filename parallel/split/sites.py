@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeAlias, runtime_checkable
 
@@ -72,15 +72,23 @@ Plan: TypeAlias = Mapping[str, Site]
 module of a list."""
 
 
-def applied(what: str, rule: Rule, value: Any, streams: Streams) -> Any:
-    """`rule.cut` or `rule.join` of a value, and of each item where the rule is a tuple."""
-    if rule is None or value is None:
-        return value
-    if isinstance(rule, tuple):
-        if not isinstance(value, tuple | list) or len(value) != len(rule):
-            raise PlanError(f"expected {len(rule)} items, received {_described(value)}")
-        return type(value)(applied(what, each, item, streams) for each, item in zip(rule, value, strict=True))
-    return getattr(rule, what)(value, streams)
+def prepared(what: str, rule: Rule) -> Callable[[Any, Streams], Any]:
+    """`rule.cut` or `rule.join`, as a function of a value; of each item where the rule is a tuple."""
+    if rule is None:
+        return lambda value, streams: value
+    if not isinstance(rule, tuple):
+        method: Callable[[Any, Streams], Any] = getattr(rule, what)
+        return method
+    parts = [prepared(what, each) for each in rule]
+
+    def each_one(value: Any, streams: Streams) -> Any:
+        if not isinstance(value, tuple | list) or len(value) != len(parts):
+            raise PlanError(f"expected {len(parts)} items, received {_described(value)}")
+        return type(value)(
+            None if item is None else part(item, streams) for part, item in zip(parts, value, strict=True)
+        )
+
+    return each_one
 
 
 def _described(value: Any) -> str:

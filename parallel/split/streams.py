@@ -65,6 +65,40 @@ class Lengths:
     """Whether it has any."""
 
 
+@dataclass(frozen=True, slots=True)
+class Way:
+    """How one kind of attention goes, with as many heads and tokens. Every block asks."""
+
+    pair: tuple[Names, Names] | None
+    """Streams of its queries and of its keys; None: nothing is exchanged."""
+    exchange: StreamAttention | None
+    as_it_is: bool
+    """Whether q, k and v are exchanged as the model has made them."""
+
+
+class CutBefore:
+    """What the blocks of one site have cut already in this forward pass: most of them are given the same tables.
+
+    Kept for as long as the whole lives. Not of what gradients flow through, see `Streams.once`.
+    """
+
+    def __init__(self) -> None:
+        self._parts: dict[str, tuple[Callable[[], Any], Any]] = {}
+
+    def get(self, name: str, value: Any) -> Any:
+        """The part, if the argument was this very value the last time; else the value."""
+        if (known := self._parts.get(name)) is not None and known[0]() is value:
+            return known[1]
+        return value
+
+    def keep(self, name: str, value: Any, part: Any) -> None:
+        if isinstance(value, Tensor):
+            if not value.requires_grad:
+                self._parts[name] = weakref.ref(value, lambda _: self._parts.pop(name, None)), part
+        elif not torch.is_grad_enabled():
+            self._parts[name] = (lambda: value), part  # a list knows no weak reference
+
+
 class Streams:
     """The streams of one forward pass, as they become known.
 
@@ -75,6 +109,7 @@ class Streams:
         notes: what a rule keeps from cut to join.
         given: arguments of the module whose arguments are being cut, as they came: for rules that depend on another.
         routed: kind of attention → whether one of this kind has been exchanged.
+        ways: kind of attention and numbers of heads and tokens → how it goes.
         skipping: whether a cache skips the blocks that come next: their hooks run, and they do not.
     """
 
@@ -83,8 +118,10 @@ class Streams:
         self.notes: dict[Any, Any] = {}
         self.given: Mapping[str, Any] = {}
         self.routed: dict[str, bool] = {}
+        self.ways: dict[tuple[str, int, int, int, int], Way] = {}
         self.skipping = False
         self._streams: dict[str, Stream] = {}
+        self._cut_before: dict[int, CutBefore] = {}
         self._lengths: dict[Names, Lengths] = {}
         self._exchanges: dict[Any, StreamAttention] = {}
         self._made: dict[Any, tuple[Any, Any]] = {}
@@ -105,6 +142,13 @@ class Streams:
         self._streams[name] = Stream(total, None if kept is None else kept.cpu(), tuple(accumulate(owned, initial=0)))
         self._lengths.clear()
         self._exchanges.clear()
+        self.ways.clear()
+
+    def cut_before(self, site: object) -> CutBefore:
+        """Of the blocks of this site, which outlives the pass."""
+        if (known := self._cut_before.get(id(site))) is None:
+            known = self._cut_before[id(site)] = CutBefore()
+        return known
 
     def described(self) -> Hashable:
         """Tokens of each stream known so far, and who owns how many; the same on all ranks."""
@@ -136,6 +180,10 @@ class Streams:
     def local(self, names: Names) -> int:
         """Tokens that this rank works on: its own, and phantoms."""
         return self._known(names).local
+
+    def phantoms(self, names: Names) -> bool:
+        """Whether any of these that this rank works on is one."""
+        return self._known(names).phantoms
 
     def _known(self, names: Names) -> Lengths:
         lengths = self.lengths(names)
@@ -196,7 +244,7 @@ class Streams:
 
     def without_phantoms(self, value: Tensor, names: Names, dim: int) -> Tensor:
         """Only the tokens that this rank owns."""
-        if not self._known(names).phantoms:
+        if not self.phantoms(names):
             return value
         rank = self.ranks.rank
         parts = value.split([max(1, self._streams[name].count(rank)) for name in names], dim)
@@ -205,7 +253,7 @@ class Streams:
 
     def with_phantoms(self, value: Tensor, names: Names, dim: int) -> Tensor:
         """The reverse: zeros where the phantoms are."""
-        if not self._known(names).phantoms:
+        if not self.phantoms(names):
             return value
         counts = [self._streams[name].count(self.ranks.rank) for name in names]
         zeros = value.new_zeros([*value.shape[:dim], 1, *value.shape[dim + 1 :]])
