@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -62,8 +61,15 @@ def test_a_visible_panel_sees_the_steps_and_a_hidden_one_nothing(server: ComfySe
     assert status == 200
     assert shown["groups"][-1]["state"] == "idle"
     start = server.mark()
-    result = server.run(sampling_graph(fresh(setting), Swapped()))
-    assert wait_until(lambda: steps_shown(server, start)[-1:] == [STEPS], timeout=60)
+    prompt_id = server.queue(sampling_graph(fresh(setting), Swapped()))
+    assert isinstance(prompt_id, str), prompt_id
+
+    def shown_to_the_end() -> bool:
+        assert watch(server, True)[0] == 200  # as a panel repeats it
+        return steps_shown(server, start)[-1:] == [STEPS] and states_shown(server, start) == ["idle", "idle"]
+
+    assert wait_until(shown_to_the_end, timeout=120, interval=2)
+    result = server.wait(prompt_id)
     assert watch(server, False) == (200, {})
     seen = steps_shown(server, start)
     assert seen == sorted(seen) and len(set(seen)) > 2, seen
@@ -73,13 +79,12 @@ def test_a_visible_panel_sees_the_steps_and_a_hidden_one_nothing(server: ComfySe
     group = events[-1].data["groups"][-1]
     assert group["devices"] == "cpu,cpu"
     assert group["plan"]["ulysses"] == 2
-    assert [rank["state"] for rank in group["ranks"]] == ["idle", "idle"]
     assert result.status == "success", result.message
 
-    time.sleep(0.3)  # what was on its way
     hidden = server.mark()
     assert server.run(sampling_graph(fresh(setting), Swapped())).status == "success"
-    assert server.events(STATUS, since=hidden) == []
+    kinds = [event.kind for event in server.events(since=hidden)]
+    assert STATUS not in kinds[kinds.index("execution_start") :]  # what was on its way came before
 
 
 def steps_shown(server: ComfyServer, since: int) -> list[int]:
@@ -90,6 +95,11 @@ def steps_shown(server: ComfyServer, since: int) -> list[int]:
         if group["sampling"] is not None and group["sampling"]["steps"] == STEPS
     ]
     return [sampling["step"] for sampling in samplings]
+
+
+def states_shown(server: ComfyServer, since: int) -> list[str]:
+    """Of the ranks, the last time."""
+    return [rank["state"] for rank in server.events(STATUS, since=since)[-1].data["groups"][-1]["ranks"]]
 
 
 def test_a_panel_that_is_not_connected_is_refused(server: ComfyServer) -> None:
