@@ -6,7 +6,7 @@
 PY := .venv/bin/python
 ARGS ?=
 
-.PHONY: help demo doctor bench test gpu crowded lint format venv clean
+.PHONY: help demo doctor bench test slow gpu crowded lint format venv clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' Makefile
@@ -20,8 +20,11 @@ doctor: venv ## Check this machine and say which plan it gets (ARGS="--json")
 bench: venv ## Measure attention, or ARGS="step" or ARGS="start"
 	@$(PY) -m parallel bench $(or $(ARGS),attention)
 
-test: venv ## Run the tests; the last lines say what was skipped and why
+test: venv ## Run the tests, in 10 minutes; the last lines say what was left out and why
 	@$(PY) -m pytest $(ARGS)
+
+slow: venv ## Run those that `test` leaves to CI, in half an hour (ARGS=tests/browser)
+	@$(PY) -m pytest -m "slow and not extended and not thousands" $(ARGS)
 
 crowded: venv ## Prepare environments with what popular packs install, and run the tests in them (ARGS="-k transformers_4")
 	@.ci/make-crowded

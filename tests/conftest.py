@@ -11,6 +11,13 @@ import pytest
 
 from tests.distributed import devices
 
+LEFT_OUT = {
+    "thousands": "make test ARGS='-m thousands'",
+    "extended": "make test ARGS='-m extended'",
+    "slow": "make slow",
+}
+"""Marker → what runs such tests, the longest-running ones first."""
+
 
 class RootIsNoPackage:
     """The repository root has an `__init__.py`, for ComfyUI. pytest would import it before the first test."""
@@ -37,9 +44,18 @@ def pytest_configure(config: pytest.Config) -> None:
 @pytest.hookimpl(wrapper=True, tryfirst=True)
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> Generator[None, None, None]:
     yield  # pytest's own sections come first, its line of counts follows
+    left_out = Counter(map(_left_out_by, terminalreporter.stats.get("deselected", [])))
+    for mark, run in LEFT_OUT.items():
+        if mark in left_out:
+            terminalreporter.write_line(f"not in this run: {left_out[mark]} {mark} ones ({run})")
     reasons = Counter(_reason(report) for report in terminalreporter.stats.get("skipped", []))
     for reason, count in sorted(reasons.items(), key=lambda item: (-item[1], item[0])):
         terminalreporter.write_line(f"skipped: {count} ({reason})")
+
+
+def _left_out_by(item: pytest.Item) -> str:
+    """The marker that has left a test out."""
+    return next((mark for mark in LEFT_OUT if item.get_closest_marker(mark)), "")
 
 
 def _reason(report: pytest.TestReport | pytest.CollectReport) -> str:

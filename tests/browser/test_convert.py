@@ -20,7 +20,7 @@ from tests.comfyui.latents import relative_difference
 from tests.comfyui.model_files import FLUX
 from tests.comfyui.server import Graph
 
-pytestmark = [pytest.mark.comfyui, pytest.mark.browser]
+pytestmark = [pytest.mark.comfyui, pytest.mark.browser, pytest.mark.slow]
 
 OWN = sorted((Path(__file__).parent / "subgraphs").glob("*.json"))
 TEMPLATES = (  # of ComfyUI's package, all with their loaders in subgraphs
@@ -197,13 +197,11 @@ def levels(workflow: dict[str, Any]) -> Iterator[dict[str, Any]]:
         yield from levels(subgraph)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("path", OWN, ids=lambda path: path.stem)
 def test_workflows_with_subgraphs(converter: Converter, path: Path, tmp_path: Path) -> None:
     check_both_ways(converter, json.loads(path.read_text()), tmp_path / f"{path.stem}.png")
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_comfyui_templates(converter: Converter, templates: Path, name: str, tmp_path: Path) -> None:
     path = templates / f"{name}.json"
@@ -212,7 +210,6 @@ def test_comfyui_templates(converter: Converter, templates: Path, name: str, tmp
     check_both_ways(converter, json.loads(path.read_text()), tmp_path / f"{name}.png")
 
 
-@pytest.mark.slow
 def test_undo_gives_the_saved_file_to_the_byte(converter: Converter) -> None:
     for path in OWN:
         converter.open(json.loads(path.read_text()))
@@ -223,7 +220,6 @@ def test_undo_gives_the_saved_file_to_the_byte(converter: Converter) -> None:
         assert converter.saved() == before
 
 
-@pytest.mark.slow
 def test_inside_a_subgraph_its_view_stays(converter: Converter) -> None:
     converter.open(json.loads(OWN[0].read_text()))
     opened = "window.app.canvas.graph === window.app.rootGraph ? '' : window.app.canvas.graph.id"
@@ -242,7 +238,6 @@ def test_inside_a_subgraph_its_view_stays(converter: Converter) -> None:
         assert ("SPLoadDiffusionModel" in shown) == (command in (ALL_GPUS, "Comfy.Redo")), command
 
 
-@pytest.mark.slow
 def test_a_converted_subgraph_runs(converter: Converter) -> None:
     """The same picture as ComfyUI's own loader gives, by two workers."""
     front_end = converter.front_end

@@ -16,7 +16,7 @@ from tests.distributed.process_facts import limit_memory
 if TYPE_CHECKING:
     from playwright.sync_api import Locator
 
-pytestmark = [pytest.mark.comfyui, pytest.mark.browser]
+pytestmark = [pytest.mark.comfyui, pytest.mark.browser, pytest.mark.slow]
 
 # Never finished: there is time to watch, to cancel and to kill.
 LONG = Setting(width=192, height=192, length=33, steps=400)
@@ -70,7 +70,6 @@ def gone(front_end: FrontEnd) -> bool:
     return not front_end.server.get("/queue")["queue_running"]
 
 
-@pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_a_user_watches_cancels_meets_a_crash_and_restarts(front_end: FrontEnd, tmp_path: Path) -> None:
     panel, server = Panel(front_end), front_end.server
@@ -127,7 +126,6 @@ def test_a_user_watches_cancels_meets_a_crash_and_restarts(front_end: FrontEnd, 
     assert front_end.own_errors() == []
 
 
-@pytest.mark.slow
 def test_out_of_memory_is_told_with_what_to_do(front_end: FrontEnd, tmp_path: Path) -> None:
     """The system refuses one worker the memory for a large video."""
     panel, server = Panel(front_end), front_end.server
@@ -179,7 +177,6 @@ def test_what_does_not_run_in_parallel_is_told_once(front_end: FrontEnd, tmp_pat
     assert front_end.own_errors() == []
 
 
-@pytest.mark.slow
 def test_a_changed_setting_takes_effect(front_end: FrontEnd, tmp_path: Path) -> None:
     """The default devices, set in the dialog, for a graph without SP Config; ComfyUI's cache must not keep the old."""
     setting = fresh(Setting())
@@ -205,7 +202,6 @@ def test_a_changed_setting_takes_effect(front_end: FrontEnd, tmp_path: Path) -> 
     assert front_end.own_errors() == []
 
 
-@pytest.mark.slow
 def test_eight_workers_fit_and_a_hidden_panel_asks_for_nothing(front_end: FrontEnd, tmp_path: Path) -> None:
     requests, page = front_end.requests, front_end.page
     page.clock.install()

@@ -31,7 +31,7 @@ from tests.comfyui.model_files import (
 from tests.comfyui.server import ComfyServer
 from tests.comfyui.test_bundled_templates import FAMILIES
 
-pytestmark = [pytest.mark.comfyui, pytest.mark.browser]
+pytestmark = [pytest.mark.comfyui, pytest.mark.browser, pytest.mark.slow]
 
 WORKFLOWS = sorted((REPOSITORY / "workflows").glob("*.json"))
 TEXT_TO_VIDEO = "hunyuan_video_t2v"
@@ -204,7 +204,6 @@ def test_every_template_is_run() -> None:
     assert {path.stem for path in WORKFLOWS} == TINY_FILES.keys() | SAMPLED_ELSEWHERE, "add its tiny files above"
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     "name",
     [
@@ -223,7 +222,6 @@ def test_a_template_runs(front_end: FrontEnd, name: str, tmp_path: Path) -> None
     assert front_end.own_errors() == []
 
 
-@pytest.mark.slow
 def test_the_comparison_shows_equal_pictures_and_both_times(front_end: FrontEnd, tmp_path: Path) -> None:
     tiny = open_tiny(front_end, COMPARISON)
     front_end.set_widget("UNETLoader", "unet_name", *tiny.checkpoints)

@@ -1,6 +1,6 @@
 """comfy-kitchen's schemes of FP8 Quantize (SP), against ComfyUI's own loading of files that are quantised so.
 
-    python scheme_networks.py COMFYUI REPOSITORY FOLDER KNOBS
+    python scheme_networks.py COMFYUI REPOSITORY FOLDER KNOBS NETWORK…
 
 As `quantised_networks.py`, whose networks' files are plain here. Prints {"network scheme": {"rounding", "sensitivity",
 "lora changes", "layers", "restored", "saved": bytes by which the workers' weights are less than said, title: {"plain",
@@ -20,9 +20,11 @@ from typing import Any
 from quantised_networks import load, off, prepare, quantised, run, sensitivity
 
 SCHEMES = ("int8_convrot", "mxfp8", "nvfp4")
+PATCHED = {"MiniMax H3": "blocks.0.attn.qkv_proj.weight", "Z-Image": "layers.0.attention.qkv.weight"}
+"""Network → the weight that a LoRA changes."""
 
 
-def main(comfyui: str, repository: str, folder: Path, knobs: dict[str, dict[str, Any]]) -> None:
+def main(comfyui: str, repository: str, folder: Path, knobs: dict[str, dict[str, Any]], titles: list[str]) -> None:
     models = prepare(comfyui, repository)
     import comfy.model_management
     import comfy.sd
@@ -39,7 +41,7 @@ def main(comfyui: str, repository: str, folder: Path, knobs: dict[str, dict[str,
         save_file(tensors, file)
         align(file)
 
-    patches = {"MiniMax H3": "blocks.0.attn.qkv_proj.weight", "Z-Image": "layers.0.attention.qkv.weight"}
+    patches = {title: PATCHED[title] for title in titles}
     plain = {title: folder / f"{title}.safetensors" for title in patches}
     changes: dict[str, Any] = {}
     native: dict[tuple[str, str], dict[str, Any]] = {}
@@ -89,4 +91,4 @@ def main(comfyui: str, repository: str, folder: Path, knobs: dict[str, dict[str,
 if __name__ == "__main__":
     torch = importlib.import_module("torch")
     with torch.inference_mode():
-        main(sys.argv[1], sys.argv[2], Path(sys.argv[3]), json.loads(sys.argv[4]))
+        main(sys.argv[1], sys.argv[2], Path(sys.argv[3]), json.loads(sys.argv[4]), sys.argv[5:])

@@ -52,6 +52,7 @@ def start_long_step(server: ComfyServer) -> str:
     return prompt_id
 
 
+@pytest.mark.slow
 def test_second_prompt_uses_the_same_workers(server: ComfyServer) -> None:
     first = busy_workers(server)
     assert len(first) == 2

@@ -24,7 +24,7 @@ from tests.templates.prompts import networks, small
 from tests.templates.running import latents
 from tests.templates.workflow import Definitions, as_prompt, read
 
-pytestmark = pytest.mark.comfyui
+pytestmark = [pytest.mark.comfyui, pytest.mark.slow]
 
 ALLOWED, ROUNDED = 1e-5, 0.02
 """Relative, of two workers; the second where files round activations."""
@@ -181,7 +181,6 @@ def test_every_node_of_this_pack_is_shown() -> None:
     }
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", FAMILIES)
 def test_it_samples_as_the_native_graph(templates: ComfyServer, name: str) -> None:
     """Bit by bit on one worker. TeaCache with the threshold 0, which never skips."""
@@ -203,7 +202,6 @@ def told(server: ComfyServer, start: int) -> str:
     return " ".join(event.data["bytes"].decode(errors="replace") for event in server.events("binary 3", since=start))
 
 
-@pytest.mark.slow
 def test_tea_cache_tells_what_it_skipped(templates: ComfyServer) -> None:
     graph = small_template(template("flux_tea_cache_t2i", templates.get("/object_info")), "flux_tea_cache_t2i")
     for node in graph.values():
@@ -217,7 +215,6 @@ def test_tea_cache_tells_what_it_skipped(templates: ComfyServer) -> None:
     assert re.search(r"TeaCache \(SP\): skipped the blocks in [1-9]\d* of 12", told(templates, start))
 
 
-@pytest.mark.slow
 def test_all_devices_encode_the_video(templates: ComfyServer) -> None:
     graph = small_template(template("wan_v2v", templates.get("/object_info")), "wan_v2v")
     for node in graph.values():

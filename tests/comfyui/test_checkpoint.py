@@ -34,6 +34,7 @@ CASES = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("swapped", [ONE, TWO], ids=["one", "two"])
 @pytest.mark.parametrize("name", CASES)
 def test_the_model_samples_as_load_checkpoints(
@@ -54,6 +55,7 @@ def test_what_lies_beside_the_network_decides_how_it_is_sampled(server: ComfySer
     assert relative_difference(sample(server, replace(setting, whole=False), TWO), as_noise) <= TOLERANCE
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "changes",
     [
@@ -118,6 +120,7 @@ def test_a_checkpoint_without_a_text_encoder_gives_none_as_load_checkpoint(serve
     assert messages[0] == messages[1] and "clip input is invalid: None" in messages[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("graph", ["sdxl", "ltx_2.3"])
 def test_from_text_to_pictures_and_sound(server: ComfyServer, graph: str) -> None:
     """All that a checkpoint gives in one graph: what is seen and heard at the end."""

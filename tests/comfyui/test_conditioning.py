@@ -165,6 +165,7 @@ def test_same_latent(server: ComfyServer, native: Native, devices: str, name: st
     assert relative_difference(sample(server, setting, Swapped(devices=devices)), expected) <= TOLERANCE
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "swapped"),
     [

@@ -80,6 +80,7 @@ def told(installation: Installation, tmp_path_factory: pytest.TempPathFactory) -
     return found
 
 
+@pytest.mark.slow
 def test_a_running_comfyui_is_checked_in_no_time(told: dict[str, Any]):
     assert told["found"] == {} and told["unlisted"] == []
     assert told["check"] < told["imports"] / 50

@@ -30,6 +30,7 @@ def told(server: ComfyServer, since: int) -> list[tuple[str, int, float, float]]
     return [(match[1], int(match[2]), float(match[3]), float(match[4])) for match in found if match]
 
 
+@pytest.mark.slow
 def test_fp8_is_close_and_told_takes_loras_and_leaves_no_trace(server: ComfyServer) -> None:
     def run(*nodes: ModelNode) -> torch.Tensor:
         return sample_anew(server, Setting(**{**vars(BASE), "model_nodes": nodes}), TWO)

@@ -28,7 +28,7 @@ from tests.comfyui.installation import REPOSITORY, Installation
 from tests.comfyui.latents import read_latent, relative_difference, sample
 from tests.comfyui.server import ComfyServer, Graph, PromptResult
 
-pytestmark = pytest.mark.comfyui
+pytestmark = [pytest.mark.comfyui, pytest.mark.slow]
 
 ONE, TWO = Swapped("cpu"), Swapped("cpu,cpu")
 TOLERANCE = 1e-5

@@ -152,6 +152,7 @@ SCALED = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "layout"), one_in(4, SCALED))
 def test_scaled_fp8_weights_are_rounded_as_the_native_ones(
     server: ComfyServer, reference: Reference, name: str, layout: str
@@ -168,6 +169,7 @@ def test_stacked_loras_on_scaled_fp8(server: ComfyServer, reference: Reference) 
     assert relative_difference(sample(server, setting, TWO), reference(setting)) <= TOLERANCE
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("base", "name"),
     [
@@ -234,6 +236,7 @@ def test_the_loader_for_model_and_text_encoder(server: ComfyServer, reference: R
     assert relative_difference(read_latent(server, server.run(builder.graph)), expected) <= TOLERANCE
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("base", [HUNYUAN_VIDEO_BASE, scaled("hunyuan", "metadata")], ids=["fp32", "scaled_fp8"])
 def test_fresh_workers_get_the_lora_too(server: ComfyServer, base: Setting) -> None:
     setting = fresh(with_loras(base, lora("hunyuan_native")))

@@ -12,7 +12,7 @@ import pytest
 from tests.comfyui.installation import Installation
 from tests.distributed.start_ranks import run_ranks
 
-pytestmark = pytest.mark.comfyui
+pytestmark = [pytest.mark.comfyui, pytest.mark.slow]
 
 ALLOWED = 1e-5
 """Relative, in fp32. Sums of other orders differ by about 1e-6."""
@@ -52,13 +52,11 @@ def plain(installation: Installation, tmp_path_factory: pytest.TempPathFactory) 
     return results_of(installation, tmp_path_factory.mktemp("plain"), "plain")
 
 
-@pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_skipped_blocks_are_replaced_by_what_they_have_added(plain: list[Results]) -> None:
     assert_right(plain, {"Ulysses"})
 
 
-@pytest.mark.slow
 def test_ranks_on_both_sides_of_the_threshold_decide_alike(plain: list[Results]) -> None:
     """Each rank alone would decide by its own tokens; they would then wait for each other forever."""
     names = [name for name in plain[0] if name.endswith("unequal change")]

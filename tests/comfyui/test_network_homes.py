@@ -14,7 +14,7 @@ from tests.comfyui.installation import REPOSITORY, Installation
 from tests.comfyui.quantised_networks import FORMATS
 from tests.distributed.start_ranks import run_ranks
 
-pytestmark = pytest.mark.comfyui
+pytestmark = [pytest.mark.comfyui, pytest.mark.slow]
 
 PLAIN = ("MiniMax H3; int8_convrot",)
 """Each block has int8 values, fp32 scales and fp32 norms; and this network makes a list of its blocks first."""
@@ -59,7 +59,6 @@ def assert_in_parts(told: Told) -> None:
         assert whole <= homes["offload"]["nbytes"] <= 1.01 * whole, name
 
 
-@pytest.mark.slow
 def test_every_home_gives_the_same_bits(installation: Installation, tmp_path: Path) -> None:
     for told in told_of(installation, tmp_path, PLAIN):
         assert_same_bits(told, PLAIN)

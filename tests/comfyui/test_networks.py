@@ -230,6 +230,7 @@ def test_first_block_cache_skips_and_tells(server: ComfyServer) -> None:
     assert relative_difference(latents[1], latents[0]) <= TOLERANCE
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in CASES if not name.endswith("control_net")])
 def test_sampler_sp_samples_in_the_workers(server: ComfyServer, reference: Reference, name: str) -> None:
     """Also where the latent has several parts."""
@@ -259,7 +260,12 @@ _PIXART = Setting(
 )
 
 
-@pytest.mark.parametrize("swapped", [TWO, DP, Swapped("cpu,cpu,cpu,cpu")], ids=["auto", "dp", "four"])
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "swapped",
+    [TWO, DP, pytest.param(Swapped("cpu,cpu,cpu,cpu"), marks=pytest.mark.extended)],
+    ids=["auto", "dp", "four"],
+)
 def test_a_class_without_a_plan_runs_its_prompts_and_samples_side_by_side(
     server: ComfyServer, reference: Reference, swapped: Swapped
 ) -> None:
@@ -280,6 +286,7 @@ def test_what_needs_a_plan_is_refused_by_name_without_one(server: ComfyServer, s
     refused(server, _PIXART, swapped, [knob, "PixArtMS has no split plan"])
 
 
+@pytest.mark.slow
 def test_a_batch_side_by_side(server: ComfyServer, reference: Reference) -> None:
     batch, start = replace(_KREA2, batch=2, cfg=1.0, steps=1), server.mark()  # the schedule is as long as the batch
     assert relative_difference(sample(server, batch, DP), reference(batch)) <= TOLERANCE
@@ -411,6 +418,7 @@ def test_compiled_blocks_agree_and_are_kept(server: ComfyServer, reference: Refe
 # Last, since one worker is another group, which takes seconds to start.
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["krea_2", "wan_vace"])
 def test_same_latent_on_one_worker(server: ComfyServer, reference: Reference, name: str) -> None:
     """To the bit where both have as many threads, which decides about the order of sums, and tensors lie alike in

@@ -48,6 +48,7 @@ def native(server: ComfyServer, natives: dict[str, Tensor]):
     return get
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", named(WORK))
 def test_it_works_on_two_workers(server: ComfyServer, native, case: Case) -> None:
     expected = native(case)
@@ -76,6 +77,7 @@ def test_the_help_page_lists_them() -> None:
         assert set(re.findall(r"`([^`]+)`", text)) == named
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("swapped", [RING, Swapped(weights="shard"), Swapped(weights="offload")], ids=str)
 def test_skipped_blocks_under_other_splits(server: ComfyServer, native, swapped: Swapped) -> None:
     case = next(case for case in WORK if case.node == "SkipLayerGuidanceDiT" and case.setting is WAN)
@@ -90,6 +92,7 @@ def test_a_cache_and_skipped_blocks_are_refused_together(server: ComfyServer) ->
     assert "SkipLayerGuidanceDiTSimple together with a cache" in result.message, result.message
 
 
+@pytest.mark.slow
 def test_attention_without_a_log_sum_exp_is_refused_in_a_ring(server: ComfyServer) -> None:
     (case,) = (case for case in CASES if case.node == "SPTestAttentionBackend")
     result = server.run(graph(case, RING))
@@ -110,6 +113,7 @@ def test_one_prompt_as_both_of_seedvr2_is_refused(server: ComfyServer) -> None:
 # Last, since one worker is another group, which takes seconds to start.
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", named([case for case in WORK if "Skip" in case.node or "Attention" in case.node]))
 def test_it_works_on_one_worker(server: ComfyServer, native, case: Case) -> None:
     """As close as without the node: rounding of products depends on where in memory the file is mapped."""

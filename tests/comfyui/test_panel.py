@@ -54,6 +54,7 @@ def watch(server: ComfyServer, visible: bool) -> tuple[int, Any]:
     return server.post("/sequence_parallel/watch", {"client": server.client_id, "visible": visible})
 
 
+@pytest.mark.slow
 def test_a_visible_panel_sees_the_steps_and_a_hidden_one_nothing(server: ComfyServer) -> None:
     setting = Setting(width=128, height=96, length=17, steps=STEPS)
     assert server.run(sampling_graph(fresh(setting, steps=2), Swapped())).status == "success"
@@ -187,6 +188,7 @@ def test_the_report_has_versions_settings_and_workers(server: ComfyServer) -> No
     assert str(server.base) not in text.partition("Last errors:")[0], "the report tells where the files are"
 
 
+@pytest.mark.slow
 def test_the_workers_log_lies_where_only_the_report_shows_it(server: ComfyServer) -> None:
     assert server.run(sampling_graph(fresh(Setting()), Swapped())).status == "success"
     log = server.base / "user" / "__sequence_parallel" / "workers-cpu-cpu.log"

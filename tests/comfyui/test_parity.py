@@ -196,6 +196,7 @@ def test_same_latent_from_other_checkpoints(server: ComfyServer, reference: Refe
     assert relative_difference(sample(server, setting, Swapped()), reference(setting)) <= TOLERANCE
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("checkpoint", one_in(3, [(kind,) for kind in (*HUNYUAN_VIDEO_KINDS, *FLUX_KINDS)]))
 def test_same_latent_from_other_dtypes(server: ComfyServer, reference: Reference, checkpoint: str) -> None:
     setting = Setting(checkpoint=checkpoint, picture=checkpoint in FLUX_KINDS)
@@ -205,6 +206,7 @@ def test_same_latent_from_other_dtypes(server: ComfyServer, reference: Reference
     assert relative_difference(sample(server, setting, Swapped()), expected) <= TOLERANCE
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "swapped"),
     [
@@ -255,6 +257,7 @@ def test_same_latent_of_every_case_under_every_split(
     assert difference <= TOLERANCE
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("weights", ["shard", "offload"])
 def test_same_latent_wherever_the_weights_are(server: ComfyServer, reference: Reference, weights: str) -> None:
     case = CASES["cfg_unequal_prompts"]
@@ -264,6 +267,7 @@ def test_same_latent_wherever_the_weights_are(server: ComfyServer, reference: Re
     assert f"weights {weights} (as asked)" in server.log()[mark:]
 
 
+@pytest.mark.slow
 def test_same_wan_latent_from_two_models_in_turn(server: ComfyServer) -> None:
     """As Wan 2.2 A14B: one model for the noisy steps, another one for the rest. Both stay for the next prompt."""
     case = CASES["wan_i2v_cfg"]
@@ -286,6 +290,7 @@ def test_wan_cases_show_the_first_frame(reference: Reference) -> None:
     assert relative_difference(reference(CASES["wan_22_5b"])[:, :, :1], given) < TOLERANCE
 
 
+@pytest.mark.slow
 def test_the_workers_do_the_work(server: ComfyServer, reference: Reference) -> None:
     """Both workers compute; ComfyUI's own process hardly does."""
     sample(server, fresh(Setting()), Swapped())  # start-up is not to be counted

@@ -9,12 +9,11 @@ import pytest
 
 from tests.comfyui.installation import REPOSITORY, Installation
 
-pytestmark = pytest.mark.comfyui
+pytestmark = [pytest.mark.comfyui, pytest.mark.slow]
 
 SCRIPT = Path(__file__).with_name("patched_weights.py")
 
 
-@pytest.mark.slow
 def test_scaled_weights_and_their_scales_are_the_native_ones(installation: Installation, tmp_path: Path) -> None:
     """For nine models, both kinds of fp8, and for one of them every layout."""
     drop = {"PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV"}

@@ -12,7 +12,7 @@ import pytest
 from tests.comfyui.installation import REPOSITORY, Installation
 from tests.comfyui.server import AT_START
 
-pytestmark = pytest.mark.comfyui
+pytestmark = [pytest.mark.comfyui, pytest.mark.slow]
 
 SCRIPT = Path(__file__).with_name("quantised_networks.py")
 SCHEMES_SCRIPT = Path(__file__).with_name("scheme_networks.py")
@@ -45,23 +45,27 @@ def run_script(installation: Installation, script: Path, folder: Path, *argument
     return told
 
 
-@pytest.fixture(scope="module")
-def results(installation: Installation, tmp_path_factory: pytest.TempPathFactory) -> Told:
-    """Of all formats as ComfyUI computes with them on a CPU, and of nvfp4 as on a GPU that computes in it."""
+ALL_FORMATS = pytest.param((), marks=pytest.mark.extended, id="all formats")
+
+
+@pytest.fixture(scope="module", params=[pytest.param(("int8_convrot",), id="int8"), ALL_FORMATS])
+def results(
+    request: pytest.FixtureRequest, installation: Installation, tmp_path_factory: pytest.TempPathFactory
+) -> Told:
+    """Of formats as ComfyUI computes with them on a CPU, and of nvfp4 as on a GPU that computes in it."""
 
     def run(folder: Path, *arguments: str, **more: str) -> Told:
         return run_script(installation, SCRIPT, folder, *arguments, **more)
 
-    found = run(tmp_path_factory.mktemp("quantised"), json.dumps(KNOBS))
+    found = run(tmp_path_factory.mktemp("quantised"), json.dumps(KNOBS), *request.param)
     few = {title: KNOBS[title] for title in ("one", "two", "ring")}
     nvfp4 = run(
         tmp_path_factory.mktemp("nvfp4"), json.dumps(few), "nvfp4", SEQUENCE_PARALLEL_TEST_COMPUTES_IN_NVFP4="1"
     )
-    assert (len(found), len(nvfp4)) == (20, 3)
+    assert (len(found), len(nvfp4)) == (3 if request.param else 20, 3)
     return found | {f"{name}, computed": told for name, told in nvfp4.items()}
 
 
-@pytest.mark.slow
 @pytest.mark.timeout(2400)
 @pytest.mark.parametrize("state", ("plain", "lora", "removed"))
 def test_one_worker_has_comfyuis_bits(results: Told, state: str) -> None:
@@ -72,7 +76,6 @@ def test_one_worker_has_comfyuis_bits(results: Told, state: str) -> None:
         assert told["one"][state] == 0, f"{name}: {told['one']}"
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("state", ("plain", "lora", "removed"))
 def test_several_workers_are_as_near_as_the_format_allows(results: Told, state: str) -> None:
     """Formats that round activations take a large step where a value lies next to the border of two: there an input
@@ -87,7 +90,6 @@ def test_several_workers_are_as_near_as_the_format_allows(results: Told, state: 
                 assert told[title][state] <= allowed, f"{name}, {title}: {told[title]}, allowed {allowed}"
 
 
-@pytest.mark.slow
 def test_a_scale_over_all_tokens_is_the_same_on_all_workers(results: Told) -> None:
     """nvfp4 without an input_scale takes it from the largest value of all tokens. By that of a worker's own tokens
     every value would be rounded otherwise; so, only some that lie next to a border are."""
@@ -102,7 +104,6 @@ def test_a_scale_over_all_tokens_is_the_same_on_all_workers(results: Told) -> No
     assert sum(difference <= ALLOWED for difference in differences) >= 6, differences
 
 
-@pytest.mark.slow
 def test_files_that_are_quantised_are_not_quantised_again(results: Told) -> None:
     for name, told in results.items():
         if name in ("krea2 bfloat16", "krea2 as fp8_e4m3fn"):
@@ -111,19 +112,25 @@ def test_files_that_are_quantised_are_not_quantised_again(results: Told) -> None
             assert re.search(r"FP8 Quantize .* quantised already \((int8|float8|nvfp4|mxfp8)", str(told["fp8"])), name
 
 
-@pytest.fixture(scope="module")
-def schemes(installation: Installation, tmp_path_factory: pytest.TempPathFactory) -> Told:
+ALL_NETWORKS = pytest.param(("MiniMax H3", "Z-Image"), marks=pytest.mark.extended, id="all networks")
+
+
+@pytest.fixture(scope="module", params=[pytest.param(("Z-Image",), id="z_image"), ALL_NETWORKS])
+def schemes(
+    request: pytest.FixtureRequest, installation: Installation, tmp_path_factory: pytest.TempPathFactory
+) -> Told:
     """Of comfy-kitchen's schemes in FP8 Quantize (SP)."""
     knobs = {title: KNOBS[title] for title in ("one", "two", "shard", "offload")}
-    return run_script(installation, SCHEMES_SCRIPT, tmp_path_factory.mktemp("schemes"), json.dumps(knobs))
+    folder = tmp_path_factory.mktemp("schemes")
+    found = run_script(installation, SCHEMES_SCRIPT, folder, json.dumps(knobs), *request.param)
+    assert len(found) == 3 * len(request.param)
+    return found
 
 
-@pytest.mark.slow
 @pytest.mark.timeout(1200)
 def test_a_scheme_gives_comfyuis_bits_for_a_file_that_is_quantised_so(schemes: Told) -> None:
     """Also of weights that a LoRA has changed; and the memory is as said. In nvfp4's files single numbers move what
     follows to other places in memory, on which the bits of products depend."""
-    assert len(schemes) == 6
     for name, told in schemes.items():
         assert told["rounding"] > 1e-3 and told["lora changes"] > 1e-3, f"{name}: {told}"
         assert max(told["one"].values()) <= (ALLOWED if "nvfp4" in name else 0), f"{name}: {told}"
@@ -131,7 +138,6 @@ def test_a_scheme_gives_comfyuis_bits_for_a_file_that_is_quantised_so(schemes: T
         assert told["saved"] == 0, f"{name}: {told}"
 
 
-@pytest.mark.slow
 def test_a_scheme_is_as_near_on_several_workers_as_it_allows(schemes: Told) -> None:
     for name, told in schemes.items():
         for title in ("two", "shard", "offload"):

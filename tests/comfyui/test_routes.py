@@ -80,6 +80,7 @@ FORMS = [
 """What a browser sends to another site without asking first; with plain http outside loopback it says no more."""
 
 
+@pytest.mark.slow
 def test_a_form_of_another_site_changes_nothing(working: ComfyServer) -> None:
     body = json.dumps({"client": working.client_id, "visible": True})
     elsewhere = {"Host": f"gpu.local:{working.port}", "Origin": "http://elsewhere.example"}

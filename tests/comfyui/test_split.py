@@ -12,7 +12,7 @@ import pytest
 from tests.comfyui.installation import Installation
 from tests.distributed.start_ranks import run_ranks
 
-pytestmark = pytest.mark.comfyui
+pytestmark = [pytest.mark.comfyui, pytest.mark.slow]
 
 ALLOWED = 1e-5
 """Relative, in fp32. Sums of other orders differ by about 1e-6."""
@@ -53,7 +53,6 @@ def plain(installation: Installation, tmp_path_factory: pytest.TempPathFactory) 
     return results_of(installation, tmp_path_factory.mktemp("plain"), "plain")
 
 
-@pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_one_network_of_each_class(plain: list[Results]) -> None:
     assert_alike(plain, {"one rank", "2 × 2", "removed"})
@@ -62,7 +61,6 @@ def test_one_network_of_each_class(plain: list[Results]) -> None:
     }  # fmt: skip
 
 
-@pytest.mark.slow
 def test_blocks_that_a_node_skips(plain: list[Results]) -> None:
     """`assert_alike` has looked at the differences: here, that they were there. The others do not ask, but for
     Kandinsky 5, whose own way to run a block in a node's place fails."""
@@ -70,7 +68,6 @@ def test_blocks_that_a_node_skips(plain: list[Results]) -> None:
     assert len(asked) >= 18, asked
 
 
-@pytest.mark.slow
 def test_these_cases_show_a_lost_exchange(plain: list[Results]) -> None:
     for name in plain[0]:
         if "without exchange" not in plain[0][name]:
@@ -79,7 +76,6 @@ def test_these_cases_show_a_lost_exchange(plain: list[Results]) -> None:
         assert max(found[name]["without exchange"] for found in plain[:2]) > least, name
 
 
-@pytest.mark.slow
 def test_a_renamed_argument_is_named(plain: list[Results]) -> None:
     """As a newer ComfyUI might rename it. Each one that is cut, of each class."""
     assert assert_renamed_are_named(plain[3]) > 80

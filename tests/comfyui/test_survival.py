@@ -36,7 +36,7 @@ LONG = Setting(checkpoint=DEEP, width=128, height=128, length=17, steps=6)
 
 
 @pytest.mark.parametrize("chain", ["ksampler", "sp_sampler"])
-@pytest.mark.parametrize("nodes", [(), (LORA,)], ids=["plain", "lora"])
+@pytest.mark.parametrize("nodes", [(), pytest.param((LORA,), marks=pytest.mark.extended)], ids=["plain", "lora"])
 def test_a_lost_worker_costs_a_step_and_no_bit(
     server: ComfyServer, faults: Faults, chain: str, nodes: tuple[object, ...]
 ) -> None:

@@ -19,7 +19,7 @@ from tests.comfyui.model_files import COGVIDEOX_I2V
 from tests.comfyui.processes import Process, is_loopback, listening_addresses, total_resident_bytes, wait_until
 from tests.comfyui.server import ComfyServer, PromptResult
 
-pytestmark = pytest.mark.comfyui
+pytestmark = [pytest.mark.comfyui, pytest.mark.slow]
 
 DECODE, ENCODE = "VAEDecodeTiled", "VAEEncodeTiled"
 SMALL = {"tile_size": 64, "overlap": 16, "temporal_size": 8, "temporal_overlap": 4}
@@ -87,14 +87,12 @@ def compared(installation: Installation) -> dict[str, list[dict]]:
     return results | {"noisy": [found[-2]], "changed": [found[-1]]}
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["wan_2_1", "flux", "ltx_2"])
 @pytest.mark.timeout(900)  # for what all of them share
 def test_the_result_is_the_native_one_bit_for_bit(compared: dict[str, list[dict]], kind: str) -> None:
     check([case for case in TABLE if case["kind"] == kind], compared[kind])
 
 
-@pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_a_vae_that_workers_would_build_otherwise_is_run_natively(compared: dict[str, list[dict]]) -> None:
     """Both times, the second one without asking the workers."""
@@ -104,7 +102,6 @@ def test_a_vae_that_workers_would_build_otherwise_is_run_natively(compared: dict
     assert len(re.findall(complaint, found["told"])) == 2, found["told"]
 
 
-@pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_a_vae_that_adds_noise_is_run_natively(compared: dict[str, list[dict]]) -> None:
     found = compared["noisy"][0]["results"][TWO]
@@ -281,7 +278,6 @@ def test_a_killed_worker_is_named_and_the_next_prompt_works(server: ComfyServer)
     assert torch.equal(decode(server, "SPVAEDecode", TWO, seed=4), decode(server, DECODE, seed=4))
 
 
-@pytest.mark.slow
 def test_the_tiles_of_a_killed_worker_are_decoded_again(server: ComfyServer) -> None:
     frames, seed = 13, next(_seeds)
     expected = read_latent(server, server.run(decode_graph("SPVAEDecode", TWO, seed=seed, frames=frames)))

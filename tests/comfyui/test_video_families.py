@@ -22,7 +22,7 @@ from tests.comfyui.model_files import (
 )
 from tests.comfyui.server import ComfyServer
 
-pytestmark = pytest.mark.comfyui
+pytestmark = [pytest.mark.comfyui, pytest.mark.slow]
 
 TOLERANCE = 1e-4
 VISIBLE = 1e-2

@@ -115,6 +115,7 @@ SHOWN = [("hunyuan_video", PLANS[1]), ("wan", PLANS[2]), ("hunyuan_video_batch_2
 # --- threshold 0 --------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "devices", "degrees"),
     [
@@ -197,6 +198,7 @@ SKIPPED = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "kind", "devices", "degrees"), one_in(4, SKIPPED))
 def test_skipped_steps_match_one_process_that_decides_alike(
     start_group: StartGroup, tiny_models: TinyModels, name: str, kind: str, devices: str, degrees: dict[str, int]

@@ -59,6 +59,7 @@ def steps(model: RemoteModel) -> list[list[dict[str, Any]]]:
     return sorted(made, key=lambda ranks: max(rank["seconds"] for rank in ranks))
 
 
+@pytest.mark.slow
 @pytest.mark.cpu_ranks("ranks that share a GPU slow each other down")
 def test_a_slow_rank_makes_the_other_one_wait(model: RemoteModel):
     before = min(ranks[0]["exposed_s"] for ranks in steps(model))

@@ -31,6 +31,8 @@ from tests.distributed.faulty_boot import AND_BROKEN, AND_HANGS, BROKEN, HELD_BY
 from tests.distributed.process_facts import all_ended, memory, wait_until
 from tests.distributed.tiny_models import Inputs, TinyModels, recipe_of, step
 
+pytestmark = pytest.mark.slow
+
 ONE, TWO, THREE = "cpu", "cpu,cpu", "cpu,cpu,cpu"
 Layout = tuple[str, str]
 """Devices, and a setting as in `SequenceParallelConfig`."""

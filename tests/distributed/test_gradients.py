@@ -28,6 +28,7 @@ def answers(
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_gradients_averaged_over_ranks_are_those_of_one(answers: list[dict[str, Any]], case: Case):
     if case.ring > 1 and chosen() != "cpu":

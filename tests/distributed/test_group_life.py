@@ -418,6 +418,7 @@ def test_a_rank_out_of_memory_releases_its_peers(model: RemoteModel, group: Work
     assert wait_until(lambda: all_ended(pids), RELEASE_S), "a worker is left"
 
 
+@pytest.mark.slow
 def test_a_stuck_rank_is_named(model: RemoteModel, group: WorkerGroup, monkeypatch: pytest.MonkeyPatch):
     pids = list(group.pids)
     monkeypatch.setattr(pace, "SHORTEST_S", 1.0)
@@ -432,6 +433,7 @@ def test_a_stuck_rank_is_named(model: RemoteModel, group: WorkerGroup, monkeypat
     assert wait_until(lambda: all_ended(pids), RELEASE_S)
 
 
+@pytest.mark.slow
 @pytest.mark.cpu_ranks("a limit of the address space")
 def test_a_rank_that_fails_after_cancel_does_not_hang_the_next_prompt(model: RemoteModel, group: WorkerGroup):
     pids = list(group.pids)
@@ -533,6 +535,7 @@ def test_an_error_names_the_log_that_has_all_of_it(
     assert any(re.match(r"host\] worker rank \d .* ended with exit code 2", line) for line in lines)
 
 
+@pytest.mark.slow
 def test_the_log_has_the_traceback_of_every_rank(group: WorkerGroup, logs: Path):
     path = logs / LOG_NAME
     before = len(path.read_text())

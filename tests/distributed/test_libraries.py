@@ -15,6 +15,7 @@ from parallel.wire import messages
 from tests.distributed.tiny_models import TinyModels, recipe_of
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ahead", [True, False], ids=["imported_while_meeting", "imported_by_the_load"])
 def test_a_worker_with_a_model_has_transformers_and_peft_as_they_are(
     tiny_models: TinyModels, monkeypatch: pytest.MonkeyPatch, ahead: bool

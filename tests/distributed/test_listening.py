@@ -67,6 +67,7 @@ def _children() -> set[int]:
     return {int(pid) for line in lists for pid in line.split()}
 
 
+@pytest.mark.slow
 def test_nothing_listens_beyond_loopback_in_any_phase(tiny_models: TinyModels, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also where the environment would have the ranks meet on the network."""
     network = sorted(path.name for path in Path("/sys/class/net").iterdir() if path.name != "lo")

@@ -15,7 +15,8 @@ from tests.distributed.start_ranks import ROOT, run_ranks
 ALLOWED = 1e-5
 
 
-@pytest.mark.parametrize("world", [2, 3, 4])
+@pytest.mark.slow
+@pytest.mark.parametrize("world", [2, 3, pytest.param(4, marks=pytest.mark.extended)])
 def test_results_and_gradients_are_those_of_one_process(world: int, tmp_path: Path):
     results = [
         json.loads(text) for text in run_ranks("tests.distributed.parallelized_ranks", world, tmp_path, timeout=280)
