@@ -45,6 +45,8 @@ _GRACE_S = 1.0
 _GRACE_OUT_OF_MEMORY_S = 2.0
 """The same for one that is out of memory: before PyTorch says so, it waits for the device and gives back what it
 does not use."""
+_GRACE_REFUSAL_S = 5.0
+"""The same for one that has refused: its peers will come to the same, and the group stays, however busy the machine."""
 _PROBE_S = 5.0
 """How long ranks may take to free memory and try their devices, after all of them were out of memory."""
 
@@ -302,12 +304,8 @@ class Calls:
 
     def _raise_failed(self, call: Call) -> NoReturn:
         """Turns failed replies into an exception, and ends the group where it cannot be kept; see `call`."""
-        out_of_memory = any(reply.error and reply.error.out_of_memory for reply in list(call.replies.values()))
         with self._changed:
-            self._changed.wait_for(
-                lambda: call.answered or self._fate.failing,
-                timeout=_GRACE_OUT_OF_MEMORY_S if out_of_memory else _GRACE_S,
-            )
+            self._changed.wait_for(lambda: call.answered or self._fate.failing, timeout=_grace(call))
         if any(worker.gone for worker in self.workers):  # the cause, which its peers' broken connections only follow
             self._fate.check_pending()
         failed = [(rank, reply, reply.error) for rank, reply in list(call.replies.items()) if reply.error]
@@ -371,6 +369,14 @@ class Calls:
     def _operation_of(self, rank: int) -> str | None:
         """What this rank has still to answer."""
         return next((call.operation for call in self._open() if rank in call.ranks), None)
+
+
+def _grace(call: Call) -> float:
+    """Seconds that the ranks which have not reported yet get, after one that has failed."""
+    errors = [reply.error for reply in list(call.replies.values()) if reply.error]
+    if any(error.out_of_memory for error in errors):
+        return _GRACE_OUT_OF_MEMORY_S
+    return _GRACE_REFUSAL_S if all(error.expected and error.resumable for error in errors) else _GRACE_S
 
 
 @contextlib.contextmanager

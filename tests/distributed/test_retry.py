@@ -22,6 +22,8 @@ from tests.distributed.test_sampling import SETTINGS, Sampling, Setting
 from tests.distributed.tiny_models import Inputs, TinyModels, recipe_of, step
 
 TWO = "cpu,cpu"
+pytestmark = pytest.mark.slow
+
 SMALL = Inputs(valid=(5,))
 
 

@@ -29,6 +29,7 @@ def of(results: dict[str, list[Result]], case: Case) -> list[Result]:
     return ranks
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", [c for c in CASES if not c.fault], ids=lambda case: case.name.replace(" ", "-"))
 def test_a_right_attention_passes_once_and_far_from_the_limit(results: dict[str, list[Result]], case: Case):
     axes = sum(degree > 1 for degree in (case.ring, len(case.weights) // case.ring))

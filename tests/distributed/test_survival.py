@@ -32,6 +32,8 @@ from tests.distributed.process_facts import all_ended, wait_until
 from tests.distributed.test_sampling import SETTINGS, Sampling
 from tests.distributed.tiny_models import Inputs, TinyModels, recipe_of, step
 
+pytestmark = pytest.mark.slow
+
 SMALL = Inputs(valid=(5,))
 PATCHED = "proj_out.weight"
 LONG_S = 60.0
