@@ -53,7 +53,9 @@ def test_steps_are_skipped_and_told(server: ComfyServer, name: str, cache: str) 
     assert cached.isfinite().all()
     ((hits, passes),) = told(server, start)
     assert 0 < hits < passes and passes % setting.steps == 0
-    assert hits == passes * (setting.steps - 1) // setting.steps, "only the first step had nothing to skip with"
+    most = passes * (setting.steps - 1) // setting.steps  # the first step has nothing to skip with
+    # TeaCache's polynomial makes any number of a change as large as a random network's, which depends on the seed.
+    assert hits == most if cache == "first_block" else hits <= most
     assert f"{NAMES[cache]}: skipped the blocks in {hits} of {passes}" in server.log()[logged:]
 
 

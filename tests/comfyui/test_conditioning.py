@@ -152,6 +152,7 @@ def native(server: ComfyServer, known: dict[str, tuple[Setting, torch.Tensor]]) 
     return get
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_the_nodes_make_a_difference(server: ComfyServer, native: Native, name: str) -> None:
     setting, expected = native(name)

@@ -81,6 +81,7 @@ def test_every_format_gives_the_native_latent(server: ComfyServer, reference: Re
     assert relative_difference(sample(server, setting, TWO), expected) <= TOLERANCE
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("strength", [0.5, -0.7])
 @pytest.mark.parametrize("name", ["hunyuan_native", "flux_diffusers"])
 def test_any_strength_gives_the_native_latent(
@@ -92,6 +93,7 @@ def test_any_strength_gives_the_native_latent(
     assert relative_difference(sample(server, setting, TWO), expected) <= TOLERANCE
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "loras",
     [
@@ -127,6 +129,7 @@ def test_a_diffusers_folder_gives_the_latent_of_the_single_file(
     assert relative_difference(actual, reference(setting)) <= TOLERANCE
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("weight_dtype", ["fp8_e4m3fn", pytest.param("fp8_e5m2", marks=pytest.mark.extended)])
 @pytest.mark.parametrize("name", ["hunyuan_native", "flux_diffusers"])
 def test_fp8_weights_are_rounded_as_the_native_ones(

@@ -172,6 +172,7 @@ def test_the_log_level_decides_what_is_logged(server: ComfyServer) -> None:
         assert ("plan on cpu,cpu" in server.log()[start:]) == (level == "comfyui")
 
 
+@pytest.mark.slow
 def test_idle_workers_leave_when_the_setting_says_so(server: ComfyServer) -> None:
     assert server.run(sampling_graph(fresh(Setting()), Swapped())).status == "success"
     assert server.workers()

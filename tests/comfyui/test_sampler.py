@@ -70,6 +70,7 @@ def test_the_latent_is_ksamplers(installation: Installation, tmp_path: Path, sam
             assert "in the workers" in result["told"] and result["messages"] <= 2, f"{case}: {result}"
 
 
+@pytest.mark.slow
 def test_progress_and_previews_arrive_at_every_step(server: ComfyServer) -> None:
     sample(server, fresh(VISIBLE), TWO)
     setting = fresh(VISIBLE, steps=4)

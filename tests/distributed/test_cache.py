@@ -248,6 +248,7 @@ def half_changed(model: Model, amount: float) -> tuple[StepRequest, StepRequest]
     return request, replace(request, x=moved)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("devices", "degrees"),
     [

@@ -37,6 +37,7 @@ HALF = [
 """A class, the dtype of its file, and that in which the workers are to keep it."""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("network", "stored", "kept"), HALF)
 def test_weights_of_16_bits(
     start_group: StartGroup, tiny_models: TinyModels, network: str, stored: torch.dtype, kept: torch.dtype

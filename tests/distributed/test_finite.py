@@ -43,7 +43,7 @@ def broken(model: RemoteModel, name: str, value: float = float("nan")) -> None:
     model.weights.replace(object(), [name], replaced)
 
 
-@pytest.mark.parametrize("devices", ["cpu,cpu", "cpu,cpu,cpu"])
+@pytest.mark.parametrize("devices", ["cpu,cpu", pytest.param("cpu,cpu,cpu", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", list(WEIGHTS))
 def test_a_step_names_the_block(
     start_group: StartGroup, tiny_models: TinyModels, told: list[status.Event], devices: str, name: str

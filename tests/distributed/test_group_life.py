@@ -312,6 +312,7 @@ def test_results_stay_as_they_are_while_the_caller_keeps_them(model: RemoteModel
 # --- cancelled ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_cancel_returns_at_once_and_leaves_the_workers_usable(
     model: RemoteModel, group: WorkerGroup, models: dict[str, Any]
 ):

@@ -238,6 +238,7 @@ def test_one_worker_gives_what_diffusers_gives(predict: Predictions, tiny_models
         assert relative_difference(predict(name, "cpu"), expected) <= kind().process
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "devices"), thinned(list(MODELS), MANY, 4))
 def test_many_workers_give_what_one_gives(predict: Predictions, name: str, devices: str):
     assert relative_difference(predict(name, devices), predict(name, "cpu")) <= kind().split

@@ -50,6 +50,7 @@ dist.destroy_process_group()
 """
 
 
+@pytest.mark.slow
 def test_under_torchrun(tmp_path: Path):
     script = tmp_path / "script.py"
     script.write_text(SCRIPT)

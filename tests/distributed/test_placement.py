@@ -159,6 +159,7 @@ def test_steps_that_skip_blocks(
         assert torch.equal(actual, expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("weights", MODES)
 def test_cancel_leaves_the_weights_in_place(start_group: StartGroup, tiny_models: TinyModels, weights: str):
     """At any time: while loading, and inside a step."""
@@ -185,6 +186,7 @@ def test_cancel_leaves_the_weights_in_place(start_group: StartGroup, tiny_models
             assert torch.equal(step(remote, PADDED), expected)
 
 
+@pytest.mark.slow
 def test_blocks_are_gathered_one_by_one_or_one_ahead(tiny_models: TinyModels, tmp_path: Path):
     """Four blocks on two ranks that share a sequence; also after steps that were broken off."""
     for text in run_ranks("tests.distributed.sharded_ranks", 2, tmp_path, [str(tiny_models.path())]):
@@ -220,6 +222,7 @@ def idle(start_group: StartGroup, tiny_models: TinyModels) -> WorkerGroup:
     return group
 
 
+@pytest.mark.slow
 @pytest.mark.cpu_ranks("resident memory")
 def test_a_sharded_worker_never_holds_more_than_its_part(idle: WorkerGroup, large: Path):
     """Beside the weights, steps leave a few buffers, which stay after the weights have gone."""

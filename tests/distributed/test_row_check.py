@@ -10,6 +10,8 @@ import pytest
 from tests.distributed.row_check_ranks import CASES, WORLDS, Case, Result
 from tests.distributed.start_ranks import run_ranks
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Result]]:
@@ -29,7 +31,6 @@ def of(results: dict[str, list[Result]], case: Case) -> list[Result]:
     return ranks
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("case", [c for c in CASES if not c.fault], ids=lambda case: case.name.replace(" ", "-"))
 def test_a_right_attention_passes_once_and_far_from_the_limit(results: dict[str, list[Result]], case: Case):
     axes = sum(degree > 1 for degree in (case.ring, len(case.weights) // case.ring))

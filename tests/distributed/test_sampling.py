@@ -239,6 +239,7 @@ def test_the_same_result_after_one_message(
         assert relative_difference(denoised, right_shown[step]) <= TOLERANCE
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("interval_s", "most"), [(0.0, 40), (1000.0, 2), (None, 0)])
 def test_latents_travel_only_for_previews_that_are_due(
     start_group: StartGroup, tiny_models: TinyModels, interval_s: float | None, most: int
@@ -271,6 +272,7 @@ def test_latents_travel_only_for_previews_that_are_due(
     assert len(done) > 5, "progress waited for previews"
 
 
+@pytest.mark.slow
 def test_two_previews_are_as_far_apart_as_asked(start_group: StartGroup, tiny_models: TinyModels):
     setting = replace(SETTINGS["euler"], steps=60)
     looked: list[float] = []
@@ -325,6 +327,7 @@ class Cancelled(Exception):
     """Stands for ComfyUI's InterruptProcessingException."""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("devices", "degrees"), [("cpu,cpu", {}), ("cpu,cpu", {"cfg_degree": 2}), (FOUR, {"cfg_degree": 2})]
 )
@@ -400,6 +403,7 @@ def test_a_killed_worker_ends_the_sampling_by_name(start_group: StartGroup, tiny
 # --- memory -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_noise_of_a_sampling_takes_no_memory_after_it(start_group: StartGroup, tiny_models: TinyModels):
     setting = replace(SETTINGS["guided"], steps=40)
     with loaded(start_group("cpu,cpu"), setting.model.path(tiny_models)) as remote:

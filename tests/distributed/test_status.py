@@ -79,6 +79,7 @@ def test_a_step_fills_in_what_is_shown(model: RemoteModel) -> None:
     assert shown()["models"] == []
 
 
+@pytest.mark.slow
 def test_the_phases_of_start_and_load_are_shown_and_are_no_more_than_the_whole(tiny_models: TinyModels) -> None:
     running.stop_all()
     remote = RemoteModel(recipe_of(tiny_models.path(), DEVICES))
@@ -119,6 +120,7 @@ def test_after_a_cancel_the_workers_are_shown_idle(model: RemoteModel) -> None:
     assert model.weights.group is not None and not model.weights.group.busy, "idle workers would never leave"
 
 
+@pytest.mark.slow
 def test_a_killed_worker_is_told_of_once_and_shown_until_others_take_its_place(
     model: RemoteModel, heard: list[Event]
 ) -> None:
@@ -138,6 +140,7 @@ def test_a_killed_worker_is_told_of_once_and_shown_until_others_take_its_place(
     assert [event.kind for event in heard] == ["crashed", "started"]
 
 
+@pytest.mark.slow
 def test_restart_works_in_the_middle_of_a_step(model: RemoteModel, heard: list[Event]) -> None:
     assert model.weights.group is not None
     before = model.weights.group.pids

@@ -84,6 +84,7 @@ def python(code: str) -> Part:
     return Part("a part", 1.0, lambda kind, toy: [sys.executable, "-c", code])
 
 
+@pytest.mark.slow
 def test_a_part_that_hangs_is_ended_with_all_that_it_has_started(tmp_path: Path, capfd: pytest.CaptureFixture[str]):
     pid = tmp_path / "pid"
     code = (

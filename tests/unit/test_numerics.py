@@ -48,6 +48,7 @@ def test_another_process_takes_every_switch():
     assert {name: found[name] for name in wanted} == wanted
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("statement", "unreadable", "expected"),
     [
