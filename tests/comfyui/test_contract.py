@@ -88,6 +88,7 @@ def test_a_running_comfyui_is_checked_in_no_time(told: dict[str, Any]):
     assert line.startswith("comfy.utils.load_torch_file is missing (affects Load Diffusion Model (SP)")
 
 
+@pytest.mark.slow
 def test_an_attention_that_a_file_chooses_is_honoured_where_comfyui_knows_it_and_else_set_aside(told: dict[str, Any]):
     assert told["newer"] == {
         "log": [],

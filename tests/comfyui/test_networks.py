@@ -426,6 +426,7 @@ def test_same_latent_on_one_worker(server: ComfyServer, reference: Reference, na
     assert relative_difference(sample(server, CASES[name], ONE), reference(CASES[name])) <= 3e-6
 
 
+@pytest.mark.slow
 def test_a_lora_is_the_native_one_and_goes_again(server: ComfyServer, reference: Reference) -> None:
     patched = replace(_KREA2, model_nodes=(lora(0.8),))
     # Strength 0 is no LoRA, but another graph, so that ComfyUI does not answer from its cache.

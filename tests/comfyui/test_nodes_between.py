@@ -84,6 +84,7 @@ def test_skipped_blocks_under_other_splits(server: ComfyServer, native, swapped:
     assert relative_difference(read_latent(server, server.run(graph(case, swapped))), native(case)) <= 1e-5
 
 
+@pytest.mark.slow
 def test_a_cache_and_skipped_blocks_are_refused_together(server: ComfyServer) -> None:
     cache = model_node("SPFirstBlockCache", residual_diff_threshold=0.1, max_consecutive_hits=2, **WHOLE)
     skip = model_node("SkipLayerGuidanceDiTSimple", double_layers="0", single_layers="", **WHOLE)

@@ -15,7 +15,7 @@ from tests.comfyui.fixtures import ServerFactory
 from tests.comfyui.graphs import Setting, Swapped, fresh, sampling_graph
 from tests.comfyui.server import HOST, ComfyServer
 
-pytestmark = pytest.mark.comfyui
+pytestmark = [pytest.mark.comfyui, pytest.mark.slow]
 
 FRIEND = "http://friend.example"
 READ, CHANGE = ("status", "report"), ("watch", "free", "restart")

@@ -15,11 +15,21 @@ from tests.distributed.faults import Faults
 from tests.distributed.tiny_models import StartGroup, TinyModels
 
 
+@pytest.hookimpl(tryfirst=True)  # before markers choose
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if isinstance(item, pytest.Function) and item.path.parent == Path(__file__).parent and _starts_many(item):
+            item.add_marker(pytest.mark.slow)
     if chosen() != "cpu":
         for item in items:
             if (marker := item.get_closest_marker("cpu_ranks")) is not None:
                 item.add_marker(pytest.mark.skip(reason=f"CPU ranks only: {marker.args[0]}"))
+
+
+def _starts_many(item: pytest.Function) -> bool:
+    """Whether it is the only reason to start a group of four workers or more."""
+    devices = item.callspec.params.get("devices") if hasattr(item, "callspec") else None
+    return isinstance(devices, str) and devices.count(",") >= 3
 
 
 @pytest.fixture(scope="session")

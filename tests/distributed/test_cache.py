@@ -290,6 +290,7 @@ def test_ranks_on_both_sides_of_the_threshold_decide_alike(
             assert relative_difference(result, alone.step(after, skip=bool(expected))) <= PROCESS_TOLERANCE
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("devices", "degrees", "expected"),
     [

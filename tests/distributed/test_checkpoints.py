@@ -66,6 +66,7 @@ def test_weights_of_16_bits(
     assert max(relative_difference(actual, exact) for actual in (one, two)) <= 2 * rounding
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("network", [HUNYUAN, FLUX])
 def test_a_folder_of_several_files(start_group: StartGroup, tiny_models: TinyModels, tmp_path: Path, network: str):
     """As `save_pretrained` writes it, with their index: the same as the single file."""

@@ -14,6 +14,8 @@ from tests.distributed.exposed_ranks import LATE_S
 from tests.distributed.start_ranks import run_ranks
 from tests.distributed.tiny_models import Inputs, StartGroup, TinyModels, loaded, step
 
+pytestmark = pytest.mark.slow
+
 LONG = Inputs(frames=4, height=32, width=32)
 TIMES = 6
 """How many times slower rank 1 is made."""
@@ -32,9 +34,9 @@ def test_who_comes_first_waits_and_who_comes_late_does_not(waited: list[dict[str
     if kind not in waited[0]:
         pytest.skip("no common memory on this kind of machine")
     early, late = (rank[kind]["exposed_s"] for rank in waited)
-    assert 0.8 * LATE_S <= early <= 2 * LATE_S
-    assert late <= 0.5 * LATE_S
-    assert all(0 < rank[kind]["copying_s"] <= 0.5 * LATE_S for rank in waited)
+    assert early >= 0.8 * LATE_S
+    assert late <= 0.5 * early
+    assert all(0 < rank[kind]["copying_s"] <= 0.5 * early for rank in waited)
 
 
 def test_what_the_kernel_hides_does_not_count(waited: list[dict[str, dict[str, Any]]]):
@@ -59,7 +61,6 @@ def steps(model: RemoteModel) -> list[list[dict[str, Any]]]:
     return sorted(made, key=lambda ranks: max(rank["seconds"] for rank in ranks))
 
 
-@pytest.mark.slow
 @pytest.mark.cpu_ranks("ranks that share a GPU slow each other down")
 def test_a_slow_rank_makes_the_other_one_wait(model: RemoteModel):
     before = min(ranks[0]["exposed_s"] for ranks in steps(model))

@@ -82,6 +82,7 @@ def test_a_sampling_names_step_and_block(
         assert torch.equal(model.sample(program)[0], right)
 
 
+@pytest.mark.slow
 @pytest.mark.cpu_ranks("a fault that is put into them")
 def test_what_a_second_run_does_not_show_is_laid_to_caches(faults: Faults, tiny_models: TinyModels) -> None:
     faults.clear()

@@ -41,6 +41,7 @@ def test_gradients_averaged_over_ranks_are_those_of_one(answers: list[dict[str, 
         assert errors[worst] <= TOLERANCE, worst
 
 
+@pytest.mark.slow
 def test_a_forward_pass_keeps_a_share_of_the_activations(answers: list[dict[str, Any]]):
     world = len(answers)
     for split, alone in (answer["peaks"] for answer in answers):

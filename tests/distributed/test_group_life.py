@@ -121,6 +121,7 @@ def assert_recovers(model: RemoteModel, models: dict[str, Any], old_pids: list[i
 # --- started once -------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_next_prompt_reuses_the_processes(model: RemoteModel, group: WorkerGroup, recipe: Recipe):
     pids = list(group.pids)
     assert running.acquire(CONFIG) is group

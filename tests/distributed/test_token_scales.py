@@ -10,6 +10,7 @@ from tests.distributed.start_ranks import run_ranks
 from tests.distributed.token_scale_ranks import tokens
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("world", (2, 3, 4))
 def test_every_rank_has_the_scale_of_all_tokens(world: int, tmp_path: Path) -> None:
     answers = [json.loads(answer) for answer in run_ranks("tests.distributed.token_scale_ranks", world, tmp_path)]

@@ -266,6 +266,7 @@ def test_loading_again_starts_from_the_file(case: Case, sent: list[Weights]):
     assert torch.equal(case.step(), replaced)
 
 
+@pytest.mark.slow
 def test_fresh_workers_are_given_the_weights_again(tiny_models: TinyModels):
     layout, path = resolve(SequenceParallelConfig(devices=on_ranks(DEVICES))), tiny_models.path()
     groups = [WorkerGroup(layout, threads=1) for _ in range(2)]

@@ -9,6 +9,7 @@ from tests.distributed.start_ranks import run_ranks
 from tests.distributed.whole_prefix_ranks import CASES
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("world", (2, 3, 4))
 def test_a_whole_prefix_is_seen_by_all_and_computed_by_each(world: int, tmp_path: Path) -> None:
     answers = [json.loads(answer) for answer in run_ranks("tests.distributed.whole_prefix_ranks", world, tmp_path)]

@@ -53,6 +53,7 @@ def exchanges(draw: st.DrawFn) -> list[tuple[bool, list[int], list[list[int]]]]:
     ]
 
 
+@pytest.mark.slow
 @settings(max_examples=100, deadline=None)
 @given(exchanges=exchanges(), dtype=st.sampled_from([torch.float32, torch.bfloat16]))
 def test_every_piece_arrives_whole_and_in_order(exchanges, dtype):

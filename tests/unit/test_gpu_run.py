@@ -72,6 +72,7 @@ def test_without_a_gpu_it_says_so():
     assert "torch sees no CUDA device here; --toy runs what needs none" in done.stderr
 
 
+@pytest.mark.slow
 def test_every_feature_of_the_sample_has_tests():
     """On the whole list; the plugin refuses a feature that has none."""
     command = [*run._sample("cpu", False), "--collect-only", "-q"]

@@ -35,6 +35,7 @@ def of_another_process(switches: dict[str, Any] | str) -> dict[str, Any]:
     return json.loads(found.stdout)
 
 
+@pytest.mark.slow
 def test_another_process_takes_every_switch():
     before = numerics.read()
     wanted = {
