@@ -178,7 +178,7 @@ def test_idle_workers_leave_when_the_setting_says_so(server: ComfyServer) -> Non
     assert server.workers()
     with stored(server, **{"Workers.KeepAliveMinutes": 0.05}):
         assert wait_until(lambda: not server.workers(), timeout=30)
-    assert wait_until(lambda: server.get("/sequence_parallel/status") == {"groups": []}, timeout=5)
+    assert wait_until(lambda: server.get("/sequence_parallel/status") == {"groups": []}, timeout=60)
 
 
 def test_the_report_has_versions_settings_and_workers(server: ComfyServer) -> None:

@@ -57,7 +57,8 @@ LONG = Inputs(frames=4, height=64, width=64)
 """A step of seconds, made of many blocks."""
 LARGE = Inputs(frames=8, height=96, width=64)
 """A step that needs more memory than any before it."""
-RELEASE_S = 5.0
+RELEASE_S = 60.0
+"""What counts as hanging, also on a busy machine."""
 
 
 class Cancelled(Exception):
@@ -234,11 +235,15 @@ def test_many_prompts_do_not_pile_up_in_the_workers(
 
 @pytest.mark.cpu_ranks("threads of NCCL wake up")
 def test_idle_workers_use_no_cpu(model: RemoteModel, group: WorkerGroup):
-    time.sleep(0.3)
-    before = [cpu_seconds(pid) for pid in group.pids]
-    time.sleep(1)
-    used = [cpu_seconds(pid) - was for pid, was in zip(group.pids, before, strict=True)]
-    assert max(used) <= 0.02 + 1e-9
+    used: list[float] = []
+
+    def idle() -> bool:
+        before = [cpu_seconds(pid) for pid in group.pids]
+        time.sleep(1)
+        used[:] = [cpu_seconds(pid) - was for pid, was in zip(group.pids, before, strict=True)]
+        return max(used) <= 0.02 + 1e-9
+
+    assert wait_until(idle, 30), used
 
 
 def test_nothing_listens_on_another_address_than_loopback(model: RemoteModel, group: WorkerGroup):

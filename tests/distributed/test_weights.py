@@ -280,7 +280,7 @@ def test_fresh_workers_are_given_the_weights_again(tiny_models: TinyModels):
             model.weights.replace("changed", SOME, changed(path))
             results.append(step(model, PADDED))
             group.workers[-1].process.kill()
-            assert wait_until(lambda group=group: not group.alive, seconds=5)
+            assert wait_until(lambda group=group: not group.alive, seconds=60)
             with pytest.raises(WorkerDiedError):
                 model.weights.replace(None, (), changed(path))
             assert not model.weights.loaded

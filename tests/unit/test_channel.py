@@ -131,7 +131,7 @@ def test_a_waiting_receiver_wakes_when_the_other_end_closes(pair: Pair):
         waiting = pool.submit(host.receive)
         worker.close()
         with pytest.raises(ChannelClosed):
-            waiting.result(timeout=5)
+            waiting.result(timeout=60)
 
 
 def test_only_plain_data_can_be_sent(pair: Pair):
