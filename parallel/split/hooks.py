@@ -15,7 +15,7 @@ from torch.utils.hooks import RemovableHandle
 from .blocks import blocks_of_any, reached_into
 from .ranks import SequenceRanks
 from .routes import Route, ThroughOptions
-from .sites import Pairs, Plan, PlanError, Rule, Site, prepared
+from .sites import Pairs, Plan, PlanError, Rule, Site, by_value_alone, prepared
 from .streams import Streams
 
 
@@ -160,6 +160,7 @@ class _Cut:
         self._places = {name: place for place, name in enumerate(self._names)}
         takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
         self._cuts: dict[str, Callable[[Any, Streams], Any]] = {}
+        self._repeatable: set[str] = set()
         self._whole: set[str] | None = None if site.whole is None else {"transformer_options"}
         for entry in [*site.cut, *(site.whole or "").split()]:
             name = entry.removesuffix("?")
@@ -171,6 +172,8 @@ class _Cut:
                 )
             if entry in site.cut:
                 self._cuts[name] = prepared("cut", site.cut[entry])
+                if by_value_alone(site.cut[entry]):
+                    self._repeatable.add(name)
             if self._whole is not None:
                 self._whole.add(name)
         self._known_places = sys.maxsize if self._whole and self._surplus in self._whole else len(self._names)
@@ -195,7 +198,8 @@ class _Cut:
                     raise _named(error, self._where, name, value) from None
                 if part is value:
                     continue
-                cut_before.keep(name, value, part)
+                if name in self._repeatable:
+                    cut_before.keep(name, value, part)
             if self._places.get(name, len(args)) < len(args):
                 new_args = new_args or list(args)
                 new_args[self._places[name]] = part

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +21,9 @@ class Tokens:
 
     A stream that is new gets its length from it: what is left when the known ones are taken off.
     """
+
+    BY_VALUE_ALONE: ClassVar = True
+    """See `sites.by_value_alone`."""
 
     streams: Names
     dim: int = 1
@@ -65,6 +68,9 @@ class Tokens:
 @dataclass(frozen=True)
 class Last:
     """A tensor whose values along dim 1 are for the last tokens of `streams`. The model lays zeros before them."""
+
+    BY_VALUE_ALONE: ClassVar = True
+    """See `sites.by_value_alone`."""
 
     streams: Names
 
@@ -143,6 +149,9 @@ class Grouped:
     Args:
         cut_off: the tokens may end within a group, whose length is the next whole number then.
     """
+
+    BY_VALUE_ALONE: ClassVar = True
+    """See `sites.by_value_alone`."""
 
     stream: str
     ndim: int
@@ -275,6 +284,9 @@ class Trimmed:
     Exact, since attention without a mask does not care about the order of keys. A mask that weighs, that differs in a
     batch or leaves out others, stays a mask: whole, or cut where the model compares its length with the tokens'.
     """
+
+    BY_VALUE_ALONE: ClassVar = True
+    """See `sites.by_value_alone`."""
 
     streams: Names
     text: str = "text"

@@ -72,6 +72,14 @@ Plan: TypeAlias = Mapping[str, Site]
 module of a list."""
 
 
+def by_value_alone(rule: Rule) -> bool:
+    """Whether equal values are cut alike within a forward pass, and nothing else happens: the rule looks at no other
+    argument, and keeps nothing for a join."""
+    if isinstance(rule, tuple):
+        return all(each is None or by_value_alone(each) for each in rule)
+    return getattr(rule, "BY_VALUE_ALONE", False)
+
+
 def prepared(what: str, rule: Rule) -> Callable[[Any, Streams], Any]:
     """`rule.cut` or `rule.join`, as a function of a value; of each item where the rule is a tuple."""
     if rule is None:

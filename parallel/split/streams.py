@@ -95,8 +95,8 @@ class CutBefore:
         if isinstance(value, Tensor):
             if not value.requires_grad:
                 self._parts[name] = weakref.ref(value, lambda _: self._parts.pop(name, None)), part
-        elif not torch.is_grad_enabled():
-            self._parts[name] = (lambda: value), part  # a list knows no weak reference
+        elif isinstance(value, tuple) and not torch.is_grad_enabled():
+            self._parts[name] = (lambda: value), part  # it knows no weak reference
 
 
 class Streams:

@@ -89,6 +89,53 @@ def test_padding_is_trimmed_only_where_that_is_exact():
         assert Trimmed(TI).cut(mask, streams_of((1, 1), 0, image=6)) is mask
 
 
+class Doubled(nn.Module):
+    """A block of which `scale` depends on `factor`, which differs from block to block."""
+
+    def forward(self, x: Tensor, table: Tensor, scale: Tensor, factor: float) -> Tensor:
+        return x + table + scale
+
+
+class GivesAlike(nn.Module):
+    """All blocks are given the same tensors."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList([Doubled(), Doubled(), Doubled()])
+
+    def forward(self, x: Tensor, table: Tensor, scale: Tensor) -> Tensor:
+        for number, block in enumerate(self.blocks):
+            x = block(x, table, scale, float(number))
+        return x
+
+
+class TimesFactor:
+    """A rule that looks at another argument."""
+
+    def cut(self, value: Tensor, streams: Streams) -> Tensor:
+        return value * streams.given["factor"]
+
+
+@pytest.mark.parametrize("gradients", [False, True])
+def test_what_all_blocks_share_is_cut_once_and_what_depends_on_another_argument_each_time(gradients: bool):
+    network, seen = GivesAlike(), []
+    split = Split(
+        network,
+        {"blocks": Site(cut={"x": Tokens(I), "table": Tokens(I), "scale": TimesFactor()})},
+        SequenceRanks((1.0, 1.0), 1),
+    )
+    x, table = torch.arange(6.0).reshape(1, 6, 1), torch.arange(6.0).reshape(1, 6, 1)
+    for block in network.blocks:
+        block.register_forward_pre_hook(lambda _, args: seen.append(args))
+    with torch.set_grad_enabled(gradients):
+        out = network(x, table.requires_grad_(gradients), torch.ones(1))
+    tables = [args[1] for args in seen]
+    assert len(tables) == 3 and all(torch.equal(each, table[:, 3:]) for each in tables)
+    assert (tables[0] is tables[1]) != gradients, "under checkpointing a block does again what it did"
+    assert torch.equal(out, x[:, 3:] + 3 * table[:, 3:] + 3), "0 + 1 + 2 times the scale"
+    split.remove()
+
+
 @pytest.mark.parametrize("rank", [0, 1])
 def test_ranges_and_groups_and_numbers_follow_the_tokens(rank: int):
     streams = streams_of((1, 1), rank, image=6)
