@@ -3,6 +3,7 @@ asked to forget a cache."""
 
 from __future__ import annotations
 
+import gc
 import importlib
 import importlib.util
 import json
@@ -26,6 +27,8 @@ def facts(network: Any) -> dict[str, Any]:
         "hidden": hidden,
         "transformers": transformers.__version__,
         "pretrained": transformers.PreTrainedModel.__mro__[-1] is object,
+        "collects": gc.isenabled(),
+        "frozen": gc.get_freeze_count(),
         "lora": [name for name, _ in network.named_parameters() if "lora_A" in name],
     }
 

@@ -1,4 +1,5 @@
-"""Packages that diffusers imports where they are installed are nobody's to hide: tests/requirements.txt has peft."""
+"""Packages that diffusers imports where they are installed are nobody's to hide: tests/requirements.txt has peft. No
+garbage is looked for among what they define."""
 
 from __future__ import annotations
 
@@ -35,3 +36,4 @@ def test_a_worker_with_a_model_has_transformers_and_peft_as_they_are(
     assert facts["transformers"] == importlib.metadata.version("transformers")
     assert facts["pretrained"]
     assert facts["lora"], "diffusers cannot use peft"
+    assert facts["collects"] and facts["frozen"] > 100_000, "a collection goes through all that is imported"
