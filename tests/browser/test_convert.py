@@ -293,7 +293,7 @@ def test_it_says_what_it_did_and_what_it_left(converter: Converter) -> None:
     assert loader["type"] == "UNETLoader"
     outputs = [{"name": "MODEL", "type": "MODEL", "links": None}]
     workflow["nodes"].append(
-        {**loader, "id": 90, "type": "UnetLoaderGGUF", "inputs": [], "outputs": outputs, "title": "Another"}
+        {**loader, "id": 90, "type": "NunchakuFluxDiTLoader", "inputs": [], "outputs": outputs, "title": "Another"}
     )
     workflow["last_node_id"] = 90
     converter.open(workflow)
@@ -301,7 +301,7 @@ def test_it_says_what_it_did_and_what_it_left(converter: Converter) -> None:
     said = converter.toasts()
     assert "Replaced: Load Diffusion Model → Load Diffusion Model (SP)." in said, said
     assert "Added: SP Config." in said, said
-    assert "Left as it is: UnetLoaderGGUF (no node does the same)." in said, said
+    assert "Left as it is: NunchakuFluxDiTLoader (no node does the same)." in said, said
     before = converter.history()
     converter.execute(ALL_GPUS)
     assert "There is nothing to replace in this workflow." in converter.toasts()
