@@ -133,7 +133,7 @@ def _check_inputs(server: ComfyServer, workflow: str, node_type: str, inputs: di
             continue
         place, value, limits = f"{workflow}: {node_type}.{name}", inputs[name], rest[0] if rest else {}
         options = kind if isinstance(kind, list) else limits.get("options", [])
-        if options and name != "unet_name":
+        if options and name not in ("unet_name", "ckpt_name"):
             assert value in options, place
         elif kind == "INT" or kind == "FLOAT":
             assert isinstance(value, int | float), place
