@@ -93,10 +93,12 @@ class Split:
         self.blocks.clear()
 
     def _begin(self, module: nn.Module, args: Any) -> None:
+        self._streams.forget_parts()  # of a pass that has failed
         self._streams = Streams(self.ranks)
 
     def _end(self, module: nn.Module, args: Any, out: Any) -> None:
         """Attention that went another way has seen this rank's tokens only."""
+        self._streams.forget_parts()
         if around := [kind for kind, done in self._streams.routed.items() if not done]:
             raise PlanError(
                 f"the attention of {', '.join(around)} did not go the way that its plan routes: this version of the"
@@ -207,7 +209,7 @@ class _Cut:
                 new_kwargs = new_kwargs or dict(kwargs)
                 new_kwargs[name] = part
         streams.given = {}
-        if new_args is new_kwargs:  # neither
+        if new_args is None and new_kwargs is None:
             return None
         return args if new_args is None else tuple(new_args), new_kwargs or kwargs
 

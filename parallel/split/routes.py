@@ -75,13 +75,13 @@ class Route:
         heads, count = q.shape[1:3]
         groups, of_keys = k.shape[1:3]
         key = self._kind, heads, count, groups, of_keys
-        if (way := streams.ways.get(key)) is None:
-            way = streams.ways[key] = self._way(*key[1:])
-        if way.pair is None or way.exchange is None:
+        if key not in streams.ways:
+            streams.ways[key] = self._way(*key[1:])
+        if (way := streams.ways[key]) is None:
             return compute(q, k, v, mask)
         if way.as_it_is and mask is None:
             return way.exchange(q, k, v, compute, None)
-        queries, keys = way.pair
+        queries, keys = way.queries, way.keys
         if None in self._pairs:
             k, v = (streams.take_before(x, keys, 2) for x in (k, v))
         q = streams.without_phantoms(q, queries, 2)
@@ -90,15 +90,15 @@ class Route:
             mask = self._exchanged(self._exchanged(mask, -1, keys), -2, queries)
         return streams.with_phantoms(way.exchange(q, k, v, compute, mask), queries, 2)
 
-    def _way(self, heads: int, queries: int, groups: int, keys: int) -> Way:
+    def _way(self, heads: int, queries: int, groups: int, keys: int) -> Way | None:
         """What `attend` does with as many heads and tokens."""
         streams = self._current()
         if (pair := self._pair(queries, keys)) is None:
-            return Way(None, None, False)
+            return None
         if heads % groups:
             raise PlanError(f"{self._where}: {heads} heads of queries, which {groups} heads of keys do not divide")
         as_it_is = None not in self._pairs and not any(map(streams.phantoms, pair))
-        return Way(pair, streams.exchange(*pair, heads, groups), as_it_is)
+        return Way(*pair, streams.exchange(*pair, heads, groups), as_it_is)
 
     def _pair(self, queries: int, keys: int) -> tuple[Names, Names] | None:
         """The streams that have these numbers of tokens here; None: nothing is exchanged. All ranks find the same: a

@@ -67,11 +67,11 @@ class Lengths:
 
 @dataclass(frozen=True, slots=True)
 class Way:
-    """How one kind of attention goes, with as many heads and tokens. Every block asks."""
+    """How one kind of attention is exchanged, with as many heads and tokens. Every block asks."""
 
-    pair: tuple[Names, Names] | None
-    """Streams of its queries and of its keys; None: nothing is exchanged."""
-    exchange: StreamAttention | None
+    queries: Names
+    keys: Names
+    exchange: StreamAttention
     as_it_is: bool
     """Whether q, k and v are exchanged as the model has made them."""
 
@@ -79,7 +79,8 @@ class Way:
 class CutBefore:
     """What the blocks of one site have cut already in this forward pass: most of them are given the same tables.
 
-    Kept for as long as the whole lives. Not of what gradients flow through, see `Streams.once`.
+    Kept for as long as the whole lives. Not of what gradients flow through, see `Streams.once`: that makes a part once
+    for all sites, and this spares asking the rule.
     """
 
     def __init__(self) -> None:
@@ -109,7 +110,7 @@ class Streams:
         notes: what a rule keeps from cut to join.
         given: arguments of the module whose arguments are being cut, as they came: for rules that depend on another.
         routed: kind of attention → whether one of this kind has been exchanged.
-        ways: kind of attention and numbers of heads and tokens → how it goes.
+        ways: kind of attention and numbers of heads and tokens → how it is exchanged; None: not at all.
         skipping: whether a cache skips the blocks that come next: their hooks run, and they do not.
     """
 
@@ -118,12 +119,11 @@ class Streams:
         self.notes: dict[Any, Any] = {}
         self.given: Mapping[str, Any] = {}
         self.routed: dict[str, bool] = {}
-        self.ways: dict[tuple[str, int, int, int, int], Way] = {}
+        self.ways: dict[tuple[str, int, int, int, int], Way | None] = {}
         self.skipping = False
         self._streams: dict[str, Stream] = {}
         self._cut_before: dict[int, CutBefore] = {}
         self._lengths: dict[Names, Lengths] = {}
-        self._exchanges: dict[Any, StreamAttention] = {}
         self._made: dict[Any, tuple[Any, Any]] = {}
         self._indices: dict[Any, Tensor] = {}
 
@@ -141,7 +141,6 @@ class Streams:
         owned = shares(count, self.ranks.weights, minimum=enough)
         self._streams[name] = Stream(total, None if kept is None else kept.cpu(), tuple(accumulate(owned, initial=0)))
         self._lengths.clear()
-        self._exchanges.clear()
         self.ways.clear()
 
     def cut_before(self, site: object) -> CutBefore:
@@ -149,6 +148,12 @@ class Streams:
         if (known := self._cut_before.get(id(site))) is None:
             known = self._cut_before[id(site)] = CutBefore()
         return known
+
+    def forget_parts(self) -> None:
+        """At the end of a pass: what waits for its whole to go refers to itself, and would stay until Python looks for
+        such garbage."""
+        self._made.clear()
+        self._cut_before.clear()
 
     def described(self) -> Hashable:
         """Tokens of each stream known so far, and who owns how many; the same on all ranks."""
@@ -197,12 +202,8 @@ class Streams:
             heads: of the queries.
             groups: heads of the keys, which divide them.
         """
-        key = queries, keys, heads, groups
-        if (known := self._exchanges.get(key)) is None:
-            tokens, ranks = (self.counts(queries), self.counts(keys)), self.ranks
-            plan = AttentionPlan(*tokens, heads, groups, ranks.weights, ranks.ring_degree)
-            known = self._exchanges[key] = ranks.attention(plan)
-        return known
+        tokens, ranks = (self.counts(queries), self.counts(keys)), self.ranks
+        return ranks.attention(AttentionPlan(*tokens, heads, groups, ranks.weights, ranks.ring_degree))
 
     def index(self, names: Names, device: torch.device, rank: int | None = None) -> Tensor:
         """Positions in the whole streams, int64.

@@ -21,9 +21,9 @@ from tests.distributed.faulty_boot import IS_KILLED, OUT_OF_MEMORY
 from tests.distributed.test_sampling import SETTINGS, Sampling, Setting
 from tests.distributed.tiny_models import Inputs, TinyModels, recipe_of, step
 
-TWO = "cpu,cpu"
 pytestmark = pytest.mark.slow
 
+TWO = "cpu,cpu"
 SMALL = Inputs(valid=(5,))
 
 

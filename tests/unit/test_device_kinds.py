@@ -72,17 +72,7 @@ def test_every_kind_says_how_exact_it_is():
 
 def test_on_gpus_what_is_about_cpu_ranks_is_skipped_by_name():
     """Collected and skipped without a GPU: a module that would start workers is not run."""
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "tests/distributed/test_loading.py",
-        "--devices",
-        "shared",
-        "-q",
-        "-m",
-        "",
-    ]
+    command = [sys.executable, "-m", "pytest", "tests/distributed/test_loading.py", "--devices=shared", "-q", "-m="]
     environment = {name: value for name, value in os.environ.items() if name != devices.VARIABLE}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout

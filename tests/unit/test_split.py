@@ -3,6 +3,8 @@ tested in distributed/ and comfyui/."""
 
 from __future__ import annotations
 
+import gc
+import weakref
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import Any
@@ -89,7 +91,7 @@ def test_padding_is_trimmed_only_where_that_is_exact():
         assert Trimmed(TI).cut(mask, streams_of((1, 1), 0, image=6)) is mask
 
 
-class Doubled(nn.Module):
+class Adds(nn.Module):
     """A block of which `scale` depends on `factor`, which differs from block to block."""
 
     def forward(self, x: Tensor, table: Tensor, scale: Tensor, factor: float) -> Tensor:
@@ -101,7 +103,7 @@ class GivesAlike(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.blocks = nn.ModuleList([Doubled(), Doubled(), Doubled()])
+        self.blocks = nn.ModuleList([Adds(), Adds(), Adds()])
 
     def forward(self, x: Tensor, table: Tensor, scale: Tensor) -> Tensor:
         for number, block in enumerate(self.blocks):
@@ -133,6 +135,40 @@ def test_what_all_blocks_share_is_cut_once_and_what_depends_on_another_argument_
     assert len(tables) == 3 and all(torch.equal(each, table[:, 3:]) for each in tables)
     assert (tables[0] is tables[1]) != gradients, "under checkpointing a block does again what it did"
     assert torch.equal(out, x[:, 3:] + 3 * table[:, 3:] + 3), "0 + 1 + 2 times the scale"
+    split.remove()
+
+
+class AddsTable(nn.Module):
+    def forward(self, x: Tensor, tables: tuple[Tensor, Tensor]) -> Tensor:
+        return x + tables[0]
+
+
+class GivesTables(nn.Module):
+    """All blocks are given the same pair, as rotary tables are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList([AddsTable(), AddsTable()])
+
+    def forward(self, x: Tensor) -> Tensor:
+        tables = (torch.zeros_like(x), torch.zeros_like(x))
+        for block in self.blocks:
+            x = block(x, tables)
+        return x
+
+
+def test_what_was_cut_goes_with_the_pass_and_not_when_garbage_is_collected():
+    network, seen = GivesTables(), []
+    site = Site(cut={"x": Tokens(I), "tables": (Tokens(I), Tokens(I))})
+    split = Split(network, {"blocks": site}, SequenceRanks((1.0, 1.0), 0))
+    network.blocks[1].register_forward_pre_hook(lambda _, args: seen.append(weakref.ref(args[1][0])))
+    gc.disable()
+    try:
+        with torch.no_grad():
+            network(torch.ones(1, 6, 1))
+        assert seen[0]() is None
+    finally:
+        gc.enable()
     split.remove()
 
 
