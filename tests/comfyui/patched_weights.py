@@ -1,9 +1,9 @@
 """Compares patched weights with those of ComfyUI's own loader, bit by bit; run with ComfyUI's Python, not by pytest.
 
-    python patched_weights.py COMFYUI REPOSITORY FOLDER
+    python patched_weights.py COMFYUI REPOSITORY FOLDER [all]
 
-FOLDER is empty. Prints JSON: case → counts of the patched tensors, of the scaled ones among them, and of those that
-differ.
+FOLDER is empty. With `all`, nine models, otherwise one in every layout. Prints JSON: case → counts of the patched
+tensors, of the scaled ones among them, and of those that differ.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-COMFYUI, REPOSITORY, FOLDER = (Path(argument) for argument in sys.argv[1:])
+COMFYUI, REPOSITORY, FOLDER = (Path(argument) for argument in sys.argv[1:4])
+ALL_MODELS = sys.argv[4:] == ["all"]
 HERE = sys.path[0]  # last: it has a `server`, as ComfyUI
 sys.path[:] = [
     str(COMFYUI),
@@ -88,6 +89,8 @@ def main() -> None:
     write_lora_files(FOLDER)
     results = {}
     for name, lora in LORAS.items():
+        if not ALL_MODELS and name != model_files.TINY:
+            continue
         file = replace(write_models.files()[name], prefix="")
         patches = comfy.utils.load_torch_file(str(FOLDER / f"{lora}.safetensors"))
         layouts = write_models.SCALED_LAYOUTS if name == model_files.TINY else ("comfy_quant",)

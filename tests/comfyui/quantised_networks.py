@@ -1,8 +1,9 @@
 """Quantised files of ComfyUI's own networks: its own loader against the workers, in one process of ComfyUI's.
 
-    python quantised_networks.py COMFYUI REPOSITORY FOLDER KNOBS [FORMAT …]
+    python quantised_networks.py COMFYUI REPOSITORY FOLDER KNOBS FORMATS NETWORK …
 
-KNOBS are JSON: {title: knobs of SP Config}, of which the first is one worker. Prints one line of JSON: {file:
+KNOBS are JSON: {title: knobs of SP Config}, of which the first is one worker. FORMATS are JSON, too: names of a table
+below, or null for all and for a file that is not quantised. Prints one line of JSON: {file:
 {"sensitivity": …, "rounding": of the weights, "lora changes": what a LoRA changes, "fp8": layers that FP8 Quantize (SP)
 would leave in fp8 or message, title: {"plain", "lora", "removed": relative differences of native results}}}.
 """
@@ -119,7 +120,14 @@ def off(a: Any, b: Any) -> float:
     return float((a - b).abs().max() / b.abs().max())
 
 
-def main(comfyui: str, repository: str, folder: Path, knobs: dict[str, dict[str, Any]], formats: list[str]) -> None:
+def main(
+    comfyui: str,
+    repository: str,
+    folder: Path,
+    knobs: dict[str, dict[str, Any]],
+    formats: list[str] | None,
+    names: list[str],
+) -> None:
     models = prepare(comfyui, repository)
     import comfy.model_management
     import comfy.sd
@@ -137,7 +145,8 @@ def main(comfyui: str, repository: str, folder: Path, knobs: dict[str, dict[str,
         "z-image": (models.CASES["Z-Image"], "layers.0.attention.qkv.weight"),
     }
     files: dict[str, File] = {}
-    for title, (case, patched) in networks.items():
+    for title in names:
+        case, patched = networks[title]
         network = models.network_of(case.supported, case.config(4))
         for form in formats or FORMATS:
             path = folder / f"{title}_{form}.safetensors"
@@ -199,5 +208,6 @@ def main(comfyui: str, repository: str, folder: Path, knobs: dict[str, dict[str,
 
 if __name__ == "__main__":
     torch = importlib.import_module("torch")
+    _, path, root, written, knobs_told, formats_told, *names_told = sys.argv
     with torch.inference_mode():  # as ComfyUI runs prompts: comfy-kitchen's products depend on it
-        main(sys.argv[1], sys.argv[2], Path(sys.argv[3]), json.loads(sys.argv[4]), sys.argv[5:])
+        main(path, root, Path(written), json.loads(knobs_told), json.loads(formats_told), names_told)

@@ -240,7 +240,13 @@ def test_the_loader_for_model_and_text_encoder(server: ComfyServer, reference: R
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("base", [HUNYUAN_VIDEO_BASE, scaled("hunyuan", "metadata")], ids=["fp32", "scaled_fp8"])
+@pytest.mark.parametrize(
+    "base",
+    [
+        pytest.param(HUNYUAN_VIDEO_BASE, id="fp32", marks=pytest.mark.extended),
+        pytest.param(scaled("hunyuan", "metadata"), id="scaled_fp8"),
+    ],
+)
 def test_fresh_workers_get_the_lora_too(server: ComfyServer, base: Setting) -> None:
     setting = fresh(with_loras(base, lora("hunyuan_native")))
     before = sample_anew(server, setting)

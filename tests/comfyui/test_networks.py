@@ -263,7 +263,7 @@ _PIXART = Setting(
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "swapped",
-    [TWO, DP, pytest.param(Swapped("cpu,cpu,cpu,cpu"), marks=pytest.mark.extended)],
+    [TWO, *(pytest.param(each, marks=pytest.mark.extended) for each in (DP, Swapped("cpu,cpu,cpu,cpu")))],
     ids=["auto", "dp", "four"],
 )
 def test_a_class_without_a_plan_runs_its_prompts_and_samples_side_by_side(

@@ -26,8 +26,16 @@ WORK = [case for case in CASES if not case.says]
 REFUSED = [case for case in CASES if case.says]
 
 
-def named(cases: list[Case]) -> list[object]:
-    return [pytest.param(case, id=f"{case.node}-{case.setting.checkpoint.partition('.')[0]}") for case in cases]
+def named(cases: list[Case], keep: int = 1) -> list[object]:
+    """One in `keep` is in CI, the others are extended."""
+    return [
+        pytest.param(
+            case,
+            id=f"{case.node}-{case.setting.checkpoint.partition('.')[0]}",
+            marks=() if i % keep == 0 else pytest.mark.extended,
+        )
+        for i, case in enumerate(cases)
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +57,7 @@ def native(server: ComfyServer, natives: dict[str, Tensor]):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", named(WORK))
+@pytest.mark.parametrize("case", named(WORK, keep=2))
 def test_it_works_on_two_workers(server: ComfyServer, native, case: Case) -> None:
     expected = native(case)
     if not case.required:
@@ -115,7 +123,9 @@ def test_one_prompt_as_both_of_seedvr2_is_refused(server: ComfyServer) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", named([case for case in WORK if "Skip" in case.node or "Attention" in case.node]))
+@pytest.mark.parametrize(
+    "case", named([case for case in WORK if "Skip" in case.node or "Attention" in case.node], keep=2)
+)
 def test_it_works_on_one_worker(server: ComfyServer, native, case: Case) -> None:
     """As close as without the node: rounding of products depends on where in memory the file is mapped."""
     latent = read_latent(server, server.run(graph(case, ONE)))

@@ -20,7 +20,7 @@ from tests.comfyui.server import ComfyServer, Graph
 pytestmark = pytest.mark.comfyui
 
 STATUS = "sequence_parallel.status"
-STEPS = 160
+STEPS = 80
 """About three seconds: enough to be seen more than twice, by a panel that looks once a second while all is idle."""
 
 

@@ -45,10 +45,11 @@ def run_script(installation: Installation, script: Path, folder: Path, *argument
     return told
 
 
-ALL_FORMATS = pytest.param((), marks=pytest.mark.extended, id="all formats")
+NETWORKS = ("h3", "qwen", "z-image")
+ALL_FORMATS = pytest.param((None, NETWORKS), marks=pytest.mark.extended, id="all formats")
 
 
-@pytest.fixture(scope="module", params=[pytest.param(("int8_convrot",), id="int8"), ALL_FORMATS])
+@pytest.fixture(scope="module", params=[pytest.param((["int8_convrot"], ("h3",)), id="int8"), ALL_FORMATS])
 def results(
     request: pytest.FixtureRequest, installation: Installation, tmp_path_factory: pytest.TempPathFactory
 ) -> Told:
@@ -57,12 +58,17 @@ def results(
     def run(folder: Path, *arguments: str, **more: str) -> Told:
         return run_script(installation, SCRIPT, folder, *arguments, **more)
 
-    found = run(tmp_path_factory.mktemp("quantised"), json.dumps(KNOBS), *request.param)
+    formats, networks = request.param
+    found = run(tmp_path_factory.mktemp("quantised"), json.dumps(KNOBS), json.dumps(formats), *networks)
     few = {title: KNOBS[title] for title in ("one", "two", "ring")}
     nvfp4 = run(
-        tmp_path_factory.mktemp("nvfp4"), json.dumps(few), "nvfp4", SEQUENCE_PARALLEL_TEST_COMPUTES_IN_NVFP4="1"
+        tmp_path_factory.mktemp("nvfp4"),
+        json.dumps(few),
+        json.dumps(["nvfp4"]),
+        *networks,
+        SEQUENCE_PARALLEL_TEST_COMPUTES_IN_NVFP4="1",
     )
-    assert (len(found), len(nvfp4)) == (3 if request.param else 20, 3)
+    assert (len(found), len(nvfp4)) == (len(formats or ()) or 20, len(networks))
     return found | {f"{name}, computed": told for name, told in nvfp4.items()}
 
 
@@ -100,8 +106,8 @@ def test_a_scale_over_all_tokens_is_the_same_on_all_workers(results: Told) -> No
         for title in ("two", "ring")
         for state in ("plain", "lora")
     ]
-    assert len(differences) == 12
-    assert sum(difference <= ALLOWED for difference in differences) >= 6, differences
+    assert len(differences) in (4, 12)
+    assert sum(difference <= ALLOWED for difference in differences) >= len(differences) / 2, differences
 
 
 def test_files_that_are_quantised_are_not_quantised_again(results: Told) -> None:

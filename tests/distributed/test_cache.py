@@ -442,7 +442,7 @@ def test_what_is_remembered_ends_with_the_sampling_a_cancel_a_size_and_the_weigh
     [
         pytest.param(FOUR, {}, marks=pytest.mark.extended),
         pytest.param(FOUR, {"ulysses_degree": 2, "ring_degree": 2}, marks=pytest.mark.extended),
-        (FOUR, {"cfg_degree": 2}),
+        pytest.param(FOUR, {"cfg_degree": 2}, marks=pytest.mark.extended),
         ("cpu,cpu", {"cfg_degree": 2}),
     ],
 )

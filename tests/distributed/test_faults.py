@@ -274,7 +274,7 @@ def test_out_of_memory_that_leaves_the_device_hanging_starts_anew(case: Case, mo
 
 @pytest.mark.parametrize(
     ("layout", "broken"),
-    [extended(ONE, [0]), (TWO, [1]), (TWO, [0, 1]), extended(THREE, [2])],
+    [extended(ONE, [0]), (TWO, [1]), extended(TWO, [0, 1]), extended(THREE, [2])],
     indirect=["layout"],
     ids=str,
 )
@@ -292,7 +292,7 @@ def test_a_broken_context_starts_anew(case: Case, broken: list[int]) -> None:
 
 
 @pytest.mark.parametrize("layout", [TWO], indirect=True)
-@pytest.mark.parametrize(("kind", "kept"), [(BROKEN, False), (OUT_OF_MEMORY, True)])
+@pytest.mark.parametrize(("kind", "kept"), [extended(BROKEN, False), (OUT_OF_MEMORY, True)])
 def test_a_task_that_breaks_the_context_ends_the_group(case: Case, kind: str, kept: bool) -> None:
     """Tasks are VAE tiles, of which others may still be computed after an out of memory."""
     pids, group = list(case.group.pids), case.group

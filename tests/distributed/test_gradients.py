@@ -15,7 +15,7 @@ from tests.distributed.tiny_models import TinyModels
 TOLERANCE = kind().split
 
 
-@pytest.fixture(scope="module", params=[pytest.param(2, marks=pytest.mark.extended), 4], ids="world_{}".format)
+@pytest.fixture(scope="module", params=[2, pytest.param(4, marks=pytest.mark.extended)], ids="world_{}".format)
 def answers(
     request: pytest.FixtureRequest, tiny_models: TinyModels, tmp_path_factory: pytest.TempPathFactory
 ) -> list[dict[str, Any]]:

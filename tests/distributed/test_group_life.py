@@ -548,9 +548,13 @@ def test_the_log_has_the_traceback_of_every_rank(group: WorkerGroup, logs: Path)
     before = len(path.read_text())
     with pytest.raises(WorkerError, match="do not have no-such-model any more"):
         group.call(Weights(model="no-such-model"))
-    lines = [line.partition(" [")[2] for line in path.read_text()[before:].splitlines()]
-    for rank in range(2):
-        assert f"rank {rank}] Traceback (most recent call last):" in lines
+
+    def lines() -> list[str]:
+        return [line.partition(" [")[2] for line in path.read_text()[before:].splitlines()]
+
+    for rank in range(2):  # one reply is enough for the error; the other one's lines may come after it
+        wanted = f"rank {rank}] Traceback (most recent call last):"
+        assert wait_until(lambda wanted=wanted: wanted in lines(), RELEASE_S), lines()
 
 
 def test_workers_start_with_the_hosts_switches_of_torch(bare_group: WorkerGroup, monkeypatch: pytest.MonkeyPatch):

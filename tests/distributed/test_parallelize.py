@@ -16,7 +16,7 @@ ALLOWED = 1e-5
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("world", [2, 3, pytest.param(4, marks=pytest.mark.extended)])
+@pytest.mark.parametrize("world", [3, *(pytest.param(each, marks=pytest.mark.extended) for each in (2, 4))])
 def test_results_and_gradients_are_those_of_one_process(world: int, tmp_path: Path):
     results = [
         json.loads(text) for text in run_ranks("tests.distributed.parallelized_ranks", world, tmp_path, timeout=280)
