@@ -14,7 +14,7 @@ from tests.comfyui.processes import wait_until
 from tests.comfyui.server import ComfyServer, Graph
 
 if TYPE_CHECKING:
-    from playwright.sync_api import Browser, ConsoleMessage, Route
+    from playwright.sync_api import Browser, ConsoleMessage, Locator, Route
 
 CHROMIUM_FLAGS = (
     "--headless",
@@ -145,6 +145,24 @@ class FrontEnd:
         self.page.evaluate("(workflow) => window.app.loadGraphData(workflow)", workflow)
         if wait:
             self.settle()
+
+    def edit_menu_item(self, label: str) -> Locator:
+        """An item of the main menu's *Edit*, shown. The pointer moves there again until it is: on a busy machine *Edit*
+        may be drawn under a pointer that does not move any more, and then opens nothing."""
+        edit = self.page.get_by_text("Edit", exact=True).first
+        item = self.page.get_by_text(label, exact=True).first
+
+        def shown() -> bool:
+            if not edit.is_visible():
+                self.page.locator(".comfy-menu-button-wrapper, [data-testid='comfy-menu-button']").first.click()
+                edit.wait_for()
+            self.page.mouse.move(800, 800)
+            edit.hover()
+            self.page.wait_for_timeout(1000)
+            return item.is_visible()
+
+        assert wait_until(shown, 60), f"the menu Edit does not show {label!r}"
+        return item
 
     def load_graph(self, graph: Graph) -> None:
         """Open a graph in API format."""

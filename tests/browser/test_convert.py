@@ -313,11 +313,9 @@ def test_where_a_user_finds_it(converter: Converter, tmp_path: Path) -> None:
     front_end.load_graph(sampling_graph(Setting(checkpoint=FLUX, picture=True)))
     label = "Use all GPUs in this workflow"
 
-    page.locator(".comfy-menu-button-wrapper, [data-testid='comfy-menu-button']").first.click()
-    page.get_by_text("Edit", exact=True).first.hover()
-    page.get_by_text(label, exact=True).first.wait_for(timeout=10_000)
+    item = front_end.edit_menu_item(label)
     page.screenshot(path=tmp_path / "menu.png")
-    page.get_by_text(label, exact=True).first.click()
+    item.click()
     page.wait_for_function("window.app.graph.nodes.some((node) => node.type === 'SPLoadDiffusionModel')")
 
     menu = "(type) => window.app.collectNodeMenuItems(window.app.graph.nodes.find((node) => node.type === type))"

@@ -79,20 +79,18 @@ def templates(installation: Installation, tmp_path_factory: pytest.TempPathFacto
         yield Templates(server, workflows)
 
 
-def by_the_menu(page: Any) -> None:
-    page.locator(".comfy-menu-button-wrapper, [data-testid='comfy-menu-button']").first.click()
-    page.get_by_text("Edit", exact=True).first.hover()
-    page.get_by_text(LABEL, exact=True).first.click()
+def by_the_menu(front_end: FrontEnd) -> None:
+    front_end.edit_menu_item(LABEL).click()
 
 
-def by_a_key(page: Any) -> None:
+def by_a_key(front_end: FrontEnd) -> None:
     """1.49 has no palette of commands: a key is what a command can be given."""
-    page.keyboard.press("Control+Alt+g")
+    front_end.page.keyboard.press("Control+Alt+g")
 
 
-def by_a_nodes_menu(page: Any) -> None:
+def by_a_nodes_menu(front_end: FrontEnd) -> None:
     """The menu of a subgraph that has a loader in it."""
-    types = json.dumps(list(COUNTERPARTS))
+    page, types = front_end.page, json.dumps(list(COUNTERPARTS))
     place = page.evaluate(
         f"""() => {{
             const holds = (node) => {types}.includes(node.type) || node.subgraph?.nodes.some(holds)
@@ -107,13 +105,14 @@ def by_a_nodes_menu(page: Any) -> None:
     page.get_by_text(LABEL, exact=True).first.click()
 
 
-def by_the_panel(page: Any) -> None:
+def by_the_panel(front_end: FrontEnd) -> None:
+    page = front_end.page
     page.get_by_role("button", name="Sequence Parallel").first.click()
     page.locator(".sp-panel").get_by_role("button", name="Use all GPUs").click()
     page.get_by_role("button", name="Sequence Parallel").first.click()
 
 
-WAYS: tuple[Callable[[Any], None], ...] = (by_the_menu, by_a_key, by_a_nodes_menu, by_the_panel)
+WAYS: tuple[Callable[[FrontEnd], None], ...] = (by_the_menu, by_a_key, by_a_nodes_menu, by_the_panel)
 CASES = [
     pytest.param(name, vue, WAYS[(number + vue) % len(WAYS)], id=f"{name}-{'html' if vue else 'canvas'}")
     for number, name in enumerate(TEMPLATES)
@@ -123,7 +122,7 @@ CASES = [
 
 @pytest.mark.parametrize(("name", "vue", "way"), CASES)
 def test_a_template(
-    browser: Any, templates: Templates, name: str, vue: bool, way: Callable[[Any], None], tmp_path: Path
+    browser: Any, templates: Templates, name: str, vue: bool, way: Callable[[FrontEnd], None], tmp_path: Path
 ) -> None:
     front_end = FrontEnd(browser, templates.server, SETTINGS | {VUE_NODES: vue})
     converter = Converter(front_end)
@@ -138,7 +137,7 @@ def test_a_template(
         converter.settle()
         native, before, (done, _) = front_end.api_graph(), saved(), converter.history()
 
-        way(front_end.page)
+        way(front_end)
         front_end.page.wait_for_function("document.body.innerText.includes('Replaced: ')")
         converter.settle()
         converted, after = front_end.api_graph(), saved()
