@@ -15,7 +15,7 @@ from torch.utils.hooks import RemovableHandle
 from .blocks import blocks_of_any, reached_into
 from .ranks import SequenceRanks
 from .routes import Route, ThroughOptions
-from .sites import Pairs, Plan, PlanError, Rule, Site, by_value_alone, prepared
+from .sites import Pairs, Plan, PlanError, Rule, Site, by_size_alone, by_value_alone, prepared
 from .streams import Streams
 
 
@@ -114,11 +114,12 @@ class Split:
             where = f"{self._name}.{path_of_list}.{number}" if is_list else f"{self._name}.{path}".rstrip(".")
             if within_each:
                 each, where = self._submodule(each, below, where), f"{where}.{below}"
-            elif is_list:
-                self._handles.append(each.register_forward_pre_hook(self._enter))
+            enter = self._enter if is_list and not within_each else None
             if site.cut or site.whole is not None:
-                cut = _Cut(each, site, lambda: self._streams, f"{where} ({type(each).__name__})")
+                cut = _Cut(each, site, lambda: self._streams, f"{where} ({type(each).__name__})", enter)
                 self._handles.append(each.register_forward_pre_hook(cut, with_kwargs=True))
+            elif enter is not None:
+                self._handles.append(each.register_forward_pre_hook(enter))
             routes: list[Route | None] = [None]
             for name, streams in site.attention.items():
                 attention = self._submodule(each, name, where)
@@ -150,18 +151,33 @@ class Split:
 
 
 class _Cut:
-    """Cuts a module's arguments, and knows them all."""
+    """Cuts a module's arguments, and knows them all.
 
-    def __init__(self, module: nn.Module, site: Site, current: Callable[[], Streams], where: str):
-        self._current, self._where = current, where
+    Args:
+        enter: called first; one hook instead of two.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        site: Site,
+        current: Callable[[], Streams],
+        where: str,
+        enter: Callable[[nn.Module, Any], None] | None,
+    ):
+        self._current, self._where, self._enter = current, where, enter
+        self._known: tuple[int, tuple[str, ...]] = 0, ()
+        """How many arguments by place were given the last time, and which by name: the plan knows all of them."""
         parameters = inspect.signature(type(module).forward).parameters
         self._surplus = next((name for name, p in parameters.items() if p.kind is p.VAR_POSITIONAL), "")
         self._names = list(itertools.takewhile(lambda name: name != self._surplus, list(parameters)[1:]))
         self._names += site.positional.split()
         self._site = site
-        self._places = {name: place for place, name in enumerate(self._names)}
         takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
-        self._cuts: dict[str, Callable[[Any, Streams], Any]] = {}
+        self._cuts: list[tuple[str, int, Callable[[Any, Streams], Any]]] = []
+        """Argument, its place, which may be none that exists, and its rule."""
+        self._dims: dict[str, int] = {}
+        """Of arguments whose size along one dimension says whether they are whole."""
         self._repeatable: set[str] = set()
         self._whole: set[str] | None = None if site.whole is None else {"transformer_options"}
         for entry in [*site.cut, *(site.whole or "").split()]:
@@ -173,52 +189,73 @@ class _Cut:
                     f"{where} has no argument {name!r}, which its plan names; it has: {', '.join(self._names)}"
                 )
             if entry in site.cut:
-                self._cuts[name] = prepared("cut", site.cut[entry])
+                place = self._names.index(name) if name in self._names else sys.maxsize
+                self._cuts.append((name, place, prepared("cut", site.cut[entry])))
                 if by_value_alone(site.cut[entry]):
                     self._repeatable.add(name)
+                if (dim := by_size_alone(site.cut[entry])) is not None:
+                    self._dims[name] = dim
             if self._whole is not None:
                 self._whole.add(name)
-        self._known_places = sys.maxsize if self._whole and self._surplus in self._whole else len(self._names)
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        given = dict(zip(self._names, args, strict=False)) | kwargs if args else kwargs
-        if self._whole is not None and (len(args) > self._known_places or not given.keys() <= self._whole):
-            self._refuse_unknown(args, given)
+        if self._enter is not None:
+            self._enter(module, args)
+        count = len(args)
+        if self._whole is not None and (count, tuple(kwargs)) != self._known:
+            self._refuse_unknown(args, kwargs)
         streams = self._current()
         if streams.ranks.size == 1:
             return None
-        streams.given, cut_before = given, streams.cut_before(self._site)
+        before, dims = streams.cut_before(self._site), self._dims
+        parts, own = before.parts, before.own
         new_args: list[Any] | None = None
         new_kwargs: dict[str, Any] | None = None
-        for name, cut in self._cuts.items():
-            if (value := given.get(name)) is None:
+        for name, place, cut in self._cuts:
+            value = args[place] if place < count else kwargs.get(name)
+            if value is None or (name in own and _size(value, dims[name]) == own[name]):
                 continue
-            if (part := cut_before.get(name, value)) is value:
+            if name in parts and parts[name][0]() is value:
+                part = parts[name][1]
+            else:
+                streams.given = self._given(args, kwargs)
                 try:
                     part = cut(value, streams)
                 except PlanError as error:
                     raise _named(error, self._where, name, value) from None
+                finally:
+                    streams.given = {}
                 if part is value:
+                    if name in dims and (size := _size(value, dims[name])) > 1:
+                        own[name] = size
                     continue
                 if name in self._repeatable:
-                    cut_before.keep(name, value, part)
-            if self._places.get(name, len(args)) < len(args):
+                    before.keep(name, value, part)
+            if place < count:
                 new_args = new_args or list(args)
-                new_args[self._places[name]] = part
+                new_args[place] = part
             else:
                 new_kwargs = new_kwargs or dict(kwargs)
                 new_kwargs[name] = part
-        streams.given = {}
         if new_args is None and new_kwargs is None:
             return None
         return args if new_args is None else tuple(new_args), new_kwargs or kwargs
 
-    def _refuse_unknown(self, args: tuple[Any, ...], given: Mapping[str, Any]) -> None:
+    def _given(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+        return dict(zip(self._names, args, strict=False)) | kwargs
+
+    def _refuse_unknown(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         assert self._whole is not None
-        surplus = [(self._surplus, value) for value in args[len(self._names) :]]
-        for name, value in [*given.items(), *surplus]:
+        given = [*self._given(args, kwargs).items(), *((self._surplus, value) for value in args[len(self._names) :])]
+        for name, value in given:
             if value is not None and name not in self._whole:
                 raise PlanError(f"{self._where} is given {_shown(name, value)}, which its plan does not know")
+        if all(name in self._whole for name, _ in given):
+            self._known = len(args), tuple(kwargs)
+
+
+def _size(value: Any, dim: int) -> int:
+    return value.size(dim) if isinstance(value, Tensor) and value.ndim > dim else -1
 
 
 class _Joined:

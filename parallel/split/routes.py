@@ -72,11 +72,9 @@ class Route:
             compute = _by_kernel(ranks.chosen, compute)
         if ranks.size == 1:
             return compute(q, k, v, mask)
-        heads, count = q.shape[1:3]
-        groups, of_keys = k.shape[1:3]
-        key = self._kind, heads, count, groups, of_keys
+        key = self._kind, q.shape, k.shape
         if key not in streams.ways:
-            streams.ways[key] = self._way(*key[1:])
+            streams.ways[key] = self._way(*q.shape[1:3], *k.shape[1:3])
         if (way := streams.ways[key]) is None:
             return compute(q, k, v, mask)
         if way.as_it_is and mask is None:
@@ -157,31 +155,41 @@ def _by_kernel(kernel: Kernel, own: Compute) -> Compute:
 class ComfyRoute(Route):
     """ComfyUI's attention override. What computes is ComfyUI's own attention function, or the user's own override."""
 
-    def __call__(self, function: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
-        users = kwargs.get(OPTIONS, {}).get(_USERS)
-        q, k, v, mask, stays_apart, named = named_attention(args, kwargs)
+    def __call__(
+        self,
+        function: Callable[..., Tensor],
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        heads: int,
+        mask: Tensor | None = None,
+        attn_precision: Any = None,
+        skip_reshape: bool = False,
+        skip_output_reshape: bool = False,
+        **named: Any,
+    ) -> Tensor:
+        users = named[OPTIONS].get(_USERS) if OPTIONS in named else None
         function = chosen_by_the_file(function, named)
-        function = function if users is None else partial(users, function)
+        if users is not None:
+            function = partial(users, function)
+        if attn_precision is not None:
+            named["attn_precision"] = attn_precision
+        if not skip_reshape:
+            q, k, v = heads_apart(q, k, v, heads)
 
         def compute(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
             return function(q, k, v, q.shape[1], mask=mask, skip_reshape=True, skip_output_reshape=True, **named)
 
         out = self.attend(q, k, v, mask, compute)
-        return out if stays_apart else out.transpose(1, 2).flatten(2)
+        return out if skip_output_reshape else out.transpose(1, 2).flatten(2)
 
 
-def named_attention(
-    args: tuple[Any, ...], kwargs: Mapping[str, Any]
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None, bool, dict[str, Any]]:
-    """What ComfyUI's attention is called with → q [B, H, Q, D], k, v [B, G, K, D], the mask, whether heads are to stay
-    apart in the result, and the rest by name."""
-    named = {**dict(zip(("q", "k", "v", "heads", "mask", "attn_precision"), args, strict=False)), **kwargs}
-    q, k, v, heads = named.pop("q"), named.pop("k"), named.pop("v"), named.pop("heads")
-    if not named.pop("skip_reshape", False):
-        dim = q.shape[-1] // heads
-        # Heads may be apart in some of them already, which ComfyUI's attention does not care about.
-        q, k, v = (x.flatten(2).unflatten(-1, (-1, dim)).transpose(1, 2) for x in (q, k, v))
-    return q, k, v, named.pop("mask", None), named.pop("skip_output_reshape", False), named
+def heads_apart(q: Tensor, k: Tensor, v: Tensor, heads: int) -> tuple[Tensor, Tensor, Tensor]:
+    """[B, Q, H·D], and k and v likewise → [B, H, Q, D], [B, G, K, D]. Heads may be apart in some of them already, which
+    ComfyUI's attention does not care about."""
+    dim = q.shape[-1] // heads
+    q, k, v = (x.flatten(2).unflatten(-1, (-1, dim)).transpose(1, 2) for x in (q, k, v))
+    return q, k, v
 
 
 def chosen_by_the_file(function: Callable[..., Tensor], named: dict[str, Any]) -> Callable[..., Tensor]:
@@ -206,16 +214,24 @@ class OverrideInGraph:
 class TorchRoute(Route):
     """Torch's attention function. What computes is that function."""
 
-    def __call__(self, function: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
-        named = dict(zip(("query", "key", "value", "attn_mask", "dropout_p", "is_causal"), args, strict=False)) | kwargs
-        q, k, v, mask = (named.pop(name, None) for name in ("query", "key", "value", "attn_mask"))
-        if named.get("is_causal"):
+    def __call__(
+        self,
+        function: Callable[..., Tensor],
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        **named: Any,
+    ) -> Tensor:
+        if is_causal:
             raise PlanError(f"{self._where}: causal attention depends on the order of tokens, which a split changes")
 
         def compute(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-            return function(q, k, v, attn_mask=mask, **named)
+            return function(q, k, v, attn_mask=mask, dropout_p=dropout_p, **named)
 
-        return self.attend(q, k, v, mask, compute)
+        return self.attend(query, key, value, attn_mask, compute)
 
 
 class ThroughOptions:

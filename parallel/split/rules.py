@@ -24,6 +24,8 @@ class Tokens:
 
     BY_VALUE_ALONE: ClassVar = True
     """See `sites.by_value_alone`."""
+    BY_SIZE_ALONE: ClassVar = True
+    """See `sites.by_size_alone`."""
 
     streams: Names
     dim: int = 1

@@ -80,6 +80,12 @@ def by_value_alone(rule: Rule) -> bool:
     return getattr(rule, "BY_VALUE_ALONE", False)
 
 
+def by_size_alone(rule: Rule) -> int | None:
+    """The dimension, if values of one size along it are all whole, or all this rank's, for as long as the streams have
+    the same lengths."""
+    return rule.dim if getattr(rule, "BY_SIZE_ALONE", False) else None
+
+
 def prepared(what: str, rule: Rule) -> Callable[[Any, Streams], Any]:
     """`rule.cut` or `rule.join`, as a function of a value; of each item where the rule is a tuple."""
     if rule is None:

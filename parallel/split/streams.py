@@ -5,6 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import accumulate
 from typing import Any
 
@@ -38,16 +39,19 @@ class Stream:
         """How many tokens the rank owns."""
         return self.starts[rank + 1] - self.starts[rank]
 
-    def positions(self, rank: int, *, phantom: bool) -> Tensor:
-        """Positions of the rank's tokens.
+    def range(self, rank: int, *, phantom: bool) -> tuple[int, int]:
+        """First of the rank's kept tokens, and one past the last.
 
         Args:
             phantom: a rank without a token gets the first one: blocks of several models cannot run without a token of
                 each stream. It is dropped before every exchange and in every join, so that nobody sees its result.
         """
         first, last = self.starts[rank], self.starts[rank + 1]
-        if phantom and first == last:
-            first, last = 0, 1
+        return (0, 1) if phantom and first == last else (first, last)
+
+    def positions(self, rank: int, *, phantom: bool) -> Tensor:
+        """Positions of the rank's tokens; see `range`."""
+        first, last = self.range(rank, phantom=phantom)
         return torch.arange(first, last) if self.kept is None else self.kept[first:last]
 
 
@@ -77,27 +81,31 @@ class Way:
 
 
 class CutBefore:
-    """What the blocks of one site have cut already in this forward pass: most of them are given the same tables.
+    """What the blocks of one site were given already in this forward pass: most of them are given the same tables, and
+    tokens of the same number. It spares asking the rules.
 
-    Kept for as long as the whole lives. Not of what gradients flow through, see `Streams.once`: that makes a part once
-    for all sites, and this spares asking the rule.
+    Attributes:
+        parts: argument → the whole, for as long as it lives, and its part.
+        own: argument → its size along the rule's dimension where it is this rank's part already.
     """
 
     def __init__(self) -> None:
-        self._parts: dict[str, tuple[Callable[[], Any], Any]] = {}
-
-    def get(self, name: str, value: Any) -> Any:
-        """The part, if the argument was this very value the last time; else the value."""
-        if (known := self._parts.get(name)) is not None and known[0]() is value:
-            return known[1]
-        return value
+        self.parts: dict[str, tuple[Callable[[], Any], Any]] = {}
+        self.own: dict[str, int] = {}
 
     def keep(self, name: str, value: Any, part: Any) -> None:
+        """Not of what gradients flow through, see `Streams.once`, which makes a part once for all sites."""
         if isinstance(value, Tensor):
             if not value.requires_grad:
-                self._parts[name] = weakref.ref(value, lambda _: self._parts.pop(name, None)), part
+                self.parts[name] = weakref.ref(value, lambda _: self.parts.pop(name, None)), part
         elif isinstance(value, tuple) and not torch.is_grad_enabled():
-            self._parts[name] = (lambda: value), part  # it knows no weak reference
+            self.parts[name] = (lambda: value), part  # it knows no weak reference
+
+
+@lru_cache(maxsize=64)
+def _starts(count: int, weights: tuple[float, ...]) -> tuple[int, ...]:
+    """See `Stream.starts`; the same in every step."""
+    return tuple(accumulate(shares(count, weights, minimum=1 if count >= len(weights) else 0), initial=0))
 
 
 class Streams:
@@ -110,7 +118,7 @@ class Streams:
         notes: what a rule keeps from cut to join.
         given: arguments of the module whose arguments are being cut, as they came: for rules that depend on another.
         routed: kind of attention → whether one of this kind has been exchanged.
-        ways: kind of attention and numbers of heads and tokens → how it is exchanged; None: not at all.
+        ways: kind of attention and shapes of q and k → how it is exchanged; None: not at all.
         skipping: whether a cache skips the blocks that come next: their hooks run, and they do not.
     """
 
@@ -119,7 +127,7 @@ class Streams:
         self.notes: dict[Any, Any] = {}
         self.given: Mapping[str, Any] = {}
         self.routed: dict[str, bool] = {}
-        self.ways: dict[tuple[str, int, int, int, int], Way | None] = {}
+        self.ways: dict[tuple[str, torch.Size, torch.Size], Way | None] = {}
         self.skipping = False
         self._streams: dict[str, Stream] = {}
         self._cut_before: dict[int, CutBefore] = {}
@@ -137,11 +145,12 @@ class Streams:
     def define(self, name: str, total: int, kept: Tensor | None = None) -> None:
         """Splits a stream of `total` tokens, or only those at the positions `kept`, over the ranks."""
         count = total if kept is None else len(kept)
-        enough = 1 if count >= self.ranks.size else 0
-        owned = shares(count, self.ranks.weights, minimum=enough)
-        self._streams[name] = Stream(total, None if kept is None else kept.cpu(), tuple(accumulate(owned, initial=0)))
+        starts = _starts(count, self.ranks.weights)
+        self._streams[name] = Stream(total, None if kept is None else kept.cpu(), starts)
         self._lengths.clear()
         self.ways.clear()
+        for before in self._cut_before.values():
+            before.own.clear()
 
     def cut_before(self, site: object) -> CutBefore:
         """Of the blocks of this site, which outlives the pass."""
@@ -229,13 +238,15 @@ class Streams:
 
     def take(self, value: Tensor, names: Names, dim: int) -> Tensor:
         """This rank's part of a whole tensor, as a copy: blocks may work in place, and the whole can be freed."""
-        if len(names) == 1 and (stream := self._streams[names[0]]).kept is None:
-            first = min(stream.starts[self.ranks.rank], stream.total - 1)
-            count = max(1, stream.count(self.ranks.rank))
-            if stream.count(self.ranks.rank) == 0:
-                first = 0
-            return value.narrow(dim, first, count).clone(memory_format=torch.contiguous_format)
-        return value.index_select(dim, self.mine(names, value.device))
+        streams = [self._streams[name] for name in names]
+        if any(stream.kept is not None for stream in streams):
+            return value.index_select(dim, self.mine(names, value.device))
+        parts, before = [], 0
+        for stream in streams:  # an index would be copied to the device in every pass
+            first, last = stream.range(self.ranks.rank, phantom=True)
+            parts.append(value.narrow(dim, before + first, last - first))
+            before += stream.total
+        return parts[0].clone(memory_format=torch.contiguous_format) if len(parts) == 1 else torch.cat(parts, dim)
 
     def take_before(self, value: Tensor, names: Names, dim: int) -> Tensor:
         """This rank's part of a tensor of which it has all tokens but of the last stream, where it has its own."""
