@@ -10,7 +10,7 @@ The choice is made by the host, once per load, from numbers that it has asked al
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from math import ceil
 
@@ -97,13 +97,34 @@ def bytes_on_device(mode: str, nbytes: int, sharing: int, device_type: str) -> i
     return nbytes
 
 
+def next_smaller(mode: str, nbytes: int, *, sharing: int, device_type: str, in_the_file: int = 0) -> str | None:
+    """The mode that leaves more memory to a step than this one and costs least; None: there is none.
+
+    Args:
+        nbytes, sharing, device_type, in_the_file: as for `choose`.
+    """
+    if mode == "offload":
+        return None
+    if device_type == "cpu":
+        return "offload" if nbytes > in_the_file else None
+    return "shard" if mode == "replicate" and sharing > 1 else "offload"
+
+
 def choose(
-    nbytes: int, devices: Sequence[Memory], host: Memory, *, sharing: int, device_type: str, in_the_file: int = 0
+    nbytes: int,
+    devices: Sequence[Memory],
+    host: Memory,
+    *,
+    sharing: int,
+    device_type: str,
+    in_the_file: int = 0,
+    ran_out: Collection[str] = (),
 ) -> Placement:
     """What `auto` means.
 
     Replicate where every device has room; else shard, if that makes room; else offload. CPU workers have one memory
-    in common, and offload costs them nothing.
+    in common, and offload costs them nothing. How much a step needs beside the weights is not known beforehand: a mode
+    that has run out of memory is not taken again.
 
     Args:
         nbytes: the model's weights.
@@ -111,25 +132,29 @@ def choose(
         host: the machine's.
         sharing: ranks of a sequence if the weights are sharded.
         in_the_file: bytes that CPU workers use where the file is mapped, in one copy that the system can drop.
+        ran_out: modes in which a step, or the load, has run out of memory.
     """
     needed = _gib(nbytes)
+    before = f"{' and '.join(mode for mode in MODES if mode in ran_out)} ran out of memory" if ran_out else ""
     if device_type == "cpu":
         own = nbytes - in_the_file
         if not own:
             return Placement(mode="replicate", reason=f"auto: all workers use {needed} where the file is mapped")
         copies = f"{len(devices)} × {_gib(own)}"
-        if own * len(devices) <= host.for_weights:
+        if own * len(devices) <= host.for_weights and not before:
             return Placement(mode="replicate", reason=f"auto: {copies} fit in memory")
-        reason = f"auto: {copies} do not fit in {_gib(host.for_weights)} of memory, so all workers use one copy"
-        return Placement(mode="offload", reason=reason)
+        why = before or f"{copies} do not fit in {_gib(host.for_weights)} of memory"
+        return Placement(mode="offload", reason=f"auto: {why}, so all workers use one copy")
     rank, least = min(enumerate(devices), key=lambda entry: entry[1].for_weights)
     where = f"rank {rank} has {_gib(least.for_weights)} for weights"
-    if nbytes <= least.for_weights:
+    if nbytes <= least.for_weights and not before:
         return Placement(mode="replicate", reason=f"auto: {needed} fit, {where}")
-    if sharing > 1 and nbytes // sharing + int(nbytes * PASSING) <= least.for_weights:
-        return Placement(mode="shard", reason=f"auto: {needed} do not fit, 1/{sharing} of it does: {where}")
-    too_large = f", nor does 1/{sharing} of it" if sharing > 1 else ""
-    return Placement(mode="offload", reason=f"auto: {needed} do not fit{too_large}: {where}")
+    why = before or f"{needed} do not fit"
+    if sharing > 1 and "shard" not in ran_out and nbytes // sharing + int(nbytes * PASSING) <= least.for_weights:
+        part = f"1/{sharing} of {needed} fits" if before else f"1/{sharing} of it does"
+        return Placement(mode="shard", reason=f"auto: {why}, {part}: {where}")
+    too_large = f", nor does 1/{sharing} of it" if sharing > 1 and not before else ""
+    return Placement(mode="offload", reason=f"auto: {why}{too_large}: {where}")
 
 
 def _gib(nbytes: int) -> str:

@@ -60,6 +60,8 @@ class Call:
     ranks: Sequence[int]
     work: Hashable | None = None
     """See `pace.work_of`."""
+    advice: str = failures.ADVICE
+    """What a user can do where a rank is out of memory."""
     replies: dict[int, Reply] = field(default_factory=dict)
     """In the order of their arrival."""
     progress: dict[int, tuple[int, int]] = field(default_factory=dict)
@@ -117,12 +119,23 @@ class Calls:
     # --- for callers ------------------------------------------------------------------------------------------------
 
     def call(
-        self, message: Operation, *, poll: Poll | None = None, on_progress: Progress | None = None
+        self,
+        message: Operation,
+        *,
+        poll: Poll | None = None,
+        on_progress: Progress | None = None,
+        advice: str = failures.ADVICE,
     ) -> list[dict[str, Any]]:
         """Runs an operation on every rank and waits for all answers.
 
         If `poll` or `on_progress` raises, the workers are asked to stop and the exception goes on at once; the next
         call first waits until they have.
+
+        Args:
+            message: what to do.
+            poll: called again and again while the ranks work, in the caller's thread.
+            on_progress: told how far the slowest rank is.
+            advice: for the error of ranks that are out of memory: what a user can do.
 
         Returns:
             Each rank's result.
@@ -135,6 +148,7 @@ class Calls:
         with held(self._lock, poll):
             self.settle(poll)
             call = self._send(message)
+            call.advice = advice
             told = (0, 0)
             watch = Watch(self._patience)
             while not self._when(lambda: call.answered or call.failed):
@@ -314,7 +328,7 @@ class Calls:
         if len(failed) == len(call.ranks):
             replies = [reply for _, reply, _ in failed]
             kept = verdict.refused_alike(replies) or (verdict.short_of_memory(replies) and self._recovers())
-        failure = failures.raised(self.workers[rank], call.operation, cause, kept=kept)
+        failure = failures.raised(self.workers[rank], call.operation, cause, kept=kept, advice=call.advice)
         for each, _, error in failed:
             level = logging.INFO if error.expected else logging.ERROR
             log.log(level, "%s", failures.prefixed(each, error.traceback))

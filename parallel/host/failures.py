@@ -22,6 +22,16 @@ ADVICE = "Use a smaller size or fewer frames, more devices, weights 'offload', o
 """What a user can do when the memory is short."""
 
 
+def advice_after(mode: str | None) -> str:
+    """The same, where `auto` takes another mode of weights for the next prompt."""
+    if mode is None:
+        return ADVICE
+    return (
+        f"The next prompt takes weights '{mode}' (as weights is 'auto'), which leaves more memory to a step. Use a"
+        " smaller size or fewer frames, more devices, or an fp8 weight_dtype if that is not enough"
+    )
+
+
 class Fate:
     """Whether a group's workers can be used, or what has ended them: a failure, or somebody who stopped them.
 

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 
 from ..config import Layout, SequenceParallelConfig
-from ..placement import Memory, Placement, bytes_on_device, check_host_memory, choose
+from ..placement import Memory, Placement, bytes_on_device, check_host_memory, choose, next_smaller
 from ..wire.messages import FreeMemory, WeightsHome
 from .calls import Poll
 from .group import WorkerGroup
@@ -25,6 +25,18 @@ class Placing:
     def __init__(self, config: SequenceParallelConfig, layout: Layout, *, whole: bool = False):
         self._asked = "replicate" if whole else config.weights
         self._sharing, self._device_type = layout.degrees.sharing, layout.device_type
+        self._ran_out: set[str] = set()
+
+    def ran_out(self, mode: str) -> None:
+        """Memory has run out in this mode: `auto` does not take it again."""
+        self._ran_out.add(mode)
+
+    def next_smaller(self, mode: str, nbytes: int, in_the_file: int) -> str | None:
+        """What `auto` takes where `mode` runs out of memory; None: nothing leaves more, or the user has chosen."""
+        if self._asked != "auto":
+            return None
+        kind = self._device_type
+        return next_smaller(mode, nbytes, sharing=self._sharing, device_type=kind, in_the_file=in_the_file)
 
     def settle(self, group: WorkerGroup, poll: Poll | None, nbytes: int, *, in_the_file: int = 0) -> Placement:
         """Asks the workers for their free memory only if that matters.
@@ -49,6 +61,7 @@ class Placing:
                 sharing=self._sharing,
                 device_type=self._device_type,
                 in_the_file=in_the_file,
+                ran_out=self._ran_out,
             )
         if placement.mode == "offload":
             check_host_memory(nbytes, host, placement.reason)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..config import Layout
 from ..degrees import Degrees
-from ..errors import WorkerError
+from ..errors import WorkerError, WorkerOutOfMemoryError
 from ..plan import share_of
 from ..sampling.program import Program
 from ..sampling.step_request import OF_ALL_SAMPLES, StepRequest
@@ -211,8 +211,10 @@ class RemoteModel:
         """Each rank's result. After a Cancel or a failure, what the workers hold is unknown, so it is sent, and
         remembered, again."""
         try:
-            return group.call(message, poll=poll, on_progress=on_progress)
-        except BaseException:
+            return group.call(message, poll=poll, on_progress=on_progress, advice=self.weights.advice)
+        except BaseException as error:
+            if isinstance(error, WorkerOutOfMemoryError):
+                self.weights.ran_out()
             self._conditioning.clear()
             if cache is not None:
                 self.forget(cache)

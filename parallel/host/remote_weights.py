@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from ..config import resolve
-from ..errors import UnsupportedError
+from ..errors import UnsupportedError, WorkerOutOfMemoryError
 from ..placement import Placement
 from ..quantise.selection import Selection, select_layers
 from ..quantise.settings import KITCHEN, NODE, FP8Report, FP8Settings, choose_scheme, likely_scheme, refuse_devices
@@ -20,6 +20,7 @@ from ..wire.plain import plain_tensors
 from ..wire.trees import Tree, flatten
 from . import running, status
 from .calls import Poll, Progress
+from .failures import advice_after
 from .group import WorkerGroup
 from .placing import Placing
 from .recipe import Recipe
@@ -74,6 +75,10 @@ class RemoteWeights(Resident):
         self._placing = Placing(recipe.config, self.layout, whole=not recipe.planned)
         self._own_group = group
         self._version: Hashable = None
+        self._smaller: str | None = None
+        """The mode that `auto` would take after the one that was settled last."""
+        self._too_large = False
+        """Whether memory has run out, and there is such a mode: the next prompt loads anew."""
         self._replaced: set[str] = set()
         """Weights that are, or may be, other than the file's in the workers."""
 
@@ -141,7 +146,7 @@ class RemoteWeights(Resident):
             self.select_fp8(fp8)  # refuses before any worker is started
         recipe = self.recipe
         group = self._own_group or running.acquire(recipe.config, poll, first=recipe.to_json())
-        if self.loaded and group is self.group and fp8 == self.fp8:
+        if self.loaded and group is self.group and fp8 == self.fp8 and not self._too_large:
             return self.nbytes
         nbytes = self._whole_bytes(fp8)
         choice = None
@@ -159,8 +164,14 @@ class RemoteWeights(Resident):
                 home=home,
                 fp8=None if choice is None else choice.to_json(),
             )
-            results = group.call(message, poll=poll, on_progress=on_progress)
-        self.placement, self.fp8 = placement, fp8
+            self.placement, self._too_large = placement, False
+            self._smaller = self._placing.next_smaller(placement.mode, nbytes, in_the_file)
+            try:
+                results = group.call(message, poll=poll, on_progress=on_progress, advice=self.advice)
+            except WorkerOutOfMemoryError:
+                self.ran_out()
+                raise
+        self.fp8 = fp8
         self._forgotten()
         self._arrived(group, recipe.path, max(result["nbytes"] for result in results))
         group.figures.loaded([result["seconds"] for result in results])
@@ -180,6 +191,18 @@ class RemoteWeights(Resident):
                 scheme=choice.scheme, reason=choice.reason, bytes_before=before, bytes_after=self.nbytes, **counts
             )
         return self.nbytes
+
+    @property
+    def advice(self) -> str:
+        """What a user can do if memory runs out with the weights as they are; see `ran_out`."""
+        return advice_after(self._smaller)
+
+    def ran_out(self) -> None:
+        """Memory has run out: under `auto` the next prompt takes a mode that leaves more, if there is one."""
+        if self._smaller is not None:
+            assert self.placement is not None
+            self._placing.ran_out(self.placement.mode)
+            self._too_large = True
 
     def replace(
         self,

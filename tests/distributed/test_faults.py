@@ -8,7 +8,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -190,6 +190,39 @@ def test_out_of_memory_on_all_at_an_exchange_keeps_the_workers(case: Case, patie
     case.faults.order(OUT_OF_MEMORY, ranks_of(case), place=place)
     case.fails(WorkerOutOfMemoryError)
     case.goes_on(pids)
+
+
+@pytest.mark.cpu_ranks("what leaves more memory after what is another order on GPUs")
+@pytest.mark.parametrize("kept", [True, False], ids=["all ranks", "one rank"])
+def test_auto_takes_a_smaller_mode_after_out_of_memory(
+    tiny_models: TinyModels, faults: Faults, patient: None, events: list[status.Event], kept: bool
+) -> None:
+    """Of weights whose dtype changes, so that each worker has a copy."""
+    faults.clear()
+    inputs = replace(SMALL, dtype=torch.bfloat16)
+    recipe = recipe_of(tiny_models.path(heads=3), TWO, torch.bfloat16)
+    model = RemoteModel(recipe)
+    model.weights.ensure_loaded()
+    assert model.weights.placement is not None and model.weights.placement.mode == "replicate"
+    expected, pids = step(model, inputs).clone(), model.weights.settled(None).pids
+    faults.order(OUT_OF_MEMORY, [0, 1] if kept else [1], place="before block")
+    with pytest.raises(WorkerOutOfMemoryError, match="The next prompt takes weights 'offload'") as caught:
+        step(model, inputs)
+    assert [event.text for event in events] == [str(caught.value)]
+    faults.clear()
+
+    model.weights.ensure_loaded()
+    assert (model.weights.settled(None).pids == pids) == kept
+    assert model.weights.placement.mode == "offload"
+    assert "replicate ran out of memory" in model.weights.placement.reason
+    assert torch.equal(step(model, inputs), expected)
+    model.weights.ensure_loaded()
+    faults.order(OUT_OF_MEMORY, [0, 1], place="before block")
+    with pytest.raises(WorkerOutOfMemoryError) as caught:
+        step(model, inputs)
+    assert "The next prompt takes" not in str(caught.value), "nothing is smaller"
+    faults.clear()
+    model.weights.unload()
 
 
 @pytest.mark.parametrize("layout", [TWO], indirect=True)

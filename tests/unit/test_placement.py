@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from parallel.errors import ConfigError
-from parallel.placement import Memory, bytes_on_device, check_host_memory, choose
+from parallel.placement import Memory, bytes_on_device, check_host_memory, choose, next_smaller
 from parallel.worker.free_memory import host_memory
 
 GIB = 2**30
@@ -46,6 +46,28 @@ def test_auto_on_gpus(size: int, devices: list[Memory], sharing: int, mode: str,
     assert chosen.mode == mode
     assert chosen.reason.startswith("auto: ")
     assert why in chosen.reason
+
+
+@pytest.mark.parametrize(
+    ("sharing", "ran_out", "mode", "why"),
+    [
+        pytest.param(2, ["replicate"], "shard", "replicate ran out of memory, 1/2 of 12 GiB fits", id="two cards"),
+        pytest.param(2, ["shard", "replicate"], "offload", "replicate and shard ran out of memory: rank 0", id="last"),
+        pytest.param(1, ["replicate"], "offload", "replicate ran out of memory: rank 0", id="side by side"),
+    ],
+)
+def test_auto_takes_no_mode_again_that_ran_out_of_memory(sharing: int, ran_out: list[str], mode: str, why: str):
+    """12 GiB fit on both; what a step needs beside them did not."""
+    chosen = choose(12 * GIB, gpus(24, 24), LARGE_HOST, sharing=sharing, device_type="cuda", ran_out=ran_out)
+    assert chosen.mode == mode
+    assert chosen.reason.startswith(f"auto: {why}")
+    assert next_smaller(ran_out[0], 12 * GIB, sharing=sharing, device_type="cuda") == mode
+
+
+def test_there_is_no_smaller_mode():
+    assert next_smaller("offload", 12 * GIB, sharing=2, device_type="cuda") is None
+    mapped = {"sharing": 2, "device_type": "cpu", "in_the_file": 12 * GIB}
+    assert next_smaller("replicate", 12 * GIB, **mapped) is None, "it is one copy already"
 
 
 @pytest.mark.parametrize(
