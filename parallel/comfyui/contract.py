@@ -185,7 +185,7 @@ PARTS = {
             optimized_attention
             REGISTERED_ATTENTION_FUNCTIONS
             get_attention_function(_, _)
-            attention_basic <- q, k, v, heads, mask=0, attn_precision=0, **named
+            attention_basic <- q, k, v, heads, mask=0, attn_precision=0, skip_reshape=0, skip_output_reshape=0, **named
             wrap_attn["transformer_options", "optimized_attention_override"]
         comfy.ops
             mixed_precision_ops["comfy_quant"]

@@ -154,7 +154,8 @@ class _Cut:
     """Cuts a module's arguments, and knows them all.
 
     Args:
-        enter: called first; one hook instead of two.
+        enter: of a block, what is called before anything is cut (`Split._enter`). Part of this hook, since a second one
+            would cost every block time.
     """
 
     def __init__(
@@ -167,7 +168,8 @@ class _Cut:
     ):
         self._current, self._where, self._enter = current, where, enter
         self._known: tuple[int, tuple[str, ...]] = 0, ()
-        """How many arguments by place were given the last time, and which by name: the plan knows all of them."""
+        """The last call that was checked and knew every argument: how many by place, and the names of the others. A
+        call like it is not checked again."""
         parameters = inspect.signature(type(module).forward).parameters
         self._surplus = next((name for name, p in parameters.items() if p.kind is p.VAR_POSITIONAL), "")
         self._names = list(itertools.takewhile(lambda name: name != self._surplus, list(parameters)[1:]))
@@ -175,9 +177,9 @@ class _Cut:
         self._site = site
         takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
         self._cuts: list[tuple[str, int, Callable[[Any, Streams], Any]]] = []
-        """Argument, its place, which may be none that exists, and its rule."""
+        """Argument, index in `args`, rule. The index is `sys.maxsize` for what can only come by name."""
         self._dims: dict[str, int] = {}
-        """Of arguments whose size along one dimension says whether they are whole."""
+        """Argument → dimension whose size alone decides, see `by_size_alone`."""
         self._repeatable: set[str] = set()
         self._whole: set[str] | None = None if site.whole is None else {"transformer_options"}
         for entry in [*site.cut, *(site.whole or "").split()]:
@@ -207,8 +209,8 @@ class _Cut:
         streams = self._current()
         if streams.ranks.size == 1:
             return None
-        before, dims = streams.cut_before(self._site), self._dims
-        parts, own = before.parts, before.own
+        seen, dims = streams.seen_before(self._site), self._dims
+        parts, own = seen.parts, seen.own
         new_args: list[Any] | None = None
         new_kwargs: dict[str, Any] | None = None
         for name, place, cut in self._cuts:
@@ -226,11 +228,11 @@ class _Cut:
                 finally:
                     streams.given = {}
                 if part is value:
-                    if name in dims and (size := _size(value, dims[name])) > 1:
+                    if name in dims and (size := _size(value, dims[name])) > 0:
                         own[name] = size
                     continue
                 if name in self._repeatable:
-                    before.keep(name, value, part)
+                    seen.keep(name, value, part)
             if place < count:
                 new_args = new_args or list(args)
                 new_args[place] = part
@@ -250,11 +252,12 @@ class _Cut:
         for name, value in given:
             if value is not None and name not in self._whole:
                 raise PlanError(f"{self._where} is given {_shown(name, value)}, which its plan does not know")
-        if all(name in self._whole for name, _ in given):
+        if all(name in self._whole for name, _ in given):  # one that is None may have a value the next time
             self._known = len(args), tuple(kwargs)
 
 
 def _size(value: Any, dim: int) -> int:
+    """Along `dim`; −1, which is never remembered, of what has no such dimension."""
     return value.size(dim) if isinstance(value, Tensor) and value.ndim > dim else -1
 
 

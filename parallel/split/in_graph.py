@@ -156,7 +156,7 @@ class InGraph(OverrideInGraph):
         skip_output_reshape: bool = False,
         **named: Any,
     ) -> Tensor:
-        if attn_precision is not None:
+        if attn_precision is not None:  # which is its default
             named["attn_precision"] = attn_precision
         if not skip_reshape:
             q, k, v = heads_apart(q, k, v, heads)

@@ -153,7 +153,10 @@ def _by_kernel(kernel: Kernel, own: Compute) -> Compute:
 
 
 class ComfyRoute(Route):
-    """ComfyUI's attention override. What computes is ComfyUI's own attention function, or the user's own override."""
+    """ComfyUI's attention override. What computes is ComfyUI's own attention function, or the user's own override.
+
+    Its parameters are those of ComfyUI's attention functions, in their order, which `comfyui.contract` checks.
+    """
 
     def __call__(
         self,
@@ -172,7 +175,7 @@ class ComfyRoute(Route):
         function = chosen_by_the_file(function, named)
         if users is not None:
             function = partial(users, function)
-        if attn_precision is not None:
+        if attn_precision is not None:  # which is its default
             named["attn_precision"] = attn_precision
         if not skip_reshape:
             q, k, v = heads_apart(q, k, v, heads)
@@ -212,7 +215,7 @@ class OverrideInGraph:
 
 
 class TorchRoute(Route):
-    """Torch's attention function. What computes is that function."""
+    """Torch's attention function, `scaled_dot_product_attention`, whose parameters it takes. What computes is that."""
 
     def __call__(
         self,

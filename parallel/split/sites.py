@@ -81,9 +81,11 @@ def by_value_alone(rule: Rule) -> bool:
 
 
 def by_size_alone(rule: Rule) -> int | None:
-    """The dimension, if values of one size along it are all whole, or all this rank's, for as long as the streams have
-    the same lengths."""
-    return rule.dim if getattr(rule, "BY_SIZE_ALONE", False) else None
+    """The dimension whose size alone decides what the rule does while the streams keep their lengths: if it has
+    returned one value unchanged, it does so with every value of that size. Such a rule has a field `dim`, looks at no
+    other argument, and keeps nothing for a join. None: it is asked about each value. A subclass has to say so
+    itself."""
+    return rule.dim if vars(type(rule)).get("BY_SIZE_ALONE", False) else None
 
 
 def prepared(what: str, rule: Rule) -> Callable[[Any, Streams], Any]:

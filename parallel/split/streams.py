@@ -39,8 +39,8 @@ class Stream:
         """How many tokens the rank owns."""
         return self.starts[rank + 1] - self.starts[rank]
 
-    def range(self, rank: int, *, phantom: bool) -> tuple[int, int]:
-        """First of the rank's kept tokens, and one past the last.
+    def span(self, rank: int, *, phantom: bool) -> tuple[int, int]:
+        """Half-open range of the kept tokens that the rank works on.
 
         Args:
             phantom: a rank without a token gets the first one: blocks of several models cannot run without a token of
@@ -50,8 +50,8 @@ class Stream:
         return (0, 1) if phantom and first == last else (first, last)
 
     def positions(self, rank: int, *, phantom: bool) -> Tensor:
-        """Positions of the rank's tokens; see `range`."""
-        first, last = self.range(rank, phantom=phantom)
+        """Positions of the rank's tokens; see `span`."""
+        first, last = self.span(rank, phantom=phantom)
         return torch.arange(first, last) if self.kept is None else self.kept[first:last]
 
 
@@ -80,13 +80,14 @@ class Way:
     """Whether q, k and v are exchanged as the model has made them."""
 
 
-class CutBefore:
-    """What the blocks of one site were given already in this forward pass: most of them are given the same tables, and
-    tokens of the same number. It spares asking the rules.
+class SeenBefore:
+    """What a site's blocks were given earlier in this forward pass, so that the rules need not be asked again: blocks
+    share tables, and hidden states keep their length.
 
     Attributes:
         parts: argument → the whole, for as long as it lives, and its part.
-        own: argument → its size along the rule's dimension where it is this rank's part already.
+        own: argument → size at which its rule returned it unchanged, so that it is this rank's part already; forgotten
+            when a stream is defined.
     """
 
     def __init__(self) -> None:
@@ -94,7 +95,8 @@ class CutBefore:
         self.own: dict[str, int] = {}
 
     def keep(self, name: str, value: Any, part: Any) -> None:
-        """Not of what gradients flow through, see `Streams.once`, which makes a part once for all sites."""
+        """Remembers the part of `value`; nothing where gradients flow, for the reason in `Streams.once`. That makes a
+        part once for all sites; this spares even asking the rule."""
         if isinstance(value, Tensor):
             if not value.requires_grad:
                 self.parts[name] = weakref.ref(value, lambda _: self.parts.pop(name, None)), part
@@ -104,7 +106,8 @@ class CutBefore:
 
 @lru_cache(maxsize=64)
 def _starts(count: int, weights: tuple[float, ...]) -> tuple[int, ...]:
-    """See `Stream.starts`; the same in every step."""
+    """`Stream.starts` of `count` tokens; at least one for each rank if there are enough. Cached: exact fractions are
+    slow, and every step asks for the same."""
     return tuple(accumulate(shares(count, weights, minimum=1 if count >= len(weights) else 0), initial=0))
 
 
@@ -130,7 +133,7 @@ class Streams:
         self.ways: dict[tuple[str, torch.Size, torch.Size], Way | None] = {}
         self.skipping = False
         self._streams: dict[str, Stream] = {}
-        self._cut_before: dict[int, CutBefore] = {}
+        self._seen_before: dict[int, SeenBefore] = {}
         self._lengths: dict[Names, Lengths] = {}
         self._made: dict[Any, tuple[Any, Any]] = {}
         self._indices: dict[Any, Tensor] = {}
@@ -149,20 +152,20 @@ class Streams:
         self._streams[name] = Stream(total, None if kept is None else kept.cpu(), starts)
         self._lengths.clear()
         self.ways.clear()
-        for before in self._cut_before.values():
-            before.own.clear()
+        for seen in self._seen_before.values():
+            seen.own.clear()
 
-    def cut_before(self, site: object) -> CutBefore:
+    def seen_before(self, site: object) -> SeenBefore:
         """Of the blocks of this site, which outlives the pass."""
-        if (known := self._cut_before.get(id(site))) is None:
-            known = self._cut_before[id(site)] = CutBefore()
+        if (known := self._seen_before.get(id(site))) is None:
+            known = self._seen_before[id(site)] = SeenBefore()
         return known
 
     def forget_parts(self) -> None:
         """At the end of a pass: what waits for its whole to go refers to itself, and would stay until Python looks for
         such garbage."""
         self._made.clear()
-        self._cut_before.clear()
+        self._seen_before.clear()
 
     def described(self) -> Hashable:
         """Tokens of each stream known so far, and who owns how many; the same on all ranks."""
@@ -241,12 +244,16 @@ class Streams:
         streams = [self._streams[name] for name in names]
         if any(stream.kept is not None for stream in streams):
             return value.index_select(dim, self.mine(names, value.device))
-        parts, before = [], 0
-        for stream in streams:  # an index would be copied to the device in every pass
-            first, last = stream.range(self.ranks.rank, phantom=True)
-            parts.append(value.narrow(dim, before + first, last - first))
-            before += stream.total
-        return parts[0].clone(memory_format=torch.contiguous_format) if len(parts) == 1 else torch.cat(parts, dim)
+        parts, offset = [], 0
+        for stream in streams:  # slices, since an index would have to be copied to the device in every pass
+            first, last = stream.span(self.ranks.rank, phantom=True)
+            parts.append(value.narrow(dim, offset + first, last - first))
+            offset += stream.total
+        return (
+            parts[0].clone(memory_format=torch.contiguous_format)
+            if len(parts) == 1
+            else torch.cat(parts, dim).contiguous()
+        )
 
     def take_before(self, value: Tensor, names: Names, dim: int) -> Tensor:
         """This rank's part of a tensor of which it has all tokens but of the last stream, where it has its own."""

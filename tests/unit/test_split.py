@@ -138,6 +138,49 @@ def test_what_all_blocks_share_is_cut_once_and_what_depends_on_another_argument_
     split.remove()
 
 
+class GivesInTurn(nn.Module):
+    """Each block is given another tensor: whole tokens, or this rank's."""
+
+    def __init__(self, count: int) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Doubles() for _ in range(count))
+
+    def forward(self, values: list[Tensor]) -> list[Tensor]:
+        return [block(value) for block, value in zip(self.blocks, values, strict=True)]
+
+
+class Doubles(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * x
+
+
+def test_whole_and_own_tokens_may_come_in_turn():
+    network = GivesInTurn(6)
+    split = Split(network, {"blocks": Site(cut={"x": Tokens(I)})}, SequenceRanks((1.0, 1.0), 1))
+    whole, own = torch.arange(6.0).reshape(1, 6, 1), torch.full((1, 3, 1), 7.0)
+    results = network([whole, own, whole + 1, own + 1, torch.ones(1, 1, 1), own])
+    wanted = [whole[:, 3:], own, whole[:, 3:] + 1, own + 1, torch.ones(1, 1, 1), own]
+    assert all(torch.equal(result, 2 * each) for result, each in zip(results, wanted, strict=True))
+    with pytest.raises(PlanError, match=r"blocks.2 \(Doubles\): x of shape \[1, 4, 1\]: dim 1 is neither"):
+        network([whole, own, torch.ones(1, 4, 1), own, own, own])
+    split.remove()
+
+
+def test_attention_may_be_called_by_places():
+    """As ComfyUI's functions may: no argument is lost."""
+    seen = []
+
+    def function(q: Tensor, *_: Any, attn_precision: Any = None, **named: Any) -> Tensor:
+        seen.append((attn_precision, named["mask"], named["skip_reshape"], named["skip_output_reshape"]))
+        return q
+
+    route = ComfyRoute(lambda: streams_of((1.0,), 0, image=5), (I, I), "kind", "where")
+    mask, apart, flat = torch.ones(5, 5), torch.ones(1, 2, 5, 4), torch.ones(1, 5, 8)
+    assert route(function, apart, apart, apart, 2, mask, torch.float32, True, True).shape == (1, 2, 5, 4)
+    assert route(function, flat, flat, flat, 2, mask).shape == (1, 5, 8)
+    assert seen == [(torch.float32, mask, True, True), (None, mask, True, True)]
+
+
 class AddsTable(nn.Module):
     def forward(self, x: Tensor, tables: tuple[Tensor, Tensor]) -> Tensor:
         return x + tables[0]
