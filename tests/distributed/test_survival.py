@@ -9,7 +9,6 @@ from __future__ import annotations
 import gc
 import os
 import re
-import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -229,12 +228,13 @@ def nothing() -> list[Left]:
 
 
 @pytest.fixture(scope="module")
-def took() -> Iterator[list[float]]:
-    """Seconds from each fault to its message; the last lines of a run show them."""
+def took(request: pytest.FixtureRequest) -> Iterator[list[float]]:
+    """Seconds from each fault to its message; a run shows the longest."""
     seconds: list[float] = []
     yield seconds
     if seconds:
-        print(f"\n{len(seconds)} faults: the slowest message came after {max(seconds):.1f} s", file=sys.__stderr__)
+        with request.config.pluginmanager.getplugin("capturemanager").global_and_fixture_disabled():
+            print(f"\n{len(seconds)} faults: the slowest message came after {max(seconds):.1f} s")
 
 
 @pytest.mark.cpu_ranks("processes that end and lie, which no device knows of")
