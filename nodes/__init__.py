@@ -1,4 +1,4 @@
-"""What a user sees: one file per node. The only half of the pack that imports ComfyUI."""
+"""The pack's ComfyUI half: its nodes, one file per node, and the panel's routes."""
 
 from pathlib import Path
 
@@ -11,7 +11,7 @@ from ..parallel.comfyui import contract
 from ..parallel.host import group_log
 from ..parallel.versions import OLDEST_COMFYUI, OLDEST_TORCH, require
 
-contract.changed()  # and says so in the log
+contract.changed()  # logs the differences
 try:
     from . import panel
     from .first_block_cache import SPFirstBlockCache
@@ -56,10 +56,11 @@ class SequenceParallelExtension(ComfyExtension):
 
 
 async def comfy_entrypoint() -> SequenceParallelExtension:
-    """What ComfyUI asks for.
+    """Returns the extension; ComfyUI's entry point to the pack.
 
     Raises:
-        UnsupportedError: ComfyUI or torch is too old, or ComfyUI does not fit; it says so in the log, and goes on.
+        UnsupportedError: ComfyUI or torch is too old, or ComfyUI does not fit the contract. ComfyUI logs the message
+            and continues without the pack.
     """
     require("ComfyUI", comfyui_version.__version__, OLDEST_COMFYUI)
     require("torch", torch.__version__, OLDEST_TORCH)

@@ -1,4 +1,4 @@
-"""What a MODEL says of FP8: its clones share one model in the workers, so it is said to them when they load it."""
+"""FP8 settings attached to a MODEL: its clones share one model in the workers, which get the settings at its load."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ _ATTACHED = "sequence_parallel_fp8"
 
 @dataclass(frozen=True, slots=True)
 class AttachedFP8:
-    """A node's settings on a MODEL."""
+    """Settings that a node has attached to a MODEL."""
 
     settings: FP8Settings
     node_id: str
-    """Of the node that shows the result."""
+    """Id of the node that shows the result."""
 
 
 def attach_fp8(model: comfy.model_patcher.ModelPatcher, settings: FP8Settings, node_id: str) -> None:

@@ -1,4 +1,4 @@
-"""What one call of the network tells the workers of the sampling that it is part of: its cache, its compiled blocks."""
+"""Options of a sampling that each of its network calls passes to the workers: its cache, its compiled blocks."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from ..parallel.host.cached_sampling import CachedSampling
 from ..parallel.host.compiled_sampling import CompiledSampling
 
 SAMPLING = "sequence_parallel_cached_sampling"
-"""Key of `transformer_options` during a sampling with a cache."""
+"""Key in `transformer_options` during a sampling with a cache."""
 COMPILED = "sequence_parallel_compiled_sampling"
-"""The same, with compiled blocks."""
+"""Key in `transformer_options` during a sampling with compiled blocks."""
 
 
 def cached_sampling(options: Mapping[str, Any]) -> tuple[CachedSampling | None, float]:
-    """The sampling that a call of the network is part of, if that has a cache, and the call's sigma.
+    """Returns the cached sampling that a network call is part of, and the call's sigma; (None, 0.0) without a cache.
 
     Args:
         options: `transformer_options`.
@@ -25,12 +25,12 @@ def cached_sampling(options: Mapping[str, Any]) -> tuple[CachedSampling | None, 
 
 
 def compiled_sampling(options: Mapping[str, Any]) -> CompiledSampling | None:
-    """The sampling that a call of the network is part of, if its blocks are to be compiled."""
+    """Returns the sampling that a network call is part of if its blocks are to be compiled, else None."""
     return options.get(COMPILED)
 
 
 def label(options: Mapping[str, Any]) -> str:
-    """Names the conditions that a call of the network computes, and the frames where it sees a window of them only."""
+    """Names the conditions that a network call computes, and its frames if it receives only a window of them."""
     conditions = options.get("uuids") or options.get("cond_or_uncond") or []
     frames = getattr(options.get("context_window"), "index_list", [])
     return " ".join(map(str, [*conditions, *frames]))

@@ -1,4 +1,4 @@
-"""What both cache nodes do: attach their settings to a MODEL, and follow each sampling that uses it."""
+"""Shared code of both cache nodes: attaches their settings to a MODEL and follows each sampling that uses it."""
 
 from __future__ import annotations
 
@@ -19,23 +19,24 @@ from .shell_patcher import SequenceParallelPatcher
 
 _ATTACHED = "sequence_parallel_cache"
 _NATIVE = "easycache"
-"""Where ComfyUI's EasyCache and LazyCache keep theirs; both are keys of `transformer_options`."""
+"""Key of ComfyUI's EasyCache and LazyCache; it and `_ATTACHED` are keys of `transformer_options`."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Attached:
-    """A node's settings on a MODEL."""
+    """Settings that a node has attached to a MODEL."""
 
     settings: CacheSettings
     node_id: str
-    """Of the node that shows the result."""
+    """Id of the node that shows the result."""
 
 
 def with_cache(model: Any, settings: CacheSettings, node_id: str) -> SequenceParallelPatcher:
-    """A clone of the MODEL whose samplings skip blocks.
+    """Returns a clone of the MODEL whose samplings skip blocks.
 
     Raises:
-        UnsupportedError: a MODEL of another loader, of a class that this cache cannot skip blocks of, or with a cache.
+        UnsupportedError: the MODEL is from another loader, has a cache already, or is of a class whose blocks this
+            cache cannot skip.
     """
     contract.require("caches")
     if not isinstance(model, SequenceParallelPatcher):
@@ -53,7 +54,7 @@ def with_cache(model: Any, settings: CacheSettings, node_id: str) -> SequencePar
 
 
 def _sample(executor: Any, *args: Any, **kwargs: Any) -> Any:
-    """An OUTER_SAMPLE wrapper: a sampling starts with nothing remembered, and ends with a report."""
+    """Wraps OUTER_SAMPLE: starts each sampling with an empty cache and ends it with a report."""
     guider = executor.class_obj
     original = guider.model_options
     options = comfy.model_patcher.create_model_options_clone(original)

@@ -1,4 +1,4 @@
-"""What Torch Compile (SP) does: attaches its settings to a MODEL, and tells of each sampling that uses it."""
+"""Work of Torch Compile (SP): attaches its settings to a MODEL and reports on each sampling that uses it."""
 
 from __future__ import annotations
 
@@ -21,23 +21,23 @@ from .shell_patcher import SequenceParallelPatcher
 log = logging.getLogger("sequence_parallel")
 
 _ATTACHED = "sequence_parallel_compile"
-"""Key of `transformer_options`."""
+"""Key of the settings in `transformer_options`."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Attached:
-    """The node's settings on a MODEL."""
+    """Settings that the node has attached to a MODEL."""
 
     settings: CompileSettings
     node_id: str
-    """Of the node that shows the result."""
+    """Id of the node that shows the result."""
 
 
 def with_compiled_blocks(model: Any, settings: CompileSettings, node_id: str) -> SequenceParallelPatcher:
-    """A clone of the MODEL whose samplings run compiled blocks. Weights and workers are the same as the MODEL's.
+    """Returns a clone of the MODEL whose samplings run compiled blocks. It shares the MODEL's weights and workers.
 
     Raises:
-        UnsupportedError: a MODEL of another loader, or one that has been here before.
+        UnsupportedError: the MODEL is from another loader, or has compiled blocks already.
     """
     contract.require("caches")
     if not isinstance(model, SequenceParallelPatcher):
@@ -51,7 +51,7 @@ def with_compiled_blocks(model: Any, settings: CompileSettings, node_id: str) ->
 
 
 def _sample(executor: Any, *args: Any, **kwargs: Any) -> Any:
-    """An OUTER_SAMPLE wrapper: a sampling ends with a report."""
+    """Wraps OUTER_SAMPLE: runs each sampling with compiled blocks and ends it with a report."""
     guider = executor.class_obj
     original = guider.model_options
     options = comfy.model_patcher.create_model_options_clone(original)

@@ -12,12 +12,12 @@ from ..parallel.comfyui import gguf
 
 
 def pack_folder() -> str:
-    """Where ComfyUI has loaded it from; empty where it has not."""
+    """Returns the folder from which ComfyUI has loaded the pack; empty if it is not loaded."""
     return gguf.installed(_nodes())
 
 
 def gguf_patcher() -> type[comfy.model_patcher.ModelPatcher]:
-    """The class by which it patches weights that are not quantised: in fp32, whatever the device."""
+    """Returns the pack's ModelPatcher class, which patches unquantised weights in fp32, whatever the device."""
     module: Any = sys.modules[_nodes()[gguf.LOADER].__module__]
     patcher: type[comfy.model_patcher.ModelPatcher] = module.GGUFModelPatcher
     return patcher

@@ -1,7 +1,7 @@
 """A whole sampling in the workers: ComfyUI's own sampler is recorded, then run where the network is.
 
 ComfyUI prepares everything (sigmas, noise, conditioning, masks) and its sampler's code decides what happens at each
-step; see `parallel.sampling.recording`. What cannot be recorded is sampled step by step, as KSampler does it.
+step; see `parallel.sampling.recording`. A sampling that cannot be recorded runs step by step, as in KSampler.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ KEY = "sequence_parallel_sampler"
 _OURS = frozenset({KEY, "sequence_parallel"})
 """Keys of the wrappers that this pack sets."""
 _MOST_BYTES = 2 * 2**30
-"""Of the noise of all steps; host memory holds it twice. HunyuanVideo at 720p has 1.5 GB in 50 steps."""
+"""Largest noise of all steps together; host memory holds it twice. HunyuanVideo at 720p has 1.5 GB in 50 steps."""
 
 _FUNCTIONS = (
     "sampler_calc_cond_batch_function",
@@ -58,9 +58,9 @@ class InWorkers:
     """A SAMPLER_SAMPLE wrapper, for one sampling.
 
     Attributes:
-        told: what happened, for the user.
-        report: what the workers have done; None where it was sampled step by step.
-        stepwise: that it had to be, and why; empty where it had not.
+        told: message to the user about the sampling.
+        report: figures of the sampling in the workers; None if it ran step by step.
+        stepwise: message that it ran step by step, and why; empty if it did not.
     """
 
     def __init__(self) -> None:
@@ -69,7 +69,7 @@ class InWorkers:
         self.stepwise = ""
 
     def attach(self, model: SequenceParallelPatcher) -> SequenceParallelPatcher:
-        """A clone of the MODEL that samples in the workers."""
+        """Returns a clone of the MODEL that samples in the workers."""
         clone = model.clone()
         clone.add_wrapper_with_key(WrappersMP.SAMPLER_SAMPLE, KEY, self)
         return clone
@@ -108,7 +108,7 @@ class InWorkers:
 
 
 def step_by_step(seconds: float, reason: str) -> str:
-    """For the user, when nothing ran in the workers as a whole."""
+    """Returns the message to the user about a sampling that ran step by step."""
     return f"sampled step by step, as by KSampler, in {seconds:.1f} s: {reason}"
 
 
@@ -121,11 +121,11 @@ def _recorded(
     latent_image: Tensor | None,
     denoise_mask: Tensor | None,
 ) -> Program:
-    """The sampling as a program; random generators are left as after the sampling, or untouched.
+    """Records the sampling as a program. Leaves random generators as after the sampling, or unchanged on an error.
 
     Raises:
-        NotRecordable: it has to be sampled step by step.
-        UnsupportedError: it cannot be sampled at all.
+        NotRecordable: the sampling has to run step by step.
+        UnsupportedError: it cannot run at all.
     """
     if noise.is_nested or latent_image is None:
         raise NotRecordable("the latent is in several parts that are not packed")
@@ -157,7 +157,7 @@ def _recorded(
         interrupted = comfy.model_management.InterruptProcessingException
         if isinstance(error, EngineError | interrupted) or not isinstance(error, Exception):
             raise
-        # Whatever it is: native sampling will show it, or will not have it.
+        # Whatever the error is: native sampling either raises it too, or is not affected by it.
         raise NotRecordable(f"the sampler cannot be recorded ({type(error).__name__}: {error})") from error
 
 
@@ -188,16 +188,16 @@ def _run(
                 restore=network.restore_weights,
             )
         except WorkerOutOfMemoryError as error:
-            # ComfyUI's own kind, so that it frees memory and shows its advice.
+            # ComfyUI's own exception type, so that it frees memory and shows its advice.
             raise comfy.model_management.OOM_EXCEPTION(str(error)) from error
     return result, report
 
 
 def _refuse_other_code(guider: Any, options: dict[str, Any]) -> None:
-    """Code of other nodes that runs at each step may remember what it has seen, so it is not run twice, nor recorded.
+    """Refuses code of other nodes that runs at each step: it may keep state, so it is neither recorded nor run twice.
 
     Raises:
-        NotRecordable: there is some; it is named.
+        NotRecordable: there is such code; the message names it.
     """
     for name in _FUNCTIONS:
         if value := options.get(name):
@@ -218,7 +218,7 @@ def _refuse_other_code(guider: Any, options: dict[str, Any]) -> None:
 
 
 def _keys(options: dict[str, Any], kind: str) -> list[str]:
-    """Of wrappers that other nodes have set."""
+    """Returns the keys of wrappers that other nodes have set."""
     found: dict[str, Iterable[Any]] = options.get("transformer_options", {}).get("wrappers", {}).get(kind, {})
     keys = sorted(str(key) for key, wrappers in found.items() if wrappers and key not in _OURS)
     ours = sum(len(list(found.get(key, []))) for key in _OURS)

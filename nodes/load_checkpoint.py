@@ -53,5 +53,5 @@ class SPLoadCheckpoint(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, **inputs: Any) -> str:
-        """Another setting of the default devices is another MODEL, though no input has changed."""
+        """Returns the default devices: if the setting changes, so does the MODEL, though no input has changed."""
         return default_devices(inputs)

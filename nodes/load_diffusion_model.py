@@ -19,7 +19,7 @@ from .sp_config import SPConfig
 
 _FOLDER, _CONFIG = "diffusion_models", "config.json"
 _GGUF = "unet_gguf"
-"""What ComfyUI-GGUF calls its list of the same folders."""
+"""ComfyUI-GGUF's name of its list of the same folders."""
 
 
 class SPLoadDiffusionModel(io.ComfyNode):
@@ -68,10 +68,11 @@ class SPLoadDiffusionModel(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, unet_name: str | None = None) -> bool:
-        """Says of a GGUF file why it is not in the list. None is a name that comes from a link, not known yet.
+        """Refuses a name that is not in the list. None is a name that comes from a link and is not known yet.
 
         Raises:
-            UnsupportedError, ConfigError: ComfyUI shows its message.
+            UnsupportedError: a GGUF file, without the pack ComfyUI-GGUF; ComfyUI shows the message.
+            ConfigError: any other such name; ComfyUI shows the message.
         """
         if unet_name is None or unet_name in _choices():
             return True
@@ -81,12 +82,12 @@ class SPLoadDiffusionModel(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, **inputs: Any) -> str:
-        """Another setting of the default devices is another MODEL, though no input has changed."""
+        """Returns the default devices: if the setting changes, so does the MODEL, though no input has changed."""
         return default_devices(inputs)
 
 
 def _choices() -> list[str]:
-    """Single files and diffusers folders, but not the parts of these folders; GGUF files as their pack lists them."""
+    """Lists single files, diffusers folders (not the files inside them), and GGUF files as their pack lists them."""
     folders = sorted({name for root in folder_paths.get_folder_paths(_FOLDER) for name in _diffusers_folders(root)})
     files = folder_paths.get_filename_list(_FOLDER)
     parts = {name for name in files if _is_part(name) and Path(name).parent.as_posix() in folders}
@@ -95,19 +96,19 @@ def _choices() -> list[str]:
 
 
 _found: dict[str, tuple[dict[str, float], list[str]]] = {}
-"""Folder of models → its sub-folders' times of change, and the diffusers transformers in it."""
+"""Maps a models folder to its sub-folders' modification times and the diffusers transformers in it."""
 
 
 def _diffusers_folders(root: str) -> list[str]:
-    """Sub-folders that hold a diffusers transformer, links followed.
+    """Lists the sub-folders that hold a diffusers transformer; follows links.
 
-    They are searched again only when a folder has changed: ComfyUI asks whenever it describes or validates the node.
+    Searches again only if a folder has changed: ComfyUI calls this whenever it describes or validates the node.
     """
     try:
         if root in _found and all(Path(name).stat().st_mtime == time for name, time in _found[root][0].items()):
             return _found[root][1]
     except OSError:
-        pass  # a folder has gone
+        pass  # a folder has been removed
     files, changed = folder_paths.recursive_search(root, excluded_dir_names=[".git"])
     folders = [Path(name).parent.as_posix() for name in files if Path(name).parts[1:] and Path(name).name == _CONFIG]
     _found[root] = changed, [name for name in folders if _is_transformer(Path(root) / name)]
@@ -123,7 +124,7 @@ def _is_transformer(folder: Path) -> bool:
 
 
 def _is_part(name: str) -> bool:
-    """Whether a file is called as diffusers calls the weights in its folders, whole or in shards."""
+    """Returns True if the file is named like the weights in diffusers' folders, whole or in shards."""
     return Path(name).name.startswith("diffusion_pytorch_model")
 
 

@@ -1,4 +1,4 @@
-"""LoRAs and other weight patches: ComfyUI's own mathematics on one weight at a time, the result for the workers."""
+"""LoRAs and other weight patches: ComfyUI's own code patches one weight at a time; the workers get the result."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from .refusals import refuse
 
 
 def refuse_patches(patches: Mapping[Any, Any]) -> None:
-    """Refuses what `add_patches` is given when it is no LoRA.
+    """Refuses arguments of `add_patches` that are no LoRA.
 
     Raises:
-        UnsupportedError: another model's weights, or a choice of attention, which newer ComfyUI's LoRAs may have.
+        UnsupportedError: they are another model's weights, or choose an attention, as LoRAs of newer ComfyUI may.
     """
     if chosen := [key for key, patch in patches.items() if isinstance(patch, tuple) and patch[:1] == ("config",)]:
         raise refuse(f"a LoRA that chooses the attention of {chosen[0]}", "use a LoRA without such a choice")
@@ -33,20 +33,20 @@ def patched_weight(
     device: torch.device,
     patcher: type[comfy.model_patcher.ModelPatcher] = comfy.model_patcher.ModelPatcher,
 ) -> Tensor:
-    """The weight under its patches, to the bit as ComfyUI computes it: on its device, rounded in its way.
+    """Applies the patches to the weight, bit for bit like ComfyUI: on the same device, with the same rounding.
 
     Args:
         patches: `ModelPatcher.patches`.
-        key: the weight's name there, which also seeds the rounding to fp8.
-        weight: in the storage dtype; not changed.
-        device: where ComfyUI would load the model.
-        patcher: whose way it is, e.g. that of ComfyUI-GGUF.
+        key: name of the weight in `patches`, which also seeds the rounding to fp8.
+        weight: the weight in the storage dtype; not changed.
+        device: device on which ComfyUI would load the model.
+        patcher: class that applies the patches, e.g. that of ComfyUI-GGUF.
 
     Returns:
-        The weight in the same dtype.
+        The patched weight in the same dtype.
 
     Raises:
-        UnsupportedError: a patch gives the weight another shape.
+        UnsupportedError: a patch changes the weight's shape.
     """
     holder = nn.Module()
     add_parameters(holder, {key: weight})
@@ -54,13 +54,13 @@ def patched_weight(
 
 
 def patched_layer(patches: Mapping[str, Any], key: str, layer: nn.Module, device: torch.device) -> Tensor:
-    """The same for the weight of a quantised layer.
+    """Applies the patches to the weight of a quantised layer; otherwise like `patched_weight`.
 
     Args:
-        layer: of ComfyUI's class, which knows how to patch itself, with the file's values.
+        layer: layer of ComfyUI's class, which can patch itself, with the file's values.
 
     Returns:
-        The weight, quantised likewise, with scales that fit the patched values.
+        The patched weight in the same quantised format, with scales that fit its values.
     """
     holder = parent = nn.Module()
     *path, name, _ = key.split(".")

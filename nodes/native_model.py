@@ -45,13 +45,13 @@ WEIGHT_DTYPES = {
 
 _SAFETENSORS = (".safetensors", ".sft")
 _HEADS = ("num_attention_heads", "audio_num_attention_heads", "num_heads", "n_heads", "heads")
-"""What ComfyUI's networks call them."""
+"""Names of the number of attention heads in the configs of ComfyUI's networks."""
 _ENOUGH = 1 << 10
-"""Of a network that calls them otherwise."""
+"""Number of heads assumed for a network with none of these names; it limits no degree."""
 
 
 def load_native_model(path: str, weight_dtype: str, config: SequenceParallelConfig) -> SequenceParallelPatcher:
-    """A MODEL for the diffusion model at `path`. Reads the file's header only, and starts no process.
+    """Makes a MODEL for the diffusion model at `path`. Reads only the file's header, and starts no process.
 
     Args:
         path: a safetensors or GGUF file, or a diffusers folder that `comfyui.detection` reads.
@@ -72,8 +72,9 @@ def load_native_model(path: str, weight_dtype: str, config: SequenceParallelConf
 
 
 def load_native_checkpoint(path: str, config: SequenceParallelConfig) -> tuple[SequenceParallelPatcher, Any, Any]:
-    """MODEL, CLIP and VAE of the checkpoint at `path`. Of its diffusion model only the header is read; CLIP and VAE are
-    what ComfyUI's own loader makes of the file.
+    """Makes MODEL, CLIP and VAE of the checkpoint at `path`.
+
+    The MODEL needs only the file's header; CLIP and VAE are loaded by ComfyUI's own loader.
 
     Args:
         path: a safetensors file.
@@ -84,7 +85,7 @@ def load_native_checkpoint(path: str, config: SequenceParallelConfig) -> tuple[S
     """
     detected = _detected(path, None, config, checkpoint=True)
     model = _in_workers(detected, path, None, config)
-    if not detected.checkpoint:  # so does ComfyUI with a file that has a diffusion model only
+    if not detected.checkpoint:  # ComfyUI does the same with a file that has only a diffusion model
         return model, None, comfy.sd.VAE(sd={})
     embeddings = folder_paths.get_folder_paths("embeddings")
     _, clip, vae, _ = comfy.sd.load_checkpoint_guess_config(path, output_model=False, embedding_directory=embeddings)
@@ -121,7 +122,7 @@ def _in_workers(
     layout = resolve(config)
     try:
         model = detected.base_model(torch.device("meta"))
-    except Exception as error:  # of sizes that a damaged file claims, ComfyUI's classes make anything
+    except Exception as error:  # the sizes in a damaged file can raise anything in ComfyUI's classes
         raise CheckpointError(
             f"{path}: ComfyUI recognises the model, and cannot make it ({type(error).__name__}: {error})"
         ) from error
@@ -180,10 +181,10 @@ def _in_workers(
 
 
 def _refuse_splits(network: str, config: SequenceParallelConfig) -> None:
-    """What cannot be done for a class without a plan.
+    """Refuses settings that need a split plan, for a class without one.
 
     Raises:
-        UnsupportedError: naming the knob.
+        UnsupportedError: there is such a setting; the message names it.
     """
     asked = {name: getattr(config, name) for name in ("ulysses_degree", "ring_degree") if getattr(config, name) > 1}
     if config.weights in ("shard", "offload"):

@@ -1,4 +1,4 @@
-"""What a node did, as text on it and in the log."""
+"""Texts about a node's work, shown on the node and in the log."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ log = logging.getLogger("sequence_parallel")
 
 
 def show(node_id: str | None, text: str) -> None:
-    """Shows `text` on the node, where there is one and a server; js/panel/node_texts.js keeps it there."""
+    """Shows `text` on the node, if there are a node and a server; js/panel/node_texts.js keeps it there."""
     from server import PromptServer  # only a running ComfyUI has it
 
     server = getattr(PromptServer, "instance", None)
@@ -23,22 +23,22 @@ def show(node_id: str | None, text: str) -> None:
 
 
 def tell(node_id: str | None, text: str) -> None:
-    """The same, and a line in the log."""
+    """Logs `text` and shows it on the node."""
     log.info("%s", text)
     show(node_id, text)
 
 
 def tell_fallback(node_id: str | None, text: str, notice: str | None = None) -> None:
-    """The same, and a notice in the browser: something runs other than the user may think.
+    """Logs `text`, shows it on the node, and notifies the browser: the work runs otherwise than the user may expect.
 
     Args:
-        notice: the text without what differs each time, such as a duration: the browser shows equal ones once.
+        notice: `text` without the parts that differ each time, such as a duration: the browser shows equal ones once.
     """
     tell(node_id, text)
     status.tell(status.FALLBACK, notice or text)
 
 
 def executing_node() -> str | None:
-    """The node that runs in this thread."""
+    """Returns the id of the node that runs in this thread, or None."""
     context = get_executing_context()
     return None if context is None else context.node_id

@@ -1,4 +1,4 @@
-"""Which of `transformer_options` go to the workers, in one table, and which code there the workers have, too."""
+"""Selection of the `transformer_options` to send to the workers, and detection of code that the workers have, too."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ HERE = (
     "uuids",
     "wrappers",
 )
-"""Those that stay: code that runs around the network in this process, that goes as data, or that has been refused;
-names of ComfyUI's own for what it holds; and the memory manager's."""
+"""Options that stay in this process: code that runs around the network here, is sent as data, or has been refused;
+ComfyUI's names of its own objects; and the memory manager's options."""
 
 
 def travelling(options: Mapping[str, Any]) -> dict[str, Any]:
-    """What the network itself reads: numbers, text, tensors, and nests of them. The pack's own options stay.
+    """Returns the options that the network reads: numbers, text, tensors and nests of them, but not the pack's own.
 
     Raises:
-        NotPlain: an option that the table does not know, and that cannot travel: code of a node, for example.
+        NotPlain: an option is not in `HERE` and cannot be sent to the workers, e.g. because it is a node's code.
     """
     found = {
         name: value
@@ -48,15 +48,20 @@ def travelling(options: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def as_data(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Options that are code, and what the workers are told in its place: option → numbers of the blocks to be skipped,
-    by ComfyUI's names of their kinds; or the name of an attention function. Code that they cannot run is left out."""
+    """Converts options that are code to data for the workers. Leaves out code that the workers cannot run.
+
+    Returns:
+        Option → indices of the blocks to skip, by ComfyUI's names of their kinds; or the name of an attention function.
+    """
     found = {REPLACED: _skipped(options.get(REPLACED)), OVERRIDE: _attention(options.get(OVERRIDE))}
     return {name: data for name, data in found.items() if data}
 
 
 def hands_on(function: Any) -> bool:
-    """Whether a function in a block's place does nothing but return its arguments, as SkipLayerGuidance's `skip`: it
-    has the code of one that does."""
+    """Returns True if a function that replaces a block only returns its arguments, like SkipLayerGuidance's `skip`.
+
+    Compares its bytecode with that of such a function.
+    """
     return (
         isinstance(function, FunctionType)
         and function.__code__.co_code == _skip.__code__.co_code
@@ -80,8 +85,10 @@ def _skipped(replaced: Any) -> dict[str, list[int]]:
 
 
 def _attention(override: Any) -> str:
-    """The registered function that ComfyUI's own override calls: that of `ModelPatcher.set_model_optimized_attention`,
-    which its node ModelAttentionBackend uses."""
+    """Returns the name of the registered function that ComfyUI's own override calls; empty for any other override.
+
+    ComfyUI's own is set by `ModelPatcher.set_model_optimized_attention`, which its node ModelAttentionBackend uses.
+    """
     setter = getattr(ModelPatcher, "set_model_optimized_attention", None)
     if setter is None or not isinstance(override, FunctionType) or override.__code__ not in setter.__code__.co_consts:
         return ""

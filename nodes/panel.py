@@ -1,7 +1,7 @@
-"""The panel's way to the workers: routes on ComfyUI's own server, and events over its WebSocket.
+"""Connection of the panel with the workers: routes on ComfyUI's own server, and events over its WebSocket.
 
-Nothing is computed and nothing is sent for a panel that nobody sees: an open one says so every few seconds
-(`_VISIBLE_S`), and only then the state is read, a few times a second.
+Nothing is computed or sent for a panel that is not visible: a visible one reports itself every few seconds
+(`_VISIBLE_S`), and only then is the state read, a few times a second.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ _Handler = Callable[[web.Request], Awaitable[web.Response]]
 _BUSY_INTERVAL_S = 0.25
 _IDLE_INTERVAL_S = 1.0
 _VISIBLE_S = 15.0
-"""How long a panel counts as visible after it said so; `js/panel/connection.js` repeats it in time."""
+"""Seconds that a panel counts as visible after it has reported so; `js/panel/connection.js` repeats it in time."""
 _LONGEST_BODY = 4096
-"""Bytes."""
+"""Maximum bytes of a request's body."""
 _GRAIN = 64 * 2**20
-"""Bytes; the system's free memory changes all the time, and smaller changes are no news."""
+"""Bytes to which free memory is rounded down: it changes all the time, and smaller changes are not sent."""
 
 
 def register(server: Any) -> None:
@@ -52,7 +52,7 @@ def register(server: Any) -> None:
         return web.json_response({"text": text})
 
     async def watch(wish: dict[str, Any]) -> web.Response:
-        """A panel is visible, or not any more: {"client": its WebSocket's id, "visible": true or false}."""
+        """Notes that a panel is visible or hidden: {"client": its WebSocket's id, "visible": true or false}."""
         client, visible = wish.get("client"), wish.get("visible")
         if not isinstance(client, str) or not isinstance(visible, bool):
             return _refused('the body must be {"client": "…", "visible": true or false}', 400)
@@ -62,12 +62,12 @@ def register(server: Any) -> None:
         return web.json_response(_snapshot() if visible else {})
 
     async def free(_: dict[str, Any]) -> web.Response:
-        """As Unload Models: ComfyUI lets go of all models, between prompts; the workers stay, without weights."""
+        """Unloads all of ComfyUI's models between prompts, like Unload Models; the workers stay, without weights."""
         server.prompt_queue.set_flag("unload_models", True)
         return web.json_response({})
 
     async def restart(_: dict[str, Any]) -> web.Response:
-        """Ends all workers, whatever they do, and starts them on the same devices."""
+        """Ends all workers, even in the middle of a step, and starts new ones on the same devices."""
         try:
             groups = await asyncio.get_running_loop().run_in_executor(None, running.restart)
         except EngineError as error:
@@ -81,7 +81,7 @@ def register(server: Any) -> None:
 
 
 def _of_json(answer: Callable[[dict[str, Any]], Awaitable[web.Response]]) -> _Handler:
-    """A handler that passes `answer` the request's JSON object."""
+    """Returns a handler that passes the request's JSON object to `answer`."""
 
     async def handle(request: web.Request) -> web.Response:
         body = await _body(request)
@@ -104,12 +104,12 @@ def _register(routes: web.RouteTableDef, method: str, name: str, handle: _Handle
 
 
 async def _body(request: web.Request) -> dict[str, Any] | web.Response:
-    """The JSON object of a request; or, of another one, its refusal.
+    """Returns the JSON object of a request, or the refusal of a request without one.
 
-    A form of another site's page can send any text, but not as application/json: browsers ask first whether a script
-    of that site may (CORS), and ComfyUI says no to all but the origin of --enable-cors-header. Its own comparison of
-    origins is not enough: it needs a loopback host or headers that browsers leave out with plain http, and is not made
-    with --enable-cors-header.
+    A form on another site's page can send any text, but not as application/json: browsers first ask the server whether
+    a script of that site may (CORS), and ComfyUI refuses all but the origin of --enable-cors-header. ComfyUI's own
+    comparison of origins is not enough: it needs a loopback host or headers that browsers leave out with plain http,
+    and is not made with --enable-cors-header.
     """
     if request.content_type != "application/json":
         return _refused(f"the content type is {request.content_type}; allowed is application/json", 415)
@@ -141,7 +141,7 @@ def _snapshot() -> dict[str, Any]:
 
 
 class _Publisher:
-    """Sends the state to the panels that are visible, when it has changed."""
+    """Sender of the state to the visible panels, whenever it has changed."""
 
     def __init__(self, server: Any):
         self._server = server

@@ -1,8 +1,8 @@
 """Runs ComfyUI's own tiled VAE functions with every tile computed by the workers.
 
-The functions run twice. First with a network that only notes what it is given, and results that have no data: that
-gives the tiles, in their order. Then with a network that hands over what the workers have computed of them. So tiles,
-masks and the order of sums are ComfyUI's by construction, whatever VAE and whatever version it is.
+The functions run twice: first with a network that only records its inputs and returns tensors without data, which
+yields the tiles in their order; then with a network that returns the workers' results for these tiles. So tiles, masks
+and the order of sums are ComfyUI's by construction, for any VAE and any version.
 """
 
 from __future__ import annotations
@@ -42,12 +42,12 @@ from .settings import default_config
 
 
 def run_tiled(node: str, vae: Any, config: SequenceParallelConfig | None, **inputs: Any) -> tuple[Any, ...]:
-    """What ComfyUI's node gives, computed by the workers where that gives the same.
+    """Runs ComfyUI's tiled node; the workers compute its tiles if that gives the same result.
 
     Args:
         node: `VAEDecodeTiled` or `VAEEncodeTiled`.
         vae: ComfyUI's VAE.
-        config: whose devices compute; by default those of the workers that run already, or every GPU.
+        config: the devices; None takes those of the workers that run already, else the setting Default devices.
         inputs: the node's other inputs.
 
     Raises:
@@ -60,12 +60,12 @@ def run_tiled(node: str, vae: Any, config: SequenceParallelConfig | None, **inpu
 
 
 def in_workers(vae: Any, config: SequenceParallelConfig | None, **tiling: int) -> Any:
-    """The VAE, sharing its weights, whose tiles are computed by the workers.
+    """Returns a VAE that shares the weights of `vae` and whose tiles are computed by the workers.
 
     Args:
-        vae: ComfyUI's VAE. One of another class, or of sound, is returned as it is.
-        config: as `run_tiled`.
-        tiling: the tiled nodes' widgets, for `encode` and `decode`; without them these are the native ones.
+        vae: ComfyUI's VAE. A VAE of another class, or an audio VAE, is returned unchanged.
+        config: see `run_tiled`.
+        tiling: the tiled nodes' widgets, for `encode` and `decode`; without them these run natively.
     """
     contract.require("vae")
     reason = None
@@ -94,7 +94,7 @@ class VAEInWorkers(comfy.sd.VAE):
         return self._run("encode", lambda vae: comfy.sd.VAE.encode_tiled(vae, pixel_samples, *args, **settings))
 
     def decode(self, samples_in: Tensor, *args: Any, **options: Any) -> Tensor:
-        """As VAE Decode (Tiled) with `tiling`; what is one tile, or comes with options for the network, as VAE Decode.
+        """Decodes like VAE Decode (Tiled) with `tiling`; a single tile, or with network options, like VAE Decode.
 
         Args:
             samples_in: (batch, channels, [frames,] height, width).
@@ -105,11 +105,11 @@ class VAEInWorkers(comfy.sd.VAE):
             return decoded
         node = importlib.import_module("nodes").VAEDecodeTiled()
         (images,) = node.decode(vae=self, samples={"samples": latent}, **self._tiling)
-        # The node strings the videos of a batch together.
+        # The node concatenates the videos of a batch.
         return images.unflatten(0, (len(latent), -1)) if self.latent_dim == 3 else images
 
     def encode(self, pixel_samples: Tensor) -> Tensor:
-        """As VAE Encode (Tiled) with `tiling`; what is one tile, as VAE Encode.
+        """Encodes like VAE Encode (Tiled) with `tiling`; a single tile like VAE Encode.
 
         Args:
             pixel_samples: ([batch,] frames or batch, height, width, channels).
@@ -123,14 +123,14 @@ class VAEInWorkers(comfy.sd.VAE):
         return latent
 
     def _is_one_tile(self, size: Sequence[int], ratios: Any) -> bool:
-        """Whether there is nothing to share out. `size` is ([frames,] height, width), `ratios` of it to pixels."""
+        """Returns True if one tile covers ([frames,] height, width) `size`; `ratios` convert `size` to pixels."""
         ratios = ratios if isinstance(ratios, tuple | list) else [ratios] * len(size)
         pixels = [ratio(n) if callable(ratio) else n * ratio for n, ratio in zip(size, ratios, strict=True)]
         tile = [self._tiling["temporal_size"], self._tiling["tile_size"], self._tiling["tile_size"]]
         return all(n <= limit for n, limit in zip(pixels, tile[-len(pixels) :], strict=True))
 
     def _run(self, direction: str, function: Callable[[comfy.sd.VAE], Tensor]) -> Tensor:
-        """`function` of a VAE, computed by the workers where that gives the same, and what was done told."""
+        """Runs `function` of a VAE in the workers if that gives the same result, else natively; reports which."""
         began = time.perf_counter()
         try:
             config = _used_config(self._config)
@@ -138,7 +138,7 @@ class VAEInWorkers(comfy.sd.VAE):
             if direction == "decode" and _adds_noise(self.first_stage_model):
                 raise UnsupportedError("this VAE adds random noise to what it decodes; workers would draw other noise")
             retry = Retry(config)
-            share_out = partial(_shared_out, function, self, patcher, direction)  # it loads the VAE where need be
+            share_out = partial(_shared_out, function, self, patcher, direction)  # loads the VAE if necessary
             result, tiles = retry.run(share_out, lambda: None, f"the VAE's {direction}")
         except UnsupportedError as error:
             reason = str(error)
@@ -149,7 +149,7 @@ class VAEInWorkers(comfy.sd.VAE):
             took = time.perf_counter() - began
             tell(executing_node(), f"{tiles} tile{'s' * (tiles != 1)} on {devices} in {took:.1f} s{remark}")
             return result
-        _tell_native(reason)  # out here, where the error no longer holds on to anything
+        _tell_native(reason)  # outside `except`, where the exception no longer keeps objects alive
         return function(self)
 
 
@@ -158,11 +158,11 @@ def _tell_native(reason: str) -> None:
 
 
 def _used_config(config: SequenceParallelConfig | None) -> SequenceParallelConfig:
-    """The devices to use.
+    """Returns the configuration to use: `config`, or that of the running workers, or the default one.
 
     Raises:
-        UnsupportedError: there are no workers, and none were asked for.
-        ConfigError: the given configuration does not fit this machine.
+        UnsupportedError: there is only one device, or the default configuration does not fit this machine.
+        ConfigError: `config` does not fit this machine, or a setting has a value that is not allowed.
     """
     if config is None:
         groups = running.running()
@@ -185,7 +185,7 @@ def _used_config(config: SequenceParallelConfig | None) -> SequenceParallelConfi
 
 
 class ParallelVAE(nn.Module):
-    """What ComfyUI's memory management sees of a VAE in the workers; its log shows the name."""
+    """Stand-in for a VAE in the workers, for ComfyUI's memory management; ComfyUI's log shows the class name."""
 
     def __init__(self, remote: RemoteVAE):
         super().__init__()
@@ -193,7 +193,7 @@ class ParallelVAE(nn.Module):
 
 
 class VAEPatcher(WorkersPatcher):
-    """Residency of a VAE's weights in the workers: /free and short memory drop them."""
+    """Residency of a VAE's weights in the workers: ComfyUI unloads them on /free or when memory is short."""
 
     def __init__(self, remote: RemoteVAE, config: SequenceParallelConfig, size: int):
         layout = resolve(config)
@@ -218,10 +218,10 @@ _patchers: WeakKeyDictionary[nn.Module, VAEPatcher] = WeakKeyDictionary()
 
 
 def _patcher(vae: Any, config: SequenceParallelConfig) -> VAEPatcher:
-    """The VAE's place in the workers, the same for every prompt.
+    """Returns the patcher of the VAE in the workers; later prompts reuse it.
 
     Raises:
-        UnsupportedError: workers cannot give this VAE's result.
+        UnsupportedError: workers cannot compute this VAE's result.
     """
     device_type = resolve(config).device_type
     if vae.first_stage_model is None:
@@ -236,7 +236,7 @@ def _patcher(vae: Any, config: SequenceParallelConfig) -> VAEPatcher:
     if (patcher := _patchers.get(network)) is not None:
         if resolve(patcher.config).same_workers(resolve(config)):
             return patcher
-        patcher.remote.release()  # its devices are not wanted any more
+        patcher.remote.release()  # its devices are no longer requested
     weak = ref(network)
     source = {
         "comfyui": str(Path(comfy.sd.__file__).parent.parent),
@@ -258,14 +258,16 @@ def _patcher(vae: Any, config: SequenceParallelConfig) -> VAEPatcher:
 
 
 def _metadata(network: nn.Module) -> dict[str, str]:
-    """What of its file's metadata ComfyUI makes the network of, besides the tensors: LTX-2's keep their settings."""
+    """Returns the file's metadata from which, besides the tensors, ComfyUI makes the network: LTX-2's settings."""
     settings = getattr(network, "config", None)
     return {"config": json.dumps({"vae": settings})} if isinstance(settings, dict) else {}
 
 
 def _adds_noise(network: nn.Module) -> bool:
-    """Whether tiles depend on the order in which they are decoded: by these settings LTX-Video's decoders, since 0.9.1,
-    draw random numbers for each."""
+    """Returns True if tiles depend on the order in which they are decoded.
+
+    With these settings, LTX-Video's decoders since 0.9.1 draw random numbers for each tile.
+    """
     names = ("timestep_conditioning", "inject_noise")
     return any(getattr(module, name, False) for module in network.modules() for name in names)
 
@@ -274,7 +276,7 @@ def _adds_noise(network: nn.Module) -> bool:
 
 
 def _shared_out(function: Callable[[Any], Tensor], vae: Any, patcher: VAEPatcher, direction: str) -> tuple[Tensor, int]:
-    """The result, and how many tiles there were."""
+    """Computes the tiles in the workers; returns the result and the number of tiles."""
     poll = comfy.model_management.throw_exception_if_processing_interrupted
     tiles = [_tile(vae, direction, part) for part in _parts(function, vae, patcher, direction)]
     run = patcher.remote.start(direction, tiles, vae.vae_dtype, poll=poll, on_progress=progress_bar())
@@ -290,7 +292,7 @@ def _shared_out(function: Callable[[Any], Tensor], vae: Any, patcher: VAEPatcher
 
 
 def _parts(function: Callable[[Any], Tensor], vae: Any, patcher: VAEPatcher, direction: str) -> list[Tensor]:
-    """What each call of the network is given, before ComfyUI has scaled or cast it: views of the function's input."""
+    """Returns the input of each network call before ComfyUI scales or casts it: views of the function's input."""
     recorder = _Recorder(lambda shape: _out_shape(vae, direction, shape))
     shadow = _stand_in(vae, patcher, recorder)
     shadow.output_device = torch.device("meta")
@@ -302,7 +304,7 @@ def _parts(function: Callable[[Any], Tensor], vae: Any, patcher: VAEPatcher, dir
 
 
 def _stand_in(vae: Any, patcher: VAEPatcher, network: Any) -> Any:
-    """The VAE with another network: nothing is cast or moved for it, and the workers' memory is what is asked for."""
+    """Copies the VAE with another network: nothing is cast or moved for it, and memory is requested in the workers."""
     shadow = copy.copy(vae)
     shadow.first_stage_model = network
     shadow.patcher = patcher
@@ -328,7 +330,7 @@ class _Recorder:
         return self._result(latent)
 
     def encode(self, pixels: Tensor) -> Tensor:
-        return self._result(pixels)  # noted by `before_scaling`
+        return self._result(pixels)  # recorded by `before_scaling`
 
     def _result(self, x: Tensor) -> Tensor:
         return torch.empty(self._out_shape(x.shape), device="meta")
@@ -351,12 +353,12 @@ def _tile(vae: Any, direction: str, part: Tensor) -> Tile:
         tensor: Tensor = x.to(vae.vae_dtype)
         return tensor
 
-    # Twice as much as ComfyUI expects: memory is only taken for what is written.
+    # Twice as much as ComfyUI expects: memory is only allocated for what is written.
     return Tile(tuple(part.shape), 2 * math.prod(_out_shape(vae, direction, part.shape)), make)
 
 
 def _out_shape(vae: Any, direction: str, shape: Sequence[int]) -> list[int]:
-    """About what comes out of the network; enough for `tiled_scale_multidim`, which does not trust it either."""
+    """Estimates the network's output shape; enough for `tiled_scale_multidim`, which does not rely on it either."""
     decode = direction == "decode"
     ratios = vae.upscale_ratio if decode else vae.downscale_ratio
     ratios = ratios if isinstance(ratios, tuple | list) else [ratios] * (len(shape) - 2)
@@ -369,7 +371,7 @@ def _out_shape(vae: Any, direction: str, shape: Sequence[int]) -> list[int]:
 
 @contextmanager
 def _no_progress() -> Any:
-    """ComfyUI's own bars of the first run would be full before anything is done."""
+    """Hides ComfyUI's progress bars in the first run: they would be full before any tile is computed."""
     hook = comfy.utils.PROGRESS_BAR_HOOK
     comfy.utils.set_progress_bar_global_hook(None)
     try:

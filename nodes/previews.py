@@ -1,8 +1,8 @@
-"""Who follows a sampling that runs in the workers, and at which steps they need its latents.
+"""Observers of a sampling that runs in the workers, and the steps at which they need its latents.
 
 A sampler calls its callback at every step with the denoised latent. ComfyUI's own callback moves the progress bar,
-makes a preview if previews are on, and keeps the latent where a node asks for it. Only the last two need the latent,
-which has to be sent here for them. What other code does with it cannot be known.
+makes a preview if previews are on, and keeps the latent if a node requests it. Only the last two need the latent,
+which has to be sent to this process for them. The use that other code makes of it cannot be known.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ _NATIVE = ("latent_preview", "prepare_callback.<locals>.callback")
 
 
 class Audience:
-    """The callback of a sampling, taken apart as far as it is known.
+    """The callback of a sampling, split into its known parts.
 
     Attributes:
-        wants_latents: whether somebody looks at them.
-        interval_s: least seconds between two looks; 0 where another node's callback looks: it gets every step.
+        wants_latents: True if an observer uses them.
+        interval_s: minimum seconds between two latents; 0 for another node's callback, which gets those of every step.
 
     Raises:
         ConfigError: the setting has a value that is not allowed.
@@ -52,12 +52,12 @@ class Audience:
                 log.info("the preview interval is not used: %s may need every step's latents", node_of(callback))
 
     def show(self, step: int, denoised: Any, x: Any, steps: int) -> None:
-        """A step has been done, and these are its latents; as any callback."""
+        """Calls the callback with a finished step and its latents; has a sampler callback's signature."""
         if self._callback is not None:
             self._callback(step, denoised, x, steps)
 
     def count(self, done: int, steps: int) -> None:
-        """So many steps have been done, of all."""
+        """Updates the step counters and the progress bar: `done` of `steps` steps are finished."""
         for counter in self._counters:
             counter.count(done)
         if self._bar is not None:
@@ -65,9 +65,9 @@ class Audience:
 
 
 def _native_parts(callback: Any) -> dict[str, Any] | None:
-    """What ComfyUI's callback uses: `pbar`, `previewer` (None where previews are off) and `x0_output_dict`.
+    """Returns the objects of ComfyUI's callback: `pbar`, `previewer` (None if previews are off), `x0_output_dict`.
 
-    None if it is other code, or none that is known: then nothing may be left out.
+    Returns None for any other callback, or an unknown version of ComfyUI's: then it has to get every latent.
     """
     if (getattr(callback, "__module__", None), getattr(callback, "__qualname__", None)) != _NATIVE:
         return None

@@ -1,5 +1,5 @@
-"""The stand-in for ComfyUI's network: all that ComfyUI and its nodes read of it, without data, and a forward that runs
-in the workers."""
+"""The stand-in for ComfyUI's network: all that ComfyUI and its nodes read from it, without data, and a forward that
+runs in the workers."""
 
 from __future__ import annotations
 
@@ -27,17 +27,17 @@ from .refusals import refuse, refuse_skipping, refuse_transformer_options, refus
 from .side_by_side import LookAhead, Recorded
 
 _MADE_ANEW = {"minimax_payload": "layout"}
-"""Conditioning → what the network makes of it by itself where it is missing; its class cannot travel."""
+"""Maps a conditioning to its entry that the network recreates if missing; the entry's class cannot be sent."""
 
 
 class ProxyDiffusionModel(nn.Module):
-    """Has the modules, parameters and attributes of ComfyUI's network, without data, and computes in the workers.
+    """Module with the submodules, parameters and attributes of ComfyUI's network, without data; runs in the workers.
 
     Args:
         remote: the model in the workers.
-        network: ComfyUI's, made on the meta device.
-        parameters: what the file has, by the network's names, without data: layers of quantised files get their
-            weights only when these are loaded, and LoRAs are matched by them.
+        network: ComfyUI's network, made on the meta device.
+        parameters: the file's tensors by the network's names, without data. LoRAs are matched by these names, and
+            layers of quantised files get their own weights only when they are loaded.
     """
 
     def __init__(self, remote: RemoteModel, network: nn.Module, parameters: Mapping[str, Tensor]):
@@ -45,17 +45,17 @@ class ProxyDiffusionModel(nn.Module):
         self.remote = remote
         self.look_ahead = LookAhead(remote)
         self.load_weights: Callable[[], None] | None = None
-        """Set when ComfyUI loads the model, and run by the next step."""
+        """Function that loads the weights: set when ComfyUI loads the model, called by the next step."""
         self.restore_weights: Callable[[], None] | None = None
-        """Likewise; brings them to fresh workers in the middle of a sampling."""
-        self.__dict__["_network"] = network  # not a module of this one: its own are
+        """Function that loads the weights into fresh workers in the middle of a sampling; set likewise."""
+        self.__dict__["_network"] = network  # no submodule; the network's own submodules are
         self._modules.update(network._modules)
         self._parameters.update(network._parameters)
         known = {name for name, _ in [*network.named_parameters(), *network.named_buffers()]}
         add_parameters(self, {name: tensor for name, tensor in parameters.items() if name not in known})
 
     def __getattr__(self, name: str) -> Any:
-        """Of the network: its sizes and patchifiers; methods that need weights run in the workers."""
+        """Reads the network's attributes, e.g. sizes and patchifiers; methods that need weights run in the workers."""
         try:
             return super().__getattr__(name)
         except AttributeError:
@@ -76,7 +76,7 @@ class ProxyDiffusionModel(nn.Module):
         transformer_options: dict[str, Any] | None = None,
         **conditioning: Any,
     ) -> Any:
-        """As ComfyUI's networks: called by `BaseModel`, runs the wrappers that nodes such as EasyCache have set."""
+        """Runs the wrappers that nodes such as EasyCache have set, as in ComfyUI's networks; `BaseModel` calls it."""
         options = {} if transformer_options is None else transformer_options
         if (recorder := recorder_of(x)) is not None:
             return self._record(recorder, options, x, timestep, context=context, control=control, **conditioning)
@@ -87,7 +87,7 @@ class ProxyDiffusionModel(nn.Module):
         return executor.execute(x, timestep, context, control, options, **conditioning)
 
     def bring_weights(self) -> None:
-        """What ComfyUI's loading of the model has left to be done, once it is known that the inputs are good."""
+        """Completes ComfyUI's loading of the model, which was deferred until the inputs had been accepted."""
         if self.load_weights is not None:
             load, self.load_weights = self.load_weights, None
             load()
@@ -95,7 +95,7 @@ class ProxyDiffusionModel(nn.Module):
     def _record(
         self, recorder: Recorder, options: dict[str, Any], x: Any, timestep: Any, **conditioning: Any
     ) -> RecordedLatent | list[RecordedPart]:
-        """A call that the workers will make by themselves."""
+        """Records a network call, which the workers will later make by themselves."""
         request = self.request(options, x, timestep, **conditioning)
         prediction = recorder.network(
             request,
@@ -143,15 +143,15 @@ class ProxyDiffusionModel(nn.Module):
         return predictions[0]
 
     def request(self, options: Mapping[str, Any], x: Any, timestep: Any, **conditioning: Any) -> StepRequest:
-        """A call of the network, for the workers.
+        """Builds the request to the workers for one network call.
 
         Args:
             options: `transformer_options`.
-            x: the latent, which may be recorded, or the list of its parts.
-            conditioning: `context`, `control` and whatever else ComfyUI's model class hands to its network.
+            x: the latent, which may be a recorded one, or the list of its parts.
+            conditioning: `context`, `control` and all other arguments that ComfyUI's model class passes to its network.
 
         Raises:
-            UnsupportedError: an input that cannot reach the workers; it is named.
+            UnsupportedError: an input cannot be sent to the workers; the message names it.
         """
         refuse_transformer_options(options)
         network = self.__dict__["_network"]
@@ -174,7 +174,7 @@ class ProxyDiffusionModel(nn.Module):
             when = flatten(timestep, "timestep", tensors)
             rest = {name: flatten(value, name, tensors) for name, value in named.items()}
             rest["transformer_options"] = flatten(travelling(options), "transformer_options", tensors)
-        one = tensors.pop("timestep", None)  # of nested ones each travels as what may stay
+        one = tensors.pop("timestep", None)  # nested timesteps are sent as conditioning, which workers may keep
         return StepRequest(
             latent,
             torch.zeros(len(latent)) if one is None else one,
@@ -193,7 +193,7 @@ class ProxyDiffusionModel(nn.Module):
 
 @contextmanager
 def ooms_as_comfyui() -> Iterator[None]:
-    """Workers without memory raise ComfyUI's own kind, so that it frees memory and shows its advice."""
+    """Converts workers' out-of-memory errors to ComfyUI's own, so that it frees memory and shows its advice."""
     try:
         yield
     except WorkerOutOfMemoryError as error:
@@ -202,7 +202,7 @@ def ooms_as_comfyui() -> Iterator[None]:
 
 @contextmanager
 def _refused_by_name() -> Iterator[None]:
-    """Says which value cannot travel."""
+    """Converts NotPlain to an error that names the value that cannot be sent."""
     try:
         yield
     except NotPlain as error:
@@ -218,7 +218,7 @@ def add_parameters(module: nn.Module, parameters: Mapping[str, Tensor]) -> None:
             if part not in parent._modules:
                 parent.add_module(part, Part())
             parent = parent._modules[part]  # type: ignore[assignment]
-        setattr(parent, leaf, nn.Parameter(tensor, requires_grad=False))  # some layers have it as an attribute so far
+        setattr(parent, leaf, nn.Parameter(tensor, requires_grad=False))  # some layers have a plain attribute here
 
 
 class Part(nn.Module):

@@ -57,11 +57,11 @@ class SPQuantizeFP8(io.ComfyNode):
 
 
 def _with_fp8(model: Any, settings: FP8Settings, node_id: str) -> SequenceParallelPatcher:
-    """A clone of the MODEL that the workers load in FP8.
+    """Returns a clone of the MODEL that the workers load in FP8.
 
     Raises:
-        UnsupportedError: a MODEL of another loader, or in FP8 by another such node.
-        ConfigError: the devices or this ComfyUI cannot do what is asked for, or `skip` means no layer.
+        UnsupportedError: the MODEL is from another loader, or has FP8 settings from another such node.
+        ConfigError: the devices or this ComfyUI do not support the scheme, or a pattern of `skip` matches no layer.
     """
     contract.require("fp8")
     if settings.scheme in KITCHEN:

@@ -1,4 +1,4 @@
-"""What cannot work when the network's blocks run in other processes, refused by the name of the node that wants it."""
+"""Refusals of features that cannot work when the network's blocks run in other processes; each names the node."""
 
 from __future__ import annotations
 
@@ -24,20 +24,20 @@ _OPTIONS = {
 }
 
 _REPLACES = "set_model_options_patch_replace"
-"""What ComfyUI's guidance nodes call, e.g. SkipLayerGuidanceDiT and PerturbedAttentionGuidance."""
+"""Function that ComfyUI's guidance nodes call, e.g. SkipLayerGuidanceDiT and PerturbedAttentionGuidance."""
 
 
 def refuse(what: str, instead: str = "use Load Diffusion Model for this graph, or remove the node") -> UnsupportedError:
-    """The error for a feature that cannot reach the workers."""
+    """Returns the error for a feature that cannot reach the workers."""
     return UnsupportedError(f"{what} cannot be used with {_WHO}; {instead}")
 
 
 def refuse_loader(who: str, model: Any, instead: str) -> UnsupportedError:
-    """The error of a node of this pack for a MODEL of another loader.
+    """Returns the error of one of this pack's nodes for a MODEL from another loader.
 
     Args:
-        who: the node.
-        instead: what to do for ComfyUI's own loader.
+        who: name of the node.
+        instead: advice for a MODEL from ComfyUI's own loader.
     """
     if type(model).__name__ == "GGUFModelPatcher":
         instead = f"Choose the .gguf file in {_WHO}, instead of Unet Loader (GGUF)"
@@ -45,7 +45,7 @@ def refuse_loader(who: str, model: Any, instead: str) -> UnsupportedError:
 
 
 def refuse_value(name: str, value: Any) -> UnsupportedError:
-    """The error for an input that is neither a tensor nor plain data, e.g. ControlNet's residuals."""
+    """Returns the error for an input that is neither a tensor nor plain data, e.g. ControlNet's residuals."""
     if name == "control":
         return refuse("ControlNet", "remove Apply ControlNet")
     if name.startswith("transformer_options."):
@@ -54,13 +54,14 @@ def refuse_value(name: str, value: Any) -> UnsupportedError:
 
 
 def refuse_transformer_options(options: Mapping[str, Any]) -> None:
-    """Refuses code that nodes want to run inside the network's blocks.
+    """Refuses code of nodes that would run inside the network's blocks.
 
     Args:
         options: `transformer_options`.
 
     Raises:
-        UnsupportedError: naming the node where its function tells, else the kind of patch.
+        UnsupportedError: there is such code; the message names the node if its function reveals it, and the kind of
+            patch.
     """
     understood = as_data(options)
     for option, what in _OPTIONS.items():
@@ -72,15 +73,15 @@ def refuse_transformer_options(options: Mapping[str, Any]) -> None:
 
 
 def refuse_skipping(functions: Any, possible: Any, cache: Any) -> None:
-    """Refuses to skip blocks where the workers cannot.
+    """Refuses nodes that skip blocks, if the workers cannot skip them.
 
     Args:
-        functions: in the blocks' places.
+        functions: functions that replace the blocks.
         possible: truthy if blocks of this network can be skipped.
-        cache: of this sampling, if it has one.
+        cache: cache of this sampling, or None.
 
     Raises:
-        UnsupportedError: naming the node.
+        UnsupportedError: the workers cannot; the message names the node.
     """
     nodes = " and ".join(sorted({node_of(function) for function in _functions(functions)}))
     if not possible:
@@ -90,10 +91,10 @@ def refuse_skipping(functions: Any, possible: Any, cache: Any) -> None:
 
 
 def refuse_sampling_functions(model_options: Mapping[str, Any]) -> None:
-    """Refuses guidance that will replace blocks when its time has come, which may be in the middle of the sampling.
+    """Refuses guidance that replaces blocks only later, possibly in the middle of the sampling.
 
     Raises:
-        UnsupportedError: naming the node.
+        UnsupportedError: there is such guidance; the message names the node.
     """
     for option, value in model_options.items():
         for function in _functions(value) if option.startswith("sampler_") else []:
@@ -103,13 +104,13 @@ def refuse_sampling_functions(model_options: Mapping[str, Any]) -> None:
 
 
 def warn_of_native_compile(model_options: Mapping[str, Any]) -> None:
-    """ComfyUI's TorchCompileModel does no harm, but there is no network in this process for it to compile."""
+    """Warns of ComfyUI's TorchCompileModel: it does no harm, but has no network to compile in this process."""
     if "torch_compile_kwargs" in model_options:
         log.warning("TorchCompileModel changes nothing with %s; use Torch Compile (SP)", _WHO)
 
 
 def _functions(value: Any) -> list[Any]:
-    """The callables in a nest of dicts and lists."""
+    """Returns the callables in a nest of dicts and lists."""
     if isinstance(value, Mapping):
         return [function for part in value.values() for function in _functions(part)]
     if isinstance(value, list | tuple):
@@ -118,15 +119,15 @@ def _functions(value: Any) -> list[Any]:
 
 
 def _skips(function: FunctionType) -> bool:
-    """Whether all functions that it can put in a block's place skip the block."""
+    """Returns True if all functions by which `function` can replace a block skip the block."""
     used = inspect.getclosurevars(function).nonlocals.values()
     own = [value for value in used if isinstance(value, FunctionType)]
     return bool(own) and all(map(hands_on, own))
 
 
 def node_of(value: Any) -> str:
-    """Who has made a function or an object: `SkipLayerGuidanceDiT.execute.<locals>.skip` → `SkipLayerGuidanceDiT`, and
-    `DiffSynthCnetPatch` → the nodes whose code names this class, or function."""
+    """Names the node that made a function or object: `SkipLayerGuidanceDiT.execute.<locals>.skip` →
+    `SkipLayerGuidanceDiT`, and `DiffSynthCnetPatch` → the nodes whose code names this class or function."""
     name = getattr(value, "__qualname__", type(value).__qualname__)
     name = name.partition(".")[0].removeprefix("<lambda>")
     nodes: dict[str, type] = getattr(importlib.import_module("nodes"), "NODE_CLASS_MAPPINGS", {})  # ComfyUI's module
@@ -136,7 +137,7 @@ def node_of(value: Any) -> str:
 
 
 def _named_in(node: type) -> set[str]:
-    """What the code of a node's methods names."""
+    """Returns the names that the code of a node's methods uses."""
 
     def within(code: CodeType) -> Iterator[str]:
         yield from code.co_names

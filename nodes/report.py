@@ -13,7 +13,7 @@ from . import settings
 
 
 def report() -> str:
-    """Returns Markdown. Asks nvidia-smi, so it may take seconds."""
+    """Returns the report as Markdown. Runs nvidia-smi, so it may take seconds."""
     try:
         stored: object = dataclasses.asdict(settings.read())
     except ConfigError as error:

@@ -26,23 +26,23 @@ class WorkersPatcher(comfy.model_patcher.ModelPatcher):
         raise NotImplementedError
 
     def _prepare(self) -> None:
-        """Before every use, loaded or not."""
+        """Runs before every use, even if the weights are loaded."""
 
     def _load(self) -> None:
-        """Brings the weights in the workers to what this clone says."""
+        """Loads the weights into the workers as this clone requires them."""
         raise NotImplementedError
 
     def get_free_memory(self, device: Any) -> Any:
-        """Also what the worker on this device has taken and does not use: its next step can have it.
+        """Returns the free memory, plus what the device's worker has reserved but not used: its next step can use it.
 
-        Without it ComfyUI would find less room from the second step on, and might part a batch that was one before.
+        Otherwise ComfyUI would find less memory from the second step on, and might split a batch that was whole before.
         """
         group, device = self.held.group, torch.device(device)
         cached = 0 if group is None else group.cached_on(f"{device.type}:{device.index or 0}")
         return super().get_free_memory(device) + cached
 
     def partially_load(self, device_to: Any, extra_memory: int = 0, force_patch_weights: bool = False) -> int:
-        """Runs before every use."""
+        """Loads all weights, and returns the bytes added. ComfyUI calls it before every use."""
         self._prepare()
         before = self.loaded_size()
         try:
@@ -78,12 +78,15 @@ class WorkersPatcher(comfy.model_patcher.ModelPatcher):
         return 0
 
     def get_ram_usage(self) -> int:
-        """The server's own memory holds no weight."""
+        """Returns 0: this process's memory holds no weight."""
         return 0
 
 
 def progress_bar() -> Progress:
-    """Shown by the node that runs, from the first progress on; while weights are read, each worker's as text."""
+    """Returns a callback that shows progress on the node that runs; while weights are read, also each worker's as text.
+
+    The bar appears with the first progress.
+    """
     bar: comfy.utils.ProgressBar | None = None
     text = LoadText()
 

@@ -1,8 +1,8 @@
-"""The pack's settings in ComfyUI's settings dialog, as they are stored: read when they are needed, so that prompts that
-come without a browser heed them, too.
+"""The pack's settings in ComfyUI's settings dialog. They are read from ComfyUI's file at each use, so that they also
+apply to prompts queued without a browser.
 
-ComfyUI keeps the settings of each user apart, and a node does not learn whose prompt it runs. So with `--multi-user`
-the defaults hold.
+ComfyUI stores the settings per user, and a node does not know whose prompt it runs. So with `--multi-user` the defaults
+apply.
 """
 
 from __future__ import annotations
@@ -34,18 +34,18 @@ LOG_LEVELS = {
 
 @dataclass(kw_only=True, slots=True, frozen=True)
 class Settings:
-    """What a user has set for the whole pack."""
+    """The user's settings for the whole pack."""
 
     devices: str = "auto"
-    """For nodes without SP Config, as its `devices`."""
+    """Devices of nodes without SP Config, in the format of its `devices`."""
     keep_alive_minutes: float = 0.0
-    """Idle workers leave after so many minutes; 0: they stay."""
+    """Minutes after which idle workers exit; 0: never."""
     preview_interval_seconds: float = 0.0
-    """Least time between two previews of Sampler (SP); 0: one at every step, as KSampler shows them."""
+    """Minimum seconds between two previews of Sampler (SP); 0: one at every step, as in KSampler."""
     replace_vae_decode: bool = False
-    """Whether the front end's Use all GPUs replaces VAE Decode, too; here it is only for the report."""
+    """True if the front end's Use all GPUs also replaces VAE Decode; in Python it is only reported."""
     log_level: str = "comfyui"
-    """A key of LOG_LEVELS; `comfyui` is as ComfyUI's own messages."""
+    """Key of LOG_LEVELS; `comfyui` uses the level of ComfyUI's own messages."""
 
     def __post_init__(self) -> None:
         try:
@@ -76,17 +76,17 @@ _IDS = {
     "replace_vae_decode": "SequenceParallel.Workflow.ReplaceVAEDecode",
     "log_level": "SequenceParallel.Log.Level",
 }
-"""As `js/settings.js` registers them."""
+"""Maps each field to its setting's id, as registered by `js/settings.js`."""
 
 _read: tuple[tuple[int, int], Settings] | None = None
-"""The file's time and size, and what it says."""
+"""Modification time and size of the settings file, and the settings in it."""
 
 
 def read() -> Settings:
-    """The settings as of now; a changed log level takes effect.
+    """Returns the current settings, and applies a changed log level.
 
     Raises:
-        ConfigError: a value that is not allowed.
+        ConfigError: a setting has a value that is not allowed.
     """
     global _read
     if args.multi_user:
@@ -101,33 +101,34 @@ def read() -> Settings:
     except (OSError, ValueError) as error:
         if isinstance(error, ConfigError):
             raise
-        return Settings()  # not written yet, or this very moment
+        return Settings()  # not written yet, or being written at this moment
     return _read[1]
 
 
 def _parse(stored: Mapping[str, Any]) -> Settings:
-    """A value that was cleared in the dialog (null, or an empty text) is the default."""
+    """Builds the settings; a value cleared in the dialog (null or an empty text) becomes the default."""
     values = {name: stored.get(key) for name, key in _IDS.items()}
     return Settings(**{name: value for name, value in values.items() if value is not None and value != ""})
 
 
 def default_config() -> SequenceParallelConfig:
-    """What holds for a node without SP Config.
+    """Returns the configuration of nodes without SP Config.
 
     Raises:
-        ConfigError: a value that is not allowed.
+        ConfigError: a setting has a value that is not allowed.
     """
     return SequenceParallelConfig(devices=read().devices)
 
 
 def default_devices(inputs: Mapping[str, Any]) -> str:
-    """What `fingerprint_inputs` of a node with an optional `sp_config` returns: another setting of the default devices
-    makes another MODEL, though no input has changed.
+    """Returns the default devices, for `fingerprint_inputs` of a node with an optional `sp_config`; empty if connected.
+
+    If the setting changes, so does the node's MODEL, though no input has changed.
 
     Args:
-        inputs: as ComfyUI gives them there; of an input that is connected the value is None.
+        inputs: the inputs that ComfyUI passes to `fingerprint_inputs`; a connected input has the value None.
     """
-    if "sp_config" in inputs:  # so the setting does not count
+    if "sp_config" in inputs:  # then the setting is not used
         return ""
     try:
         return read().devices
@@ -136,7 +137,7 @@ def default_devices(inputs: Mapping[str, Any]) -> str:
 
 
 def keep_alive_seconds() -> float:
-    """For `running.keep_alive`; a value that is not allowed keeps the workers."""
+    """Returns the idle time for `running.keep_alive`; 0, which keeps the workers, if a setting is not allowed."""
     try:
         return 60 * read().keep_alive_minutes
     except ConfigError as error:

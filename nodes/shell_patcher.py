@@ -1,4 +1,4 @@
-"""ComfyUI's handle on a model whose weights are in the workers: loading, unloading, sizes, and what is refused."""
+"""ComfyUI's handle on a model whose weights are in the workers: loading, unloading, sizes and refusals."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class SequenceParallelPatcher(WorkersPatcher):
         return self.remote.weights
 
     def model_size(self) -> int:
-        """For how much ComfyUI is to make room: what one worker has on its device, under the weights' mode."""
+        """Returns the bytes that ComfyUI has to free: one worker's weights on its device, in their placement mode."""
         if self.size <= 1:  # no worker uses the device that ComfyUI watches
             return int(self.size)
         fp8 = attached_fp8(self)
@@ -65,8 +65,8 @@ class SequenceParallelPatcher(WorkersPatcher):
             self.patch_model(load_weights=False)
 
     def _load(self) -> None:
-        """Leaves the weights to the next step: nothing is started or read for inputs that are refused, nor for nodes
-        that load a model for another purpose and are refused, e.g. those that save it.
+        """Defers loading to the next step: nothing is started or read for inputs that are refused, nor for nodes that
+        load a model for another purpose and are refused, e.g. those that save it.
         """
         self.model.diffusion_model.load_weights = self._load_weights
         self.model.diffusion_model.restore_weights = partial(self._bring_weights, again=True)
@@ -79,10 +79,10 @@ class SequenceParallelPatcher(WorkersPatcher):
             raise
 
     def _bring_weights(self, again: bool = False) -> None:
-        """Brings the workers, the weights and their patches to what this clone says.
+        """Starts the workers if necessary, and loads this clone's weights and patches into them.
 
         Args:
-            again: they have been there: they go where they were.
+            again: True after lost workers: the weights keep their placement.
         """
         poll = comfy.model_management.throw_exception_if_processing_interrupted
         fp8, weights = attached_fp8(self), self.held
@@ -94,7 +94,7 @@ class SequenceParallelPatcher(WorkersPatcher):
             tell(fp8.node_id, str(weights.fp8_report))
 
     def _replacement(self) -> tuple[Collection[str], Replace]:
-        """Weights that patches change, by the network's names, and what makes the patched ones of the file's."""
+        """Returns the network's names of the patched weights, and a function that patches one of the file's weights."""
         names = [key.removeprefix("diffusion_model.") for key in self.patches]
         recipe = self.remote.recipe
         tensors: dict[str, torch.Tensor] = {}
@@ -113,14 +113,14 @@ class SequenceParallelPatcher(WorkersPatcher):
             layer, _, leaf = name.rpartition(".")
             if f"{layer}." in quantised and leaf == "weight":
                 return patched_layer(self.patches, key, self._quantised_layer(layer, tensors), self.load_device)
-            if is_traceable_wrapper_subclass(tensors[name]):  # of GGUF: its layer adds them whenever it restores it
+            if is_traceable_wrapper_subclass(tensors[name]):  # GGUF: the layer adds them when it restores the weight
                 return Patches(gguf.plain_patches(key, self.patches[key], tensors[name].shape))
             return patched_weight(self.patches, key, tensors[name].to(kept[name]), self.load_device, patcher)
 
         return names, patched
 
     def _quantised_layer(self, path: str, tensors: Mapping[str, torch.Tensor]) -> torch.nn.Module:
-        """A layer of ComfyUI's, with the file's values; without its bias, which is no part of the weight."""
+        """Makes a layer of ComfyUI's class with the file's values; without its bias, which is no part of the weight."""
         ours = self.model.diffusion_model.get_submodule(path)
         layer: torch.nn.Module = type(ours)(ours.in_features, ours.out_features, bias=False)
         start = f"{path}."
@@ -135,9 +135,9 @@ class SequenceParallelPatcher(WorkersPatcher):
         super().unpatch_model(device_to, unpatch_weights)
 
     def cleanup(self) -> None:
-        """After every sampling: takes object patches (e.g. ModelSampling's) off the model that all clones share.
+        """Removes object patches (e.g. ModelSampling's) from the model that all clones share, after every sampling.
 
-        ComfyUI leaves them until the next load; until then a graph without the patch would still see it.
+        ComfyUI keeps them until the next load; until then a graph without the patch would still see it.
         """
         super().cleanup()
         self.model.diffusion_model.load_weights = self.model.diffusion_model.restore_weights = None
@@ -158,7 +158,7 @@ class SequenceParallelPatcher(WorkersPatcher):
                 raise refuse(f"a patch of the network's {name.partition('.')[2] or 'forward'!r}")
 
     def add_patches(self, patches: Any, strength_patch: float = 1.0, strength_model: float = 1.0) -> Any:
-        """LoRAs are kept here as ComfyUI keeps them, and take effect in `_load_weights`."""
+        """Keeps LoRAs as ComfyUI does; they take effect in `_load_weights`."""
         contract.require("loras")
         refuse_patches(patches)
         return super().add_patches(patches, strength_patch, strength_model)
@@ -169,7 +169,7 @@ class SequenceParallelPatcher(WorkersPatcher):
         raise refuse(f"code injected into the network ({key})")
 
     def add_callback_with_key(self, call_type: str, key: str, callback: Any) -> None:
-        """BlockSparseAttention's own error would speak of another model."""
+        """Refuses BlockSparseAttention, whose own error would name another model."""
         if key == "block_sparse_attention":
             raise refuse("BlockSparseAttention")
         super().add_callback_with_key(call_type, key, callback)

@@ -1,9 +1,9 @@
-"""cond and uncond at the same time, also when ComfyUI calls the network for one after the other.
+"""Runs cond and uncond at the same time, even if ComfyUI calls the network for one after the other.
 
-ComfyUI puts both into one call only if their shapes agree and its estimate of memory allows. Otherwise they arrive as
-two calls in a row, and half of the devices of `cfg_degree` 2 would wait. So, when the first call arrives, this module
-lets ComfyUI prepare the second one too, up to the network's door, and sends both to the workers together. The second
-call then finds its result waiting, if it asks for just what was foreseen; otherwise it runs by itself.
+ComfyUI puts both into one call only if their shapes agree and its memory estimate allows it. Otherwise it makes two
+calls in a row, and half of the devices of `cfg_degree` 2 would be idle. So, at the first call, this module lets ComfyUI
+prepare the second one too, up to the call of the network, and sends both to the workers together. The second call then
+takes the result that is ready, if its inputs are exactly the foreseen ones; otherwise it runs by itself.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ log = logging.getLogger("sequence_parallel")
 
 
 class Recorded(BaseException):
-    """Carries a call's inputs out of ComfyUI's preparation. No error, hence no Exception."""
+    """Carrier of a call's inputs out of ComfyUI's preparation. It is no error, hence no Exception."""
 
     def __init__(self, request: StepRequest):
         super().__init__()
@@ -33,7 +33,7 @@ class Recorded(BaseException):
 
 
 class Splits(Protocol):
-    """What says how conditions are split."""
+    """Interface of the object that decides how conditions are split."""
 
     def degrees(self, conditions: int) -> Degrees: ...
 
@@ -49,7 +49,11 @@ class LookAhead:
 
     @contextmanager
     def over(self, prepare: dict[int, Callable[[], None]]) -> Iterator[None]:
-        """`prepare` maps the index of each condition to a function that calls the network for it alone."""
+        """Allows look-ahead inside the `with` block.
+
+        Args:
+            prepare: index of each condition → function that calls the network for it alone.
+        """
         self._prepare = prepare
         try:
             yield
@@ -58,7 +62,7 @@ class LookAhead:
             self._results.clear()
 
     def others(self, running: Sequence[int]) -> list[StepRequest]:
-        """The calls that will follow the one for the conditions `running`; empty where they would not run beside it."""
+        """Returns the calls that will follow that of the conditions `running`; empty if they cannot run beside it."""
         waiting = [index for index in self._prepare if index not in running]
         if not waiting or self._remote.degrees(conditions=len(set(running)) + len(waiting)).groups == 1:
             return []
@@ -79,7 +83,7 @@ class LookAhead:
         self._results += zip(requests, predictions, strict=True)
 
     def take(self, request: StepRequest) -> Tensor | None:
-        """The result of a foreseen call with exactly these inputs."""
+        """Returns the result of a foreseen call with exactly these inputs, or None."""
         for i, (foreseen, prediction) in enumerate(self._results):
             if _same(foreseen, request):
                 del self._results[i]
@@ -90,7 +94,7 @@ class LookAhead:
 def side_by_side(
     executor: Any, model: Any, conds: list[Any], x_in: Tensor, timestep: Tensor, model_options: dict[str, Any]
 ) -> Any:
-    """A CALC_COND_BATCH wrapper, set by Load Diffusion Model (SP)."""
+    """Wraps CALC_COND_BATCH to run conditions side by side; set by Load Diffusion Model (SP)."""
     present = [index for index, cond in enumerate(conds) if cond]
     if isinstance(x_in, RecordedLatent):  # nothing runs now; the recorder puts both side by side
         return executor(model, conds, x_in, timestep, model_options)
@@ -106,7 +110,7 @@ def side_by_side(
 
 
 def _has_side_effects(model_options: dict[str, Any]) -> bool:
-    """Whether preparing a call twice could be noticed by code of another node."""
+    """Returns True if another node's code could notice that a call is prepared twice."""
     wrappers = get_all_wrappers(WrappersMP.APPLY_MODEL, model_options, is_model_options=True)
     return bool(wrappers) or "model_function_wrapper" in model_options
 

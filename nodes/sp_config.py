@@ -84,12 +84,13 @@ class SPConfigNode(io.ComfyNode):
         cfg_degree: int | None = None,
         dp_degree: int | None = None,
     ) -> bool:
-        """Flags wrong devices, and degrees that do not fit them, before anything is queued. `execute` checks the rest.
+        """Refuses wrong devices and degrees that do not fit them before a prompt is queued. `execute` checks the rest.
 
-        None is an input whose value comes from a link, not known yet.
+        None is an input whose value comes from a link and is not known yet.
 
         Raises:
-            ConfigError: ComfyUI shows its message, once. A text that is returned it repeats for each input named here.
+            ConfigError: a value is not usable. ComfyUI shows the message once; it would repeat a returned text for each
+                input named here.
         """
         degrees = {
             "ulysses_degree": ulysses_degree,

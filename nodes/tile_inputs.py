@@ -11,12 +11,12 @@ from .sp_config import SPConfig
 
 
 def tile_inputs(does: str, *, step: int, temporal_size: int = 64) -> list[Any]:
-    """Sizes of a tile as ComfyUI's tiled nodes have them, and whose devices compute.
+    """Returns the inputs for tile sizes, as in ComfyUI's tiled nodes, and for the devices.
 
     Args:
-        does: what is done to a tile, e.g. "decode".
-        step: of tile_size, in pixels.
-        temporal_size: its default, in frames.
+        does: verb of the tooltips, e.g. "decode".
+        step: step of tile_size, in pixels.
+        temporal_size: default of temporal_size, in frames.
     """
     return [
         io.Int.Input("tile_size", default=512, min=64, max=4096, step=step, tooltip="Height and width, in pixels."),
@@ -54,7 +54,7 @@ def tile_inputs(does: str, *, step: int, temporal_size: int = 64) -> list[Any]:
 
 
 def check_overlap(vae: Any, tile_size: int, overlap: int) -> None:
-    """ComfyUI's VAE Encode (Tiled) would never end.
+    """Refuses an overlap with which ComfyUI's VAE Encode (Tiled) would never end.
 
     Raises:
         ConfigError: the overlap leaves nothing of a tile.

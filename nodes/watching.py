@@ -1,4 +1,4 @@
-"""Follows each sampling: counts its steps for the panel, and says on the node that samples how it is split."""
+"""Follows each sampling: counts its steps for the panel, and shows on the sampling node how it is split."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from ..parallel.host.status import Sampling
 from .node_text import executing_node, show
 
 _INTERVAL_S = 0.25
-"""Between two texts while weights are read."""
+"""Minimum seconds between two texts while weights are read."""
 
 
 class StepCounter:
-    """A sampler's callback that counts the steps for the panel, before the callback that the sampling came with.
+    """A sampler's callback that counts the steps for the panel, then calls the sampling's own callback.
 
     Attributes:
-        callback: that one, or None.
+        callback: the sampling's own callback, or None.
     """
 
     def __init__(self, remote: RemoteModel, sampling: Sampling, callback: Any):
@@ -32,7 +32,7 @@ class StepCounter:
             self.callback(step, x0, x, total_steps)
 
     def count(self, done: int) -> None:
-        """So many steps have been done."""
+        """Sets the number of finished steps; at the first call, shows the split on the node."""
         first = self._sampling.step == 0
         self._sampling.advance(done)
         if first:
@@ -50,7 +50,7 @@ def watched(
     *args: Any,
     **kwargs: Any,
 ) -> Any:
-    """An OUTER_SAMPLE wrapper, set by Load Diffusion Model (SP)."""
+    """Wraps OUTER_SAMPLE to follow the sampling; set by Load Diffusion Model (SP)."""
     remote: RemoteModel = executor.class_obj.model_patcher.remote
     with Sampling(remote.name, steps=max(0, len(sigmas) - 1)) as sampling:
         count = StepCounter(remote, sampling, callback)
@@ -60,12 +60,12 @@ def watched(
 
 
 def describe(remote: RemoteModel, sampling: Sampling) -> str:
-    """The degrees of the last step, the time per step where it is known, and why; a node shows two lines."""
+    """Describes the last step: degrees, time per step if known, and the reason. Short: a node shows two lines."""
     group = remote.weights.group
     if group is None or group.figures.plan is None:
         return ""
     degrees, reason = group.figures.plan
-    chosen = group.layout.reason  # one GPU, though `auto` was to take all of them: the user should see it
+    chosen = group.layout.reason  # tells the user if `auto` found only one GPU
     seconds = sampling.seconds_per_step
     above_1 = [f"{axis} {size}" for axis, size in dataclasses.asdict(degrees).items() if size > 1]
     timing = "" if seconds is None else f", {seconds:.2f} s per step"
@@ -73,13 +73,13 @@ def describe(remote: RemoteModel, sampling: Sampling) -> str:
 
 
 class LoadText:
-    """How far each worker has read its weights, as text on the node that waits for it."""
+    """Progress of each worker in reading its weights, as text on the node that waits for it."""
 
     def __init__(self) -> None:
         self._told = 0.0
 
     def update(self) -> None:
-        """Shows it, unless nobody reads or it was shown just now."""
+        """Shows the text, unless no worker reads weights or it was shown less than `_INTERVAL_S` ago."""
         if time.monotonic() - self._told < _INTERVAL_S:
             return
         self._told = time.monotonic()

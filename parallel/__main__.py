@@ -125,8 +125,8 @@ def _doctor(options: argparse.Namespace) -> tuple[dict[str, Any], str, int]:
 
 
 def _state_folder() -> Path | None:
-    """Where logs go without ComfyUI: https://specifications.freedesktop.org/basedir-spec, None for users without a
-    home."""
+    """Returns the folder of the logs without ComfyUI (https://specifications.freedesktop.org/basedir-spec), or None for
+    users without a home."""
     stated = Path(os.environ.get("XDG_STATE_HOME", ""))
     try:
         return (stated if stated.is_absolute() else Path.home() / ".local" / "state") / "sequence-parallel"
@@ -135,7 +135,7 @@ def _state_folder() -> Path | None:
 
 
 def _comfyuis_folder() -> Path | None:
-    """Where logs go in the ComfyUI whose custom_nodes hold this pack, if it has its folders in their usual places."""
+    """Returns the usual log folder of the ComfyUI whose custom_nodes hold this pack, or None if there is none."""
     for comfyui in Path(__file__).parents[3:4]:
         if (comfyui / "folder_paths.py").exists():
             return comfyui / "user" / "__sequence_parallel"

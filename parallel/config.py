@@ -1,4 +1,4 @@
-"""What a user asks for (`SequenceParallelConfig`) and what that means on this machine (`Layout`)."""
+"""The user's request (`SequenceParallelConfig`) and its resolution on this machine (`Layout`)."""
 
 from __future__ import annotations
 
@@ -37,27 +37,26 @@ class WorkerDevice:
 
 @dataclass(kw_only=True, slots=True, frozen=True)
 class SequenceParallelConfig:
-    """The SP Config node as data. Nothing is looked up on the machine yet."""
+    """The SP Config node as data, not yet compared with this machine."""
 
     devices: str = "auto"
     """Comma-separated devices, one worker each: `cuda:0,cuda:1`, `cpu,cpu`, `cuda:0*2,cuda:1*1` (relative speeds);
     `auto` is every visible GPU, or one CPU worker on a machine without a GPU."""
     ulysses_degree: int = 0
-    """Ranks among which attention exchanges heads for tokens. 0 chooses; 1 switches it off."""
+    """Number of ranks that exchange heads for tokens in attention. 0 chooses; 1 switches it off."""
     ring_degree: int = 0
-    """Ranks among which keys and values travel in a ring. 0 chooses; 1 switches it off."""
+    """Number of ranks that pass keys and values around a ring. 0 chooses; 1 switches it off."""
     cfg_degree: int = 0
     """2 runs cond and uncond side by side. 0 chooses; 1 switches it off."""
     dp_degree: int = 0
-    """Groups among which the samples of a batch are spread. 0 chooses; 1 switches it off."""
+    """Number of groups that share the samples of a batch. 0 chooses; 1 switches it off."""
     weights: str = "auto"
-    """Where weights live: `replicate` (a copy per device), `shard` (a part per device), `offload` (one copy in host
-    memory), or `auto`; see `placement`."""
+    """Placement of the weights: `replicate` (a copy per device), `shard` (a part per device), `offload` (one copy in
+    host memory), or `auto`; see `placement`."""
     attention: str = "auto"
     """Attention kernel: `sdpa`, `cudnn`, `flash`, `sage`, or `auto`."""
     on_failure: str = "error"
-    """What follows when the workers are lost: `error` ends the prompt, `retry` runs the failed call again, once, on
-    fresh workers."""
+    """Reaction to lost workers: `error` ends the prompt, `retry` runs the failed call again, once, on fresh workers."""
 
     def __post_init__(self) -> None:
         for knob in ("ulysses_degree", "ring_degree", "cfg_degree", "dp_degree"):
@@ -72,13 +71,13 @@ class SequenceParallelConfig:
 
 @dataclass(kw_only=True, slots=True, frozen=True)
 class Layout:
-    """What was asked for, on this machine's devices. The degrees may differ from step to step, see `choose`."""
+    """The request, resolved to this machine's devices. Each step chooses its degrees, see `RequestedDegrees.choose`."""
 
     devices: tuple[WorkerDevice, ...]
     degrees: RequestedDegrees
     attention: str
     reason: str
-    """Why these devices, for the log."""
+    """Reason for these devices, for the log."""
 
     @property
     def world_size(self) -> int:
@@ -94,11 +93,11 @@ class Layout:
         return tuple(device.weight for device in self.devices)
 
     def same_workers(self, other: Layout) -> bool:
-        """Whether one group of processes serves both: degrees are no property of the processes."""
+        """Returns True if one group of processes serves both layouts: degrees are no property of the processes."""
         return self.devices == other.devices and self.attention == other.attention
 
     def uses(self, kind: str, index: int | None) -> bool:
-        """Whether a worker has this device, by torch's type and index."""
+        """Returns True if a worker has the device with torch's type `kind` and this index."""
         return (kind if index is None else f"{kind}:{index}") in {device.name for device in self.devices}
 
     def describe(self) -> str:
@@ -106,7 +105,7 @@ class Layout:
 
 
 def parse_devices(text: str) -> tuple[WorkerDevice, ...] | None:
-    """Reads a device list; None stands for `auto`.
+    """Parses a device list; returns None for `auto`.
 
     Raises:
         ConfigError: the text is not a device list.
@@ -139,11 +138,11 @@ def parse_devices(text: str) -> tuple[WorkerDevice, ...] | None:
 
 
 def resolve(config: SequenceParallelConfig) -> Layout:
-    """Fits the request to this machine.
+    """Resolves the request on this machine.
 
     Raises:
-        ConfigError: a device does not exist, the degrees' product cannot be the number of devices, or the weights
-            cannot be where they are wanted.
+        ConfigError: a device does not exist, the devices cannot run the attention kernel, the degrees' product cannot
+            be the number of devices, or the weights cannot be placed as requested.
     """
     devices = parse_devices(config.devices)
     reason = "as asked"

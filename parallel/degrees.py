@@ -1,4 +1,4 @@
-"""How many ranks along each axis: what was asked for, and what that makes of a step."""
+"""Number of ranks along each axis of the mesh: as requested, and as chosen for a step."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ class Degrees:
 
     @property
     def sp(self) -> int:
-        """Ranks that share one sequence."""
+        """Number of ranks that share one sequence."""
         return self.ring * self.ulysses
 
     @property
     def groups(self) -> int:
-        """Groups of ranks that work on different samples."""
+        """Number of groups of ranks that work on different samples."""
         return self.dp * self.cfg
 
     @property
@@ -36,10 +36,10 @@ class Degrees:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RequestedDegrees:
-    """Degrees as a user gives them, 0 where the choice is ours.
+    """Degrees as requested by the user; 0 is chosen automatically.
 
     Raises:
-        ConfigError: they cannot be filled up to `world_size`.
+        ConfigError: the product of the degrees cannot be `world_size`.
     """
 
     world_size: int
@@ -62,32 +62,34 @@ class RequestedDegrees:
 
     @property
     def sharing(self) -> int:
-        """Ranks that share a sequence where cond and uncond need not run side by side; the same for any model."""
+        """Number of ranks that share a sequence if cond and uncond run side by side only where required; the same for
+        any model."""
         degrees = self._fill(cfg=self.cfg or 1, heads=self.world_size) or self._fill(cfg=2, heads=self.world_size)
         assert degrees is not None, "checked when this was made"
         return degrees.sp
 
     def choose(self, *, conditions: int, heads: int, sharded: bool = False) -> tuple[Degrees, str]:
-        """The degrees for a step, and why.
+        """Chooses the degrees for a step, and returns them with the reason.
 
-        cond and uncond side by side costs no communication, so that comes first; then Ulysses, which moves less than a
-        ring; a ring only where there are fewer heads than ranks, or as asked.
+        cond and uncond side by side need no communication, so they have priority; then Ulysses, which sends less than a
+        ring; a ring only if there are fewer heads than ranks, or on request.
 
         Args:
-            conditions: how many of cond and uncond run in this step.
+            conditions: number of cond and uncond that run in this step.
             heads: attention heads of the model.
-            sharded: the ranks that share a sequence share its weights, too. So these must be the same at every step,
-                and cond and uncond run side by side only if that was asked for.
+            sharded: True if the ranks that share a sequence also share its weights. These ranks must then be the same
+                at every step, so cond and uncond run side by side only on request, or if no other degrees fit.
         """
         reasons = []
-        cfg = self.cfg
-        if not cfg and conditions > 1 and (degrees := self._fill(cfg=2, heads=heads)):
-            if not sharded:
-                return degrees, "auto: positive and negative prompt side by side"
+        side_by_side = None if self.cfg else self._fill(cfg=2, heads=heads)
+        if side_by_side and conditions > 1 and not sharded:
+            return side_by_side, "auto: positive and negative prompt side by side"
+        degrees = self._fill(cfg=self.cfg or 1, heads=heads)
+        if degrees is None:
+            degrees = side_by_side
+            reasons.append("auto: cfg 2, the only one that the other degrees leave")
+        elif side_by_side and conditions > 1:
             reasons.append("auto: cond and uncond one after the other, since their ranks share the weights")
-        degrees = self._fill(cfg=cfg or 1, heads=heads)
-        if degrees is None:  # only with cfg 2 do the others fit
-            degrees = self._fill(cfg=2, heads=heads)
         assert degrees is not None, "checked when this was made"
         if 0 in (self.ring, self.ulysses):
             reasons.append(
@@ -98,7 +100,7 @@ class RequestedDegrees:
         return degrees, "; ".join(reasons) or "as asked"
 
     def _fill(self, *, cfg: int, heads: int) -> Degrees | None:
-        """Fills in the automatic degrees; None where the product cannot be the number of ranks."""
+        """Fills in the automatic degrees; returns None if the product cannot be the number of ranks."""
         given = Degrees(dp=self.dp or 1, cfg=cfg, ring=self.ring or 1, ulysses=self.ulysses or 1)
         rest, left = divmod(self.world_size, given.world_size)
         if left or not rest:

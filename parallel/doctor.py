@@ -1,6 +1,6 @@
-"""`python -m parallel doctor`: what works on this machine, and what to do where it does not.
+"""`python -m parallel doctor`: checks what works on this machine, and advises on what does not.
 
-Torch, and the modules that need it, are imported by the checks: a missing or broken one is a finding.
+The checks themselves import torch and the modules that need it, so that a missing or broken torch is a finding.
 """
 
 from __future__ import annotations
@@ -26,17 +26,17 @@ if TYPE_CHECKING:
 log = logging.getLogger("sequence_parallel")
 
 _HEADS = 24
-"""HunyuanVideo's and FLUX's attention heads: the plan shown is theirs, without CFG."""
+"""Number of attention heads of HunyuanVideo and FLUX: the plan shown is for them, without CFG."""
 _NO_CUDA = "torch cannot use the GPUs; look whether nvidia-smi works, and whether the driver is new enough for its CUDA"
 _REQUIREMENTS = Path(__file__).parents[1] / "requirements.txt"
 
 
 def examine(devices: str) -> tuple[dict[str, Any], str]:
-    """Runs the checks in order; later ones need the earlier ones.
+    """Runs the checks in order until one fails; later ones need the earlier ones.
 
     Returns:
-        `ok`, `checks` (name, ok, detail), `plan` (the degrees, or None) and `reason` (why that plan, or what failed);
-        and the same as text.
+        `ok`, `checks` (name, ok, detail), `plan` (the degrees, or None) and `reason` (of the devices, or of the
+        failure); and the checks as text.
     """
     layout: Layout | None = None
 
@@ -139,7 +139,7 @@ def _system(devices: str) -> str:
             gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if available else []
         except Exception as error:
             raise UnsupportedError(f"{_NO_CUDA}: {_in_one_line(error)}") from error
-    # So torch reports a driver that it cannot use, and sees no GPU then; where there is no driver it says nothing.
+    # Torch reports a driver that it cannot use in this way, and then sees no GPU; without a driver it reports nothing.
     reasons = [text for each in caught if "CUDA initialization" in (text := str(each.message))]
     if reasons and not available and "cpu" not in devices.lower():
         raise UnsupportedError(f"{_NO_CUDA}: {' '.join(reasons[0].split())}")

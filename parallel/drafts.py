@@ -1,4 +1,4 @@
-"""Drafts a split plan of a network of ComfyUI's: `python -m parallel plan CLASS`, with ComfyUI's Python."""
+"""Drafts a split plan for one of ComfyUI's networks: `python -m parallel plan CLASS`, with ComfyUI's Python."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ import torch
 from .errors import ConfigError
 
 ENOUGH = 6
-"""Tokens of a small latent, so that they are not mistaken for other sizes."""
+"""Minimum number of tokens of a small latent, so that it is not mistaken for another size."""
 
 
 def draft(
     network: str, config: str = "", inputs: Sequence[str] = (), larger: Sequence[str] = ()
 ) -> tuple[dict[str, Any], str]:
-    """The modules of a network with what they are called with, a draft of its plan, and its plan if it has one.
+    """Lists a network's modules with the arguments of their calls, a draft of its plan, and its plan if it has one.
 
     Args:
         network: name of a class in `comfy.ldm`, or a safetensors file.
-        config: arguments of the class's constructor, as JSON or a file of it; empty: its defaults.
-        inputs: of its forward, each as NAME=JSON.
-        larger: of the same, those that are others with a larger latent.
+        config: arguments of the class's constructor, as JSON or a file with JSON; empty: its defaults.
+        inputs: arguments of its forward, each as NAME=JSON.
+        larger: those of `inputs` that change with a larger latent, with their values for it.
 
     Raises:
-        ConfigError: ComfyUI, the class or an argument is not there or not enough.
+        ConfigError: ComfyUI, the class or an argument is missing, or the arguments are not sufficient.
     """
     settings = _config(config)
     given, grown = (dict(map(_input, some)) for some in (inputs, larger))
@@ -42,7 +42,7 @@ def draft(
         return trial.network_of_class(network, settings, torch.device(device))
 
     def drafted_of(made: Any) -> Draft:
-        """With larger latents where small ones are a few tokens, as pixels are."""
+        """Drafts the plan, with larger latents if small ones have too few tokens, as in pixel space."""
         drafted = Draft(trial.passes(made, given, grown))
         if min((sizes[0] for sizes in drafted.streams.values()), default=ENOUGH) < ENOUGH:
             drafted = Draft(trial.passes(made, given, grown, times=8))
@@ -51,7 +51,7 @@ def draft(
     made = made_on("meta")
     try:
         drafted = drafted_of(made)
-    except NotImplementedError as error:  # its shapes depend on values, which the meta device has not
+    except NotImplementedError as error:  # its shapes depend on values, which the meta device does not have
         if (count := sum(each.numel() for each in made.parameters())) > trial.RUNS_ON_CPU:
             raise ConfigError(
                 f"{network} runs on a CPU only ({error}), and has {count} parameters; give a config with at most"
@@ -78,7 +78,7 @@ def draft(
 
 
 def _trial() -> ModuleType:
-    """The module that imports ComfyUI."""
+    """Returns the module that imports ComfyUI."""
     from .comfyui.start import find, prepare
 
     folder = find()

@@ -1,4 +1,4 @@
-"""What can go wrong, each with a message a user can act on."""
+"""Exceptions of the engine, each with a message that a user can act on."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class UnsupportedError(EngineError, NotImplementedError):
 
 
 class UnknownModelError(UnsupportedError):
-    """A file that ComfyUI does not recognise, or not how it is quantised."""
+    """A file whose model, or whose quantisation, ComfyUI does not recognise."""
 
 
 class WorkerError(EngineError):
@@ -36,8 +36,8 @@ class WorkerError(EngineError):
         rank: rank of the failing worker.
         remote_type: class name of the exception in the worker.
         remote_traceback: the worker's traceback, every line prefixed with its rank.
-        lost: whether the workers have been ended; else they stay usable.
-        left_behind: whether one could not be ended: it still has its device's memory.
+        lost: True if the workers have been ended; otherwise they stay usable.
+        left_behind: True if a worker could not be ended and still holds its device's memory.
     """
 
     def __init__(
@@ -64,4 +64,4 @@ class NotFiniteError(WorkerError):
 
 
 class StepCancelled(EngineError):
-    """Raised inside a worker, on every rank at the same block, when the host asked to stop."""
+    """A stop requested by the host; raised inside the workers, on every rank at the same block."""

@@ -1,4 +1,4 @@
-"""What works with which models, as a table: `python -m parallel families`, and the one in README."""
+"""Table of the features that work with each model: `python -m parallel families`, also shown in README."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _TITLES = {
 
 
 def families() -> list[dict[str, Any]]:
-    """What each network of ComfyUI's can do. What works with every one, by how it is built, says yes for each."""
+    """Returns the features of each of ComfyUI's networks; features that work with all by design are always "yes"."""
     found = []
     for name, described in DESCRIBED.items():
         plan = PLANS[name]
@@ -45,7 +45,7 @@ def families() -> list[dict[str, Any]]:
 
 
 def as_markdown() -> str:
-    """The same as a table."""
+    """Returns `families` as a Markdown table."""
     rows = [list(_TITLES.values()), ["---"] * len(_TITLES)]
     rows += [[", ".join(row[key]) if isinstance(row[key], list) else row[key] for key in _TITLES] for row in families()]
     return "".join(f"| {' | '.join(row)} |\n" for row in rows)

@@ -19,9 +19,9 @@ from typing import Any, BinaryIO
 from safetensors import SafetensorError, safe_open
 
 LONGEST = 8 << 20
-"""Bytes of a header or of a JSON file. A checkpoint with 10,000 tensors has one of about 1.3 MB."""
+"""Maximum bytes of a header or of a JSON file. A checkpoint with 10,000 tensors has a header of about 1.3 MB."""
 MOST_COMMAS = 300_000
-"""In it, each of which can make an object in memory; a tensor has five or six."""
+"""Maximum number of commas in it; each can make an object in memory, and a tensor has five or six."""
 _MOST_DIMS = 64
 _MOST_ELEMENTS = 2**63 - 1
 _LONGEST_REASON = 300
@@ -31,7 +31,7 @@ def read_json(path: Path) -> Any:
     """Reads a JSON file.
 
     Raises:
-        ValueError: it cannot be read, is no JSON, is too large, or has a name twice.
+        ValueError: the file cannot be read, is not JSON, is too large, or has a name twice.
     """
     try:
         with opened(path) as file:
@@ -44,7 +44,7 @@ def check_safetensors(path: Path) -> None:
     """Checks a safetensors file's header.
 
     Raises:
-        ValueError: it is missing, damaged, incomplete or too large.
+        ValueError: the file is missing, damaged or incomplete, or its header is too large.
     """
     try:
         with opened(path) as file:
@@ -67,11 +67,11 @@ def check_safetensors(path: Path) -> None:
 
 
 def opened(path: Path) -> BinaryIO:
-    """Opens a file. A named pipe would block, a device may have no end; links are followed.
+    """Opens a regular file; follows links. A named pipe would block, a device may have no end.
 
     Raises:
-        OSError: there is none.
-        ValueError: it is no regular file.
+        OSError: the file does not exist or cannot be opened.
+        ValueError: it is not a regular file.
     """
     if not stat.S_ISREG(path.stat().st_mode):
         raise ValueError("not a regular file")
@@ -82,7 +82,7 @@ def _parsed(text: bytes) -> Any:
     """Parses JSON.
 
     Raises:
-        ValueError, RecursionError: it is none, or could take too much memory.
+        ValueError, RecursionError: the text is not JSON, or could take too much memory.
     """
     if len(text) > LONGEST:
         raise ValueError(f"it has more than {LONGEST} bytes")
@@ -100,6 +100,6 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _shortened(error: Exception) -> str:
-    """What it says; a name in it can be as long as the file."""
+    """Returns the error's message, shortened: a name in it can be as long as the file."""
     text = str(getattr(error, "strerror", None) or error)
     return text if len(text) <= _LONGEST_REASON else f"{text[:_LONGEST_REASON]}…"

@@ -17,7 +17,7 @@ _TRIES = 4
 
 
 class QuietRounds:
-    """Times several runs, one after the other, and again when something else kept the processor busy meanwhile.
+    """Timer of several runs in turn, which repeats a round if other processes kept the CPU busy meanwhile.
 
     Args:
         pids: the processes that are being measured.
@@ -26,10 +26,10 @@ class QuietRounds:
     def __init__(self, pids: Sequence[int]):
         self._pids = list(pids)
         self.disturbed = 0
-        """Rounds thrown away."""
+        """Number of tries of a round that other processes disturbed."""
 
     def run(self, runs: Sequence[Callable[[], T]]) -> list[tuple[T, float]]:
-        """One round: each run's result and seconds, from the least disturbed of a few tries."""
+        """Runs one round; returns each run's result and seconds, from the least disturbed of up to `_TRIES` tries."""
         best: tuple[float, list[tuple[T, float]]] | None = None
         for _ in range(_TRIES):
             before, began = self._foreign_seconds(), time.perf_counter()
@@ -47,10 +47,10 @@ class QuietRounds:
         return best[1]
 
     def _foreign_seconds(self) -> float:
-        """CPU seconds that the whole machine has spent on others (and that its host took away) so far."""
+        """Returns the CPU seconds spent so far on other processes of this machine, and stolen by its hypervisor."""
         try:
             fields = [int(x) for x in Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]]
-        except OSError:  # not Linux: nothing is known, so nothing is thrown away
+        except OSError:  # not Linux: the load is unknown, so no round is repeated
             return 0.0
         user, nice, system, _, _, irq, softirq, steal = fields
         busy = (user + nice + system + irq + softirq + steal) / _TICKS_PER_S

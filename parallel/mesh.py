@@ -1,4 +1,4 @@
-"""The ranks as a grid with the axes (dp, cfg, ring, ulysses), and this process's place in it."""
+"""The ranks as a grid with the axes (dp, cfg, ring, ulysses), and this process's position in it."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from torch import Tensor
 from .degrees import Degrees
 
 COLLECTIVE_TIMEOUT = datetime.timedelta(hours=1)
-"""Of every group; NCCL's own ten minutes are less than compiling may take. This is the last resort: peers of a failed
-rank are released by the host, which ends the group."""
+"""Timeout of every process group: compiling may take longer than NCCL's default of ten minutes. It is the last resort:
+the host releases the peers of a failed rank by ending the group."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,11 +25,11 @@ class Mesh:
 
     degrees: Degrees
     rank: int
-    """In the world."""
+    """Rank of this process in the world."""
     ring: dist.ProcessGroup | None
-    """The ranks with the same heads; None where it would be this rank alone."""
+    """Process group of the ranks with the same heads; None if this rank is the only one."""
     ulysses: dist.ProcessGroup | None
-    """The ranks with the same chunk of the sequence; None where it would be this rank alone."""
+    """Process group of the ranks with the same chunk of the sequence; None if this rank is the only one."""
 
     @classmethod
     def build(cls, degrees: Degrees) -> Mesh:
@@ -40,9 +40,9 @@ class Mesh:
         return cls(degrees, dist.get_rank(), _group(columns), _group(rows))
 
     def sequence(self) -> dist.ProcessGroup | None:
-        """The ranks that share a sequence; None where it would be this rank alone.
+        """Returns the process group of the ranks that share a sequence; None if this rank is the only one.
 
-        With both a ring and Ulysses that is a group of its own, made at each call: all ranks of the world must call.
+        With both a ring and Ulysses it is a separate group, created at each call: all ranks of the world must call.
         """
         if self.degrees.ring == 1:
             return self.ulysses
@@ -60,31 +60,32 @@ class Mesh:
 
     @property
     def ulysses_ranks(self) -> range:
-        """Those of `ulysses`, in the world."""
+        """World ranks of the process group `ulysses`."""
         start = self.rank // self.degrees.ulysses * self.degrees.ulysses
         return range(start, start + self.degrees.ulysses)
 
     @property
     def group(self) -> int:
-        """Which group of samples this rank works on, 0 … degrees.groups − 1."""
+        """Index of the group of samples that this rank works on, 0 … degrees.groups − 1."""
         return self.rank // self.degrees.sp
 
     @property
     def sp_rank(self) -> int:
-        """Rank among those that share the sequence."""
+        """Rank among the ranks that share the sequence."""
         return self.rank % self.degrees.sp
 
     def members(self, weights: tuple[float, ...]) -> tuple[float, ...]:
-        """The part of a per-rank table that belongs to this rank's sequence-parallel group."""
+        """Returns the entries of a per-rank table that belong to this rank's sequence-parallel group."""
         start = self.group * self.degrees.sp
         return weights[start : start + self.degrees.sp]
 
 
 def _group(parts: Sequence[range]) -> dist.ProcessGroup | None:
-    """This rank's among groups that part the world.
+    """Partitions the world into process groups, and returns this rank's.
 
-    A group costs: with NCCL a communicator and its buffers, with gloo a thread that wakes a hundred times a second. So
-    one rank has none, and all together are the world's own. Groups that only share work (dp, cfg) send nothing.
+    A group is expensive: with NCCL it has a communicator and buffers, with gloo a thread that wakes a hundred times a
+    second. So a single rank gets None, and all ranks together get the world's own group. The axes dp and cfg need no
+    groups, since they send nothing.
     """
     if len(parts[0]) == 1:
         return None

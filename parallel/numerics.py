@@ -1,14 +1,15 @@
-"""Switches of torch by which the same code computes other bits, or at another speed.
+"""Torch's switches that change the bits of the same code's results, or its speed.
 
-Workers are set as their host is, so that ComfyUI's command line (`--fast`, `--deterministic`) and other packs' settings
-hold for them, too, from the start.
+Workers copy the switches of their host, so that ComfyUI's command line (`--fast`, `--deterministic`) and other packs'
+settings also apply to them, from the start.
 
 TF32 has two interfaces since torch 2.9 (https://docs.pytorch.org/docs/stable/notes/cuda.html, "TensorFloat-32"):
-`allow_tf32` and `set_float32_matmul_precision` on one hand, `fp32_precision` on the other, which inherits (operator →
-backend → all) and can say what the older ones cannot. Reading an older one then raises RuntimeError; setting one sets
-the newer one, too. So all are read, the older ones where they still answer, and the newer ones are set last.
+the older `allow_tf32` and `set_float32_matmul_precision`, and the newer `fp32_precision`, which inherits (operator →
+backend → all) and has states that the older one cannot express. In such a state reading the older one raises
+RuntimeError; setting it also sets the newer one. So `read` reads both, skipping what raises, and `apply` sets the newer
+one last.
 
-What torch reads from the environment (`CUBLAS_WORKSPACE_CONFIG`, `TORCH_ALLOW_TF32_CUBLAS_OVERRIDE`, …) they inherit.
+Workers inherit the variables that torch reads (`CUBLAS_WORKSPACE_CONFIG`, `TORCH_ALLOW_TF32_CUBLAS_OVERRIDE`, …).
 """
 
 from __future__ import annotations
@@ -37,18 +38,18 @@ _SWITCHES = {
     "mkldnn_rnn_fp32_precision": "mkldnn.rnn.fp32_precision",
     "mkldnn_matmul_fp32_precision": "mkldnn.matmul.fp32_precision",
 }
-"""Where below `torch.backends` each is, in the order in which they are set: of precisions from the general to the
-special. `mkldnn.fp32_precision` itself is left out: assigning it sets the general one (torch 2.13), and its operators'
-values say the same."""
+"""Maps each switch to its path below `torch.backends`, in the order in which they are set: precisions from general to
+specific. `mkldnn.fp32_precision` itself is left out: assigning it sets the general one (torch 2.13), and its operators'
+values contain the same."""
 
 
 def read() -> dict[str, Any]:
-    """This process's switches, as plain data; those that this torch does not have are left out."""
+    """Returns this process's switches as plain data; those that this torch does not have are left out."""
     found: dict[str, Any] = {
         "deterministic": _deterministic(),
         "reduction_math_sdp": torch.backends.cuda.fp16_bf16_reduction_math_sdp_allowed(),
     }
-    with suppress(RuntimeError):  # the newer interface says what this one cannot
+    with suppress(RuntimeError):  # the newer interface has a state that this one cannot express
         found["float32_matmul_precision"] = torch.get_float32_matmul_precision()
     for name, path in _SWITCHES.items():
         with suppress(AttributeError, RuntimeError):
@@ -57,7 +58,7 @@ def read() -> dict[str, Any]:
 
 
 def apply(switches: Mapping[str, Any]) -> None:
-    """Sets this process as `read` found another one of the same torch."""
+    """Sets this process's switches to those that `read` returned in another process with the same torch."""
     if switches["deterministic"] != _deterministic():  # setting it imports torch's compiler, for 1.5 s of CPU time
         on, warn_only = switches["deterministic"]
         torch.use_deterministic_algorithms(on, warn_only=warn_only)
@@ -71,7 +72,7 @@ def apply(switches: Mapping[str, Any]) -> None:
 
 
 def _deterministic() -> list[bool]:
-    """Whether only deterministic algorithms are allowed, and whether others merely warn."""
+    """Returns two flags: only deterministic algorithms are allowed; others merely warn."""
     return [
         torch.are_deterministic_algorithms_enabled(),
         torch.is_deterministic_algorithms_warn_only_enabled(),

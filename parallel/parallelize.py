@@ -36,12 +36,14 @@ def parallelize(
     """Runs `model` sequence-parallel over the ranks of `mesh`, from now until `remove` of the result is called.
 
     Args:
-        model: a diffusers transformer, the same weights on every rank.
-        mesh: of one axis, over which Ulysses exchanges tokens for heads, or of the axes `ring` and `ulysses`. Take a
-            submesh where others share the work otherwise, such as `mesh["ulysses"]` beside a data-parallel axis.
+        model: a diffusers transformer, with the same weights on every rank.
+        mesh: one axis, over which Ulysses exchanges tokens for heads (a ring, if its name is `ring`), or the axes
+            `ring` and `ulysses`. Pass a submesh if other axes split other work, such as `mesh["ulysses"]` beside a
+            data-parallel axis.
         weights: relative speed of each rank; equal by default.
-        plan: of the model's class; by default the one in `parallel/plans/diffusers.py`.
-        kernel: local attention of a ring; PyTorch's own by default. Else the model's own attention runs.
+        plan: split plan of the model's class; by default the one in `parallel/plans/diffusers.py`.
+        kernel: local attention kernel of a ring; PyTorch's own by default. Without a ring the model's own attention
+            runs.
 
     Raises:
         ConfigError: mesh, weights or model are not usable.

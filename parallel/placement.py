@@ -1,11 +1,11 @@
-"""Where a model's weights live: the modes, what each costs, and the choice among them.
+"""Placement of a model's weights: the modes, their costs, and the choice among them.
 
-- *replicate*: a copy on each device. Nothing travels.
+- *replicate*: a copy on each device. No weights are transferred.
 - *shard*: the ranks of a sequence hold equal parts of every tensor, and gather a block just before they run it.
-- *offload*: one copy in the host's memory, shared by all workers. A GPU gets a block just before it runs it; a CPU
-  worker computes with the copy where it is.
+- *offload*: one copy in the host's memory, shared by all workers. A block is copied to a GPU just before it runs; CPU
+  workers compute with the shared copy itself.
 
-The choice is made by the host, once per load, from numbers that it has asked all ranks for: so they agree.
+The host chooses, once per load, from figures of all ranks, so that the ranks agree.
 """
 
 from __future__ import annotations
@@ -20,36 +20,36 @@ from .errors import ConfigError
 MODES = ("auto", "replicate", "shard", "offload")
 
 PASSING = 0.15
-"""Of the weights: two blocks, and all that is outside of the blocks. Shard and offload have that much on a GPU while a
-step runs. An estimate before a model is loaded; FLUX.1 and HunyuanVideo have 0.09, Wan 14B 0.08, Wan 1.3B 0.13."""
+"""Fraction of the weights that shard and offload have on a GPU while a step runs: two blocks, and all outside of the
+blocks. An estimate before a model is loaded; FLUX.1 and HunyuanVideo have 0.09, Wan 14B 0.08, Wan 1.3B 0.13."""
 _ROOM = 2**30
 _ROOM_SHARE = 0.1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Memory:
-    """Of a device, in bytes."""
+    """Memory of a device or of the host, in bytes."""
 
     free: int
     total: int
 
     @property
     def for_weights(self) -> int:
-        """What weights may take: 1 GiB and a tenth of the device are left to activations."""
+        """Bytes available to weights: 1 GiB and a tenth of the device are left to activations."""
         return self.free - _ROOM - int(_ROOM_SHARE * self.total)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Placement:
-    """A mode, settled."""
+    """The chosen mode."""
 
     mode: str
-    """One of MODES but `auto`."""
+    """One of MODES except `auto`."""
     reason: str
 
 
 def check(mode: str, degrees: RequestedDegrees) -> None:
-    """Refuses a mode that these degrees leave no way for.
+    """Refuses a mode that these degrees make impossible.
 
     Raises:
         ConfigError: shard with one rank per sequence.
@@ -65,12 +65,12 @@ def check(mode: str, degrees: RequestedDegrees) -> None:
 
 
 def check_host_memory(nbytes: int, host: Memory, reason: str) -> None:
-    """Refuses an offload that would end in the system's killing of processes.
+    """Refuses an offload that would exhaust host memory, so that the system would kill processes.
 
     Args:
-        nbytes: of the one copy.
-        host: the machine's memory.
-        reason: for the offload.
+        nbytes: size of the one copy.
+        host: memory of the machine.
+        reason: reason for the offload.
 
     Raises:
         ConfigError: the copy does not fit.
@@ -83,12 +83,12 @@ def check_host_memory(nbytes: int, host: Memory, reason: str) -> None:
 
 
 def bytes_on_device(mode: str, nbytes: int, sharing: int, device_type: str) -> int:
-    """About how many bytes of `nbytes` of weights one worker will have on its device between steps.
+    """Estimates the bytes of weights, of `nbytes` in total, that one worker will have on its device between steps.
 
     Args:
-        mode: of `auto` the most that it can be.
-        sharing: ranks of a sequence.
-        device_type: `cpu` or `cuda`; the one host copy counts for each CPU worker.
+        mode: a mode; `auto` gives the maximum over all modes.
+        sharing: number of ranks that share a sequence.
+        device_type: `cpu` or `cuda`; for each CPU worker, the one host copy counts in full.
     """
     if mode == "shard":
         return ceil(nbytes / sharing)
@@ -98,7 +98,7 @@ def bytes_on_device(mode: str, nbytes: int, sharing: int, device_type: str) -> i
 
 
 def next_smaller(mode: str, nbytes: int, *, sharing: int, device_type: str, in_the_file: int = 0) -> str | None:
-    """The mode that leaves more memory to a step than this one and costs least; None: there is none.
+    """Returns the cheapest mode that leaves more memory to a step than `mode`, or None if there is none.
 
     Args:
         nbytes, sharing, device_type, in_the_file: as for `choose`.
@@ -120,18 +120,18 @@ def choose(
     in_the_file: int = 0,
     ran_out: Collection[str] = (),
 ) -> Placement:
-    """What `auto` means.
+    """Chooses the mode for `auto`.
 
-    Replicate where every device has room; else shard, if that makes room; else offload. CPU workers have one memory
-    in common, and offload costs them nothing. How much a step needs beside the weights is not known beforehand: a mode
-    that has run out of memory is not taken again.
+    Replicate if every device has room; else shard, if it fits; else offload. CPU workers share one memory, and offload
+    costs them nothing. The memory that a step needs besides the weights is not known beforehand, so a mode that has run
+    out of memory is not chosen again.
 
     Args:
-        nbytes: the model's weights.
-        devices: of each rank.
-        host: the machine's.
-        sharing: ranks of a sequence if the weights are sharded.
-        in_the_file: bytes that CPU workers use where the file is mapped, in one copy that the system can drop.
+        nbytes: size of the model's weights.
+        devices: memory of each rank's device.
+        host: memory of the machine.
+        sharing: number of ranks that share a sequence if the weights are sharded.
+        in_the_file: bytes that CPU workers use in the mapped file itself, in one copy that the system can drop.
         ran_out: modes in which a step, or the load, has run out of memory.
     """
     needed = _gib(nbytes)

@@ -1,8 +1,8 @@
-"""Who owns which tokens and heads: one joint sequence, split by a plan that every rank computes alike.
+"""Assignment of tokens and heads to ranks: one joint sequence, split by a plan that every rank computes identically.
 
-After padding is trimmed, attention does not care about the order of keys, so a rank may own any tokens. The streams of
-a joint sequence (video, then text) are laid end to end and cut into contiguous shares in proportion to the ranks'
-weights. Shares may be uneven; a rank may own no text token, or no head. Nothing here communicates.
+After padding is trimmed, attention does not depend on the order of keys, so a rank may own any tokens. The streams of a
+joint sequence (video, then text) are concatenated and cut into contiguous shares in proportion to the ranks' weights.
+Shares may be uneven; a rank may own no text token, or no head. Nothing here communicates.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from itertools import accumulate
 from .errors import ConfigError
 
 Range = tuple[int, int]
-"""Half-open: first index, one past the last."""
+"""Half-open range: first index, one past the last."""
 
 
 def shares(total: int, weights: Sequence[float], minimum: int = 0) -> tuple[int, ...]:
-    """Splits `total` indivisible things in proportion to `weights`, by largest remainder.
+    """Splits `total` indivisible items in proportion to `weights`, by largest remainder.
 
     Exact rational arithmetic, ties to the lower rank: every process gets the same answer.
 
@@ -49,18 +49,18 @@ def shares(total: int, weights: Sequence[float], minimum: int = 0) -> tuple[int,
 
 
 def ranges(sizes: Sequence[int]) -> tuple[Range, ...]:
-    """Contiguous half-open ranges of the given sizes, from 0."""
+    """Returns contiguous half-open ranges of these sizes, starting at 0."""
     ends = list(accumulate(sizes))
     return tuple(zip([0, *ends[:-1]], ends, strict=True))
 
 
 def spread(samples: int, groups: int) -> tuple[Range, ...]:
-    """The samples of each group: contiguous, as equal as possible; a group may get none."""
+    """Returns the samples of each group: contiguous, as equal in number as possible; a group may get none."""
     return ranges(shares(samples, [1.0] * groups))
 
 
 def share_of(batches: Sequence[int], group: int, groups: int) -> list[slice]:
-    """The samples of each request that are `group`'s, when all requests' samples are spread in their order."""
+    """Returns the samples of each request that `group` gets when all requests' samples are spread in order."""
     start, stop = spread(sum(batches), groups)[group]
     return [
         slice(min(max(start, first), last) - first, min(max(stop, first), last) - first)
@@ -70,19 +70,19 @@ def share_of(batches: Sequence[int], group: int, groups: int) -> list[slice]:
 
 @dataclass(frozen=True)
 class AttentionPlan:
-    """Who has which tokens and heads in one attention.
+    """Assignment of tokens and heads to ranks in one attention.
 
     Ranks form `ring_degree` rows of Ulysses groups: each row owns a contiguous chunk of the sequence, and ranks of the
-    same column own the same heads, whose keys and values travel around the column's ring. Grouped queries stay with
-    their keys.
+    same column own the same heads, whose keys and values are passed around the column's ring. With grouped queries,
+    query heads stay with their key head.
 
     Args:
-        tokens: queries of each rank.
-        keys: of each rank.
-        heads: of the queries.
-        groups: heads of the keys; each serves heads / groups heads of queries.
+        tokens: number of queries of each rank.
+        keys: number of keys of each rank.
+        heads: number of query heads.
+        groups: number of key heads; each serves heads / groups query heads.
         weights: relative speed of each rank.
-        ring_degree: rows.
+        ring_degree: number of rows.
     """
 
     tokens: tuple[int, ...]
@@ -94,10 +94,10 @@ class AttentionPlan:
 
     @classmethod
     def of_sequence(cls, total: int, heads: int, weights: tuple[float, ...], ring_degree: int = 1) -> AttentionPlan:
-        """One joint sequence of `total` tokens, cut in proportion to the ranks' weights.
+        """Plans one joint sequence of `total` tokens, cut in proportion to the ranks' weights.
 
         Raises:
-            ConfigError: fewer tokens than ranks.
+            ConfigError: there are fewer tokens than ranks.
         """
         if total < len(weights):
             raise ConfigError(
@@ -129,39 +129,39 @@ class AttentionPlan:
 
     @cached_property
     def token_ranges(self) -> tuple[Range, ...]:
-        """Queries of each rank, in the order of the ranks."""
+        """Range of each rank's queries, in the order of the ranks."""
         return ranges(self.tokens)
 
     @cached_property
     def key_ranges(self) -> tuple[Range, ...]:
-        """Keys of each rank, likewise."""
+        """Range of each rank's keys, in the order of the ranks."""
         return ranges(self.keys)
 
     @property
     def joint(self) -> bool:
-        """Whether queries and keys are the same tokens, and heads are not grouped."""
+        """True if queries and keys are the same tokens, and heads are not grouped."""
         return self.tokens == self.keys and self.heads == self.groups
 
     @cached_property
     def chunks(self) -> tuple[int, ...]:
-        """Queries of each row."""
+        """Number of queries of each row."""
         return self._of_rows(self.tokens)
 
     @cached_property
     def key_chunks(self) -> tuple[int, ...]:
-        """Keys of each row."""
+        """Number of keys of each row."""
         return self._of_rows(self.keys)
 
     def row(self, rank: int) -> slice:
-        """The ranks of `rank`'s Ulysses group."""
+        """Returns the ranks of `rank`'s Ulysses group."""
         start = rank // self.ulysses_degree * self.ulysses_degree
         return slice(start, start + self.ulysses_degree)
 
     def exchange_bytes(self, rank: int, batch: int, head_dim: int, itemsize: int) -> int:
-        """Bytes that `rank` sends to other ranks in one attention.
+        """Returns the bytes that `rank` sends to other ranks in one attention.
 
-        Ulysses: q, k, v out and the result back, within the row. Ring: keys and values of every chunk but the next
-        row's own pass through this rank once.
+        Ulysses: q, k and v, and the result back, within the row. Ring: this rank sends the keys and values of every
+        chunk once, except the next row's own.
         """
         heads, row = self.local_heads[rank], rank // self.ulysses_degree
         scatter = self.tokens[rank] * (self.heads - heads)

@@ -1,7 +1,7 @@
 """Report for a bug: versions, driver, configuration, state, last errors, GPU topology, and the ends of the log files.
 
-The panel (`nodes/report.py`) and `python -m parallel doctor --report` share it. It imports no torch, so that it can say
-what is wrong with one.
+The panel (`nodes/report.py`) and `python -m parallel doctor --report` share it. It does not import torch, so that it
+can report a broken one.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ _PACKAGES = (
     "huggingface_hub", "peft", "accelerate", "torchao", "bitsandbytes",
 )  # fmt: skip
 _NVIDIA_SMI_S = 5.0
-"""How long nvidia-smi may take: it hangs where the driver does."""
+"""Timeout of nvidia-smi in seconds: it hangs if the driver does."""
 _LOG_FILES = 3
 _LOG_LINES = 80
 _LOG_LINE = 400
-"""Characters; longer lines are cut."""
+"""Maximum characters of a log line; longer lines are cut."""
 
 
 def compose(
@@ -40,11 +40,11 @@ def compose(
     """Returns the report as Markdown, without personal paths (`scrub`).
 
     Args:
-        front: name → version of what started the engine, e.g. ComfyUI.
+        front: name → version of the program that started the engine, e.g. ComfyUI.
         config: the settings, as JSON data.
-        state: of the workers, or results of checks, as JSON data.
-        log_folders: where groups' log files may lie.
-        title: of the state.
+        state: state of the workers, or results of checks, as JSON data.
+        log_folders: folders that may contain groups' log files.
+        title: heading of `state`.
     """
     smi = _nvidia_smi("--query-gpu=index,name,driver_version,memory.total", "--format=csv,noheader")
     errors = [f"{_time(event.time)} {event.kind}: {event.text}" for event in status.errors()]
@@ -87,19 +87,19 @@ def _block(title: str, text: str, language: str = "") -> list[str]:
 
 
 def _seen_by_torch() -> str:
-    """The CUDA version and GPUs of the torch that is loaded here."""
+    """Returns the CUDA version and the GPUs of the torch that this process has loaded."""
     torch = sys.modules.get("torch")
     if torch is None:
         return "not loaded"
     try:
         names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
         return f"CUDA {torch.version.cuda or 'none'}, GPUs: {', '.join(names) or 'none'}"
-    except Exception as error:  # of a broken driver, which is what the report is for
+    except Exception as error:  # e.g. from a broken driver, which is what the report is for
         return f"{type(error).__name__}: {error}"
 
 
 def _nvidia_smi(*arguments: str) -> str:
-    """Its output, or why there is none, which begins with "nvidia-smi"."""
+    """Returns nvidia-smi's output, or the reason why there is none, which begins with "nvidia-smi"."""
     try:
         process = subprocess.Popen(  # noqa: S603 (fixed arguments, no shell)
             ["nvidia-smi", *arguments],  # noqa: S607 (drivers install it in different folders of the path)
@@ -114,7 +114,7 @@ def _nvidia_smi(*arguments: str) -> str:
     try:
         output, _ = process.communicate(timeout=_NVIDIA_SMI_S)
     except subprocess.TimeoutExpired:
-        process.kill()  # and no waiting for it: inside a stuck driver it does not end
+        process.kill()  # without waiting for it: inside a stuck driver it does not end
         assert process.stdout is not None
         process.stdout.close()
         return f"nvidia-smi did not answer within {_NVIDIA_SMI_S:g} s"
@@ -135,7 +135,7 @@ def _newest_logs(folders: Sequence[Path]) -> list[Path]:
 
 
 def _tail(path: Path) -> list[str]:
-    """The last lines, also of the file before it where it was begun lately."""
+    """Returns the last lines; if the file is short, also lines of the rotated file before it."""
     lines: list[str] = []
     for each in (path.with_name(f"{path.name}.1"), path):
         with contextlib.suppress(OSError), each.open("rb") as file:
@@ -148,7 +148,7 @@ def _tail(path: Path) -> list[str]:
 # --- personal paths ---------------------------------------------------------------------------------------------------
 
 _PART = r"""[^\s/'"](?:[^\n/'"]{0,250}[^\s/'"])?"""
-"""A folder or file in a path; it may have spaces inside. The limits keep long lines from taking long."""
+"""Pattern of a folder or file in a path, which may have spaces inside. The limits keep long lines from taking long."""
 _ABSOLUTE = rf"(?<![\w.])~?/(?:{_PART}/){{0,40}}"
 _RELATIVE = r"""(?:[^\s/'":;,()=\[\]]{1,250}/){1,40}"""
 _MODEL_FOLDERS = re.compile(rf"(?:{_ABSOLUTE}|{_RELATIVE})(?={_PART}\.(?:safetensors|sft|gguf|ckpt|pth|pt|bin)\b)")
@@ -157,8 +157,8 @@ _NOT_PERSONAL = {"root", "user", "admin", "ubuntu", "comfy", "comfyui"}
 
 
 def scrub(text: str) -> str:
-    """Removes what tells who and where the user is: home directories become `~`, names of the user and the machine
-    `<user>`, and model files lose their folders."""
+    """Removes text that identifies the user or the machine: home directories become `~`, names of the user and the
+    machine become `<user>`, and model files lose their folders."""
     for home in sorted(set(_homes()), key=len, reverse=True):
         text = re.sub(rf"(?<![\w.]){re.escape(home)}(?![\w.-])", "~", text)
     text = _MODEL_FOLDERS.sub("", _ANY_HOME.sub(r"/\1/<user>", text))
@@ -169,7 +169,7 @@ def scrub(text: str) -> str:
 
 def _homes() -> Iterator[str]:
     homes = [os.environ.get("HOME", "")]
-    with contextlib.suppress(KeyError):  # a container's user need not be in the list
+    with contextlib.suppress(KeyError):  # a container's user need not be in the user database
         homes.append(pwd.getpwuid(os.getuid()).pw_dir)
     for home in homes:
         for path in (home, os.path.realpath(home)):

@@ -1,7 +1,7 @@
-"""Several ranks on one GPU, for tests: one card then shows what several ranks do over NCCL.
+"""Several ranks on one GPU, for tests: one GPU then suffices to run several ranks over NCCL.
 
-NCCL refuses two ranks of one host on one device. Told that each rank is a host of its own, it connects them by sockets
-on the loopback interface, so this says nothing about speed. Seen with NCCL 2.28.9 and two to four ranks.
+NCCL refuses two ranks of one host on one device. If each rank has its own host id, NCCL connects them by sockets on the
+loopback interface, so timings say nothing about real speed. Tried with NCCL 2.28.9 and two to four ranks.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ VARIABLE = "SEQUENCE_PARALLEL_SHARED_GPU"
 
 
 def allowed(environment: Mapping[str, str] = os.environ) -> bool:
-    """Whether device lists may name a GPU several times."""
+    """Returns True if device lists may name a GPU several times."""
     return environment.get(VARIABLE) == "1"
 
 
 def nccl_variables(rank: int) -> dict[str, str]:
-    """The environment by which NCCL takes this rank for one of another host."""
+    """Returns the environment variables with which NCCL treats this rank as one on another host."""
     return {
         "NCCL_HOSTID": f"sequence-parallel-{rank}",
         "NCCL_NET": "Socket",

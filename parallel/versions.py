@@ -1,4 +1,4 @@
-"""How old a user's ComfyUI, Python and torch may be, which this pack does not install. For the rest see
+"""Oldest supported versions of ComfyUI, Python and torch, which this pack does not install. For the rest see
 requirements.txt."""
 
 from __future__ import annotations
@@ -9,26 +9,26 @@ import re
 from .errors import UnsupportedError
 
 OLDEST_COMFYUI = "0.21.0"
-"""The oldest that parts of the tests have run with; pyproject.toml tells it to the registry."""
+"""Oldest version with which parts of the tests have run; pyproject.toml declares it to the registry."""
 NEWEST_COMFYUI = "0.33.0"
-"""The newest that the tests have run with; for messages."""
+"""Newest version with which the tests have run; for messages."""
 OLDEST_PYTHON = "3.10"
 OLDEST_TORCH = "2.9"
-"""The oldest tested, as 2.9.1; 2.6 failed, nothing between was tried."""
+"""Oldest tested version, as 2.9.1; 2.6 failed, no version between them was tried."""
 
 
 def require(name: str, found: str, oldest: str) -> None:
     """Refuses a version older than `oldest`, e.g. 2.8.0+cu128 than 2.9.
 
     Raises:
-        UnsupportedError: naming both.
+        UnsupportedError: `found` is older; the message names both versions.
     """
     if _numbers(found) < _numbers(oldest):
         raise UnsupportedError(f"{name} is {found}; Sequence Parallel needs {oldest} or newer")
 
 
 def _numbers(version: str) -> list[int]:
-    """`2.13.0+cpu` → [2, 13, 0]; what is no number ends it."""
+    """Parses a version: `2.13.0+cpu` → [2, 13, 0]; stops at the first part that is not a number."""
     leading = re.match(r"\d+(\.\d+)*", version)
     return [int(number) for number in leading[0].split(".")] if leading else []
 
@@ -40,7 +40,7 @@ _IMPORTED_BY_DIFFUSERS = (
 
 
 def describe_libraries() -> str:
-    """Versions of diffusers and of what it imports, for a message; packages that are not installed are left out."""
+    """Lists the versions of diffusers and of its installed imports, for a message."""
     found = []
     for name in _IMPORTED_BY_DIFFUSERS:
         try:

@@ -1,1 +1,1 @@
-"""Attention over a sequence that is spread over ranks: the exchange (who sends what) apart from the kernel."""
+"""Attention over a sequence split across ranks; the exchange (who sends what) is separate from the kernel."""

@@ -1,9 +1,9 @@
-"""Attention of the tokens of some streams with those of others, over the ranks that share the sequence.
+"""Attention of the tokens of some streams to those of the same or other streams, over the ranks that share a sequence.
 
-The usual case, as many keys as queries and as many key heads as heads, goes the way of `joint_attention`: one packed
-all-to-all in, pipelined, through common memory where ranks have it. Queries of one stream with keys of another one,
-grouped heads (https://arxiv.org/abs/2305.13245) and masks are packed differently, still in two collectives. Shapes on
-rank r, with H heads in G groups of key heads:
+The usual case (the queries' tokens are the keys' tokens, heads are not grouped, no mask) is computed by
+`joint_attention`: one packed all-to-all in, pipelined, through common memory where the ranks have it. Queries of one
+stream with keys of another, grouped heads (https://arxiv.org/abs/2305.13245) and masks are packed differently, still in
+two collectives. Shapes on rank r, with H heads in G groups of key heads:
 
     q [B, H, Q_r, D], k, v [B, G, K_r, D]  →  all-to-all  →  q [B, H_r, Q, D], k, v [B, G_r, K, D]
     → local attention  →  [B, H_r, Q, D]  →  all-to-all  →  [B, H, Q_r, D]
@@ -31,24 +31,24 @@ from .ulysses import all_to_all
 
 
 class Compute(Protocol):
-    """Attention without an exchange."""
+    """Local attention, without an exchange."""
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-        """q [B, H, Q, D], k and v [B, G, K, D] → [B, H, Q, D]."""
+        """Computes attention: q [B, H, Q, D], k and v [B, G, K, D] → [B, H, Q, D]."""
 
 
 class StreamAttention:
-    """One attention under a plan.
+    """Attention distributed over ranks by one plan.
 
     Args:
-        plan: who has which tokens and heads.
+        plan: assignment of tokens and heads to ranks.
         rank: this process's rank in the plan.
-        ulysses: process group of its row, where that has several ranks.
-        ring: of its column, likewise.
-        kernel: what a ring computes with.
-        pipeline: chunks of heads.
-        traffic: counts what is sent.
-        common: of the row's ranks, see `UlyssesAttention`.
+        ulysses: process group of the rank's row, if the row has several ranks.
+        ring: process group of the rank's column, if the column has several ranks.
+        kernel: kernel that a ring computes with.
+        pipeline: number of chunks of heads.
+        traffic: counts the bytes sent.
+        common: common memory of the row's ranks, see `UlyssesAttention`.
         launched: counts a ring's exchanges, see `RingAttention`.
         check: compares the first call of a kind with exact attention.
     """
@@ -91,12 +91,12 @@ class StreamAttention:
             )
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, compute: Compute, mask: Tensor | None = None) -> Tensor:
-        """q [B, H, Q_r, D], k and v [B, G, K_r, D] of this rank's tokens → [B, H, Q_r, D].
+        """Computes attention of this rank's tokens: q [B, H, Q_r, D], k and v [B, G, K_r, D] → [B, H, Q_r, D].
 
         Args:
-            compute: attention of all tokens of this rank's heads. A ring uses its kernel instead.
-            mask: of the whole attention, boolean or to be added to the scores, [.., Q, K] with tokens in the order of
-                the ranks; its heads are all heads, or one.
+            compute: attention of all tokens for this rank's heads. A ring uses its kernel instead.
+            mask: mask of the whole attention, boolean or additive, [.., Q, K] with tokens in the order of the ranks;
+                its head dimension has all heads, or one.
         """
         out = self._attend(q, k, v, compute, mask)
         if self._check is not None:
@@ -115,12 +115,12 @@ class StreamAttention:
         return self._to_tokens(out) if len(self._queries) > 1 else out
 
     def _computed(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """What the call that runs computes with."""
+        """Applies the `compute` argument of the current call."""
         assert self._compute is not None
         return self._compute(q, k, v)
 
     def _local(self, q: Tensor, k: Tensor, v: Tensor, compute: Compute, mask: Tensor | None) -> Tensor:
-        if not q.shape[1]:  # so has no rank of this column
+        if not q.shape[1]:  # then no rank of this column has heads
             return q.new_empty(*q.shape[:3], v.shape[3])
         if self._around is None:
             return compute(q, k, v, mask) if q.shape[2] else q.new_empty(*q.shape[:3], v.shape[3])
@@ -129,8 +129,8 @@ class StreamAttention:
         return self._around(q, k, v, None if mask is None else self._of_row(mask, q.dtype))
 
     def _of_row(self, mask: Tensor, dtype: torch.dtype) -> Tensor:
-        """The part of a mask that is of this row's queries, to be added, and finite: a chunk may be masked as a whole,
-        and what such a row's softmax would be must not come into the sum."""
+        """Returns the mask of this row's queries, additive and finite: all keys of a chunk may be masked for a query,
+        and the undefined softmax over them must not enter the sum."""
         if mask.ndim == 3:
             mask = mask[:, None]
         if mask.shape[-2] > 1:
@@ -142,7 +142,7 @@ class StreamAttention:
         return mask.to(dtype).clamp(min=lowest)
 
     def _to_heads(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """This rank's tokens with all heads → the row's tokens with this rank's heads."""
+        """Exchanges this rank's tokens with all heads for the row's tokens with this rank's heads."""
         three = [(q, self._heads, self._queries), (k, self._groups, self._keys), (v, self._groups, self._keys)]
         shares = zip(*(x.split(heads, dim=1) for x, heads, _ in three), strict=True)
         sent = [torch.cat([part.reshape(-1) for part in parts]) for parts in shares]
@@ -160,7 +160,7 @@ class StreamAttention:
         return q, k, v
 
     def _to_tokens(self, out: Tensor) -> Tensor:
-        """The row's tokens with this rank's heads → this rank's tokens with all heads."""
+        """Exchanges the row's tokens with this rank's heads for this rank's tokens with all heads."""
         batch, _, _, dim = out.shape
         shapes = [(batch, heads, self._queries[self._position], dim) for heads in self._heads]
         sent = [part.reshape(-1) for part in out.split(self._queries, dim=2)]
@@ -168,7 +168,7 @@ class StreamAttention:
         return torch.cat([part.view(shape) for part, shape in zip(came, shapes, strict=True)], dim=1)
 
     def _exchange(self, sent: Sequence[Tensor], received: Sequence[int]) -> Sequence[Tensor]:
-        """Flat pieces for each rank of the row → what came from each."""
+        """Sends one flat piece to each rank of the row and returns the piece received from each."""
         assert self._ulysses is not None
         sizes = [piece.numel() for piece in sent]
         with self._traffic.copying():

@@ -1,4 +1,4 @@
-"""All-to-all exchanges between CPU processes of one machine, through memory that they share."""
+"""All-to-all exchanges between CPU processes of one machine, through shared memory."""
 
 from __future__ import annotations
 
@@ -20,24 +20,25 @@ from .exchange import PARTS, Coming, Joined, Parcel, Pieces
 _HEADER = 64 << 10
 _TABLE = 4096
 _SLOT = 4 << 30
-"""Bytes of address space for one message; memory is taken only for what is written."""
+"""Bytes of address space for one message; only pages that are written take memory."""
 _MAP_NORESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000)
-"""Named since Python 3.13; the number is that of Linux on x86."""
+"""Flag that `mmap` defines since Python 3.13; the fallback is its value on Linux x86."""
 _SPIN_S = 0.002
 _SLEEP_S = 0.0001
 _LAST_RESORT_S = COLLECTIVE_TIMEOUT.total_seconds()
 
 
 class CommonMemory:
-    """Memory that the CPU ranks of a world map: for each rank one word per channel, and two slots for messages.
+    """Memory mapped by all CPU ranks of a world, with one word per channel and two message slots for each rank.
 
-    A slot begins with a table: where each receiver's piece starts, in elements. What a rank has received it joins in
-    memory of its own, which stays mapped: the first touch of a page costs more than all copying of its bytes.
+    A slot begins with a table of the offsets, in elements, at which each receiver's piece starts. A rank joins the
+    pieces that it receives in private memory, which stays mapped: the first touch of a page costs more than all copying
+    of its bytes.
 
     Args:
-        descriptor: of a file that is empty at first, the same for all ranks; the caller may close it.
-        rank: this process.
-        world_size: ranks that map the file.
+        descriptor: file descriptor of the same, initially empty file on all ranks; the caller may close it.
+        rank: rank of this process.
+        world_size: number of ranks that map the file.
     """
 
     def __init__(self, descriptor: int, rank: int, world_size: int):
@@ -57,25 +58,25 @@ class CommonMemory:
 
     @staticmethod
     def supported() -> bool:
-        """Whether what one process writes becomes visible to another in order, without barriers."""
+        """Returns True if the writes of one process become visible to another in order, without barriers."""
         return platform.system() == "Linux" and platform.machine() == "x86_64"
 
     def table(self, rank: int, number: int) -> memoryview:
-        """Of the slot that holds message `number` of `rank`."""
+        """Returns the table of the slot that holds message `number` of `rank`."""
         return self._tables[2 * rank + number % 2]
 
     def elements(self, rank: int, number: int, start: int, count: int, dtype: torch.dtype) -> Tensor:
-        """`count` elements of that slot, from element `start` on."""
+        """Returns `count` elements, from element `start` on, of the slot that holds message `number` of `rank`."""
         return _view(
             self._map, _HEADER + (2 * rank + number % 2) * _SLOT + _TABLE + start * dtype.itemsize, count, dtype
         )
 
     def room(self, count: int, dtype: torch.dtype) -> Tensor:
-        """Memory that only this rank sees; the same in every call."""
+        """Returns a view of this rank's private memory, which every call reuses from its start."""
         return _view(self._own, 0, count, dtype)
 
     def release(self) -> None:
-        """Gives the memory of this rank's slots and its own back to the system; between exchanges only."""
+        """Returns the memory of this rank's slots and its private memory to the system; between exchanges only."""
         self._map.madvise(mmap.MADV_REMOVE, _HEADER + 2 * self.rank * _SLOT, 2 * _SLOT)
         self._own.madvise(mmap.MADV_DONTNEED)
 
@@ -85,40 +86,40 @@ def _view(memory: mmap.mmap, offset: int, count: int, dtype: torch.dtype) -> Ten
 
 
 class CommonMemoryExchange:
-    """Between CPU ranks, through their `CommonMemory`: each byte is written once and read once.
+    """All-to-all between CPU ranks through their `CommonMemory`: each byte is written once and read once.
 
-    In every exchange a rank waits for all others. So one that has finished exchange n + 1 knows that all have finished
-    n and read what it sent in n: two slots are enough, and nothing is acknowledged. What a rank sends to itself is not
-    in the slots at all.
+    In every exchange a rank waits for all others. A rank that has finished exchange n + 1 therefore knows that all
+    ranks have finished exchange n and have read what it sent there: two slots suffice, without acknowledgements. The
+    piece that a rank sends to itself bypasses the slots.
 
     Args:
         memory: the world's common memory.
-        channel: a number that no other group of these ranks has, the same on all of them.
-        ranks: the group's ranks of the world, this one among them.
+        channel: number of the group, the same on all its ranks and unique among the groups of these ranks.
+        ranks: world ranks of the group, including this one.
     """
 
     def __init__(self, memory: CommonMemory, channel: int, ranks: Sequence[int]):
         self.memory = memory
         self._ranks = list(ranks)
         self.position = self._ranks.index(memory.rank)
-        """Of this rank in the group."""
+        """Index of this rank in the group."""
         self._words = [channel * memory.world_size + rank for rank in ranks]
         assert max(self._words) < len(memory.words) and len(self._ranks) < _TABLE // 8
         self._number = 0
 
     @property
     def name(self) -> str:
-        """The same on all ranks of the group, and no other group's."""
+        """Name that is the same on all ranks of the group and differs from other groups' names."""
         return f"common memory of ranks {self._ranks}, word {self._words[0]}"
 
     @property
     def launched(self) -> int:
-        """Exchanges that this rank has launched."""
+        """Number of exchanges that this rank has launched."""
         return self._number
 
     @staticmethod
     def fits(nbytes: int) -> bool:
-        """Whether a message of so many bytes can be sent."""
+        """Returns True if a message of `nbytes` bytes can be sent."""
         return nbytes <= _SLOT - _TABLE
 
     def pack(self, widths: Sequence[int], rows: Sequence[int], like: Tensor) -> Parcel:
@@ -135,7 +136,7 @@ class CommonMemoryExchange:
         )
 
     def slot(self, sent: Sequence[int], dtype: torch.dtype) -> list[Tensor]:
-        """Where the pieces of the next message go; this rank's own is empty."""
+        """Returns the pieces of the next message, to be filled, one for each rank; this rank's own is empty."""
         memory, number = self.memory, self._number + 1
         table = memory.table(memory.rank, number)
         sizes = [0 if i == self.position else size for i, size in enumerate(sent)]
@@ -144,7 +145,7 @@ class CommonMemoryExchange:
         return list(memory.elements(memory.rank, number, 0, sum(sizes), dtype).split(sizes))
 
     def publish(self, received: Sequence[int], dtype: torch.dtype) -> Pieces:
-        """Lets the others read what has been laid into the slot. This rank's own piece does not arrive: it is empty."""
+        """Lets the other ranks read the message in the slot. Of the pieces received, this rank's own is empty."""
         self._number += 1
         self.memory.words[self._words[self.position]] = self._number
         return Coming(partial(self._wait_for, self._number), partial(self._read, self._number, received, dtype))
@@ -166,7 +167,7 @@ class CommonMemoryExchange:
 
 
 class _InSlot:
-    """What is for others lies in the slot, what is for this rank already where it will be read."""
+    """Parcel whose pieces for other ranks lie in the slot; this rank's own piece lies where it will be read."""
 
     def __init__(self, exchange: CommonMemoryExchange, widths: Sequence[int], rows: Sequence[int], dtype: torch.dtype):
         self._exchange = exchange
@@ -193,10 +194,12 @@ class _InSlot:
 
 
 def _wait(words: memoryview, word: int, number: int) -> bool:
-    """Gives the core away again and again; after a while sleeps, too. The host ends ranks whose peers have died.
+    """Waits until `words[word]` reaches `number`: yields the core between checks, and after `_SPIN_S` sleeps instead.
+
+    The host terminates ranks whose peers have died.
 
     Returns:
-        False when `_LAST_RESORT_S` have passed.
+        False if `_LAST_RESORT_S` have passed.
     """
     began = time.perf_counter()
     while words[word] < number:

@@ -1,4 +1,4 @@
-"""All-to-all exchanges: what attention asks of one, and the one through `torch.distributed`."""
+"""All-to-all exchanges: the interface that attention uses, and its implementation with `torch.distributed`."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ import torch.distributed as dist
 from torch import Tensor
 
 PARTS = 3
-"""q, k and v travel together."""
+"""Number of tensors packed into one exchange: q, k and v."""
 
 T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
 class Coming(Generic[T]):
-    """What other ranks send, to be read before the next exchange."""
+    """Pending result of an exchange, to be read before the next exchange."""
 
     wait: Callable[[], object]
-    """Until it is there."""
+    """Waits until the data has arrived."""
     read: Callable[[], T]
-    """After that."""
+    """Returns the data; only after `wait`."""
 
     def __call__(self) -> T:
         self.wait()
@@ -31,16 +31,16 @@ class Coming(Generic[T]):
 
 
 Joined = Coming[Tensor]
-"""[PARTS, rows of all ranks, width]."""
+"""Pending tensor [PARTS, rows of all ranks, width]."""
 Pieces = Coming[Sequence[Tensor]]
-"""What each rank sent, flat, by rank."""
+"""Pending flat pieces, one from each rank, in rank order."""
 
 
 class Parcel(Protocol):
-    """Room for what is to be sent."""
+    """Send buffer of an exchange."""
 
     pieces: Sequence[Tensor]
-    """For each rank [PARTS, rows, width], to be filled."""
+    """Tensors to fill, [PARTS, rows, width] for each receiving rank."""
 
     def send(self) -> Joined:
         """Starts the exchange."""
@@ -50,24 +50,28 @@ class Exchange(Protocol):
     """All-to-all of pieces whose sizes every rank knows."""
 
     def pack(self, widths: Sequence[int], rows: Sequence[int], like: Tensor) -> Parcel:
-        """Room for what each rank is to get of this rank's rows.
+        """Returns a send buffer for the parts of this rank's rows that each rank receives.
 
         Args:
-            widths: elements of a row for each rank; each gets PARTS such rows for every one of this rank's.
-            rows: that each rank has.
-            like: has the dtype and device.
+            widths: elements per row for each receiving rank, which receives PARTS such rows for each row of this rank.
+            rows: number of rows of each rank.
+            like: tensor whose dtype and device the buffer has.
         """
 
     def start(self, whole: Tensor, sent: Sequence[int], received: Sequence[int]) -> Pieces:
-        """Sends the pieces of a contiguous tensor, one after the other and of `sent` elements each.
+        """Starts sending the consecutive pieces of a contiguous tensor, one to each rank.
 
         Args:
-            received: elements that each rank sends to this one.
+            whole: the pieces, one after the other.
+            sent: number of elements for each rank.
+            received: number of elements from each rank.
         """
 
 
 class CollectiveExchange:
-    """By `all_to_all_single`, asynchronously. Rows lead, so the pieces of the senders land in order: [rows, 3, width].
+    """Exchange by asynchronous `all_to_all_single`.
+
+    Rows are the leading dimension, [rows, 3, width], so the senders' pieces arrive in order.
 
     A rank without heads receives nothing on the way in and sends nothing on the way back. NCCL has had faults with
     empty messages (https://github.com/NVIDIA/nccl/issues/696, fixed in 2.12.10), and a hang was reported where one of
@@ -76,8 +80,8 @@ class CollectiveExchange:
     sizes and copies two or four bytes.
 
     Args:
-        group: the ranks.
-        position: of this rank among them.
+        group: process group of the ranks.
+        position: index of this rank in the group.
     """
 
     def __init__(self, group: dist.ProcessGroup, position: int):
@@ -97,16 +101,21 @@ class CollectiveExchange:
         return Coming(wait, lambda: [p[:n] for p, n in zip(arrived.split(padded), received, strict=True)])
 
     def padded(self, sizes: Sequence[int]) -> list[int]:
-        """The pieces' sizes with at least one element from this rank to itself."""
+        """Returns the pieces' sizes with at least one element from this rank to itself."""
         return [max(size, int(i == self._position)) for i, size in enumerate(sizes)]
 
     def transfer(
         self, send: Tensor, padded: Sequence[int], received: Sequence[int]
     ) -> tuple[Tensor, Callable[[], object]]:
-        """What will have arrived, flat and padded, once the second has been called.
+        """Starts the transfer.
 
         Args:
             send: pieces of `padded` elements, one after the other.
+            padded: number of elements for each rank, padded.
+            received: number of elements from each rank, before padding.
+
+        Returns:
+            The receive buffer, flat and padded, and a function that waits until it is filled.
         """
         sizes = self.padded(received)
         arrived = send.new_empty(sum(sizes))
@@ -135,5 +144,5 @@ class _Packed:
 
     def send(self) -> Joined:
         arrived, wait = self._exchange.transfer(self._whole, self._padded, self._received)
-        # Padded only where nothing else arrives.
+        # Padded only if nothing else arrives.
         return Coming(wait, lambda: arrived[: sum(self._received)].view(self._shape).transpose(0, 1))

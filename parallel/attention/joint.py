@@ -1,4 +1,4 @@
-"""Joint attention, put together from a plan: Ulysses inside, a ring across, or neither."""
+"""Joint attention built from a plan: Ulysses within a row of ranks, a ring across rows, both or neither."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ class JointAttention(Protocol):
     """Attention of this rank's tokens with those of all ranks that share the sequence."""
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """q, k, v: this rank's tokens with all heads, [B, S_r, H, D]. Returns the same shape."""
+        """Computes attention of q, k, v, this rank's tokens with all heads, [B, S_r, H, D]. Returns the same shape."""
 
 
 class Unexchanged:
-    """All heads stay with their tokens: one rank alone, or a ring without Ulysses."""
+    """Attention without a Ulysses exchange: all heads stay with their tokens (a single rank, or a ring alone)."""
 
     def __init__(self, local: Local):
         self._local = local
@@ -45,10 +45,10 @@ def joint_attention(
     launched: Counter[str] | None = None,
     compute: Local | None = None,
 ) -> JointAttention:
-    """The attention of `plan` for `rank`; the groups are needed where their degree is above 1.
+    """Builds the attention of `plan` for `rank`; a group is required if its degree is above 1.
 
-    What is sent is added to `traffic`. `common` is the Ulysses group's, see `UlyssesAttention`; `launched` the ring's,
-    see `RingAttention`. `compute` takes the kernel's place where there is no ring.
+    `traffic` counts the bytes sent. `common` is the Ulysses group's exchange, see `UlyssesAttention`; `launched` counts
+    the ring's exchanges, see `RingAttention`. Without a ring, `compute` replaces the kernel.
     """
     traffic = traffic or Traffic()
     local: Local = compute or kernel

@@ -1,7 +1,7 @@
-"""Attention kernels behind one interface. All tensors are [B, H, S, D]; no mask, not causal.
+"""Attention kernels behind one interface. All tensors are [B, H, S, D]; not causal, and only `with_lse` takes a mask.
 
-A kernel is called as `kernel(q, k, v) -> out`. For a ring it also gives `with_lse`, the result with the log-sum-exp of
-each query's scores, by which partial results over different keys are merged.
+A kernel is called as `kernel(q, k, v) -> out`. For a ring it also provides `with_lse`, which returns the result and the
+log-sum-exp of each query's scores, by which partial results over different keys are merged.
 """
 
 from __future__ import annotations
@@ -27,40 +27,40 @@ _HALF = (torch.float16, torch.bfloat16)
 
 
 class Kernel(ABC):
-    """Local attention of this rank's queries with the given keys."""
+    """Local attention of this rank's queries to the keys that it is called with."""
 
     name: ClassVar[str]
     no_lse: str = ""
-    """Why `with_lse` cannot be used, if so."""
+    """Reason why `with_lse` is not available; empty if it is."""
 
     @abstractmethod
     def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Attention; the result has q's shape."""
+        """Computes attention; the result has q's shape."""
 
     @abstractmethod
     def with_lse(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Attention, and the log-sum-exp [B, H, S_q] of the scaled scores in fp32.
+        """Computes attention and the log-sum-exp [B, H, S_q] of the scaled scores, in fp32.
 
         Args:
-            mask: to be added to the scores, finite (a row may be masked as a whole), [B or 1, H or 1, S_q or 1, S_k].
+            mask: additive and finite (all keys of a row may be masked), [B or 1, H or 1, S_q or 1, S_k].
 
         Raises:
-            UnsupportedError: a mask, which this kernel has no use for.
+            UnsupportedError: a mask was passed, and this kernel supports none.
         """
 
     def backward(
         self, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Gradients of q, k, v for keys that are a part of those behind `out` and `lse`.
+        """Returns the gradients of q, k, v, where k and v are a part of the keys over which `out` and `lse` were taken.
 
         Raises:
-            UnsupportedError: no backward of this kind for this kernel and device.
+            UnsupportedError: this kernel has no such backward on this device.
         """
         raise UnsupportedError(f"gradients through ring attention are not available with the kernel {self.name!r}")
 
 
 class Sdpa(Kernel):
-    """PyTorch's own kernels; on CUDA it may choose among those listed, in this order."""
+    """PyTorch's own SDPA kernels; on CUDA, PyTorch chooses among `backends`, in this order."""
 
     name = "sdpa"
 
@@ -98,21 +98,21 @@ _NO_CUDNN_PLAN = (
     "no valid engine configs",
     "cudnn_status_not_supported",
 )
-"""What cuDNN says when it has no kernel, in lower case: messages of cudnn-frontend's `plans.h`, which PyTorch raises as
-"cuDNN Frontend error: …" while it builds the graph (aten/src/ATen/native/cudnn/MHA.cpp), and the status
-"CUDNN_STATUS_NOT_SUPPORTED". No kernel has run by then."""
+"""Texts, in lower case, by which cuDNN reports that it has no kernel: messages of cudnn-frontend's `plans.h`, which
+PyTorch raises as "cuDNN Frontend error: …" while it builds the graph (aten/src/ATen/native/cudnn/MHA.cpp), and the
+status "CUDNN_STATUS_NOT_SUPPORTED". No kernel has run by then."""
 
 
 def says_no_kernel(error: RuntimeError) -> bool:
-    """Whether cuDNN has no kernel for these tensors; any other error may be of the device, and stands."""
+    """Returns True if cuDNN has no kernel for these tensors; any other error may be a device error, to be re-raised."""
     text = str(error).lower()
     return "cudnn" in text and any(words in text for words in _NO_CUDNN_PLAN)
 
 
 class Auto(Sdpa):
-    """As `Sdpa`; without cuDNN from the first time that it promised a kernel and had none.
+    """`Sdpa` that drops cuDNN once cuDNN was selected and had no kernel.
 
-    A rank decides this by itself: it changes rounding, and no exchange.
+    Each rank decides this by itself: it changes rounding, but no exchange.
     """
 
     name = "auto"
@@ -129,7 +129,7 @@ class Auto(Sdpa):
 
 
 class _HalfPrecision(Sdpa):
-    """One backend alone, which computes in half precision only."""
+    """A single SDPA backend that computes in half precision only."""
 
     backend: ClassVar[SDPBackend]
 
@@ -172,9 +172,9 @@ class Cudnn(_HalfPrecision):
 class Sage(Kernel):
     """SageAttention (https://arxiv.org/abs/2410.02367): 8-bit scores, so results differ slightly. Opt-in only.
 
-    Written after the package's sources, 1.0.6 and 2.2.0. Its log-sum-exp is natural and of the scaled scores,
-    [B, H, S_q] in fp32, but holds a term that was rounded to q's dtype (the mean key that it takes off before it
-    quantises). 1.x has none, and takes the argument without a word.
+    Follows the package's sources, versions 1.0.6 and 2.2.0. Its log-sum-exp is the natural one of the scaled scores,
+    [B, H, S_q] in fp32, but contains a term rounded to q's dtype (from the mean key, which it subtracts before it
+    quantises). 1.x returns no log-sum-exp and silently accepts the argument.
     """
 
     name = "sage"
@@ -224,12 +224,12 @@ def _refuse_mask(name: str, mask: Tensor | None) -> None:
 
 
 def select(name: str, device: torch.device) -> Kernel:
-    """The kernel that `SPConfig.attention` asks for.
+    """Returns the kernel that `SPConfig.attention` names.
 
-    `auto` lets PyTorch choose, with cuDNN first from compute capability 9.0 on, where it is the fastest of its exact
-    kernels; `sdpa` is PyTorch's default order.
+    `auto` lets PyTorch choose, with cuDNN first from compute capability 9.0 on, where it is the fastest of PyTorch's
+    exact kernels; `sdpa` is PyTorch's default order.
 
-    `config.resolve` has checked that the device can run it; what depends on the model's dtype, the kernel checks.
+    `config.resolve` has checked that the device can run the kernel; the kernel itself checks the model's dtype.
     """
     if name == "sage":
         return Sage()

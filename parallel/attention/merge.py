@@ -7,16 +7,16 @@ from torch import Tensor
 
 
 def merge(out: Tensor, lse: Tensor, part: Tensor, part_lse: Tensor) -> tuple[Tensor, Tensor]:
-    """Adds `part` to `out`.
+    """Merges `part` into `out`.
 
     Args:
-        out: [B, H, S, D] in fp32, changed in place.
-        lse: [B, H, S] in fp32.
-        part, part_lse: the same over other keys; `part` in any dtype.
+        out: attention over some keys, [B, H, S, D] in fp32, changed in place.
+        lse: its log-sum-exp, [B, H, S] in fp32.
+        part, part_lse: attention and log-sum-exp over other keys; `part` in any dtype.
 
     Returns:
-        The merged result and its log-sum-exp. `lse − logsigmoid(lse − part_lse)`, which ring implementations share, is
-        the same until keys are masked as a whole: beside a log-sum-exp of −1e37 it loses the other one.
+        The merged result and its log-sum-exp. `lse − logsigmoid(lse − part_lse)`, common in ring implementations, is
+        equal unless all keys of one operand are masked: next to a log-sum-exp of −1e37 it loses the other operand.
     """
     weight = torch.sigmoid(part_lse - lse)[..., None]
     out.add_(weight * (part.float() - out))

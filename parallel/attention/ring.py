@@ -1,8 +1,8 @@
 """Ring attention: keys and values travel around a ring of ranks (https://arxiv.org/abs/2310.01889).
 
-Rank i holds the queries, keys and values of chunk i. In each of the n − 1 rounds it computes with the chunk it has
-while it passes that chunk on and receives the next one. K and V travel in one buffer; chunks may be uneven, their
-sizes come from the plan. Partial results are merged in fp32.
+Rank i holds the queries, keys and values of chunk i. In each of the n − 1 exchanges it computes with the chunk it holds
+while it sends that chunk on and receives the next one. K and V travel in one buffer; chunks may be uneven, their sizes
+come from the plan. Partial results are merged in fp32.
 """
 
 from __future__ import annotations
@@ -22,18 +22,18 @@ from .traffic import Traffic
 
 
 class RingAttention:
-    """Attention of this rank's queries with the keys of all ranks of `group`.
+    """Attention of this rank's queries to the keys of all ranks of `group`.
 
     Args:
-        chunks: tokens of each rank of the ring.
-        index: this rank's place in the ring.
+        chunks: number of keys of each rank of the ring.
+        index: this rank's index in the ring.
         group: the ring's process group.
-        kernel: must give log-sum-exp.
-        traffic: counts what is sent, and times the exchanges.
+        kernel: must provide log-sum-exp.
+        traffic: counts the bytes sent and times the exchanges.
         launched: counts the exchanges that this rank has launched, by the group's name.
 
     Raises:
-        UnsupportedError: the kernel gives none; on all ranks alike, before anything is sent.
+        UnsupportedError: the kernel provides no log-sum-exp; raised on all ranks alike, before anything is sent.
     """
 
     def __init__(
@@ -55,15 +55,15 @@ class RingAttention:
         self.launched = Counter() if launched is None else launched
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-        """q [B, H, Q, D], k and v [B, H, S_i, D] → [B, H, Q, D].
+        """Computes attention: q [B, H, Q, D], k and v [B, H, S_i, D] → [B, H, Q, D].
 
         Args:
-            mask: to be added to the scores, finite: this rank's queries with the keys of all chunks, [.., Q or 1, S].
+            mask: additive and finite, for this rank's queries and the keys of all chunks, [.., Q or 1, S].
         """
         return _Ring.apply(q, k, v, self, mask)
 
     def exchange(self, send: Tensor, receive: Tensor) -> list[dist.Work]:
-        """Starts passing `send` to the next rank and receiving from the one before."""
+        """Starts sending `send` to the next rank and receiving `receive` from the previous one."""
         size = len(self.chunks)
         following = dist.get_global_rank(self.group, (self.index + 1) % size)
         previous = dist.get_global_rank(self.group, (self.index - 1) % size)
@@ -76,11 +76,11 @@ class RingAttention:
         )
 
     def held_after(self, rounds: int) -> int:
-        """Which chunk this rank holds after so many rounds."""
+        """Returns the index of the chunk that this rank holds after `rounds` rounds."""
         return (self.index - rounds) % len(self.chunks)
 
     def size_after(self, rounds: int) -> int:
-        """Tokens of that chunk."""
+        """Returns the number of keys in the chunk that this rank holds after `rounds` rounds."""
         return self.chunks[self.held_after(rounds)]
 
 
@@ -119,7 +119,7 @@ class _Ring(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
-        """The chunks travel once more, each with the gradient that it has gathered so far, and one hop home."""
+        """Passes the chunks around once more, each with its gradient so far; a last hop returns it to its owner."""
         q, k, v, out, lse = ctx.saved_tensors
         ring: RingAttention = ctx.ring
         if ctx.masked:

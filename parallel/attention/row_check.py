@@ -1,14 +1,14 @@
-"""Compares a joint attention with an exact reference on sampled rows, at the length at which it runs.
+"""Compares distributed attention with an exact reference on sampled rows, at the sequence length at which it runs.
 
-Small tests meet neither chunks of heads in flight nor a kernel's path for long sequences nor offsets above 2^31. So the
-first real attention of each kind is checked where it happens. The reference
-uses neither the exchange nor the kernel: every rank gets the sampled rows of q by an all-reduce, attends them in fp64
-to the keys it owns, and the partial softmax sums are merged over the ranks by their maximum:
+Small tests exercise neither pipelined chunks of heads nor a kernel's path for long sequences nor offsets above 2^31.
+The first real attention of each kind is therefore checked in place. The reference uses neither the exchange nor the
+kernel: every rank gets the sampled rows of q by an all-reduce and attends them in fp64 to the keys that it owns; the
+partial softmax sums are then merged over the ranks, relative to the largest score:
 
     q rows [B, H, n, D] → over own keys: m [B, H, n], Σ p, Σ p·v, Σ p²·v²  → all-reduce max of m, sum of the rest
 
 Cost: n rows of attention in fp64 (n = 8 + 2 per rank), a few tens of MB, four small all-reduces and one host
-synchronization; once per kind of attention.
+synchronisation; once per kind of attention.
 """
 
 from __future__ import annotations
@@ -26,10 +26,11 @@ from ..plan import AttentionPlan, Range
 
 T = TypeVar("T")
 Kind = tuple[object, ...]
-"""Of attention: all that selects code in the exchange or the kernel. The same on all ranks of a sequence."""
+"""Kind of attention: everything that selects code in the exchange or the kernel. The same on all ranks of a
+sequence."""
 
 _SPREAD = 8
-"""Sampled rows that are spread over the whole sequence, besides the first and last row of each rank."""
+"""Number of sampled rows spread over the whole sequence, besides the first and last row of each rank."""
 _KEYS_AT_ONCE = 1024
 """Keys per block of the reference: 25 MB each for k and v of 24 heads of 128 channels in fp64."""
 _ALLOWED = {torch.bfloat16: 2.0**-6, torch.float16: 2.0**-8, torch.float32: 1e-4}
@@ -37,19 +38,19 @@ _ALLOWED_TF32 = 2.0**-6
 _ALLOWED_8_BIT = 0.3
 _TINY = 1e-30
 _LOWEST = -1e30
-"""A masked score: finite, and its exponential is zero beside any that is not masked."""
+"""Score of a masked key: finite, and its exponential is zero relative to that of any unmasked score."""
 
 
 def allowed_error(kernel: str, dtype: torch.dtype, device: torch.device) -> float:
-    """Largest error of a row, see `row_errors`, that rounding explains.
+    """Returns the largest error of a row, see `row_errors`, that rounding can explain.
 
     Exact kernels round the probabilities to the dtype before they multiply by v, and the result once; a ring also
     rounds each chunk's result. Each of these contributes at most one unit roundoff u to the error (u = 2^-8 in
     bfloat16, 2^-11 in float16; scores and sums are fp32). Four of them are allowed in bfloat16, and eight in float16,
-    whose probabilities underflow below 6e-8 of the row's largest. In practice 0.6 u is seen. In fp32 the scores' own
-    rounding dominates, |score| · sqrt(D) · 2^-24; with TF32 products u is 2^-11, again multiplied by the score.
-    `sage` quantizes q, k and P to 8 bits; what it is allowed is an estimate, which lets a wrong exchange through as
-    little as the others do (that makes errors near 1), but not a few percent.
+    whose probabilities underflow below 6e-8 of the row's largest. In practice 0.6 u is seen. In fp32 the scores'
+    own rounding dominates, |score| · sqrt(D) · 2^-24; with TF32 products u is 2^-11, again multiplied by the score.
+    `sage` quantises q, k and P to 8 bits; its limit is an estimate that detects a wrong exchange (errors near 1) like
+    the other limits, but tolerates errors of a few percent.
     """
     if kernel == "sage":
         return _ALLOWED_8_BIT
@@ -59,10 +60,10 @@ def allowed_error(kernel: str, dtype: torch.dtype, device: torch.device) -> floa
 
 
 def sampled_rows(tokens: Sequence[Range]) -> list[int]:
-    """Queries whose attention is compared: each rank's first and last one, and some in between.
+    """Returns the queries whose attention is compared: each rank's first and last one, and some in between.
 
     Args:
-        tokens: of each rank, in the order of the whole; a rank may have none.
+        tokens: range of each rank's tokens, in sequence order; a rank may have none.
     """
     total = tokens[-1][1]
     edges = {token for start, stop in tokens for token in (start, stop - 1) if start < stop}
@@ -70,12 +71,12 @@ def sampled_rows(tokens: Sequence[Range]) -> list[int]:
 
 
 class RowCheck:
-    """Compares the first attention of each kind. Collective over the ranks of a sequence: all must check the same one.
+    """Check of the first attention of each kind. Collective over the ranks of a sequence: all must check the same one.
 
     Args:
-        mesh: of the sequence.
-        kernel: name of what computes.
-        is_known: whether a kind needs no check; the same answer on all ranks of the sequence.
+        mesh: mesh whose ranks share the sequence.
+        kernel: name of the kernel.
+        is_known: returns True if a kind needs no check; the same answer on all ranks of the sequence.
         passed: called with the kind of each attention that passed, on all ranks of the sequence alike.
     """
 
@@ -93,15 +94,15 @@ class RowCheck:
         out: Tensor,
         mask: Tensor | None = None,
     ) -> None:
-        """Checks `out`, the attention of this rank's queries [B, H, Q_r, D] with the keys of all ranks, of which k and
-        v [B, G, K_r, D] are this rank's.
+        """Checks `out`, the attention of this rank's queries [B, H, Q_r, D] to the keys of all ranks; k and v
+        [B, G, K_r, D] are this rank's share of these.
 
         Args:
-            mask: of the whole attention, see `row_errors`.
+            mask: mask of the whole attention, see `row_errors`.
 
         Raises:
-            UnsupportedError: a row differs by more than `allowed_error`, or is not finite though the inputs are; on all
-                ranks of the sequence alike.
+            UnsupportedError: a row differs by more than `allowed_error`, or is not finite although the exact rows are;
+                raised on all ranks of the sequence alike.
         """
         kind = (plan, self._mesh.degrees, q.shape[0], q.shape[3], q.dtype, mask is None)
         if self._is_known(kind):
@@ -113,7 +114,7 @@ class RowCheck:
         verdict = torch.stack((worst.nan_to_num(nan=torch.inf), (~finite).to(worst)))
         self._mesh.reduce(verdict, dist.ReduceOp.MAX)
         error, unusable = verdict.tolist()
-        if unusable:  # a model that overflows does so on one device, too; a later step may be checked
+        if unusable:  # a model that overflows does so on a single device too; a later step may be checked
             return
         if not error <= allowed:
             raise UnsupportedError(self._complaint(plan, q, error, allowed))
@@ -144,16 +145,16 @@ def row_errors(
     """Compares sampled rows of an attention with their exact values. Collective over the ranks of the sequence.
 
     Args:
-        q, out: of this rank's queries, [B, H, Q_r, D].
-        k, v: of this rank's keys, [B, G, K_r, D].
-        mask: of the whole attention, boolean or to be added to the scores, [.., 1 or H, 1 or Q, K], with tokens in the
-            order of the ranks.
+        q, out: this rank's queries and their attention, [B, H, Q_r, D].
+        k, v: this rank's keys and values, [B, G, K_r, D].
+        mask: mask of the whole attention, boolean or additive, [.., 1 or H, 1 or Q, K], with tokens in the order of the
+            ranks.
 
     Returns:
-        ‖out − exact‖ / max(‖exact‖, ‖noise‖) of each sampled row of this rank, [B, H, rows], norms over the channels.
-        The noise is that of probabilities with independent relative errors of 1, sqrt(Σ p²·v²): where large values
-        cancel it exceeds the result. 0 of a row whose keys are all masked: it has no value, and kernels give it
-        different ones. And whether all exact rows are finite.
+        The errors ‖out − exact‖ / max(‖exact‖, ‖noise‖) of this rank's sampled rows, [B, H, rows], with norms over the
+        channels, and a boolean: True if all exact rows are finite. The noise is that of probabilities with independent
+        relative errors of 1, sqrt(Σ p²·v²): where large values cancel, it exceeds the result. The error is 0 for a row
+        whose keys are all masked: its attention is undefined, and kernels differ in it.
     """
     rows = sampled_rows(plan.token_ranges)
     start, stop = plan.token_ranges[mesh.sp_rank]
@@ -162,7 +163,7 @@ def row_errors(
     batch, heads, _, dim = q.shape
     queries = torch.zeros(batch, heads, len(rows), dim, dtype=torch.float64, device=q.device)
     queries[:, :, own] = q[:, :, local].double()
-    mesh.reduce(queries, dist.ReduceOp.SUM)  # exact: one rank alone adds to each row
+    mesh.reduce(queries, dist.ReduceOp.SUM)  # exact: only one rank contributes to each row
     first, last = plan.key_ranges[mesh.sp_rank]
     bias = None if mask is None else _bias(mask, rows, slice(first, last))
     exact, noise, largest = _reference(queries * dim**-0.5, k, v, mesh, bias)
@@ -174,8 +175,8 @@ def row_errors(
 
 
 def _bias(mask: Tensor, rows: list[int], keys: slice) -> Tensor:
-    """What is added to the scores of the rows with these keys, fp64 and finite: a rank's keys may be masked as a whole,
-    and its largest score must not be −∞."""
+    """Returns the additive mask of these rows and keys, fp64 and finite: all keys of a rank may be masked, and its
+    largest score must not be −∞."""
     if mask.ndim == 3:
         mask = mask[:, None]
     mask = mask[..., keys]
@@ -186,8 +187,8 @@ def _bias(mask: Tensor, rows: list[int], keys: slice) -> Tensor:
 
 
 def _reference(queries: Tensor, k: Tensor, v: Tensor, mesh: Mesh, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    """Attention of scaled queries [B, H, n, D] to the keys of all ranks, its noise, see `row_errors`, and each row's
-    largest score."""
+    """Returns the attention of scaled queries [B, H, n, D] to the keys of all ranks, its noise (see `row_errors`), and
+    each row's largest score."""
     shape, dim = queries.shape, v.shape[3]
     repeats = shape[1] // k.shape[1]
     largest = queries.new_full(shape[:-1], _LOWEST)
@@ -213,7 +214,7 @@ def _reference(queries: Tensor, k: Tensor, v: Tensor, mesh: Mesh, bias: Tensor |
 
 
 def _rescale(sums: Tensor, before: Tensor, after: Tensor) -> None:
-    """Makes sums relative to the maximum `before` relative to `after`."""
+    """Rescales, in place, sums that are relative to the maximum `before` to the maximum `after`."""
     factor = (before - after).exp_()[..., None]
     dim = (sums.shape[-1] - 1) // 2
     sums[..., : 1 + dim] *= factor
@@ -221,6 +222,6 @@ def _rescale(sums: Tensor, before: Tensor, after: Tensor) -> None:
 
 
 def _tf32() -> bool:
-    """Whether fp32 products may be computed in TF32 on CUDA, by either of torch's ways to say so."""
+    """Returns True if fp32 products may be computed in TF32 on CUDA, by either of PyTorch's settings for this."""
     precision = getattr(torch.backends.cuda.matmul, "fp32_precision", None)
     return precision == "tf32" if precision is not None else bool(torch.backends.cuda.matmul.allow_tf32)

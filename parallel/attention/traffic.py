@@ -1,4 +1,4 @@
-"""What a rank has sent to others, and how long it stood still for them: counted and timed where it happens."""
+"""Communication counters of a rank: bytes sent to other ranks, and time exposed, recorded where they occur."""
 
 from __future__ import annotations
 
@@ -13,23 +13,23 @@ import torch
 class Traffic:
     """Counters of one step or one measurement; backward passes are not counted.
 
-    Both times are wall time of a CPU rank. Of a CUDA rank they are time of its compute stream, between events that are
+    On a CPU rank both times are wall time. On a CUDA rank they are time of its compute stream, between events that are
     recorded without waiting for the device.
     """
 
     collectives: int = 0
-    """All-to-alls, ring exchanges and a cache's sums that this rank has taken part in."""
+    """Number of all-to-alls, ring exchanges and all-reduces of a cache in which this rank has taken part."""
     bytes_sent: int = 0
-    """Bytes that have left this rank."""
+    """Bytes that this rank has sent in these collectives."""
     exposed_s: float = 0.0
-    """Exposed communication: seconds in which this rank could not compute, as it waited for what others send. What
-    arrives while it computes costs nothing here; waiting for a slower rank counts, and so does gathering the weights
-    that ranks share out."""
+    """Exposed communication: seconds in which this rank could not compute because it waited for other ranks' data. Data
+    that arrives during computation adds nothing; waiting for a slower rank counts, and so does gathering sharded
+    weights."""
     copying_s: float = 0.0
-    """Seconds of copying to and from the buffers of attention's exchanges. They are this rank's own work, and not part
-    of `exposed_s`."""
+    """Seconds of copying to and from the buffers of attention's exchanges. This is the rank's own work, not part of
+    `exposed_s`."""
     on_cuda: bool = False
-    """Whether this rank computes on a CUDA device."""
+    """True if this rank computes on a CUDA device."""
     _pairs: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = field(default_factory=list)
 
     def add(self, bytes_sent: int) -> None:
@@ -37,15 +37,15 @@ class Traffic:
         self.bytes_sent += bytes_sent
 
     def waiting(self) -> _Interval:
-        """Around every wait for other ranks; a context manager."""
+        """Returns a context manager that times a wait for other ranks."""
         return _Interval(self, "exposed_s")
 
     def copying(self) -> _Interval:
-        """Around copies to and from an exchange; a context manager."""
+        """Returns a context manager that times copies to and from the buffers of an exchange."""
         return _Interval(self, "copying_s")
 
     def include(self, other: Traffic) -> None:
-        """Adds what another one has counted; its events must have been read."""
+        """Adds the counters of `other`, whose events must have been read."""
         assert not other._pairs
         self.collectives += other.collectives
         self.bytes_sent += other.bytes_sent
@@ -53,13 +53,13 @@ class Traffic:
         self.copying_s += other.copying_s
 
     def read_events(self) -> None:
-        """Adds up what CUDA events say; when the device has done all that they lie between."""
+        """Adds the times between the recorded CUDA events; only after the device has passed all of them."""
         for figure, first, last in self._pairs:
             self.count(figure, first.elapsed_time(last) / 1000)
         self._pairs.clear()
 
     def to_json(self) -> dict[str, Any]:
-        """The figures."""
+        """Returns the counters."""
         return {
             "collectives": self.collectives,
             "bytes_sent": self.bytes_sent,
@@ -68,16 +68,16 @@ class Traffic:
         }
 
     def count(self, figure: str, seconds: float) -> None:
-        """Adds to `exposed_s` or `copying_s`."""
+        """Adds `seconds` to the counter named `figure`: `exposed_s` or `copying_s`."""
         setattr(self, figure, getattr(self, figure) + seconds)
 
     def count_between(self, figure: str, first: torch.cuda.Event, last: torch.cuda.Event) -> None:
-        """The same, when the device has come so far, see `read_events`."""
+        """Records two events; `read_events` adds the time between them to the counter named `figure`."""
         self._pairs.append((figure, first, last))
 
 
 class _Interval:
-    """Adds its length to a figure; nothing where an error ends it. There are a hundred or more of them in a step."""
+    """Interval whose duration is added to a counter, unless an exception ends it. A step has a hundred or more."""
 
     __slots__ = ("_began", "_figure", "_first", "_traffic")
 

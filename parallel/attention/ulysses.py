@@ -7,9 +7,9 @@ local tokens of S, and H_r local heads of H:
     q, k, v [B, S_r, H, D]  →  pack [3, S_r, B·H_j·D] for each rank j  →  all-to-all  →  [3, S, B·H_r·D]
     → kernel on [B, H_r, S, D] →  [S, B, H_r, D]  →  all-to-all  →  [S_r, B, H_j, D] of each rank j  →  [B, S_r, H, D]
 
-In a collective tokens lead the layout in memory, so the pieces of the senders land in order and the received buffer
-needs no copy: the kernel reads it through strides. Through common memory it is copied once anyway, and q, k and v then
-lie one after the other.
+In a collective, tokens are the leading dimension in memory, so the senders' pieces arrive in order and the receive
+buffer needs no copy: the kernel reads it through strides. Through common memory it is copied once anyway, and q, k and
+v are then stored one after the other.
 
 Pipelined, the heads are cut into chunks, each with two collectives of its own: while the kernel works on chunk i, chunk
 i + 1 is on its way in and chunk i − 1 on its way back.
@@ -32,21 +32,21 @@ from .traffic import Traffic
 T = TypeVar("T")
 
 Local = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""[B, H, S, D] ×3 → [B, H, S, D]: a kernel, or a ring of them."""
+"""Local attention, [B, H, S, D] ×3 → [B, H, S, D]: a kernel or a ring."""
 
 
 class UlyssesAttention:
     """Attention of one joint sequence over the ranks of `group`.
 
     Args:
-        plan: the split, the same on every rank.
+        plan: split of tokens and heads, the same on every rank.
         rank: this process's rank in the plan.
         group: the Ulysses process group, a row of the plan.
         local: attention between the two exchanges.
-        pipeline: chunks of heads; fewer where a rank has fewer heads.
-        traffic: counts what is sent, and times the exchanges.
-        common: how the ranks exchange without collectives, if they can; gradients, chunks of heads and messages that do
-            not fit go through the group all the same.
+        pipeline: number of chunks of heads; fewer if a rank has fewer heads.
+        traffic: counts the bytes sent and times the exchanges.
+        common: exchange that replaces the group's collectives, if the ranks have one; with gradients, with several
+            chunks of heads and for messages that do not fit, the group is used nevertheless.
     """
 
     def __init__(
@@ -73,10 +73,10 @@ class UlyssesAttention:
             for chunk, (first, last) in zip(self.chunks, ranges(shares(stop - start, [1] * pipeline)), strict=True):
                 chunk.append((start + first, start + last))
         self._collective = CollectiveExchange(group, self.position)
-        self._common = common if pipeline == 1 else None  # nothing moves there while the kernel works
+        self._common = common if pipeline == 1 else None  # it transfers nothing while the kernel runs
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """q, k, v: this rank's tokens with all heads, [B, S_r, H, D]. Returns the same shape."""
+        """Computes attention of q, k, v, this rank's tokens with all heads, [B, S_r, H, D]. Returns the same shape."""
         if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
             return self._differentiable(q, k, v)
         exchange = self._exchange(q.shape[0] * q.shape[3] * q.element_size())
@@ -101,12 +101,12 @@ class UlyssesAttention:
         return out.transpose(0, 1)
 
     def _exchange(self, nbytes: int) -> Exchange:
-        """The same choice on every rank; `nbytes` of one head of one token."""
+        """Selects the exchange, the same on every rank; `nbytes` is the size of one head of one token, times batch."""
         largest = 3 * max(self.tokens) * self.heads * nbytes
         return self._common if self._common is not None and self._common.fits(largest) else self._collective
 
     def _scatter(self, exchange: Exchange, q: Tensor, k: Tensor, v: Tensor, heads: list[Range]) -> Joined:
-        """Starts [B, S_r, H, D] ×3 → [3, S, B · H_r · D]."""
+        """Starts the exchange of q, k and v: [B, S_r, H, D] ×3 → [3, S, B · H_r · D]."""
         batch, tokens, _, dim = q.shape
         widths = [batch * (last - first) * dim for first, last in heads]
         with self.traffic.copying():
@@ -118,7 +118,7 @@ class UlyssesAttention:
         return parcel.send()
 
     def _gather(self, exchange: Exchange, out: Tensor, heads: list[Range]) -> Pieces:
-        """Starts [B, H_r, S, D] → [S_r, B, H_j, D] of each rank j, flat."""
+        """Starts the exchange of the result: [B, H_r, S, D] → [S_r, B, H_j, D] of each rank j, flat."""
         batch, local, _, dim = out.shape
         tokens = self.tokens[self.position]
         sent = [n * batch * local * dim for n in self.tokens]
@@ -129,13 +129,13 @@ class UlyssesAttention:
             return exchange.start(out.permute(2, 0, 1, 3), sent, received)
 
     def _attend(self, received: Tensor, heads: list[Range], batch: int, dim: int) -> Tensor:
-        """[3, S, B · H_r · D] → [B, H_r, S, D]."""
+        """Computes the local attention: [3, S, B · H_r · D] → [B, H_r, S, D]."""
         first, last = heads[self.position]
         q, k, v = received.view(3, sum(self.tokens), batch, last - first, dim).permute(0, 2, 3, 1, 4)
         return self.local(q, k, v) if last > first else q.contiguous()
 
     def _differentiable(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """The same exchange through autograd, in one chunk."""
+        """Runs the same attention with exchanges through autograd, in one chunk."""
         batch, tokens, _, dim = q.shape
         heads = [(first[0], last[1]) for first, last in zip(self.chunks[0], self.chunks[-1], strict=True)]
         packed = torch.stack((q, k, v)).permute(2, 0, 1, 3, 4)  # [S_r, 3, B, H, D]
@@ -177,11 +177,11 @@ class _AllToAll(torch.autograd.Function):
 
 
 def all_to_all(send: Tensor, sent: list[int], received: list[int], group: dist.ProcessGroup) -> Tensor:
-    """A flat all-to-all, with gradients.
+    """Runs a flat all-to-all, with gradients.
 
     Args:
-        send: the pieces, end to end.
-        sent: elements for each rank.
-        received: elements from each rank.
+        send: pieces for all ranks, concatenated.
+        sent: number of elements for each rank.
+        received: number of elements from each rank.
     """
     return _AllToAll.apply(send, sent, received, group)

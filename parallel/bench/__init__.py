@@ -1,1 +1,1 @@
-"""Figures for the attention exchange and for a whole step, and one rank's exact share of a larger world."""
+"""Benchmarks of the attention exchange, a whole step, one rank's exact share of a larger world, and the start."""

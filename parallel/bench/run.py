@@ -1,4 +1,4 @@
-"""`python -m parallel bench attention|step`: all workers against one, in turn, in one run."""
+"""`python -m parallel bench attention|step`: compares all workers with a single one, interleaved in one run."""
 
 from __future__ import annotations
 
@@ -31,29 +31,29 @@ _NETWORK = "HunyuanVideoTransformer3DModel"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Workload:
-    """What is measured.
+    """Parameters of a benchmark.
 
     Raises:
-        ConfigError: a figure is out of range.
+        ConfigError: a value is out of range.
     """
 
     devices: str = "auto"
     ulysses_degree: int = 0
     ring_degree: int = 0
     tokens: int = 8192
-    """Of the latent."""
+    """Number of tokens of the latent."""
     text: int = 64
     heads: int = 2
     head_dim: int = 128
     batch: int = 1
     pipeline: int = 1
-    """Chunks of heads that overlap exchange and kernel; 1 is unpipelined."""
+    """Number of chunks of heads that overlap exchange and kernel; 1 is unpipelined."""
     layers: tuple[int, int] = (8, 8)
-    """Dual- and single-stream blocks of `bench step`."""
+    """Number of dual- and single-stream blocks of `bench step`."""
     rounds: int = 15
     dtype: torch.dtype = torch.float32
     slow: tuple[int, ...] = ()
-    """How many times slower each rank is made; an equal plan is then measured beside the one of `devices`."""
+    """Factor that slows each rank down; if set, a plan of equal shares is measured beside that of `devices`."""
 
     def __post_init__(self) -> None:
         for knob in ("tokens", "heads", "head_dim", "batch", "pipeline", "rounds"):
@@ -63,7 +63,7 @@ class Workload:
             raise ConfigError(f"text is {self.text}; allowed are 0 or more")
 
     def configs(self) -> list[SequenceParallelConfig]:
-        """One device alone, all of them, and, if some are slow, all of them with equal shares.
+        """Returns the configurations to compare: one device, all devices and, with `slow`, all with equal shares.
 
         Raises:
             ConfigError: the degrees do not fit the devices, or `slow` does not.
@@ -80,7 +80,7 @@ class Workload:
 
 
 def bench_attention(work: Workload) -> tuple[Result, str]:
-    """One joint attention: kernel and exchange, nothing else."""
+    """Times one joint attention: kernel and exchange, nothing else."""
     layouts = [resolve(config) for config in work.configs()]
     degrees = layouts[1].degrees.choose(conditions=1, heads=work.heads)[0]
     message = Attention(
@@ -124,10 +124,10 @@ def bench_attention(work: Workload) -> tuple[Result, str]:
 
 
 def bench_step(work: Workload) -> tuple[Result, str]:
-    """One step of a tiny HunyuanVideo through the host, as ComfyUI would ask for it.
+    """Times one step of a tiny HunyuanVideo through the host, as ComfyUI would request it.
 
     Raises:
-        ConfigError: there is no text, which diffusers' HunyuanVideo cannot do without.
+        ConfigError: there is no text, which diffusers' HunyuanVideo requires.
     """
     if not work.text:
         raise ConfigError("text is 0; of step, 1 or more tokens are allowed")
@@ -148,7 +148,7 @@ def bench_step(work: Workload) -> tuple[Result, str]:
             for model in models:
                 model.weights.ensure_loaded()
                 outputs.append(model.steps([request])[0])
-                model.steps([request])  # without what is checked the first time
+                model.steps([request])  # without the checks of the first step
             ranks = models[1].last_step
             rounds = _rounds(groups, [partial(_step, model, request) for model in models], work.rounds)
         finally:
@@ -179,18 +179,18 @@ def _start(groups: list[WorkerGroup], work: Workload) -> None:
 
 
 def _step(model: RemoteModel, request: StepRequest) -> list[Result]:
-    """What each rank says of a step; what the host adds is the same for any number of workers."""
+    """Runs a step and returns each rank's figures; the host's overhead is the same for any number of workers."""
     model.steps([request])
     return model.last_step
 
 
 def _longest(runs: Sequence[list[Result]], figure: str) -> float:
-    """Milliseconds: the median of the longest that a rank took in each round."""
+    """Returns the slowest rank's `figure` of each round, as the median over the rounds, in milliseconds."""
     return 1000 * median(max(rank[figure] for rank in ranks) for ranks in runs)
 
 
 def _rounds(groups: list[WorkerGroup], runs: list[Callable[..., Any]], count: int) -> list[list[Any]]:
-    """Interleaved rounds after a warm-up; those that other load disturbed are repeated."""
+    """Runs interleaved rounds after a warm-up; repeats those that other load disturbed."""
     quiet = QuietRounds([os.getpid(), *(pid for group in groups for pid in group.pids)])
     for run in runs:
         run()
@@ -198,10 +198,10 @@ def _rounds(groups: list[WorkerGroup], runs: list[Callable[..., Any]], count: in
 
 
 def _result(work: Workload, degrees: Degrees, times: list[float]) -> Result:
-    """What both benchmarks tell.
+    """Returns the figures that both benchmarks have.
 
     Args:
-        times: milliseconds of one device, of all, and, if some are slow, of all with equal shares.
+        times: milliseconds of one device, of all devices and, with `slow`, of all with equal shares.
     """
     result: Result = {
         "mode": f"ulysses {degrees.ulysses} × ring {degrees.ring}",

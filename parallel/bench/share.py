@@ -1,7 +1,7 @@
 """One rank's exact share of a large world, on one device and without peers.
 
-PyTorch's "fake" process group moves no data, so arithmetic, packing and launches are as on the real rank, and results
-are meaningless. What a link would cost is not in the figure.
+PyTorch's "fake" process group moves no data: arithmetic, packing and kernel launches are those of the real rank, but
+results are meaningless, and the time does not include the cost of a link.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ from .run import Workload
 
 
 def bench_share(work: Workload, world_size: int, rank: int) -> tuple[dict[str, Any], str]:
-    """One attention as rank `rank` of `world_size` runs it.
+    """Times one attention as rank `rank` of `world_size` runs it.
 
     Raises:
-        ConfigError: no such rank, or degrees that do not fit the world.
+        ConfigError: the rank does not exist, or the degrees do not fit the world.
     """
     if not 0 <= rank < world_size:
         raise ConfigError(f"rank is {rank}; in a world of {world_size} allowed are 0 to {world_size - 1}")

@@ -1,4 +1,4 @@
-"""`python -m parallel bench start`: how long workers take to start and to load their first model, phase by phase."""
+"""`python -m parallel bench start`: times the start of the workers and the load of a first model, phase by phase."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ from ..host.remote_model import RemoteModel
 
 _NETWORK = "HunyuanVideoTransformer3DModel"
 _WAYS = ("overlapped", "in_turn")
-"""Libraries imported while the ranks meet, as for ComfyUI; and imported by the first load."""
+"""Libraries imported during the rendezvous of the ranks, as for ComfyUI; or imported by the first load."""
 
 
 def bench_start(devices: str, rounds: int) -> tuple[dict[str, Any], str]:
-    """Starts workers, loads a tiny HunyuanVideo and takes one step, both ways in turn.
+    """Starts workers, loads a tiny HunyuanVideo and runs one step, in each of `_WAYS` in turn.
 
     Args:
         devices: as in SP Config.
-        rounds: how often each way.
+        rounds: number of starts in each way.
 
     Returns:
         `world`, `device`, `rounds`, `torch`, and for each of `overlapped` and `in_turn` medians in seconds: `total` of
@@ -59,7 +59,7 @@ def bench_start(devices: str, rounds: int) -> tuple[dict[str, Any], str]:
 
 
 def _first_step(recipe: Recipe, layout: Layout, *, ahead: bool) -> dict[str, Any]:
-    """From nothing to the first prediction."""
+    """Times the start of a group, the load of the model and its first prediction."""
     request = tiny_request(recipe.network)
     began = time.perf_counter()
     group = WorkerGroup(layout, threads=1, first=recipe.to_json() if ahead else None)

@@ -1,9 +1,9 @@
-"""Decides whether a network's blocks run, or what they added at an earlier step is added again.
+"""Decides whether a network's blocks run, or whether the residual that they added at an earlier step is reused.
 
-A *pass* is one run through the blocks: of cond, of uncond, or of both in one batch. What a pass remembers is kept apart
-from every other's, and its decision is the same on all ranks that share its sequence: each rank's tokens change by
-another amount, so the amounts are added up over these ranks before anything is compared. All that decides whether they
-are added up at all is known to every rank alike; otherwise a rank would wait for peers that have gone on.
+A *pass* is one run through the blocks: of cond, of uncond, or of both in one batch. Each pass has a state of its own,
+and its decision is the same on all ranks that share its sequence: each rank's tokens change by a different amount, so
+the amounts are summed over these ranks before they are compared. Everything that decides whether this sum takes place
+is known to all these ranks alike; otherwise a rank would wait for peers that have moved on.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from torch import Tensor
 from ..degrees import Degrees
 
 Tensors = tuple[Tensor, ...]
-"""What a cache compares, or adds: of each stream of the latent's tokens (e.g. video and audio) a tensor [B, …]."""
+"""Tensors that a cache compares or adds: [B, …] for each stream of the latent's tokens (e.g. video and audio)."""
 Total = Callable[[Tensor], None]
-"""Adds a tensor up, in place, over the ranks that share the sequence."""
+"""Sums a tensor, in place, over the ranks that share the sequence."""
 Mark = float | torch.cuda.Event
-"""A moment in the order of a device's work."""
+"""Point in the order of a device's work: seconds on a CPU, an event on CUDA."""
 
 
 @dataclass(slots=True)
@@ -39,7 +39,7 @@ class Tally:
     """Seconds that the skipped blocks took when they were computed."""
 
     def add(self, other: Tally) -> None:
-        """Counts another step's too."""
+        """Adds the counters of another step."""
         self.passes += other.passes
         self.hits += other.hits
         self.skipped_s += other.skipped_s
@@ -47,32 +47,33 @@ class Tally:
 
 @dataclass(slots=True)
 class _Remembered:
-    """By one pass."""
+    """State of one pass."""
 
     inputs: Hashable
-    """What must be the same again: sizes and split."""
+    """Sizes and split; the state is valid only while they are the same."""
     compared: Tensors
     change: Tensors
-    """What the blocks that may be skipped have added, [B, S_r, hidden]."""
+    """Residual that the blocks that may be skipped have added, [B, S_r, hidden]."""
     timings: list[tuple[Mark, Mark]]
-    """Of these blocks, whenever they were computed."""
+    """Start and end of these blocks, for each time that they were computed."""
     in_a_row: int = 0
-    """Hits since then."""
+    """Number of hits since the blocks were last computed."""
     distances: list[float] = field(default_factory=list)
-    """Of each sample's output since then, estimated; of several streams one after the other."""
+    """Estimated change of each sample's output since the blocks were last computed; with several streams, all samples
+    of the first stream, then those of the next."""
 
 
 class BlockCache(ABC):
-    """The memory of one sampling on one rank.
+    """Cache of one sampling on one rank.
 
     Attributes:
-        after_first: whether the first block always runs, and what it adds decides about the others; else an input of
-            the first block decides about all.
+        after_first: True if the first block always runs and its residual decides about the other blocks; False if an
+            input of the first block decides about all blocks.
 
     Args:
-        threshold: relative change below which blocks are skipped. Each sample of a pass is judged by itself, and the
-            pass skips only if all of them may.
-        device: this rank's.
+        threshold: relative change below which blocks are skipped. Each sample of a pass is compared separately, and the
+            pass skips only if all samples are below it.
+        device: this rank's device.
     """
 
     after_first: ClassVar[bool]
@@ -86,12 +87,13 @@ class BlockCache(ABC):
         self.tally = Tally()
 
     def begin_step(self, degrees: Degrees, active: bool) -> None:
-        """To be called on all ranks before each step.
+        """Prepares for a step; to be called on all ranks before each step.
 
-        Under other degrees another set of ranks shares a sequence, of which only some may remember a pass.
+        If the degrees have changed, all state is dropped: other ranks then share a sequence, and only some of them may
+        remember a pass.
 
         Args:
-            active: whether this step may skip blocks, and remembers them; otherwise its passes are only counted.
+            active: True if this step may skip blocks and remembers its passes; otherwise these are only counted.
         """
         if degrees != self._degrees:
             self._remembered.clear()
@@ -100,10 +102,10 @@ class BlockCache(ABC):
         self.tally = Tally()
 
     def enter(self, key: Hashable, inputs: Hashable, total: Total) -> Pass | None:
-        """One more pass; None where this step may not skip: its passes are only counted.
+        """Begins a pass; returns None if this step may not skip blocks: its passes are only counted.
 
         Args:
-            key: names the pass among those of a step.
+            key: identifies the pass within a step.
             inputs: see `_Remembered.inputs`.
         """
         self.tally.passes += 1
@@ -111,11 +113,11 @@ class BlockCache(ABC):
 
     @abstractmethod
     def _may_skip(self, known: _Remembered, compared: Tensors, total: Total) -> bool:
-        """The same answer on all ranks that share the sequence."""
+        """Returns True if the blocks may be skipped; the same answer on all ranks that share the sequence."""
 
 
 class Pass:
-    """One run through a network's blocks that may skip them; made by `BlockCache.enter`."""
+    """One run through a network's blocks that may skip them; created by `BlockCache.enter`."""
 
     def __init__(self, cache: BlockCache, key: Hashable, inputs: Hashable, total: Total):
         self._cache, self._key, self._inputs, self._total = cache, key, inputs, total
@@ -125,12 +127,12 @@ class Pass:
         self._began: Mark = 0.0
 
     def change(self, compared: Tensors) -> Tensors | None:
-        """What to add in place of the blocks that may be skipped; None where they are to be computed.
+        """Returns the residual to add in place of the blocks that may be skipped, or None if they must be computed.
 
-        All ranks that share the sequence call, and get the same answer.
+        All ranks that share the sequence call it and get the same answer.
 
         Args:
-            compared: what the first block has added, or the modulated input: of tokens that this rank owns.
+            compared: residual of the first block, or the modulated input, for the tokens that this rank owns.
         """
         cache = self._cache
         known = cache._remembered.get(self._key)
@@ -138,27 +140,28 @@ class Pass:
             known = None
         if known is not None and cache._may_skip(known, compared, self._total):
             cache.tally.hits += 1
-            # The fastest: a first run may have included compilation.
+            # The fastest run: the first one may have included compilation.
             cache.tally.skipped_s += min(seconds_between(*timing) for timing in known.timings)
             return known.change
         self._timings = known.timings if known is not None else []
         cache._remembered.pop(self._key, None)
-        known = None  # its tensors are not to take memory beside the blocks' own
+        known = None  # frees its tensors before the blocks need memory
         self._compared, self._began = compared, mark(cache._device)
         return None
 
     def computed(self, change: Tensors) -> None:
-        """Remembers what the blocks have added that could have been skipped."""
+        """Stores the residual of the computed blocks for later steps."""
         self._timings.append((self._began, mark(self._cache._device)))
         self._cache._remembered[self._key] = _Remembered(self._inputs, self._compared, change, self._timings)
 
 
 class FirstBlockCache(BlockCache):
-    """Compares what the first block adds with what it added at the last computed step
+    """Cache that compares the first block's residual with the one of the last computed step
     (https://github.com/chengzeyi/ParaAttention, First Block Cache).
 
     Args:
-        most_in_a_row: hits after which a pass is computed whatever has changed; 0 is no limit.
+        most_in_a_row: number of consecutive hits after which a pass is computed regardless of the change; 0 means no
+            limit.
     """
 
     after_first: ClassVar[bool] = True
@@ -170,16 +173,16 @@ class FirstBlockCache(BlockCache):
     def _may_skip(self, known: _Remembered, compared: Tensors, total: Total) -> bool:
         if known.in_a_row >= self._most_in_a_row:
             return False
-        known.in_a_row += 1  # of no account in case of a miss: that remembers anew
+        known.in_a_row += 1  # has no effect after a miss, which replaces `known`
         return all(change < self._threshold for change in relative_changes(compared, known.compared, total))
 
 
 class TeaCache(BlockCache):
-    """Adds up estimates of how far the output has moved since the last computed step, from the change of the modulated
-    input between any two steps (https://arxiv.org/abs/2411.19108, equations 4 to 7).
+    """Cache that estimates how far the output has changed since the last computed step: the sum of a polynomial of the
+    modulated input's change from each step to the next (https://arxiv.org/abs/2411.19108, equations 4 to 7).
 
     Args:
-        coefficients: of the polynomial that makes the estimate, highest degree first.
+        coefficients: coefficients of the polynomial, highest degree first.
     """
 
     after_first: ClassVar[bool] = False
@@ -195,7 +198,7 @@ class TeaCache(BlockCache):
         return all(distance < self._threshold for distance in known.distances)
 
     def _estimate(self, change: float) -> float:
-        """Outside the range to which they were fitted some polynomials are negative, which no distance is."""
+        """Returns the polynomial of `change`, at least 0: some are negative outside the range of their fit."""
         result = 0.0
         for coefficient in self._coefficients:
             result = result * change + coefficient
@@ -203,12 +206,12 @@ class TeaCache(BlockCache):
 
 
 class StepPasses:
-    """The passes of one request in one step, in the order in which they come.
+    """Passes of one request in one step, in the order of execution.
 
     Args:
-        cache: what they remember.
-        request: names the request and its samples.
-        shape: of the latent.
+        cache: cache that decides about them.
+        request: identifies the request and its samples.
+        shape: shape of the latent.
     """
 
     def __init__(self, cache: BlockCache, request: Hashable, shape: tuple[int, ...], total: Total):
@@ -216,27 +219,27 @@ class StepPasses:
         self._count = 0
 
     def enter(self, split: Hashable) -> Pass | None:
-        """The next pass, see `BlockCache.enter`.
+        """Begins the next pass, see `BlockCache.enter`.
 
         Args:
-            split: who owns which tokens, and other sizes; alike on all ranks that share the sequence.
+            split: assignment of tokens to ranks, and other sizes; the same on all ranks that share the sequence.
         """
         key, self._count = (self._request, self._count), self._count + 1
         return self._cache.enter(key, (self._shape, split), self._total)
 
 
 def block_cache(rule: Mapping[str, Any], device: torch.device) -> BlockCache:
-    """From `settings.CacheSettings.rule`."""
+    """Creates the cache that `settings.CacheSettings.rule` describes."""
     kinds: dict[str, type[BlockCache]] = {"first_block": FirstBlockCache, "teacache": TeaCache}
     arguments = dict(rule)
     return kinds[arguments.pop("kind")](arguments.pop("threshold"), device, **arguments)
 
 
 def relative_changes(new: Tensors, old: Tensors, total: Total) -> list[float]:
-    """Σ|new − old| / Σ|old| of each sample [B, …] of each stream, over the tokens of all ranks: one sum of [2, ΣB]
-    numbers.
+    """Returns Σ|new − old| / Σ|old| for each sample [B, …] of each stream, over the tokens of all ranks, by one sum of
+    [2, ΣB] numbers over the ranks.
 
-    A sample without any size changes infinitely.
+    The change is infinite if Σ|old| is 0.
     """
     parts = ([(a - b).abs_() for a, b in zip(new, old, strict=True)], [b.abs() for b in old])
     sums = torch.stack([torch.cat([x.flatten(1).sum(1, dtype=torch.float32) for x in part]) for part in parts])
@@ -246,7 +249,7 @@ def relative_changes(new: Tensors, old: Tensors, total: Total) -> list[float]:
 
 
 def mark(device: torch.device) -> Mark:
-    """This moment; waits for nothing."""
+    """Returns the current point in the device's work, without waiting for the device."""
     if device.type != "cuda":
         return time.perf_counter()
     event = torch.cuda.Event(enable_timing=True)
@@ -255,7 +258,7 @@ def mark(device: torch.device) -> Mark:
 
 
 def seconds_between(start: Mark, end: Mark) -> float:
-    """To be called when the device has passed both marks."""
+    """Returns the seconds between two marks; only after the device has passed both."""
     if isinstance(start, torch.cuda.Event) and isinstance(end, torch.cuda.Event):
         return start.elapsed_time(end) / 1000
     assert isinstance(start, float) and isinstance(end, float), "two marks of one device"

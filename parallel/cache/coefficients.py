@@ -1,12 +1,12 @@
-"""TeaCache's polynomials: the change of a timestep-modulated input → the change of the network's output.
+"""TeaCache's polynomials, which estimate the change of a network's output from that of a timestep-modulated input.
 
 They were fitted to each model by TeaCache's authors (https://arxiv.org/abs/2411.19108), and published at
 https://github.com/ali-vilab/TeaCache in `TeaCache4HunyuanVideo/teacache_sample_video.py`,
 `TeaCache4FLUX/teacache_flux.py`, `TeaCache4Mochi/teacache_mochi.py`, `TeaCache4LTX-Video/teacache_ltx.py`,
 `TeaCache4Wan2.1/teacache_generate.py` (Wan with `--use_ret_steps`, whose input is the modulation itself, e0) and
 `TeaCache4CogVideoX1.5/teacache_sample_video.py` (whose input is the time embedding); for
-FLUX.1 Kontext at https://github.com/welltop-cn/ComfyUI-TeaCache, `nodes.py`. A model without a published polynomial has
-no TeaCache here: another model's would skip at random.
+FLUX.1 Kontext at https://github.com/welltop-cn/ComfyUI-TeaCache, `nodes.py`. TeaCache is not available here for a model
+without a published polynomial: with another model's, steps would be skipped at random.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 from ..errors import UnsupportedError
 
 Polynomial = tuple[float, ...]
-"""Highest degree first."""
+"""Coefficients, highest degree first."""
 
 HUNYUAN_VIDEO: Polynomial = (7.33226126e02, -4.01131952e02, 6.75869174e01, -3.14987800e00, 9.61237896e-02)
 FLUX: Polynomial = (4.98651651e02, -2.83781631e02, 5.58554382e01, -3.82021401e00, 2.64230861e-01)
@@ -40,7 +40,7 @@ _COGVIDEOX = {
     (48, 16, 2): COGVIDEOX_15,
     (48, 32, 2): COGVIDEOX_15_I2V,
 }
-"""By heads, channels and frames per patch."""
+"""Maps (heads, channels, frames per patch) to polynomials."""
 _HEADS_OF_1_3B, _HEADS_OF_14B = 12, 40
 _LAYERS_OF_LTXV_2B = 28
 _LATENT_PIXELS_OF_480P = 832 * 480 // 64
@@ -49,10 +49,10 @@ _LATENT_PIXELS_OF_480P = 832 * 480 // 64
 def coefficients(
     family: str, config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]] | None = None
 ) -> Polynomial:
-    """The polynomial of a checkpoint, see `settings.CacheSettings.rule` for the arguments.
+    """Returns the polynomial of a checkpoint, see `settings.CacheSettings.rule` for the arguments.
 
     Raises:
-        UnsupportedError: none has been published for it.
+        UnsupportedError: no polynomial has been published for the checkpoint.
     """
     if family == "hunyuan_video":
         return HUNYUAN_VIDEO
@@ -92,7 +92,7 @@ def _of_wan(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]] | N
         if heads == _HEADS_OF_14B and channels == 16:
             return WAN_T2V_14B
     if heads == _HEADS_OF_14B and has_image:
-        # The files for the two sizes look alike, and each is for its size: the size tells which is in use.
+        # The checkpoints for the two resolutions have the same config: the latent's size tells which one is in use.
         height, width = shapes["x"][3:] if shapes is not None else (0, 0)
         return WAN_I2V_480P if height * width <= 1.5 * _LATENT_PIXELS_OF_480P else WAN_I2V_720P
     raise _unknown(

@@ -1,10 +1,10 @@
-"""Skips blocks of a network that runs them itself.
+"""Skips blocks of a network whose own forward calls them.
 
-During one call the forwards of its blocks are replaced: the first one decides. After a hit the others hand on what
-comes in, so that the network's own code between the blocks (ControlNet's residuals, concatenations) finds tensors of
-the right shapes; where the hidden states leave the blocks, they are replaced by the sum of the first block's result and
-what the others have added at an earlier step. Hooks run for skipped blocks, too: those that cut arguments and join
-results are needed, others ask `split.streams.Streams.skipping`.
+During one call the forwards of its blocks are replaced: the first one decides. After a hit the others return their
+inputs, so that the network's own code between the blocks (ControlNet's residuals, concatenations) finds tensors of the
+right shapes; where the hidden states leave the blocks, they are replaced by the hidden states at which the skipped
+blocks start plus the residual that these added at an earlier step. Hooks run for skipped blocks too: those that cut
+arguments and join results are needed, others check `split.streams.Streams.skipping`.
 """
 
 from __future__ import annotations
@@ -27,15 +27,15 @@ from .blocks import Pass, StepPasses, Tensors
 
 @contextmanager
 def cached_blocks(network: nn.Module, plan: Plan, chain: Chain, split: Split, passes: StepPasses) -> Iterator[None]:
-    """While this lasts, `network` may be called once, and skips blocks as `passes` decides. Leaves no trace.
+    """Lets one call of `network` within the context skip blocks as `passes` decides; restores the network on exit.
 
     Args:
-        plan, chain: of its class.
-        split: by which `plan` is in the network.
-        passes: of this call; all ranks that share the sequence have alike ones.
+        plan, chain: plan and chain of the network's class.
+        split: split that has applied `plan` to the network.
+        passes: passes of this call, the same on all ranks that share the sequence.
 
     Raises:
-        PlanError: the network has not the modules and arguments that the chain names, or did not go through them.
+        PlanError: the network lacks modules or arguments that the chain names, or the call did not run through them.
     """
     call = _Call(network, plan, chain, split, passes)
     with ExitStack() as during:
@@ -46,7 +46,7 @@ def cached_blocks(network: nn.Module, plan: Plan, chain: Chain, split: Split, pa
 
 
 class _Call:
-    """What happens during one call of the network."""
+    """Replacement forwards and state of one call of the network."""
 
     def __init__(self, network: nn.Module, plan: Plan, chain: Chain, split: Split, passes: StepPasses):
         self._network, self._plan, self._chain, self._split, self._passes = network, plan, chain, split, passes
@@ -55,14 +55,14 @@ class _Call:
         rule = plan[next(iter(chain.blocks))].cut[chain.hidden]
         self._rules: tuple[Tokens | Grid, ...] = rule if isinstance(rule, tuple) else (rule,)
         self._dims = [rule.dim if isinstance(rule, Tokens) else 1 for rule in self._rules]
-        """Of the hidden states' tokens."""
+        """Token dimension of the hidden states, for each stream."""
         self._pass: Pass | None = None
         self._start: Tensors = ()
-        """Where the blocks that may be skipped start from; after a hit, where they end."""
+        """Hidden states before the blocks that may be skipped; after a hit, those after them."""
         self._entered = self._left = False
 
     def forwards(self) -> Iterator[tuple[nn.Module, Forward]]:
-        """Each module of the chain, and what replaces its forward."""
+        """Yields each module of the chain with the forward that replaces its own."""
         chained = [(path, number) for path in self._chain.blocks for number in range(len(self._lists.get(path, ())))]
         for path, modules in self._lists.items():
             returned = {**self._chain.blocks, **self._chain.beside}[path].split()
@@ -81,20 +81,21 @@ class _Call:
             yield module, self._exit(module.forward, self._arguments(module, path, [name]), name)
 
     def check(self) -> None:
-        """After the call: what did not go through the chain is not cached, or wrong.
+        """Checks, after the call, that it ran through the chain: otherwise it was not cached, or its result is wrong.
 
         Raises:
-            PlanError: naming where it went astray.
+            PlanError: the call left the chain; the message says where.
         """
         if not self._entered:
             raise self._astray(f"did not run {next(iter(self._lists), 'its blocks')}")
         if self._pass is not None and not self._left:
             raise self._astray(f"left its blocks without passing {self._chain.leave or 'the last one'}")
 
-    # --- what replaces the forwards -------------------------------------------------------------------------------
+    # --- replacement forwards -------------------------------------------------------------------------------------
 
     def _first(self, module: nn.Module, inner: Forward, names: list[str], returned: list[str]) -> Forward:
-        """Decides, after the block or before it. What is kept is cloned, since blocks work in place."""
+        """Returns the first block's forward, which decides before or after the block. It clones the tensors that it
+        keeps, since blocks work in place."""
 
         def forward(*args: Any, **kwargs: Any) -> Any:
             given = dict(zip(names, args, strict=False)) | kwargs
@@ -119,7 +120,7 @@ class _Call:
         return forward
 
     def _last(self, inner: Forward, returned: list[str]) -> Forward:
-        """The hidden states leave in its result."""
+        """Returns the forward of the last block, if the hidden states leave in its result."""
 
         def forward(*args: Any, **kwargs: Any) -> Any:
             result = inner(*args, **kwargs)
@@ -128,7 +129,7 @@ class _Call:
         return forward
 
     def _exit(self, original: Forward, names: list[str], leaving: str) -> Forward:
-        """The hidden states leave by one of its arguments."""
+        """Returns the forward of the module through whose argument `leaving` the hidden states leave."""
 
         def forward(*args: Any, **kwargs: Any) -> Any:
             if leaving in kwargs:
@@ -148,8 +149,10 @@ class _Call:
             self._split.streams.skipping = True
 
     def _leave(self, value: Any) -> Any:
-        """The hidden states at the end, to be remembered or to be replaced; `value` may have other tokens before
-        them."""
+        """Remembers the residual of the hidden states that leave the blocks or, after a hit, replaces these states.
+
+        `value` may have other tokens before them.
+        """
         if self._pass is None:
             return value
         found, start, self._start, self._left = _tensors(value), self._start, (), True
@@ -166,7 +169,7 @@ class _Call:
         return new[0] if isinstance(value, Tensor) else type(value)(new)
 
     def _modulated(self, module: nn.Module, given: Mapping[str, Any], args: Any, kwargs: Any) -> Tensor:
-        """What TeaCache compares, of this rank's own tokens where it has a value for each."""
+        """Returns the tensor that TeaCache compares, reduced to this rank's own tokens if it has a token dimension."""
         name = self._chain.modulated
         value = given[name] if name in given else _input_of(module, name, args, kwargs)
         assert isinstance(value, Tensor)
@@ -175,7 +178,7 @@ class _Call:
         return self._owned([value])[0] if per_token else value
 
     def _owned(self, values: Sequence[Tensor]) -> Tensors:
-        """[B, S_r, …] → [B, …] of the tokens that this rank owns; [S_r, …] of a network without batches → [1, …]."""
+        """Selects the tokens that this rank owns: [B, S_r, …] → [B, …]; without a batch, [S_r, …] → [1, …]."""
         streams = self._split.streams
         owned = []
         for rule, dim, value in zip(self._rules, self._dims, values, strict=True):
@@ -186,7 +189,7 @@ class _Call:
         return tuple(owned)
 
     def _sizes(self, hidden: Tensors) -> Hashable:
-        """Alike on all ranks: their tokens differ in number."""
+        """Returns sizes and split, the same on all ranks although these differ in their number of tokens."""
         streams = self._split.streams
         if streams.ranks.size == 1:
             return tuple(x.shape for x in hidden)
@@ -200,10 +203,10 @@ class _Call:
             raise self._astray(f"has no module {path!r}") from None
 
     def _arguments(self, module: nn.Module, path: str, needed: Sequence[str], positional: str = "") -> list[str]:
-        """Names of its forward's arguments, or those that its plan gives them.
+        """Returns the names of the arguments of the module's forward, or those that its plan assigns to them.
 
         Raises:
-            PlanError: one that is needed is not among them.
+            PlanError: an argument in `needed` is not among them.
         """
         parameters = inspect.signature(type(module).forward).parameters
         names = argument_names(module, positional)
@@ -221,19 +224,19 @@ class _Call:
 
 
 class _Reached(Exception):
-    """A submodule has been reached."""
+    """Raised to stop a forward at the submodule whose input is read."""
 
 
 def _input_of(module: nn.Module, path: str, args: Any, kwargs: Any) -> Tensor:
-    """What goes into a submodule, for which as much of the module runs as stands before it."""
+    """Returns the input of the submodule at `path`, for which the module's forward runs up to that submodule."""
     found: list[Tensor] = []
 
     def stop(submodule: nn.Module, inputs: Any) -> NoReturn:
         found.append(inputs[0])
         raise _Reached
 
-    # First of all hooks: another one may expect that the submodule runs. Not what compiles the module, which may
-    # leave hooks out.
+    # This hook is the first: another one may expect that the submodule runs. The class's forward is called, not a
+    # compiled one, which may omit hooks.
     handle = module.get_submodule(path).register_forward_pre_hook(stop, prepend=True)
     try:
         type(module).forward(module, *args, **kwargs)
@@ -249,12 +252,12 @@ def _tensors(value: Any) -> Tensors:
 
 
 def _item(result: Any, returned: list[str], name: str) -> Any:
-    """The result that goes by this name; the only one goes by any."""
+    """Returns the result called `name`; a single result has any name."""
     return result if len(returned) == 1 else result[returned.index(name)]
 
 
 def _with_item(result: Any, returned: list[str], name: str, make: Callable[[Any], Any]) -> Any:
-    """The results, with that of this name replaced."""
+    """Returns the results, with the one called `name` passed through `make`."""
     if len(returned) == 1:
         return make(result)
     place = returned.index(name)

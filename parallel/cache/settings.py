@@ -1,4 +1,4 @@
-"""What a user asks of a cache, and the rule that this makes for the workers."""
+"""Settings of the cache nodes, and the rule that the workers get from them."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 @dataclass(kw_only=True, slots=True, frozen=True)
 class CacheSettings(ABC):
-    """What both caches have in common."""
+    """Settings common to both caches."""
 
     name: ClassVar[str]
-    """The node's, for messages."""
+    """Name of the node, for messages."""
     start_percent: float = 0.0
-    """Part of the sampling, 0 to 1, before which every step is computed; 0 caches from the start."""
+    """Fraction of the sampling, 0 to 1, before which every step is computed; 0 caches from the start."""
     end_percent: float = 1.0
-    """Part of the sampling, 0 to 1, after which every step is computed; 1 caches to the end."""
+    """Fraction of the sampling, 0 to 1, after which every step is computed; 1 caches to the end."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.start_percent <= self.end_percent <= 1:
@@ -34,26 +34,26 @@ class CacheSettings(ABC):
 
     @abstractmethod
     def rule(self, family: str, config: Mapping[str, Any], shapes: Shapes | None = None) -> dict[str, Any]:
-        """Plain data for `blocks.block_cache`.
+        """Returns the arguments of `blocks.block_cache` as plain data.
 
         Args:
             family, config: see `plans.published`.
-            shapes: those of a step's inputs; without them the answer may be of another step.
+            shapes: shapes of a step's inputs; without them the rule may be that of another step.
 
         Raises:
-            UnsupportedError: this cache does not know the model, or this variant of it.
+            UnsupportedError: this cache does not support the model, or this variant of it.
         """
 
 
 @dataclass(kw_only=True, slots=True, frozen=True)
 class FirstBlockCacheSettings(CacheSettings):
-    """The First Block Cache (SP) node as data."""
+    """Settings of the First Block Cache (SP) node."""
 
     name: ClassVar[str] = "First Block Cache (SP)"
     residual_diff_threshold: float
     """Relative change (L1) of what the first block adds, below which the other blocks are skipped; 0 never skips."""
     max_consecutive_hits: int = 0
-    """Steps that may be skipped in a row; 0 is no limit."""
+    """Number of consecutive steps that may be skipped; 0 means no limit."""
 
     def __post_init__(self) -> None:
         # `super()` without arguments does not find the class that `slots` makes
@@ -73,11 +73,11 @@ class FirstBlockCacheSettings(CacheSettings):
 
 @dataclass(kw_only=True, slots=True, frozen=True)
 class TeaCacheSettings(CacheSettings):
-    """The TeaCache (SP) node as data."""
+    """Settings of the TeaCache (SP) node."""
 
     name: ClassVar[str] = "TeaCache (SP)"
     rel_l1_thresh: float
-    """Estimated relative change (L1) of the output, added up since the last computed step, below which the blocks are
+    """Estimated relative change (L1) of the output, summed since the last computed step, below which the blocks are
     skipped; 0 never skips."""
 
     def __post_init__(self) -> None:

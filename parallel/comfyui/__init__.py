@@ -1,1 +1,2 @@
-"""What imports ComfyUI: its models, built by its own code. For the nodes in ComfyUI's process, and the workers."""
+"""Code that imports ComfyUI, whose models are built by its own code. For the nodes in ComfyUI's process, and the
+workers."""

@@ -11,7 +11,7 @@ from ..errors import UnsupportedError
 
 
 def registered(name: str) -> Callable[..., Tensor]:
-    """The attention function that ComfyUI has under this name.
+    """Returns the attention function that ComfyUI has registered under this name.
 
     Raises:
         UnsupportedError: there is none.
@@ -23,6 +23,6 @@ def registered(name: str) -> Callable[..., Tensor]:
 
 
 def computes(name: str) -> str:
-    """What a function computes with, by the names of `attention.kernels`: `sage` and int8 with 8 bits, all others
-    exactly."""
+    """Returns the name in `attention.kernels` of the kernel that a function computes with: `sage` for functions named
+    after sage or int8, which compute with 8 bits; `sdpa` for all others, which are exact."""
     return "sage" if "sage" in name or "int8" in name else "sdpa"

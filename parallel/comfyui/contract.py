@@ -1,6 +1,6 @@
-"""Everything of ComfyUI that this pack relies on, as data, and what of it a ComfyUI does not have.
+"""Contract with ComfyUI: all of its symbols that this pack relies on, as data, and the check of a ComfyUI against them.
 
-Nothing of ComfyUI is imported here: at start the modules that it has loaded itself are looked at, and
+Imports nothing of ComfyUI: at start it inspects the modules that ComfyUI has loaded itself, and
 `python -m parallel contract` reads source files.
 """
 
@@ -25,32 +25,32 @@ log = logging.getLogger("sequence_parallel")
 
 
 class View(Protocol):
-    """A ComfyUI: its source files, or what of it is loaded."""
+    """View of a ComfyUI: its source files, or its loaded modules."""
 
     def find(self, module: str, names: Sequence[str]) -> Found | None:
-        """A symbol; None where this view does not know its module.
+        """Returns a symbol; None where this view does not know the symbol's module.
 
         Raises:
-            Missing: there is none.
+            Missing: the symbol does not exist.
         """
 
 
 class Part(NamedTuple):
-    """Symbols of one use.
+    """Symbols that one use needs.
 
     Each line is a module of ComfyUI's, or below it one of
 
-    - `A.b`: it is there; also an attribute that A's methods set.
+    - `A.b`: it exists; attributes that A's methods set count, too.
     - `A.b(_, name=_)`: it can be called with these arguments.
-    - `A.b <- x, y=0, **rest`: what takes its place, or wraps it, is called with A.b's own arguments, and takes these:
-      their names and order are the same, and there is no other, unless `**rest` takes it. 0: not always given.
+    - `A.b <- x, y=0, **rest`: the pack's replacement or wrapper of A.b is called with A.b's own arguments, and takes
+      these: names and order must be the same, and A.b has no others, unless `**rest` takes them. 0: not always passed.
     - `A.b["x", "y"]`: its code uses these names or texts.
 
-    A question mark before a line: older versions lack it, and are fine without.
+    A question mark before a line: older versions lack the symbol, and work without it.
     """
 
     affects: str
-    """What breaks, for the user."""
+    """Features that break, in words for the user."""
     symbols: str
 
 
@@ -387,7 +387,7 @@ PARTS = {
 
 @dataclass(frozen=True)
 class Symbol:
-    """A line of a part, see there."""
+    """Parsed line of a `Part`."""
 
     module: str
     names: tuple[str, ...]
@@ -401,7 +401,7 @@ class Symbol:
         return ".".join([self.module, *self.names])
 
     def difference(self, found: Found) -> str:
-        """What does not fit; empty where it fits, or where that cannot be told."""
+        """Returns how the found symbol differs; empty if it fits, or if this cannot be determined."""
         if self.call is not None and found.signature is not None:
             try:
                 found.signature.bind(*self.call.args, **{str(word.arg): ... for word in self.call.keywords})
@@ -414,7 +414,7 @@ class Symbol:
 
 
 def _unlike(theirs: inspect.Signature, ours: inspect.Signature) -> str:
-    """Why what takes `ours` cannot be called as what takes `theirs`."""
+    """Returns why a function with the parameters `ours` cannot be called as one with `theirs`; empty if it can."""
     kinds = {each.kind for each in ours.parameters.values()}
     named = [each for each in ours.parameters.values() if each.kind is each.POSITIONAL_OR_KEYWORD]
     given = [
@@ -430,7 +430,7 @@ def _unlike(theirs: inspect.Signature, ours: inspect.Signature) -> str:
 
 
 def symbols(part: Part) -> Iterator[Symbol]:
-    """The lines of a part, read."""
+    """Parses the lines of a part."""
     module = ""
     for line in textwrap.dedent(part.symbols).strip().splitlines():
         if not line[0].isspace():
@@ -452,7 +452,7 @@ def symbols(part: Part) -> Iterator[Symbol]:
 
 
 def differences(view: View) -> dict[str, list[str]]:
-    """What of the contract a ComfyUI does not fit → the parts that it affects."""
+    """Returns the differences of a ComfyUI from the contract → the parts that each affects."""
     found: dict[str, list[str]] = {}
     for name, part in PARTS.items():
         for symbol in symbols(part):
@@ -467,16 +467,16 @@ def differences(view: View) -> dict[str, list[str]]:
 
 
 def describe(found: Mapping[str, Sequence[str]]) -> list[str]:
-    """A line for each difference: what it is, and what it affects."""
+    """Returns a line for each difference: the difference, and the features that it affects."""
     return [f"{what} (affects {'; '.join(PARTS[name].affects for name in parts)})" for what, parts in found.items()]
 
 
-# --- of ComfyUI as it runs --------------------------------------------------------------------------------------------
+# --- the ComfyUI that runs --------------------------------------------------------------------------------------------
 
 
 @functools.cache
 def changed() -> dict[str, list[str]]:
-    """The differences of the ComfyUI that this process has imported; logged at the first call."""
+    """Returns the differences of the ComfyUI that this process has imported; logged at the first call."""
     found = differences(Loaded())
     if found:
         log.warning("%s", _message(found))
@@ -484,17 +484,17 @@ def changed() -> dict[str, list[str]]:
 
 
 def require(*parts: str) -> None:
-    """Refuses to go on with a ComfyUI that does not fit these parts; without any, one that differs in anything.
+    """Refuses a ComfyUI that does not fit these parts; without arguments, one that differs in anything.
 
     Raises:
-        UnsupportedError: naming what is different, and the versions that are known to work.
+        UnsupportedError: naming the differences, and the versions that are known to work.
     """
     if found := {what: of for what, of in changed().items() if not parts or set(parts) & set(of)}:
         raise UnsupportedError(_message(found))
 
 
 def fits(part: str) -> bool:
-    """Whether a part can be used; for what all else works without."""
+    """Returns True if a part can be used; for features without which everything else works."""
     return not any(part in parts for parts in changed().values())
 
 

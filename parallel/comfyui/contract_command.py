@@ -1,4 +1,4 @@
-"""`python -m parallel contract`: holds the contract against source files of a ComfyUI."""
+"""`python -m parallel contract`: checks source files of a ComfyUI against the contract."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from .contract_readers import Sources
 
 
 def hold(paths: Sequence[str]) -> tuple[dict[str, Any], str, int]:
-    """Compares ComfyUI trees, and single files of one ComfyUI, of which only what they define is compared.
+    """Checks ComfyUI trees, and single files of one ComfyUI, for which only the modules that they define are checked.
 
     Returns:
-        {tree, or "files": {difference: parts that it affects}}, text for people, and 1 if there is a difference.
+        {tree, or "files": {difference: parts that it affects}}, text for the user, and 1 if there is a difference.
 
     Raises:
         ConfigError: a path is no tree or file of ComfyUI's that the pack relies on.
@@ -41,7 +41,8 @@ def hold(paths: Sequence[str]) -> tuple[dict[str, Any], str, int]:
 
 
 def _module_of(path: Path, modules: Sequence[str]) -> str:
-    """The module that a file is of: the one whose path it ends with, or that is called so in its last part."""
+    """Returns the module that a file defines: the one whose whole name the file's path ends with, or whose last part is
+    the file's name."""
     if not path.is_file():
         raise ConfigError(f"the path is {path}, which does not exist; give a folder or file of ComfyUI's")
     parts = path.with_suffix("").parts

@@ -1,4 +1,4 @@
-"""What a symbol of ComfyUI's is in this process: the modules that ComfyUI has imported are looked at, nothing more."""
+"""Looks up symbols of ComfyUI's in this process: inspects the modules that ComfyUI has imported, and nothing more."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .contract_readers import Found, Missing
 
 
 class Loaded:
-    """The modules that this process has imported. A module that exists and is not imported is unknown."""
+    """Modules that this process has imported. A module that exists but is not imported is unknown."""
 
     def find(self, module: str, names: Sequence[str]) -> Found | None:
         here: Any = sys.modules.get(module)

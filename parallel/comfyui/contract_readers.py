@@ -1,4 +1,4 @@
-"""What a symbol of ComfyUI's is, read from source files by `ast`: nothing of them is imported, nothing runs."""
+"""Reads symbols of ComfyUI's from source files with `ast`: imports and runs nothing of them."""
 
 from __future__ import annotations
 
@@ -11,22 +11,23 @@ from typing import Any
 
 
 class Missing(Exception):
-    """Carries how much of a symbol's name is not there: all of it, or a beginning."""
+    """Raised if a symbol does not exist; carries its name up to the first part that is missing."""
 
 
 @dataclass(frozen=True)
 class Found:
-    """What a symbol is, as far as it can be told."""
+    """Properties of a symbol, as far as they can be determined."""
 
     signature: inspect.Signature | None = None
-    """Without `self`; None where it is no function or class, or cannot be told."""
+    """Signature without `self`; None if the symbol is no function or class, or if it cannot be determined."""
     words: frozenset[str] | None = None
-    """Names and texts in its code; None where it has none."""
+    """Names and texts in its code; None if it has none."""
 
 
 @dataclass(frozen=True)
 class _Item:
-    """A module, class or function of the sources; without a node, what another library or an expression gives."""
+    """A module, class or function of the sources; without a node, an item of another library, or the value of an
+    expression."""
 
     module: str
     node: ast.AST | None = None
@@ -34,10 +35,10 @@ class _Item:
 
 
 class Sources:
-    """Source files, which are parsed when they are needed.
+    """Source files, parsed on demand.
 
     Args:
-        files: the folder of a whole tree, or module → file, of single ones.
+        files: the folder of a whole tree, or a mapping of modules to single files.
     """
 
     def __init__(self, files: Path | Mapping[str, Path]):
@@ -73,7 +74,7 @@ class Sources:
         return self._trees[module]
 
     def _member(self, item: _Item, name: str) -> _Item | None:
-        """What `name` is in a module or a class; None where it is nothing."""
+        """Returns the item that `name` denotes in a module or a class; None if there is none."""
         if not isinstance(item.node, ast.Module | ast.ClassDef):
             return _Item(item.module)
         for node in _statements(item.node.body):
@@ -96,7 +97,7 @@ class Sources:
         return next((found for base in classes if (found := self._member(base, name)) is not None), None)
 
     def _resolved(self, module: str, expression: ast.expr | None) -> _Item:
-        """What a dotted name means in a module."""
+        """Returns the item that a dotted name denotes in a module."""
         item: _Item | None = _Item(module, self._tree(module))
         for name in dotted(expression):
             item = None if item is None or item.node is None else self._member(item, name)
@@ -116,7 +117,7 @@ class Sources:
         return None if tree is None else self._member(_Item(module, tree), name)
 
     def _source(self, module: str, node: ast.Import | ast.ImportFrom) -> str:
-        """The module that names are imported from."""
+        """Returns the module that names are imported from."""
         assert isinstance(node, ast.ImportFrom)
         package = module.split(".") if module in self._packages else module.split(".")[:-1]
         start = package[: len(package) - node.level + 1] if node.level else []
@@ -142,7 +143,7 @@ _DEFINITIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
 
 
 def signature_of(taken: ast.arguments) -> inspect.Signature:
-    """A function's, without annotations; defaults are `...`."""
+    """Returns a function's signature without annotations; defaults are `...`."""
     positional = [*taken.posonlyargs, *taken.args]
     defaults = [None] * (len(positional) - len(taken.defaults)) + taken.defaults
     return inspect.Signature(
@@ -166,7 +167,7 @@ def _parameter(name: str, kind: Any, default: ast.expr | None) -> inspect.Parame
 
 
 def _statements(body: Iterable[ast.stmt]) -> Iterator[ast.stmt]:
-    """Of a module or class, those inside of if, try and with among them."""
+    """Yields the statements of a module or class, including those inside `if`, `try` and `with`."""
     for node in body:
         yield node
         if not isinstance(node, _DEFINITIONS):
@@ -181,13 +182,13 @@ def _bound(node: ast.Assign | ast.AnnAssign) -> set[str]:
 
 
 def dotted(expression: ast.expr | None) -> list[str]:
-    """`a.b` → ["a", "b"]; of anything else nothing."""
+    """Splits `a.b` into ["a", "b"]; returns an empty list for any other expression."""
     names = ast.unparse(expression).split(".") if isinstance(expression, ast.Name | ast.Attribute) else []
     return names if all(map(str.isidentifier, names)) else []
 
 
 def _set_in_methods(node: ast.ClassDef) -> set[str]:
-    """Attributes that its methods set, on an instance or the class."""
+    """Returns the attributes that the methods set, on an instance or the class."""
     stored = (n for n in ast.walk(node) if isinstance(n, ast.Attribute) and isinstance(n.ctx, ast.Store))
     return {n.attr for n in stored if isinstance(n.value, ast.Name)}
 

@@ -1,4 +1,4 @@
-"""A diffusion model's file, as ComfyUI's own loader sees it. Nothing is read but the header: the file is mapped."""
+"""Detects a diffusion model's file as ComfyUI's own loader does. Only the header is read: the file is mapped."""
 
 from __future__ import annotations
 
@@ -32,49 +32,51 @@ _FOREIGN_FORMATS = {
     ".absmax": "bitsandbytes",
     ".SCB": "bitsandbytes int8",
 }
-"""Formats that ComfyUI does not know, by the tensors that only they have; the first match counts."""
+"""Formats that ComfyUI does not know, by the suffixes of tensors that only they have; the first match counts."""
 _ELSEWHERE = {_SVDQUANT: ", or the loader of the pack ComfyUI-nunchaku, which runs this one on one GPU"}
 
 
 _CHOICE = ".comfy_attention.config"
-"""How ComfyUI's name ends for the tensor that says which attention a module prefers."""
+"""Suffix of ComfyUI's name for the tensor that says which attention a module prefers."""
 
 
 @dataclass(frozen=True, slots=True)
 class Detected:
-    """What ComfyUI makes of a file."""
+    """Result of ComfyUI's detection of a file."""
 
     model_config: Any
     """ComfyUI's `supported_models` entry, with the dtypes set."""
     state: dict[str, Tensor]
-    """Of the network, mapped, by the file's names without a prefix."""
+    """Tensors of the network, mapped, by the file's names without a prefix."""
     storage: torch.dtype
-    """Of weights that are not quantised."""
+    """Dtype of weights that are not quantised."""
     checkpoint: dict[str, Tensor] = field(default_factory=dict)
-    """The whole of a checkpoint, by its own names: text encoders and VAEs, and marks that decide how it is sampled."""
+    """All tensors of a checkpoint, by its own names: also text encoders and VAEs, and marks that decide how it is
+    sampled."""
     prefix: str = ""
-    """Of the network's names in it."""
+    """Prefix of the network's names in `checkpoint`."""
     is_gguf: bool = False
     path: str = ""
 
     def base_model(self, device: torch.device | None = None) -> Any:
-        """ComfyUI's `BaseModel` of the file, without weights."""
+        """Builds ComfyUI's `BaseModel` of the file, without weights."""
         return self.model_config.get_model(self.checkpoint or dict(self.state), self.prefix, device=device)
 
     @property
     def compute(self) -> torch.dtype:
-        """Of arithmetic, latents and conditioning."""
+        """Dtype of arithmetic, latents and conditioning."""
         return self.model_config.manual_cast_dtype or self.storage
 
     def named_as_in_the_network(self) -> dict[str, Tensor]:
-        """The tensors by the network's names; some may be made of several of the file's."""
+        """Returns the tensors by the network's names; some may be built from several of the file's."""
         return {name: tensor for name, tensor in self._named().items() if not name.endswith(_CHOICE)}
 
     def attention_choices(self, network: nn.Module) -> tuple[dict[str, Tensor], list[str]]:
-        """Which attention the file chooses for modules, in JSON; newer ComfyUI's networks have a module for each.
+        """Finds the attention that the file chooses for modules, in JSON; newer ComfyUI's networks have a module for
+        each.
 
         Returns:
-            Choices by the network's names; those that have no place in it, as with an older ComfyUI.
+            Choices by the network's names; names of choices without a module in it, as with an older ComfyUI.
         """
         if not any(name.endswith(_CHOICE) for name in self.state):
             return {}, []
@@ -84,7 +86,7 @@ class Detected:
         return {name: tensor for name, tensor in found.items() if name not in homeless}, homeless
 
     def quantised_as(self) -> str:
-        """The formats of the file's quantised layers; empty where there are none. Reads their descriptions.
+        """Returns the formats of the file's quantised layers; empty if there are none. Reads their descriptions.
 
         Raises:
             CheckpointError: a description is damaged.
@@ -94,7 +96,7 @@ class Detected:
         return ", ".join(sorted({self._format(f"{layer}{_QUANTISED}") for layer in quantised_layers(self.state)}))
 
     def _format(self, name: str) -> str:
-        """What the tensor `name` says in JSON; ComfyUI reads the same."""
+        """Returns the format from the JSON in the tensor `name`; ComfyUI reads the same."""
         tensor = self.state[name]
         try:
             if tensor.nbytes > _LONGEST_DESCRIPTION:
@@ -110,19 +112,19 @@ class Detected:
 def detect(
     path: str, weight_dtype: torch.dtype | None, device: torch.device, *, checkpoint: bool = False, pack: str = ""
 ) -> Detected:
-    """Goes the way of `comfy.sd.load_diffusion_model_state_dict`, as far as the choice of class and dtypes.
+    """Follows `comfy.sd.load_diffusion_model_state_dict` up to the choice of class and dtypes.
 
     Args:
-        path: a safetensors or GGUF file, or a diffusers folder that ComfyUI converts, or of CogVideoX.
-        weight_dtype: what the user chose; None leaves it to ComfyUI.
-        device: that the network will run on.
-        pack: folder of ComfyUI-GGUF, for GGUF files: as its loader, this leaves marks of ComfyUI's own formats alone.
-        checkpoint: goes the way of `comfy.sd.load_state_dict_guess_config` instead, which also looks at what lies
-            beside the network. The network is the same either way.
+        path: a safetensors or GGUF file, a diffusers folder that ComfyUI converts, or a diffusers folder of CogVideoX.
+        weight_dtype: the user's choice; None leaves it to ComfyUI.
+        device: device that the network will run on.
+        pack: folder of ComfyUI-GGUF, for GGUF files: like its loader, this leaves marks of ComfyUI's own formats alone.
+        checkpoint: follows `comfy.sd.load_state_dict_guess_config` instead, which also considers the tensors beside the
+            network. The network is the same either way.
 
     Raises:
-        CheckpointError: it is damaged.
-        UnknownModelError: ComfyUI does not recognise it, or not how it is quantised.
+        CheckpointError: the file is damaged.
+        UnknownModelError: ComfyUI does not recognise the model or its quantisation.
         UnsupportedError: a GGUF file, without a pack.
     """
     is_gguf = path.endswith(gguf.SUFFIX)
@@ -153,7 +155,7 @@ def detect(
         if config is None and (converted := comfy.model_detection.convert_diffusers_mmdit(state, "")) is not None:
             state = converted
             config = comfy.model_detection.model_config_from_unet(state, "")
-    except Exception as error:  # of a file that only resembles one, ComfyUI's code asks for what is not there
+    except Exception as error:  # on a file that only resembles one, ComfyUI's code looks up what is missing
         raise UnknownModelError(f"{path}: this ComfyUI's detection fails ({type(error).__name__}: {error})") from error
     if config is None:
         raise UnknownModelError(f"{path}: this ComfyUI does not recognise the model")
@@ -174,7 +176,7 @@ def detect(
 
 
 def _of_a_network(state: dict[str, Tensor], metadata: Any, *, convert: bool) -> tuple[dict[str, Tensor], Any]:
-    """A diffusion model's tensors without a prefix, and metadata.
+    """Returns a diffusion model's tensors without a prefix, and the metadata.
 
     Args:
         convert: replaces marks of older quantised layouts.
@@ -190,7 +192,7 @@ def _of_a_network(state: dict[str, Tensor], metadata: Any, *, convert: bool) -> 
 
 
 def _read(path: str) -> tuple[dict[str, Tensor], Any]:
-    """Tensors, mapped, and metadata.
+    """Returns the tensors, mapped, and the metadata.
 
     Raises:
         CheckpointError: the file is damaged.
@@ -206,15 +208,15 @@ def _read(path: str) -> tuple[dict[str, Tensor], Any]:
 
 
 def quantised_layers(names: Iterable[str]) -> set[str]:
-    """Layers that the file has quantised, each with the dot behind its name."""
+    """Returns the layers that the file has quantised, each with the dot that follows its name."""
     return {name.removesuffix(_QUANTISED) for name in names if name.endswith(f".{_QUANTISED}")}
 
 
 _QUANTISED = "comfy_quant"
-"""ComfyUI's name for the tensor that says how a layer is quantised, in JSON."""
+"""ComfyUI's name for the tensor that describes how a layer is quantised, in JSON."""
 _LONGEST_DESCRIPTION = 1 << 16
 
 
 def shapes(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors without their data, quantised ones with the shape of their values."""
+    """Returns the tensors without their data, quantised ones with the shape of their values."""
     return {name: torch.empty(tensor.shape, dtype=tensor.dtype, device="meta") for name, tensor in state.items()}

@@ -1,6 +1,6 @@
-"""Diffusers folders of models that ComfyUI has the class of, and no conversion for.
+"""Diffusers folders of models whose class ComfyUI has, but for which it has no conversion.
 
-CogVideoX, whose version 1.5 is published in no other form. Its tensors are the same under other names.
+This is CogVideoX, whose version 1.5 is published in no other form. Its tensors are the same under other names.
 """
 
 from __future__ import annotations
@@ -24,20 +24,20 @@ _NAMES = [
     (r"\.ff\.net\.2\.", ".ff_out."),
     (r"^(time|ofs)_embedding\.linear_(\d)\.", r"\1_embedding_linear_\2."),
 ]
-"""Diffusers' → ComfyUI's."""
+"""Patterns of diffusers' names, and the replacements that give ComfyUI's."""
 _SIZES = (
     "sample_width", "sample_height", "sample_frames", "max_text_seq_length", "temporal_compression_ratio",
     "spatial_interpolation_scale", "temporal_interpolation_scale", "use_rotary_positional_embeddings",
     "use_learned_positional_embeddings",
 )  # fmt: skip
-"""Of `config.json`, what a file's tensors do not tell; both classes call it so."""
+"""Entries of `config.json` that cannot be derived from a file's tensors; both classes use these names."""
 
 
 def in_comfyuis_names(path: str, state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
-    """A folder's tensors by ComfyUI's names, and what of its configuration the tensors do not tell.
+    """Renames a folder's tensors to ComfyUI's names.
 
     Returns:
-        None for a folder of another class.
+        The tensors, and the configuration that cannot be derived from them; None for a folder of another class.
     """
     try:
         config = read_json(Path(path) / "config.json")

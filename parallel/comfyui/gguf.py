@@ -1,7 +1,7 @@
-"""GGUF files, by the code of the pack ComfyUI-GGUF: its reader, its layers, its way with LoRAs.
+"""GGUF files, handled by the code of the pack ComfyUI-GGUF: its reader, its layers, its handling of LoRAs.
 
-Its tensors are bytes that a layer restores each time it computes. ComfyUI's process takes the modules that it has
-loaded already; a worker imports the same files, without the pack's nodes.
+The pack's tensors are bytes that a layer dequantises each time it computes. ComfyUI's process uses the modules of the
+pack that are already loaded; a worker imports the same files, without the pack's nodes.
 """
 
 from __future__ import annotations
@@ -27,15 +27,16 @@ from . import gguf_header
 SUFFIX = ".gguf"
 PACK = "ComfyUI-GGUF"
 LOADER = "UnetLoaderGGUF"
-"""Its node *Unet Loader (GGUF)*."""
+"""Class name of its node *Unet Loader (GGUF)*."""
 _ALONE = "sequence_parallel_gguf"
-"""Its name in a worker, where ComfyUI has not loaded it."""
+"""Module name of the pack in a worker, where ComfyUI has not loaded it."""
 _FUNCTIONS = {"swap_scale_shift": comfy.utils.swap_scale_shift}
-"""What ComfyUI's LoRA names can do to a patch, for layers that other libraries have the other way round."""
+"""Functions that ComfyUI's LoRA names can apply to a patch, for layers that other libraries store the other way
+round."""
 
 
 def installed(nodes: Mapping[str, type]) -> str:
-    """The pack's folder, if ComfyUI has loaded it; else empty.
+    """Returns the pack's folder if ComfyUI has loaded it; else an empty string.
 
     Args:
         nodes: ComfyUI's `NODE_CLASS_MAPPINGS`.
@@ -47,7 +48,7 @@ def installed(nodes: Mapping[str, type]) -> str:
 
 
 def refusal(path: str) -> UnsupportedError:
-    """The error for a GGUF file without the pack."""
+    """Returns the error for a GGUF file without the pack."""
     return UnsupportedError(
         f"{path} is a GGUF file, which is read by the pack {PACK} (city96/{PACK}, the node Unet Loader (GGUF)); it is"
         " not installed here, or did not load. Install it, or use the model's safetensors file"
@@ -55,10 +56,11 @@ def refusal(path: str) -> UnsupportedError:
 
 
 def read(path: str, folder: str) -> dict[str, Tensor]:
-    """A file's tensors, mapped: quantised ones of the pack's class, with the shape of their values, the others plain.
+    """Returns a file's tensors, mapped: quantised ones of the pack's class, with the shape of their values, others
+    plain.
 
     Args:
-        folder: the pack's.
+        folder: folder of the pack; empty if there is none.
 
     Raises:
         UnsupportedError: there is no pack.
@@ -70,7 +72,7 @@ def read(path: str, folder: str) -> dict[str, Tensor]:
     module, kind = _module(folder, "dequant"), _portable(_module(folder, "ops").GGMLTensor)
     try:
         found = _module(folder, "loader").gguf_sd_loader(path)
-    except Exception as error:  # of a damaged file, its reader may ask for anything
+    except Exception as error:  # on a damaged file, its reader may raise anything
         raise CheckpointError(
             f"{path} cannot be read by {PACK} ({type(error).__name__}: {error}); the file may be damaged or incomplete"
         ) from error
@@ -84,7 +86,7 @@ def read(path: str, folder: str) -> dict[str, Tensor]:
 
 
 def _check_places(path: str, found: Mapping[str, Any]) -> None:
-    """Checks what the pack takes at its word: bytes that two tensors share, and shapes that a file gives besides.
+    """Checks what the pack trusts without a check: that no tensors share bytes, and that declared shapes fit the bytes.
 
     Raises:
         CheckpointError: naming a tensor.
@@ -106,39 +108,39 @@ def _check_places(path: str, found: Mapping[str, Any]) -> None:
 
 
 def operations(folder: str) -> Any:
-    """The pack's layers, as ComfyUI's models take them."""
+    """Returns the pack's layers in the form that ComfyUI's models take."""
     return _module(folder, "ops").GGMLOps()
 
 
 def quantised_as(state: Iterable[Any]) -> str:
-    """The formats of a file, for people."""
+    """Returns the formats of a file as text for the user."""
     kinds = {tensor.tensor_type.name for tensor in state if is_traceable_wrapper_subclass(tensor)}  # type: ignore[attr-defined]
     return "GGUF" + (f" {', '.join(sorted(kinds))}" if kinds else "")
 
 
 def check(path: str, folder: str, network: nn.Module, tensors: Mapping[str, Any]) -> None:
-    """Refuses quantised tensors of modules that are none of the pack's layers: nothing would restore them.
+    """Refuses quantised tensors of modules that are not layers of the pack: nothing would dequantise them.
 
     Raises:
         CheckpointError: naming one.
     """
     layer, modules = _module(folder, "ops").GGMLLayer, dict(network.named_modules())
     for name, tensor in tensors.items():
-        module = modules.get(name.rpartition(".")[0])  # none has a tensor that the network has no place for
+        module = modules.get(name.rpartition(".")[0])  # None for a tensor that the network has no place for
         if is_traceable_wrapper_subclass(tensor) and module is not None and not isinstance(module, layer):
             raise CheckpointError(f"{path}: {name} is quantised, and is of no layer that {PACK} restores")
 
 
 def plain_patches(key: str, patches: Sequence[tuple[Any, ...]], shape: torch.Size) -> list[dict[str, Any]]:
-    """Patches of one weight as a nest of tensors and plain data.
+    """Returns the patches of one weight as a nest of tensors and plain data.
 
     Args:
-        key: the weight's name, for people.
-        patches: of `ModelPatcher.patches`.
-        shape: the weight's.
+        key: the weight's name, for messages.
+        patches: entries of `ModelPatcher.patches`.
+        shape: shape of the weight.
 
     Raises:
-        UnsupportedError: a patch gives the weight another shape, or does what no worker knows.
+        UnsupportedError: a patch changes the weight's shape, or does something that no worker supports.
     """
     found = []
     for strength, value, strength_model, offset, function in patches:
@@ -173,10 +175,10 @@ def _other_shape(value: Any, shape: torch.Size) -> list[int] | None:
 
 
 def patches_of(nest: Sequence[Mapping[str, Any]], key: str) -> list[tuple[list[tuple[Any, ...]], str]]:
-    """What the pack's layers expect of a weight: the reverse of `plain_patches`.
+    """Returns the patches of a weight in the form that the pack's layers expect: the reverse of `plain_patches`.
 
     Args:
-        nest: with tensors on the layer's device.
+        nest: result of `plain_patches`, with tensors on the layer's device.
         key: the weight's name.
     """
     adapters = {adapter.name: adapter for adapter in comfy.weight_adapter.adapters}
@@ -195,7 +197,7 @@ def patches_of(nest: Sequence[Mapping[str, Any]], key: str) -> list[tuple[list[t
 
 @cache
 def _portable(kind: type[Tensor]) -> Any:
-    """The pack's tensor, taken apart and put together as PyTorch's own wrappers are."""
+    """Returns a subclass of the pack's tensor that flattens and unflattens like PyTorch's own wrapper subclasses."""
 
     class GGUFTensor(kind):  # type: ignore[misc, valid-type]
         @property
@@ -213,7 +215,7 @@ def _portable(kind: type[Tensor]) -> Any:
 
 
 def _module(folder: str, part: str) -> Any:
-    """A module of the pack, the one that ComfyUI has loaded if it has."""
+    """Returns a module of the pack, the one that ComfyUI has loaded if it has."""
     loaded = (
         name
         for name, module in list(sys.modules.items())

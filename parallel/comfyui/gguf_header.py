@@ -1,7 +1,7 @@
-"""Headers of GGUF files, checked before a library reads them.
+"""Checks the headers of GGUF files before a library reads them.
 
-The library gguf takes a count at its word: an array of 2^60 bytes in a short file keeps it busy, and takes memory, for
-ever. Layout: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md, versions 2 and 3, little-endian.
+The library gguf trusts the counts in a file: an array of 2^60 bytes in a short file keeps it busy, and takes memory,
+for ever. Layout: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md, versions 2 and 3, little-endian.
 """
 
 from __future__ import annotations
@@ -16,23 +16,23 @@ from ..errors import CheckpointError
 from ..headers import LONGEST, opened
 
 MOST_ITEMS = 50_000
-"""Keys, items of arrays and tensors, each of which the library makes arrays of. A network has a few thousand; lists of
-more are vocabularies of text encoders."""
+"""Maximum of keys, items of arrays and tensors together; the library makes arrays for each of them. A network has a few
+thousand; longer lists are vocabularies of text encoders."""
 _MAGIC = b"GGUF"
 _VERSIONS = (2, 3)
 _SCALARS = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
-"""Type of a value → bytes."""
+"""Maps types of values to bytes."""
 _STRING, _ARRAY = 8, 9
 _MOST_DIMS = 4
 _ELEMENTS_PER_BYTE = 8
-"""No format has as many."""
+"""Upper bound; no format has as many."""
 
 
 def check(path: str) -> None:
-    """Checks a GGUF file's header: all it announces is there.
+    """Checks that a GGUF file contains everything that its header declares.
 
     Raises:
-        CheckpointError: it is damaged, incomplete or too large.
+        CheckpointError: the file is damaged, incomplete or too large.
     """
     try:
         with opened(Path(path)) as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
@@ -42,10 +42,10 @@ def check(path: str) -> None:
 
 
 class _Reader:
-    """Walks through a header.
+    """Reader that walks through a header.
 
     Raises:
-        ValueError: it is damaged, or too large.
+        ValueError: the header is damaged, or too large.
     """
 
     def __init__(self, content: mmap.mmap):

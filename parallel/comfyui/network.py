@@ -1,4 +1,4 @@
-"""A diffusion network of ComfyUI's own class in a worker, with the weights where the file maps them."""
+"""Diffusion network of ComfyUI's own class in a worker, whose weights stay where the file is mapped."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ class NetworkFile:
     """A network's file, mapped.
 
     Attributes:
-        attention: what its attention computes with, by the names of `attention.kernels`.
+        attention: name in `attention.kernels` of the kernel that its attention computes with.
 
     Args:
         path: a safetensors or GGUF file.
-        weight_dtype: what the user chose; None leaves it to ComfyUI.
-        device: that the network will run on.
+        weight_dtype: the user's choice; None leaves it to ComfyUI.
+        device: device that the network will run on.
         pack: folder of ComfyUI-GGUF, for GGUF files.
 
     Raises:
-        UnknownModelError: ComfyUI does not recognise the file, or not how it is quantised.
+        UnknownModelError: ComfyUI does not recognise the file or its quantisation.
     """
 
     routes = ThroughOptions
@@ -42,16 +42,18 @@ class NetworkFile:
         self._detected = detect(path, weight_dtype, device, pack=pack)
 
     def tensors(self) -> dict[str, Tensor]:
-        """By the network's names; mapped, but for those that ComfyUI makes of several of the file's."""
+        """Returns the tensors by the network's names; mapped, except those that ComfyUI builds from several of the
+        file's."""
         return self._detected.named_as_in_the_network()
 
     def network(self) -> tuple[nn.Module, dict[str, torch.dtype]]:
-        """ComfyUI's network, with its own operations. Its parameters are the file's tensors, where they are mapped.
+        """Builds ComfyUI's network, with its own operations. Its parameters are the file's mapped tensors, without a
+        copy.
 
         Returns:
-            The network; name of a parameter → dtype in which ComfyUI keeps it, where that is not the file's.
+            The network; name of a parameter → dtype in which ComfyUI keeps it, if that is not the file's.
         """
-        # Before its weights: the memory it asks for is never touched, so the system never gives it.
+        # Built before its weights: the memory that it allocates is never touched, so the system never commits it.
         network = self._detected.base_model().diffusion_model
         assert isinstance(network, nn.Module)
         tensors = self.tensors()
@@ -68,20 +70,20 @@ class NetworkFile:
         return network.requires_grad_(False), dtypes
 
     def plan(self, network: nn.Module) -> Plan:
-        """Of the network's class; empty if it has none."""
+        """Returns the plan of the network's class; empty if it has none."""
         return plan_of(network)
 
 
 def changed_dtypes(tensors: Mapping[str, Tensor], network: nn.Module) -> dict[str, torch.dtype]:
-    """Tensors of a file that ComfyUI keeps in other dtypes: those that the network was made with. Assigned as they are,
-    they would keep the file's.
+    """Returns the tensors of a file that ComfyUI keeps in another dtype, the one that the network was built with. If
+    they were assigned as they are, they would keep the file's dtype.
 
     Args:
-        tensors: the file's, by the network's names; they need no data.
+        tensors: the file's tensors, by the network's names; they need no data.
         network: without weights, on any device.
     """
     wanted = {name: tensor.dtype for name, tensor in [*network.named_parameters(), *network.named_buffers()]}
-    for path, module in network.named_modules():  # in ComfyUI's own process some make their parameters when they load
+    for path, module in network.named_modules():  # in ComfyUI's own process some create parameters on loading
         for leaf in ("weight", "bias"):
             if (later := getattr(module, f"{leaf}_comfy_model_dtype", None)) is not None:
                 wanted.setdefault(f"{path}.{leaf}", later)

@@ -1,4 +1,4 @@
-"""Linear layers in comfy-kitchen's formats, made as ComfyUI makes them of a file that is quantised so."""
+"""Linear layers in comfy-kitchen's formats, built as ComfyUI builds them from a file in these formats."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from torch import Tensor, nn
 
 
 def quantised(weight: Tensor, form: str, group: int) -> Any:
-    """A weight in a format.
+    """Quantises a weight.
 
     Args:
-        weight: [N, K], of any device, the meta device too.
-        form: ComfyUI's name.
-        group: how many of its columns int8 rotates together.
+        weight: [N, K], on any device, also meta.
+        form: ComfyUI's name of the format.
+        group: number of columns that int8 rotates together.
 
     Returns:
         A tensor of ComfyUI's class.
@@ -32,7 +32,7 @@ def quantised(weight: Tensor, form: str, group: int) -> Any:
 
 
 def become(layer: nn.Module, form: str, dtype: torch.dtype, device: torch.device) -> None:
-    """Makes a linear layer what ComfyUI's loading makes of one of this format, but for the weight."""
+    """Turns a linear layer into the one that ComfyUI would load in this format, except for the weight."""
     assert isinstance(layer, nn.Linear)
     operations = _operations(dtype, device)
     made = operations.Linear(layer.in_features, layer.out_features, bias=False, device="meta", dtype=dtype)
@@ -44,6 +44,7 @@ def become(layer: nn.Module, form: str, dtype: torch.dtype, device: torch.device
 
 @functools.cache
 def _operations(dtype: torch.dtype, device: torch.device) -> Any:
-    """ComfyUI's for quantised files; made anew at each question, and would be compiled anew."""
+    """Returns ComfyUI's operations for quantised files. Cached: ComfyUI makes new classes at each call, and each of
+    them would be compiled."""
     mixed = SimpleNamespace(quant_config={"mixed_ops": True})
     return comfy.ops.pick_operations(None, dtype, load_device=device, model_config=mixed)

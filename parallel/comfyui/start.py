@@ -14,7 +14,7 @@ from ..vae.arguments import restore
 
 
 def find() -> str:
-    """The folder of ComfyUI: `COMFYUI_PATH`, or the one that this pack is installed in.
+    """Returns the folder of ComfyUI: `COMFYUI_PATH`, or the one that this pack is installed in.
 
     Raises:
         ConfigError: there is none.
@@ -29,11 +29,11 @@ def find() -> str:
 
 
 def prepare(folder: str, arguments: Mapping[str, Any]) -> None:
-    """Sets ComfyUI's parsed arguments as the host's are: it decides on devices and dtypes when it is imported.
+    """Sets ComfyUI's parsed arguments to the host's, since ComfyUI chooses devices and dtypes when it is imported.
 
     Args:
-        folder: of the host's ComfyUI.
-        arguments: `vae.arguments.as_plain` of its command line.
+        folder: folder of the host's ComfyUI.
+        arguments: `vae.arguments.as_plain` of the host's command line.
     """
     if folder not in sys.path:
         sys.path.append(folder)

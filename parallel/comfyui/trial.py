@@ -1,4 +1,4 @@
-"""A network of a class of ComfyUI's, without weights, and forward passes of it on small inputs."""
+"""Builds a network of one of ComfyUI's classes without weights, and runs forward passes of it on small inputs."""
 
 from __future__ import annotations
 
@@ -22,20 +22,20 @@ from .detection import detect
 Shape = Sequence[int]
 
 LATENTS = {4: ((10, 14), (22, 26)), 5: ((3, 6, 10), (5, 10, 14)), 3: ((35,), (75,))}
-"""Dims of a latent → (frames,) rows and columns of a small one and a larger one."""
+"""Maps the number of dims of a latent to (frames,) rows and columns of a small one and of a larger one."""
 TEXT = "context"
-"""The argument that is a text."""
+"""Name of the argument that is a text."""
 TEXTS = (7, 71)
-"""Tokens of a text, and of a longer one."""
+"""Numbers of tokens of a text, and of a longer one."""
 RUNS_ON_CPU = 2**27
-"""Parameters up to which a model that cannot run on the meta device runs on the CPU."""
+"""Maximum number of parameters of a model that runs on the CPU if it cannot run on the meta device."""
 
 
 def network_of_class(name: str, config: Mapping[str, Any], device: torch.device) -> nn.Module:
-    """A network of a class anywhere in `comfy.ldm`, as its constructor makes it of `config`.
+    """Builds a network of a class anywhere in `comfy.ldm`, by its constructor, from `config`.
 
     Raises:
-        ConfigError: no such class, or its constructor asks for more.
+        ConfigError: there is no such class, or its constructor requires more.
     """
     kind = _class_named(name)
     settings = {"device": device, "dtype": torch.float32, "operations": comfy.ops.disable_weight_init}
@@ -52,7 +52,7 @@ def network_of_class(name: str, config: Mapping[str, Any], device: torch.device)
 
 
 def network_of_file(path: str, device: torch.device) -> nn.Module:
-    """The network that ComfyUI would make of a file, without the file's weights."""
+    """Builds the network that ComfyUI would build for a file, without the file's weights."""
     detected = detect(path, torch.float32, torch.device("cpu"))
     detected.model_config.set_inference_dtype(torch.float32, None)
     network: nn.Module = detected.model_config.get_model({}, "", device=device).diffusion_model
@@ -82,19 +82,19 @@ def passes(
 ) -> list[dict[str, Call]]:
     """Records three forward passes: with a small latent, a larger one, and a longer text.
 
-    A number that is the text's length changes with the text.
+    A number that equals the length of the text changes with the text.
 
     Args:
         network: on the meta device, or on a CPU.
-        inputs: what its forward is given by name, as read from JSON: a list of whole numbers is the shape of a tensor,
-            a list of lists is a list of tensors, anything else is itself. Of what is not given, the latent, the
-            timestep and the text are tried.
-        larger: what takes their place in the pass with the larger latent. Without it, rows and columns that are the
-            latent's or a multiple, and frames before them, change with it.
-        times: rows and columns of latents that are not given, in multiples of `LATENTS`.
+        inputs: arguments of its `forward` by name, as read from JSON: a list of whole numbers is the shape of a tensor,
+            a list of lists is a list of tensors, anything else is the value itself. For latent, timestep and text,
+            candidates are tried if they are not passed.
+        larger: replaces inputs in the pass with the larger latent. Without it, rows and columns that are the latent's
+            or a multiple, and frames before them, change with the latent.
+        times: factor of the rows and columns of `LATENTS`, for latents that are not passed.
 
     Raises:
-        ConfigError: an input is unknown or lacking, or none of the tried ones fits.
+        ConfigError: an input is unknown or missing, or no candidate fits.
     """
     latent, timestep = list(inspect.signature(type(network).forward).parameters)[1:3]
     _check_names(network, inputs, larger, (latent, timestep, TEXT))
@@ -151,7 +151,7 @@ def _check_names(
 
 
 def _latents(network: nn.Module, times: int) -> Iterator[Shape]:
-    """Shapes to try: channels are what an attribute or a convolution says."""
+    """Yields shapes to try, with channels from attributes and a convolution, and common ones."""
     attributes = {**vars(network), **vars(getattr(network, "params", network))}
     channels = [
         value
@@ -170,7 +170,7 @@ def _sized(sizes: Shape, times: int) -> list[int]:
 
 
 def _widths(network: nn.Module) -> list[int]:
-    """Widths of a text to try: what a linear layer or a norm takes."""
+    """Returns widths of a text to try: the input widths of linear layers and norms."""
     widths: dict[int, None] = {}
     for module in network.modules():
         if isinstance(module, nn.Linear):
@@ -181,7 +181,7 @@ def _widths(network: nn.Module) -> list[int]:
 
 
 def _made(value: Any, small: Shape, latent: Shape, text: int, device: torch.device) -> Any:
-    """An input of JSON for another latent and as many tokens of text, see `passes`."""
+    """Builds an input from JSON for another latent and this number of text tokens, see `passes`."""
     if isinstance(value, list) and value and all(isinstance(each, int) for each in value):
         return torch.zeros(_following(value, small, latent), device=device)
     if isinstance(value, list):
@@ -192,7 +192,8 @@ def _made(value: Any, small: Shape, latent: Shape, text: int, device: torch.devi
 
 
 def _following(shape: list[int], small: Shape, latent: Shape) -> list[int]:
-    """A shape whose rows and columns are as many times the small latent's, for another latent."""
+    """Returns the shape for another latent, if its rows and columns are the same multiple of the small latent's; else
+    the shape itself."""
     if len(shape) < len(small) or shape[-2] % small[-2] or shape[-2] // small[-2] * small[-1] != shape[-1]:
         return shape
     times = shape[-1] // small[-1]

@@ -1,1 +1,1 @@
-"""Compiled blocks: what a user asks for, and how a worker does it."""
+"""Compiled blocks: the user's settings, and the compilation in a worker."""

@@ -1,4 +1,4 @@
-"""PyTorch's compiler in one worker: its options for a user's settings, its counts, and signs of life meanwhile."""
+"""PyTorch's compiler in one worker: its options for the user's settings, its counters, and heartbeats while it runs."""
 
 from __future__ import annotations
 
@@ -16,34 +16,34 @@ from .settings import CompileSettings
 
 _SIGN_S = 1.0
 _LONGEST_S = 1800.0
-"""A single compilation that takes longer gives no more signs of life: it hangs."""
+"""Maximum seconds of heartbeats for a single compilation; one that takes longer is considered hung."""
 _VARIANTS = 64
-"""Graphs of one kind of block, of all models in this process: with text and without, batch sizes, sizes if not dynamic.
-PyTorch's own limit is 8."""
+"""Maximum number of graphs for one class of block, over all models in this process: with and without text, batch sizes,
+and, if not dynamic, sizes. PyTorch's own limit is 8."""
 
 
 @dataclass(slots=True)
 class Tally:
-    """What one rank's compiler has done since it was last asked."""
+    """Counters of one rank's compiler since the last query."""
 
     seconds: float = 0.0
-    """In compilation."""
+    """Seconds spent compiling."""
     graphs: int = 0
     breaks: int = 0
     """Places where Python ran between two graphs of a block."""
     recompilations: int = 0
-    """Graphs beyond the first one of each kind of block."""
+    """Graphs beyond the first one of each class of block."""
     kinds: int = 0
-    """Kinds of blocks that were to be compiled since the model was loaded; 0: none of its blocks can be."""
+    """Block classes submitted for compilation since the model was loaded; 0: none of the blocks can be compiled."""
     failure: str = ""
-    """Why blocks run as without compilation, if they do."""
+    """Reason why the blocks run uncompiled; empty if they do not."""
 
 
 class Compilations:
-    """Follows the compilations of this process: their seconds, and a thread that gives signs of life during each.
+    """Tracks the compilations of this process: records their seconds, and runs a heartbeat thread during each.
 
     Attributes:
-        give: called about once a second during a compilation, from another thread.
+        give: heartbeat callback, called about once a second during a compilation, from another thread.
     """
 
     def __init__(self) -> None:
@@ -55,7 +55,7 @@ class Compilations:
     def register(self) -> None:
         from torch._dynamo.callback import callback_handler
 
-        if self._start not in callback_handler.start_callbacks:  # `torch.compiler.reset` takes them away
+        if self._start not in callback_handler.start_callbacks:  # `torch.compiler.reset` removes them
             callback_handler.register_start_callback(self._start)
             callback_handler.register_end_callback(self._end)
 
@@ -78,17 +78,17 @@ compilations = Compilations()
 
 
 def graphs_and_breaks() -> tuple[int, int]:
-    """Of this process so far."""
+    """Returns the numbers of graphs and of graph breaks in this process so far."""
     from torch._dynamo.utils import counters
 
     return counters["stats"]["unique_graphs"], sum(counters["graph_break"].values())
 
 
 def prepare(settings: CompileSettings) -> dict[str, Any]:
-    """The compiler's options.
+    """Configures PyTorch's compiler for this process and returns its options.
 
     Raises:
-        Exception: of any kind, where this PyTorch cannot compile.
+        Exception: any exception, if this PyTorch cannot compile.
     """
     use_folder()
     import torch._dynamo
@@ -97,21 +97,21 @@ def prepare(settings: CompileSettings) -> dict[str, Any]:
 
     limits: Any = torch._dynamo.config
     limits.recompile_limit = max(limits.recompile_limit, _VARIANTS)
-    # Sizes that happen to be equal at first (of text and picture, say) are not taken to be always.
+    # Sizes that happen to be equal at first (of text and image, say) are not assumed to be equal always.
     torch.fx.experimental._config.use_duck_shape = False
     compilations.register()
     options = dict(torch._inductor.list_mode_options(settings.mode))
-    # Attentions keep their order, which all ranks share; so may what lies between them.
+    # The attentions keep their order, which all ranks share; so may the operations between them.
     wanted = {"reorder_for_peak_memory": False}
     known = torch._inductor.list_options()
     return options | {name: value for name, value in wanted.items() if name in known}
 
 
 def plain(argument: Any) -> Any:
-    """A tensor that is a view, as one that is none, and one that lies in order with the strides that say so.
+    """Normalises a tensor: a view becomes a tensor that is not a view, a contiguous tensor gets canonical strides.
 
-    The compiler looks at what a view is a view of, and at the stride of a dimension of size 1; of the first block's
-    input, and of a compiled block's result, they often differ from the other blocks'.
+    The compiler's guards depend on the base of a view and on the stride of a dimension of size 1; for the first block's
+    input, and for a compiled block's result, these often differ from the other blocks'.
     """
     if not isinstance(argument, Tensor):
         return argument
@@ -121,7 +121,7 @@ def plain(argument: Any) -> Any:
 
 
 def _strides(shape: torch.Size) -> tuple[int, ...]:
-    """Of a tensor of this shape without gaps."""
+    """Returns the strides of a contiguous tensor of this shape."""
     strides = [1]
     for size in reversed(shape[1:]):
         strides.append(strides[-1] * max(size, 1))
@@ -129,7 +129,7 @@ def _strides(shape: torch.Size) -> tuple[int, ...]:
 
 
 def describe(error: BaseException) -> str:
-    """Kind and first line of what went wrong; the compiler's messages go on for pages."""
+    """Returns the class and first line of the innermost error; the compiler's full messages are pages long."""
     while (inner := getattr(error, "inner_exception", None)) is not None:
         error = inner
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]

@@ -1,4 +1,4 @@
-"""Where compiled code is kept between starts of the workers."""
+"""Folder that keeps compiled code between starts of the workers."""
 
 from __future__ import annotations
 
@@ -7,18 +7,18 @@ import tempfile
 from pathlib import Path
 
 VARIABLE = "TORCHINDUCTOR_CACHE_DIR"
-"""PyTorch's own; a user who sets it has chosen the folder."""
+"""PyTorch's environment variable for the folder; a value set by the user is kept."""
 
 
 def use_folder() -> Path:
-    """Tells PyTorch's compiler to keep its code in a folder of this user, which is made if need be.
+    """Sets PyTorch's compile cache to a folder of this user, which is created if needed, and returns the folder.
 
-    Whoever can write there can have code run: PyTorch executes what it finds. So it is not under ComfyUI's folders,
-    some of which take files over HTTP, nor in a /tmp that others share (PyTorch's default), and no one else may write
-    to it.
+    PyTorch executes the code that it finds there, so anyone with write access could have code run. The folder is
+    therefore not under ComfyUI's folders, some of which accept files over HTTP, nor in a shared /tmp (PyTorch's
+    default), and only this user may write to it.
 
     Raises:
-        OSError: there is no such folder and none can be made, or it is not this user's alone.
+        OSError: the folder cannot be created, or other users own it or can write to it.
     """
     given = Path(os.environ.get(VARIABLE, ""))
     default = given.parent == Path(tempfile.gettempdir()) and given.name.startswith("torchinductor_")

@@ -1,13 +1,13 @@
 """Compiles the repeated blocks of a network under a split plan: all blocks of a class share one graph.
 
-Each rank compiles on its own, and may fall back on its own. Nothing needs to be agreed: attention is one operator to
-the compiler (`split.in_graph`), so what the ranks exchange, and in which order, is the same with compiled blocks and
-without. What cuts, joins, stops or caches sits around the blocks, outside of what is compiled.
+Each rank compiles on its own, and may fall back to uncompiled blocks on its own. The ranks need no agreement: attention
+is one opaque operator to the compiler (`split.in_graph`), so the ranks exchange the same data in the same order with
+and without compiled blocks. Splitting, joining, cancelling and caching wrap the blocks and are not compiled.
 
-A compiled block is not used before it has been compared. The first time that a class of block meets tensors of a kind,
-it runs uncompiled, with the other ranks, and gives the result that counts. Then the compiled block runs on copies of
-the same inputs, and its attentions give what they gave before, so no other rank notices; what it hands to attention,
-and what it returns, must be the same within what rounding explains. So a compilation that fails leaves nothing behind.
+A compiled block is compared with the uncompiled one before it is used. The first time that a class of block receives
+inputs with a new signature, the block runs uncompiled, together with the other ranks, and this result is used. Then the
+compiled block runs on copies of the same inputs, with the recorded attention results, so no other rank takes part; its
+attention inputs and its result must agree within rounding. So a compilation that fails has no effect.
 """
 
 from __future__ import annotations
@@ -33,23 +33,24 @@ from .settings import CompileSettings
 log = logging.getLogger("sequence_parallel")
 
 ALLOWED = {torch.float32: 1e-4, torch.bfloat16: 2.0**-5, torch.float16: 2.0**-7}
-"""‖compiled − uncompiled‖ / ‖uncompiled‖ of a block. The compiler keeps in fp32 what eager operators round each time:
-a dozen roundings, each of half an ulp (2^-9 in bfloat16), do not add up to this; a wrong formula does."""
+"""Maximum ‖compiled − uncompiled‖ / ‖uncompiled‖ of a block, by dtype. The compiler keeps intermediates in fp32 that
+eager operators round each time: a dozen roundings of half an ulp (2^-9 in bfloat16) stay below it; a wrong formula does
+not."""
 ALLOWED_QUANTIZED = 0.2
-"""Where activations are rounded to 4 or 8 bits, or products to TF32: a value that is rounded the other way is off by a
-whole step of the format."""
+"""Limit used instead if activations are rounded to 4 or 8 bits, or products to TF32: a value that is rounded the other
+way is off by a whole step of the format."""
 
 
 class CompiledModules:
-    """The compiler of a split network's blocks on one rank, for one set of settings. It is in force inside `on`.
+    """The compiler of a split network's blocks on one rank, for one set of settings; active within `on`.
 
-    A failure to compile, whatever its kind, is logged, and from then on all blocks run as they are; only a new object
+    A failure to compile, whatever its kind, is logged, and from then on all blocks run uncompiled; only a new object
     tries again.
 
     Args:
-        settings: the user's.
-        sign_of_life: called about once a second during a compilation, from another thread.
-        device: of the blocks.
+        settings: the user's settings.
+        sign_of_life: heartbeat callback, called about once a second during a compilation, from another thread.
+        device: device of the blocks.
     """
 
     def __init__(self, settings: CompileSettings, sign_of_life: Callable[[], None], device: torch.device):
@@ -60,22 +61,22 @@ class CompiledModules:
         self._tally = Tally()
         self._override = InGraph(device)
         self.failure = ""
-        """Why nothing is compiled any more, if that is so."""
+        """Reason why nothing is compiled any more; empty while blocks are compiled."""
         try:
             self._options = prepare(settings)
         except Exception as error:
             self._failed(error)
 
     def take_tally(self) -> Tally:
-        """What has been done since the last time."""
+        """Returns the counters since the last call and resets them."""
         tally, self._tally = self._tally, Tally()
         tally.kinds, tally.failure = len(self._compiled), self.failure
         return tally
 
     @contextmanager
     def on(self, blocks: Sequence[Block]) -> Iterator[None]:
-        """Inside, these blocks run compiled. Their `forward` is replaced, so hooks stay outside; what others put in its
-        place afterwards (a cache) stays outside, too."""
+        """Runs these blocks compiled within the context. It replaces their `forward`, so hooks are not compiled, and a
+        later replacement of `forward` (by a cache) is not either."""
         replaced: list[nn.Module] = []
         try:
             for block in blocks if not self.failure else ():
@@ -88,7 +89,7 @@ class CompiledModules:
                 vars(module).pop("forward", None)
 
     def _run(self, block: Block, /, *args: Any, **kwargs: Any) -> Any:
-        """The block's forward."""
+        """Runs a block's forward, compiled where possible."""
         kind: Any = type(block.module)
         call = _Call.of(block.module, args, kwargs)
         if self.failure or call is None:
@@ -105,13 +106,13 @@ class CompiledModules:
         except torch.OutOfMemoryError:
             raise
         except Exception as error:
-            if calls.begun:  # peers are in this attention
+            if calls.begun:  # other ranks take part in this attention already
                 raise
             self._failed(error)
         return kind.forward(block.module, *args, **kwargs)
 
     def _kind(self, kind: Any) -> Callable[..., Any]:
-        """Compiled as one graph, when it is called."""
+        """Returns the compiled forward of a class of block; it is compiled as one graph at its first call."""
         if kind not in self._compiled:
             self._compiled[kind] = torch.compile(
                 kind.forward, fullgraph=True, dynamic=self._settings.dynamic, options=self._options
@@ -120,7 +121,7 @@ class CompiledModules:
 
     @contextmanager
     def _watched(self, kind: Any) -> Iterator[None]:
-        """Counts and times what is compiled inside: for this kind of block."""
+        """Counts and times the compilations within the context, for this class of block."""
         compilations.give = self._sign_of_life
         seconds, (graphs, breaks) = compilations.seconds, graphs_and_breaks()
         try:
@@ -136,7 +137,7 @@ class CompiledModules:
                 self._tally.recompilations += graphs if known else max(0, graphs - 1)
 
     def _compare(self, block: Block, compiled: Callable[..., Any], call: _Call) -> Any:
-        """Runs the block uncompiled, and compiled beside it. Returns the uncompiled result."""
+        """Runs the block uncompiled, then compiled on copies, and compares them. Returns the uncompiled result."""
         kind: Any = type(block.module)
         copies = call.mapped(torch.clone)  # blocks may work in place
         recorded = Recorded(block.routes, call.options)
@@ -155,7 +156,12 @@ class CompiledModules:
         return result
 
     def _judge(self, module: nn.Module, result: Any, other: Any, differences: Sequence[tuple[str, float]]) -> None:
-        """Gives up where anything differs by more than is allowed."""
+        """Compares a compiled block's result and attention inputs with the uncompiled block's.
+
+        Raises:
+            TypeError: the results differ in shape or dtype.
+            ValueError: the results or attention inputs differ by more than is allowed.
+        """
         expected, found = _tensors(result), _tensors(other)
         if [(x.shape, x.dtype) for x in expected] != [(x.shape, x.dtype) for x in found]:
             raise TypeError(f"compiled, {type(module).__name__} returns other shapes or dtypes")
@@ -175,7 +181,7 @@ class CompiledModules:
         return call.run(function, module, self._override)
 
     def _failed(self, error: Exception) -> None:
-        """From here on nothing is compiled."""
+        """Logs the error and stops compiling from now on."""
         self.failure = describe(error)
         log.info("%s: the compiler failed", self._settings.name, exc_info=True)
         log.warning("%s: the blocks run uncompiled: %s", self._settings.name, self.failure)
@@ -183,19 +189,19 @@ class CompiledModules:
 
 @dataclass(slots=True)
 class _Call:
-    """What a block is called with, but for the options."""
+    """Arguments of a block's call, with its `transformer_options` kept apart."""
 
     args: tuple[Any, ...]
-    """With None in their place, if they are among these."""
+    """Positional arguments, with None in place of the options if these are positional."""
     kwargs: dict[str, Any]
     options: Mapping[str, Any]
-    """Its `transformer_options`."""
+    """The call's `transformer_options`."""
     place: int
-    """Of the options in `args`, or beyond."""
+    """Index of the options in `args`, or an index past its end."""
 
     @classmethod
     def of(cls, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Call | None:
-        """None where no options are given, so that attention cannot be put into a graph."""
+        """Returns the call; None if it has no options, without which attention cannot be put into a graph."""
         place, options = place_of_options(module), kwargs.get(OPTIONS)
         if place < len(args):
             options, args = args[place], (*args[:place], None, *args[place + 1 :])
@@ -203,7 +209,7 @@ class _Call:
         return cls(args, kwargs, options, place) if isinstance(options, Mapping) else None
 
     def mapped(self, change: Callable[[Tensor], Tensor]) -> _Call:
-        """With other tensors."""
+        """Returns the call with each tensor replaced by `change(tensor)`."""
         kwargs = {name: _mapped(value, change) for name, value in self.kwargs.items()}
         return replace(self, args=_mapped(self.args, change), kwargs=kwargs)
 
@@ -215,13 +221,13 @@ class _Call:
         return function(module, *made.args, **made.kwargs, **{OPTIONS: options})
 
     def signature(self, dynamic: bool) -> Any:
-        """What a graph is made for: of dynamic sizes, only whether they are 0 or 1."""
+        """Returns the properties that a graph is specialised for; for dynamic sizes, only 0, 1 or more."""
         args = (*self.args[: self.place], *self.args[self.place + 1 :])
         return _signature([args, sorted(self.kwargs.items())], dynamic)
 
 
 def allowed_difference(module: nn.Module, results: Sequence[Tensor]) -> float:
-    """Of this block's compiled result from the uncompiled one."""
+    """Returns the maximum relative difference between a block's compiled and uncompiled results."""
     quantized = any(hasattr(parameter, "__tensor_flatten__") for parameter in module.parameters())
     rounded = any(x.is_cuda for x in results) and torch.backends.cuda.matmul.allow_tf32
     if quantized or rounded:
@@ -230,7 +236,7 @@ def allowed_difference(module: nn.Module, results: Sequence[Tensor]) -> float:
 
 
 def _size(value: float) -> float:
-    """For comparison: what is not a number is larger than any."""
+    """Maps NaN to infinity, so that it compares as larger than any number."""
     return value if value == value else float("inf")
 
 
@@ -239,7 +245,7 @@ def _tensors(value: Any) -> list[Tensor]:
 
 
 def _mapped(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    """A nest of tuples and lists with its tensors changed. `tree_map` takes six times as long, at each block."""
+    """Maps the tensors in nested tuples and lists. `tree_map` takes six times as long, at each block."""
     if isinstance(value, Tensor):
         return change(value)
     if type(value) in (tuple, list):

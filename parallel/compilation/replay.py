@@ -1,4 +1,4 @@
-"""Runs a block a second time with the attention of the first: no other rank takes part, and none notices."""
+"""Runs a block a second time with the recorded attention results of the first run, without any other rank."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from ..split.in_graph import Calls, How
 from ..split.routes import Route
 
 _PROBED = 256
-"""Tokens of q, k and v that are kept and compared; their results are kept as a whole."""
+"""Approximate number of tokens of q, k and v that are kept and compared; attention results are kept whole."""
 
 
 def difference(found: Tensor, expected: Tensor) -> float:
-    """‖found − expected‖ / ‖expected‖; of integers, the part of all that differ."""
+    """Returns ‖found − expected‖ / ‖expected‖; for tensors that are not floating-point, the fraction that differs."""
     if not expected.numel():
         return 0.0
     if not expected.is_floating_point():
@@ -29,17 +29,17 @@ def difference(found: Tensor, expected: Tensor) -> float:
 
 @dataclass(frozen=True, slots=True)
 class _Attention:
-    """One that has been."""
+    """A recorded attention."""
 
     site: int
     how: How
     inputs: tuple[Tensor | None, ...]
-    """Some tokens of q, k and v, and of the mask."""
+    """Sampled tokens of q, k and v, and sampled rows of the mask."""
     result: Tensor
 
 
 class Recorded(Calls):
-    """Attention as it is, which is remembered."""
+    """Attention calls that run normally and record their inputs and results."""
 
     def __init__(self, routes: Sequence[Route | None], options: Mapping[str, Any]):
         super().__init__(routes, options)
@@ -53,13 +53,13 @@ class Recorded(Calls):
 
 
 class Replayed(Calls):
-    """Attention that gives what it gave when it was recorded.
+    """Attention calls that return the recorded results.
 
     Attributes:
-        differences: of what it was given this time, by name.
+        differences: name and relative difference of each input from the recorded one.
 
     Raises:
-        ValueError: from `attend` and `end`: the block attends otherwise than it did.
+        ValueError: from `attend` and `end`, if the block's attention calls differ from the recorded ones.
     """
 
     def __init__(self, recorded: Recorded):
@@ -69,7 +69,7 @@ class Replayed(Calls):
         self.differences: list[tuple[str, float]] = []
 
     def expect(self, site: int) -> None:
-        """It has been."""
+        """Does nothing: the recorded run has already called it."""
 
     def attend(self, site: int, how: How, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         self._done += 1
@@ -83,13 +83,13 @@ class Replayed(Calls):
         return before.result.clone()
 
     def end(self) -> None:
-        """The block has run."""
+        """Checks, after the block has run, that every recorded attention was called."""
         if self._left:
             raise ValueError(f"compiled, the block attends {self._done} times, and {len(self._left)} more uncompiled")
 
 
 def _probed(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> tuple[Tensor | None, ...]:
-    """Copies of some tokens, spread over all of this rank's."""
+    """Copies some tokens, evenly spread over all tokens of this rank."""
     kept = [x[:, :, :: max(1, x.shape[2] // _PROBED)].clone() for x in (q, k, v)]
     rows = None if mask is None else mask.reshape(-1, mask.shape[-1])
     return (*kept, None if rows is None else rows[:: max(1, len(rows) // _PROBED)].clone())

@@ -1,4 +1,4 @@
-"""What a user asks of the compiler."""
+"""The user's settings for the compiler."""
 
 from __future__ import annotations
 
@@ -8,20 +8,20 @@ from typing import Any, ClassVar
 from ..errors import ConfigError
 
 MODES = ("default", "max-autotune-no-cudagraphs")
-"""Those of `torch.compile` without CUDA graphs. A graph replays launches into memory of its own: it cannot hold what a
-step does between the launches (exchanges, Cancel), and would overwrite hidden states that a cache keeps."""
+"""Modes of `torch.compile` without CUDA graphs. A CUDA graph replays launches into memory of its own: it cannot include
+a step's work between the launches (exchanges, Cancel), and would overwrite hidden states that a cache keeps."""
 
 
 @dataclass(kw_only=True, slots=True, frozen=True)
 class CompileSettings:
-    """The Torch Compile (SP) node as data."""
+    """Settings of the Torch Compile (SP) node."""
 
     name: ClassVar[str] = "Torch Compile (SP)"
-    """The node's, for messages."""
+    """Name of the node in messages."""
     mode: str = "default"
-    """Of `torch.compile`: `default`, or `max-autotune-no-cudagraphs`, which tries more kernels and takes minutes."""
+    """`torch.compile` mode: `default` or `max-autotune-no-cudagraphs`, which tries more kernels and takes minutes."""
     dynamic: bool = True
-    """One compilation for all sizes and prompt lengths; False compiles again for each."""
+    """True compiles once for all sizes and prompt lengths; False compiles again for each."""
 
     def __post_init__(self) -> None:
         if self.mode not in MODES:

@@ -1,1 +1,1 @@
-"""Try the engine without ComfyUI, without a download and without a GPU."""
+"""Demo of the engine without ComfyUI, without a download and without a GPU."""

@@ -1,4 +1,4 @@
-"""From latent to animated file, with a tiny random VAE of HunyuanVideo's kind."""
+"""Decodes a latent to an animated file, with a tiny random VAE of HunyuanVideo's class."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from PIL import Image
 from torch import Tensor
 
 _TILE = 128
-"""Pixels; the overlap is a quarter."""
+"""Tile size in pixels; tiles overlap by a quarter."""
 
 
 def decode_in_tiles(latent: Tensor) -> Tensor:
-    """[1, 16, T, H, W] → frames [4T − 3, 8H, 8W, 3] as uint8."""
+    """Decodes a latent [1, 16, T, H, W] to frames [4T − 3, 8H, 8W, 3] as uint8."""
     from diffusers import AutoencoderKLHunyuanVideo
 
     torch.manual_seed(0)

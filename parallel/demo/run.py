@@ -1,6 +1,6 @@
 """The demo: a tiny random HunyuanVideo, sampled by all workers and by one, step by step in turn.
 
-Random weights make a picture of noise; what it shows is that both give the same noise, and how long each takes.
+Random weights make a picture of noise; the demo shows that both give the same noise, and how long each takes.
 """
 
 from __future__ import annotations
@@ -76,7 +76,10 @@ def run_demo(*, devices: str, steps: int, output: str) -> tuple[dict[str, Any], 
 
 
 def _sample(path: Path, alone: Layout, layout: Layout, steps: int) -> tuple[list[Tensor], list[list[float]]]:
-    """Both latents, and the seconds of each step: [alone, parallel]. One thread in every process."""
+    """Samples with one worker and with all; returns both latents and the seconds of each step: [alone, parallel].
+
+    Each process uses one thread.
+    """
     groups = [WorkerGroup(alone, threads=1), WorkerGroup(layout, threads=1)]
     try:
         models = []
@@ -86,7 +89,7 @@ def _sample(path: Path, alone: Layout, layout: Layout, steps: int) -> tuple[list
             models.append(RemoteModel(recipe(str(path), config), group=group))
             models[-1].weights.ensure_loaded()
         request = tiny_request(_NETWORK, **_INPUTS)
-        for model in models:  # warms up: attention is checked, and the conditioning crosses
+        for model in models:  # warm-up: checks attention and sends the conditioning
             model.steps([request])
         times = torch.linspace(1, 0, steps + 1)
         sigmas = _SHIFT * times / (1 + (_SHIFT - 1) * times)

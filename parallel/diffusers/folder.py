@@ -32,10 +32,10 @@ class NetworkFile:
     """A folder, mapped.
 
     Args:
-        path: of the folder.
-        weight_dtype: in which weights are kept and computed with; None is the file's. What diffusers keeps in fp32
-            stays so.
-        device: that the network will run on.
+        path: path of the folder.
+        weight_dtype: dtype in which weights are kept and computed with; None is the file's. Weights that diffusers
+            keeps in fp32 stay in fp32.
+        device: device that the network will run on.
 
     Raises:
         CheckpointError: the folder is damaged, or incomplete.
@@ -50,7 +50,7 @@ class NetworkFile:
         self._config = read_config(path)
 
     def tensors(self) -> dict[str, Tensor]:
-        """By the network's names, mapped."""
+        """Returns the tensors by the network's names, mapped."""
         ignored = transformer_class(self._config["_class_name"])._keys_to_ignore_on_load_unexpected or ()
         return {
             name: tensor
@@ -59,15 +59,15 @@ class NetworkFile:
         }
 
     def network(self) -> tuple[nn.Module, dict[str, torch.dtype]]:
-        """Diffusers' network. Its parameters are the file's tensors, where they are mapped.
+        """Builds diffusers' network. Its parameters are the file's mapped tensors, without a copy.
 
         Returns:
-            The network; name of a parameter → dtype in which it is kept, where that is not the file's.
+            The network; name of a parameter → dtype in which it is kept, if that is not the file's.
         """
         tensors = self.tensors()
         from diffusers.models.modeling_utils import no_init_weights
 
-        # The memory that weights ask for is never touched, so the system never gives it. Buffers are in no file.
+        # The memory allocated for weights is never touched, so the system never commits it. Buffers are in no file.
         with no_init_weights():
             network: nn.Module = _made(self._path, self._config)
         wanted = {name: parameter.shape for name, parameter in network.named_parameters()}
@@ -86,12 +86,13 @@ class NetworkFile:
         return network.eval().requires_grad_(False), _changed_dtypes(network, tensors, self._weight_dtype)
 
     def plan(self, network: nn.Module) -> Plan:
-        """Of the network's class."""
+        """Returns the plan of the network's class."""
         return PLANS[type(network).__name__]
 
 
 def recipe(path: str, config: SequenceParallelConfig, weight_dtype: torch.dtype | None = None) -> Recipe:
-    """What the workers are to build of a folder. Reads its headers; see `NetworkFile` for the arguments.
+    """Returns the recipe by which workers build a folder's network. Reads its headers; see `NetworkFile` for the
+    arguments.
 
     Raises:
         ConfigError: diffusers' layers cannot compute in `weight_dtype`.
@@ -106,7 +107,7 @@ def recipe(path: str, config: SequenceParallelConfig, weight_dtype: torch.dtype 
         )
     with torch.device("meta"):
         network = _made(path, read_config(path))
-    name, arguments = type(network).__name__, dict(network.config)  # with the defaults of what the file leaves out
+    name, arguments = type(network).__name__, dict(network.config)  # with defaults for entries that the file omits
     tensors = NetworkFile(path, weight_dtype, torch.device("cpu")).tensors()
     changed = _changed_dtypes(network, tensors, weight_dtype)
     dtypes = {n: changed.get(n, tensor.dtype) for n, tensor in tensors.items()}
@@ -127,7 +128,7 @@ def recipe(path: str, config: SequenceParallelConfig, weight_dtype: torch.dtype 
 
 
 def read_config(path: str) -> dict[str, Any]:
-    """A folder's `config.json`.
+    """Returns a folder's `config.json`.
 
     Raises:
         CheckpointError: there is none, or it is damaged.
@@ -146,10 +147,10 @@ def read_config(path: str) -> dict[str, Any]:
 
 
 def transformer_class(name: str) -> Any:
-    """Diffusers' class.
+    """Returns diffusers' class.
 
     Raises:
-        UnsupportedError: it cannot be imported, with the versions of all packages that diffusers imports.
+        UnsupportedError: it cannot be imported; names the versions of all packages that diffusers imports.
     """
     try:
         return getattr(importlib.import_module("diffusers"), name)
@@ -162,10 +163,10 @@ def transformer_class(name: str) -> Any:
 
 
 def _made(path: str, config: Mapping[str, Any]) -> Any:
-    """Its class's network, with whatever weights.
+    """Builds the network of the class in `config`, with arbitrary weights.
 
     Raises:
-        CheckpointError: the class does not take these values.
+        CheckpointError: the class does not accept these values.
     """
     made = transformer_class(config["_class_name"])
     try:
@@ -179,7 +180,7 @@ def _made(path: str, config: Mapping[str, Any]) -> Any:
 def _changed_dtypes(
     network: nn.Module, tensors: Mapping[str, Tensor], weight_dtype: torch.dtype | None
 ) -> dict[str, torch.dtype]:
-    """Tensors that are kept in another dtype than the file's."""
+    """Returns the tensors that are kept in another dtype than the file's."""
     if weight_dtype is None:
         return {}
     fp32 = getattr(network, "_keep_in_fp32_modules", None) or ()

@@ -1,4 +1,4 @@
-"""A call of a transformer of diffusers, for the workers."""
+"""Requests to the workers to call a transformer of diffusers."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from ..wire.trees import flatten
 
 
 def request(x: Tensor, timestep: Tensor, *, label: str = "", **named: Any) -> StepRequest:
-    """A call of a transformer's `forward`.
+    """Returns the request for a call of a transformer's `forward`.
 
     Args:
-        x: its `hidden_states`, in the dtype of its weights.
+        x: `hidden_states`, in the dtype of the weights.
         timestep: [B].
         label: see `StepRequest`.
-        named: its other arguments: tensors, numbers, and nests of them.
+        named: other arguments: tensors, numbers, and nests of them.
 
     Raises:
-        NotPlain: something cannot travel.
+        NotPlain: an argument cannot be sent.
     """
     tensors: dict[str, Tensor] = {}
     rest = {name: flatten(value, name, tensors) for name, value in named.items() if value is not None}

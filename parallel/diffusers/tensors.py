@@ -14,14 +14,14 @@ from ..headers import check_safetensors, read_json
 _INDEX = "diffusion_pytorch_model.safetensors.index.json"
 _WHOLE = "diffusion_pytorch_model.safetensors"
 _LONGEST_NAME = 255
-"""Of a file, on Linux."""
+"""Maximum length of a file name on Linux."""
 
 
 def mapped(path: str) -> dict[str, Tensor]:
-    """All tensors of a folder, by its names, mapped.
+    """Returns all tensors of a folder, by its names, mapped.
 
     Raises:
-        CheckpointError: a file is missing or damaged, or lies elsewhere.
+        CheckpointError: a file is missing, damaged, or outside the folder.
     """
     folder = Path(path)
     found: dict[str, Tensor] = {}
@@ -35,7 +35,7 @@ def mapped(path: str) -> dict[str, Tensor]:
 
 
 def _files(folder: Path) -> list[str]:
-    """Names of those that have tensors; none other is read.
+    """Returns the names of the files with tensors; no other file is read.
 
     Raises:
         ValueError: the index is damaged, or names a file outside the folder. A file may be a link to one, as in the

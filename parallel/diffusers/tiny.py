@@ -60,20 +60,20 @@ _CONFIGS: Mapping[str, Mapping[str, Any]] = {
     },
 }
 TINY = tuple(_CONFIGS)
-"""The classes that there are."""
+"""Names of the available classes."""
 
 
 def write_tiny(folder: Path, network: str, *, heads: int = 2, seed: int = 0, dtype: Any = None, **changes: Any) -> None:
-    """Writes a folder.
+    """Writes the folder of a tiny transformer.
 
-    NumPy's RandomState stream is frozen for good, so a seed gives the same weights with every version. They are of a
-    sensible size: N(0, 1/√fan_in), norms near 1, biases near 0.
+    NumPy's RandomState stream is frozen for good, so a seed gives the same weights with every version. They have
+    sensible magnitudes: N(0, 1/√fan_in), norms near 1, biases near 0.
 
     Args:
-        folder: is made.
+        folder: created if needed.
         network: one of TINY.
-        dtype: of the weights; fp32 by default.
-        changes: arguments of the class, in place of the tiny ones.
+        dtype: dtype of the weights; fp32 by default.
+        changes: arguments of the class that replace the tiny ones.
     """
     made: Any = transformer_class(network)
     model = made(**{**_CONFIGS[network], "num_attention_heads": heads, **changes})
@@ -105,14 +105,14 @@ def tiny_request(
     dtype: torch.dtype = torch.float32,
     label: str = "",
 ) -> StepRequest:
-    """A call of a tiny transformer on random inputs.
+    """Returns the request for a call of a tiny transformer on random inputs.
 
     Args:
         network: one of TINY.
         frames, height, width: of the latent.
-        text: tokens.
-        valid: how many of these a mask leaves to each sample, HunyuanVideo only; None leaves all.
-        channels: of the latent.
+        text: number of text tokens.
+        valid: number of these that a mask leaves to each sample, HunyuanVideo only; None leaves all.
+        channels: number of channels of the latent.
     """
     generator = torch.Generator().manual_seed(seed)
 

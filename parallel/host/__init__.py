@@ -1,1 +1,1 @@
-"""The side of the engine that lives in the user's process: what to run (recipe), who runs it (group), and the calls."""
+"""Host side of the engine, in the user's process: recipes (what to run), groups of workers, and calls to them."""

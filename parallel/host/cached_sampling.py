@@ -1,4 +1,4 @@
-"""One sampling with a cache, as the host sees it: which steps may skip blocks, and what that has saved."""
+"""Host side of a sampling with a block cache: which steps may skip blocks, and how much time that has saved."""
 
 from __future__ import annotations
 
@@ -20,10 +20,11 @@ _NUMBERS = itertools.count(1)
 
 
 def check_cache(settings: CacheSettings, recipe: Recipe, shapes: Shapes | None = None) -> dict[str, Any]:
-    """By what the workers decide which blocks of a network they skip.
+    """Returns the rule by which the workers decide which blocks of a network to skip.
 
     Raises:
-        UnsupportedError: its plan does not say which blocks may be skipped, or TeaCache has no polynomial for it.
+        UnsupportedError: the network's split plan does not say which blocks may be skipped, or TeaCache has no
+            polynomial for the network.
     """
     chains = CHAINS[recipe.library]
     if recipe.network not in chains:
@@ -36,16 +37,16 @@ def check_cache(settings: CacheSettings, recipe: Recipe, shapes: Shapes | None =
 
 @dataclass(frozen=True, slots=True)
 class CacheReport:
-    """What a cache has done."""
+    """Hits, passes and time saved of a block cache."""
 
     name: str
     hits: int
     """Passes whose blocks were skipped. A pass is one run through the network: of cond, uncond, or both in a batch."""
     passes: int
     seconds: float
-    """Of all steps."""
+    """Duration of all steps, each on its slowest rank."""
     seconds_saved: float
-    """Estimated: what the skipped blocks took when they were computed, on the devices that the others waited for."""
+    """Estimated time saved: what the skipped blocks took when computed, on the devices that the others waited for."""
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -59,10 +60,10 @@ class CacheReport:
 
 
 class CachedSampling:
-    """What the workers remember under a number that is never used again: a new sampling starts with nothing.
+    """One sampling with a block cache. Workers cache under its number, which is never reused: the cache starts empty.
 
     Args:
-        settings: of the cache.
+        settings: settings of the cache.
         first_sigma, last_sigma: a step may skip blocks where `last_sigma` < its sigma ≤ `first_sigma`.
     """
 
@@ -74,14 +75,14 @@ class CachedSampling:
         self._seconds = self._saved = 0.0
 
     def restart(self) -> None:
-        """After a Cancel or a failure: some ranks may remember a step that others do not."""
+        """Starts over with an empty cache after a Cancel or a failure, when only some ranks may have cached a step."""
         self.number = next(_NUMBERS)
 
     def message(self, sigma: float, recipe: Recipe, shapes: Shapes) -> CacheRule:
-        """What the workers are to be told with a step.
+        """Returns the cache rule to send to the workers with a step.
 
         Args:
-            shapes: of the call's tensors.
+            shapes: shapes of the call's tensors.
 
         Raises:
             UnsupportedError: see `check_cache`.
@@ -90,11 +91,11 @@ class CachedSampling:
         return CacheRule(sampling=self.number, rule=rule, active=self.is_active(sigma))
 
     def is_active(self, sigma: float) -> bool:
-        """Whether a step may skip blocks."""
+        """Returns True if a step at `sigma` may skip blocks."""
         return self._last_sigma < sigma <= self._first_sigma
 
     def count(self, results: Sequence[Mapping[str, Any]], degrees: Degrees) -> None:
-        """Takes in what the ranks said of a step."""
+        """Adds the results of a step, one per rank, to the totals."""
         for result in results[:: degrees.sp]:  # the ranks of a sequence count alike
             self._hits += result["cache"]["hits"]
             self._passes += result["cache"]["passes"]
@@ -104,5 +105,5 @@ class CachedSampling:
 
     @property
     def report(self) -> CacheReport:
-        """So far."""
+        """Totals so far."""
         return CacheReport(self.settings.name, self._hits, self._passes, self._seconds, self._saved)

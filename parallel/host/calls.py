@@ -1,6 +1,6 @@
-"""Calls of a group's workers: operations that every rank is to answer, or one; sent, awaited, cancelled.
+"""Calls to a group's workers: sends operations to all ranks or to one, waits for the replies, and cancels.
 
-They run in the caller's thread, which waits in short slices so that it can be cancelled.
+Calls run in the caller's thread, which waits in short slices so that a call can be cancelled.
 """
 
 from __future__ import annotations
@@ -30,40 +30,41 @@ from .supervisor import Supervisor
 log = logging.getLogger("sequence_parallel")
 
 Poll = Callable[[], None]
-"""Called every ≤ 100 ms in the caller's thread while a call runs; raising cancels the call."""
+"""Callback, called every ≤ 100 ms in the caller's thread while a call runs; an exception from it cancels the call."""
 Progress = Callable[[int, int], None]
-"""Called in the caller's thread with (done, total)."""
+"""Callback, called in the caller's thread with (done, total)."""
 
 _NEXT = "The next prompt starts fresh workers"
 _UNAWAITED = 0
-"""Number of operations whose replies nobody waits for."""
+"""`Reply.id` of replies that no caller waits for."""
 _SLICE_S = 0.05
 _DRAIN_TIMEOUT_S = 60.0
-"""How long the ranks may be silent in a call that has been cancelled."""
+"""Silence after which ranks count as stuck in a call that has been cancelled."""
 _GRACE_S = 1.0
-"""How long peers of a failed rank may take to report, before the group is ended."""
+"""Time for the peers of a failed rank to report before the group is ended."""
 _GRACE_OUT_OF_MEMORY_S = 2.0
-"""The same for one that is out of memory: before PyTorch says so, it waits for the device and gives back what it
-does not use."""
+"""Grace period, instead of `_GRACE_S`, if a rank is out of memory: before PyTorch raises that error, it waits for the
+device and frees its unused cached memory."""
 _GRACE_REFUSAL_S = 5.0
-"""The same for one that has refused: its peers will come to the same, and the group stays, however busy the machine."""
+"""Grace period, instead of `_GRACE_S`, if a rank refused the operation: its peers will refuse it too, even if a busy
+machine delays them, and the group is kept."""
 _PROBE_S = 5.0
-"""How long ranks may take to free memory and try their devices, after all of them were out of memory."""
+"""Time for all ranks to free memory and test their devices after all of them ran out of memory."""
 
 
 @dataclass(slots=True)
 class Call:
-    """An operation that every rank is to answer; or one rank, a *task*."""
+    """An operation that every rank must answer, or a single rank (a *task*)."""
 
     number: int
     operation: str
     ranks: Sequence[int]
     work: Hashable | None = None
-    """See `pace.work_of`."""
+    """Kind of work, see `pace.work_of`."""
     advice: str = failures.ADVICE
-    """What a user can do where a rank is out of memory."""
+    """Advice to the user if a rank is out of memory."""
     replies: dict[int, Reply] = field(default_factory=dict)
-    """In the order of their arrival."""
+    """Maps ranks to their replies, in the order of arrival."""
     progress: dict[int, tuple[int, int]] = field(default_factory=dict)
 
     @property
@@ -72,28 +73,28 @@ class Call:
 
     @property
     def failed(self) -> bool:
-        """Whether a rank has."""
+        """True if a rank has replied with an error."""
         return any(reply.error for reply in list(self.replies.values()))
 
     @property
     def slowest(self) -> tuple[int, int]:
-        """Progress of the rank that has come least far."""
+        """Progress (done, total) of the slowest rank; (0, 0) until all ranks have reported."""
         return min(self.progress.values()) if len(self.progress) == len(self.ranks) else (0, 0)
 
 
 class Calls:
-    """What a group does for its callers.
+    """Calls to the workers of one group; the base class of `WorkerGroup`.
 
     Args:
         layout: devices and degrees.
-        supervisor: of the workers; tells `_on_message`.
-        fate: of the group.
-        control: by which a call is cancelled.
+        supervisor: supervisor of the workers, which passes their messages to `_on_message`.
+        fate: state of the group: usable, failed or stopped.
+        control: control page through which a call is cancelled.
 
     Attributes:
-        memory: what is shared with the workers.
-        messages: how many each worker has been sent by calls.
-        last_used: when the group was last asked for or has last answered, by `time.monotonic`.
+        memory: segments that the host shares with the workers.
+        messages: number of messages that calls have sent to each worker.
+        last_used: time by `time.monotonic` at which the group was last acquired, or last answered.
     """
 
     def __init__(self, layout: Layout, supervisor: Supervisor, fate: Fate, control: ControlPage):
@@ -106,14 +107,14 @@ class Calls:
         self._changed = supervisor.changed
         self._numbers = itertools.count(1)
         self._call: Call | None = None
-        """Of all ranks; a cancelled one stays until it is settled."""
+        """Current call to all ranks; a cancelled one stays until it is settled."""
         self._tasks: dict[int, Call] = {}
-        """Those without an answer, by number."""
+        """Unanswered tasks, by number."""
         self._pace = Pace()
 
     @property
     def workers(self) -> list[WorkerProcess]:
-        """Those that have been started, by rank."""
+        """Workers that have been started, by rank."""
         return self._supervisor.workers
 
     # --- for callers ------------------------------------------------------------------------------------------------
@@ -126,24 +127,24 @@ class Calls:
         on_progress: Progress | None = None,
         advice: str = failures.ADVICE,
     ) -> list[dict[str, Any]]:
-        """Runs an operation on every rank and waits for all answers.
+        """Runs an operation on every rank and waits for all replies.
 
-        If `poll` or `on_progress` raises, the workers are asked to stop and the exception goes on at once; the next
-        call first waits until they have.
+        If `poll` or `on_progress` raises, the workers are asked to stop and the exception propagates at once; the next
+        call first waits until they have stopped.
 
         Args:
-            message: what to do.
-            poll: called again and again while the ranks work, in the caller's thread.
-            on_progress: told how far the slowest rank is.
-            advice: for the error of ranks that are out of memory: what a user can do.
+            message: operation to run.
+            poll: called repeatedly in the caller's thread while the ranks work.
+            on_progress: called with the progress of the slowest rank.
+            advice: what the user can do, for the error raised if ranks are out of memory.
 
         Returns:
             Each rank's result.
 
         Raises:
-            WorkerError: a rank failed. The group has been ended, but in two cases: all ranks have raised the same error
-                of the engine's own, or all were out of memory and their devices still compute; and no rank was in an
-                exchange that others had not begun.
+            WorkerError: a rank failed. The group has been ended, except in two cases: all ranks raised the same error
+                on purpose (`Failure.expected`), or all were out of memory and their devices still compute. Both require
+                that no rank was in an exchange that others had not begun.
         """
         with held(self._lock, poll):
             self.settle(poll)
@@ -162,7 +163,7 @@ class Calls:
                     self._control.request_cancel()  # `settle` collects the answers
                     raise
                 self._look(watch)
-                if call.slowest[0]:  # a step of a sampling is done: each kind of its work has been seen
+                if call.slowest[0]:  # a sampling has done a step, so each kind of its work has run
                     self._pace.measured(call.work, watch.longest)
             if call.failed:
                 self._raise_failed(call)
@@ -175,14 +176,14 @@ class Calls:
             return [call.replies[rank].result for rank in call.ranks]
 
     def post(self, message: Operation) -> None:
-        """Asks every rank for an operation without waiting for an answer.
+        """Sends an operation to every rank without waiting for replies.
 
-        Takes no lock, so that a finalizer may call it in the middle of anything.
+        Takes no lock, so that a finalizer may call it at any point.
         """
         self._supervisor.post(message.to_json())
 
     def settle(self, poll: Poll | None = None) -> None:
-        """Waits until a cancelled call has really ended; shared memory is not to be touched before.
+        """Waits until the workers have ended a cancelled call; shared memory must not be touched before.
 
         Raises:
             WorkerError: the group has failed, now or earlier.
@@ -193,7 +194,7 @@ class Calls:
             if call is not None and call.failed:
                 try:
                     self._raise_failed(call)
-                except WorkerError:  # an error that left the group usable was the cancelled prompt's affair
+                except WorkerError:  # an error that left the group usable concerns only the cancelled prompt
                     if self._fate.failing or self._fate.stopped:
                         raise
             elif call is None:
@@ -202,10 +203,10 @@ class Calls:
 
     @contextlib.contextmanager
     def tasks(self, poll: Poll | None = None) -> Iterator[None]:
-        """Inside, ranks can be given operations of their own with `submit`; no other call runs meanwhile.
+        """Lets `submit` send operations to single ranks inside the `with` block; no other call runs meanwhile.
 
-        Operations that need peers (collectives) do not belong here. Whatever ends it early asks the workers to stop;
-        the next call first waits until they have.
+        Operations that need peers (collectives) are not allowed. If the block ends before all tasks are answered, the
+        workers are asked to stop; the next call first waits until they have stopped.
 
         Raises:
             WorkerError: the group has failed.
@@ -221,7 +222,7 @@ class Calls:
                     self._control.request_cancel()
 
     def submit(self, rank: int, message: Operation) -> Call:
-        """Gives one rank an operation, behind those it already has. Segments must have been announced by a call.
+        """Appends an operation to the queue of one rank. A call must have announced the segments that it uses.
 
         Raises:
             WorkerError: the group has failed.
@@ -237,10 +238,10 @@ class Calls:
         return task
 
     def wait_for(self, condition: Callable[[], bool], poll: Poll | None = None) -> None:
-        """Waits for something that replies make true.
+        """Waits until `condition`, which depends on replies, is true.
 
         Raises:
-            WorkerError: a worker has died or is stuck meanwhile.
+            WorkerError: a worker has died or got stuck meanwhile.
         """
         watch = Watch(lambda: self._patience() if self._call is None else _DRAIN_TIMEOUT_S)
         while not self._when(condition):
@@ -249,11 +250,11 @@ class Calls:
             self._look(watch)
 
     def task_error(self, task: Call, advice: str) -> WorkerError:
-        """What a failed reply says. The group stays usable where the rank refused the operation, or was out of memory:
-        tasks have no exchanges. Any other error ends it.
+        """Returns the exception for a failed task, and ends the group unless the rank refused the operation or was out
+        of memory: the group stays usable then, since tasks have no exchanges.
 
         Args:
-            advice: what a user can do when it was the memory.
+            advice: what the user can do if the rank was out of memory.
         """
         ((rank, reply),) = task.replies.items()
         assert reply.error is not None
@@ -279,26 +280,26 @@ class Calls:
         try:
             for rank in call.ranks:
                 self._supervisor.send(rank, frame, fds)
-        except ValueError:  # it cannot be written, so no rank has got it
+        except ValueError:  # the message cannot be encoded, so no rank has received it
             self._call = None
             raise
         self.memory.announced()
         return call
 
     def _open(self) -> list[Call]:
-        """What ranks have still to answer, a cancelled call included. May be called from any thread."""
+        """Returns the unanswered calls and tasks, a cancelled call included. May be called from any thread."""
         calls = [self._call, *list(self._tasks.values())]
         return [call for call in calls if call is not None and not call.answered]
 
     def _silent(self) -> set[int]:
-        """The ranks that have to."""
+        """Returns the ranks that have yet to answer a call or a task."""
         return {rank for call in self._open() for rank in call.ranks if rank not in call.replies}
 
     def _patience(self) -> float:
         return max((self._pace.patience(call.work) for call in self._open()), default=LONGEST_S)
 
     def _when(self, condition: Callable[[], bool]) -> bool:
-        """Waits a slice of time for the condition.
+        """Waits up to `_SLICE_S` for `condition`; returns False if it is not true by then.
 
         Raises:
             WorkerError: a worker has died meanwhile.
@@ -310,7 +311,7 @@ class Calls:
         return done
 
     def _look(self, watch: Watch) -> None:
-        """Ends the group if a worker counts as stuck."""
+        """Ends the group, and raises its failure, if a worker counts as stuck."""
         waiting, silent = self._open(), self._silent()
         found = watch.look([self.workers[rank] for rank in sorted(silent)], self._control.beats(self.layout.world_size))
         if found is not None:
@@ -320,7 +321,7 @@ class Calls:
         """Turns failed replies into an exception, and ends the group where it cannot be kept; see `call`."""
         with self._changed:
             self._changed.wait_for(lambda: call.answered or self._fate.failing, timeout=_grace(call))
-        if any(worker.gone for worker in self.workers):  # the cause, which its peers' broken connections only follow
+        if any(worker.gone for worker in self.workers):  # the cause; its peers report broken connections
             self._fate.check_pending()
         failed = [(rank, reply, reply.error) for rank, reply in list(call.replies.items()) if reply.error]
         rank, _, cause = failed[verdict.first_cause([error for _, _, error in failed])]
@@ -340,16 +341,16 @@ class Calls:
         raise failure
 
     def _recovers(self) -> bool:
-        """Whether all ranks free what the failed operation has left there, and their devices compute, in `_PROBE_S`."""
+        """Returns True if all ranks free the failed operation's memory and their devices compute within `_PROBE_S`."""
         call = self._send(Recover())
         deadline = time.monotonic() + _PROBE_S
-        with contextlib.suppress(EngineError):  # one has died of it, or somebody has stopped them
+        with contextlib.suppress(EngineError):  # a worker died in the attempt, or the group was stopped
             while time.monotonic() < deadline:
                 if self._when(lambda: call.answered or call.failed):
                     break
         return call.answered and not call.failed
 
-    # --- what the supervisor tells ----------------------------------------------------------------------------------
+    # --- callbacks of the supervisor --------------------------------------------------------------------------------
 
     def _on_message(self, worker: WorkerProcess, message: Message) -> None:
         call = self._call
@@ -358,10 +359,10 @@ class Calls:
                 call.progress[worker.rank] = (message["done"], message["total"])
             return
         reply = from_plain(Reply, message)
-        worker.memory = reply.memory or worker.memory  # a device that has failed does not say
+        worker.memory = reply.memory or worker.memory  # None if the device has failed
         if (task := self._tasks.pop(reply.id, None)) is not None:
             task.replies[worker.rank] = reply
-            if reply.result is not None:  # it gives a sign of life when it begins
+            if reply.result is not None:  # a task beats when it begins, so it is silent for its whole duration
                 self._pace.measured(task.work, reply.result.get("seconds", 0.0))
             return
         if reply.id == _UNAWAITED:
@@ -381,12 +382,12 @@ class Calls:
         self._fate.lose_unasked(rank, f"{text}{during}. {_NEXT}")
 
     def _operation_of(self, rank: int) -> str | None:
-        """What this rank has still to answer."""
+        """Returns the name of an operation of this rank that not all its ranks have answered; None if there is none."""
         return next((call.operation for call in self._open() if rank in call.ranks), None)
 
 
 def _grace(call: Call) -> float:
-    """Seconds that the ranks which have not reported yet get, after one that has failed."""
+    """Returns the seconds in which the remaining ranks must report after a rank has failed."""
     errors = [reply.error for reply in list(call.replies.values()) if reply.error]
     if any(error.out_of_memory for error in errors):
         return _GRACE_OUT_OF_MEMORY_S
@@ -395,8 +396,8 @@ def _grace(call: Call) -> float:
 
 @contextlib.contextmanager
 def held(lock: threading.Lock | threading.RLock, poll: Poll | None) -> Iterator[None]:
-    """Holds the lock. Another thread's call, or its start of workers, ends by itself or by its own time limit; `poll`
-    is called until then."""
+    """Holds `lock` inside the `with` block, and calls `poll` while it waits for it. The wait has no timeout: the thread
+    that holds the lock runs a call or starts workers, which ends by itself or by its own time limit."""
     while not lock.acquire(timeout=_SLICE_S):
         if poll is not None:
             poll()

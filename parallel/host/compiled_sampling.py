@@ -1,4 +1,4 @@
-"""One sampling with compiled blocks, as the host sees it: what is asked of the workers, and what has become of it."""
+"""Host side of a sampling with compiled blocks: settings for the workers, and a report of their compilations."""
 
 from __future__ import annotations
 
@@ -10,25 +10,25 @@ from typing import Any
 from ..compilation.settings import CompileSettings
 
 _ADDED = ("seconds", "graphs", "breaks", "recompilations")
-"""Figures of a rank that are added up over the steps."""
+"""Counters of a rank that are summed over the steps."""
 
 
 @dataclass(frozen=True, slots=True)
 class CompileReport:
-    """What the compilers of the workers have done."""
+    """Summary of the compilations in the workers."""
 
     name: str
     steps: int
     seconds: float
-    """Spent in compilation by the rank that took longest."""
+    """Compilation time of the rank that took longest."""
     graphs: int
-    """Compiled by the rank that compiled most."""
+    """Largest number of graphs that a rank compiled; `breaks` and `recompilations` are maxima over ranks, too."""
     breaks: int
     recompilations: int
     kinds: int
-    """Kinds of blocks that are compiled."""
+    """Number of kinds of blocks that are compiled."""
     failures: tuple[tuple[int, str], ...]
-    """Ranks whose blocks ran uncompiled, and why."""
+    """Ranks whose blocks ran uncompiled, each with the reason."""
 
     def __str__(self) -> str:
         if self.failures:
@@ -49,17 +49,17 @@ class CompileReport:
 
 
 class CompiledSampling:
-    """Adds up what the ranks say of a sampling's steps."""
+    """One sampling with compiled blocks, and its compilation counters, summed over the steps."""
 
     def __init__(self, settings: CompileSettings):
         self.settings = settings
         self._steps = self._kinds = 0
         self._ranks: dict[int, Counter[str]] = defaultdict(Counter)
-        """Rank → figures of `_ADDED`."""
+        """Maps ranks to their sums of the counters in `_ADDED`."""
         self._failures: dict[int, str] = {}
 
     def count(self, results: Sequence[Mapping[str, Any]]) -> None:
-        """Takes in what the ranks said of a step."""
+        """Adds the results of a step, one per rank, to the sums."""
         self._steps += 1
         for rank, result in enumerate(results):
             told = result["compile"]
@@ -70,7 +70,7 @@ class CompiledSampling:
 
     @property
     def report(self) -> CompileReport:
-        """So far."""
+        """Summary so far."""
         most = {name: max((of_rank[name] for of_rank in self._ranks.values()), default=0) for name in _ADDED}
         failures = tuple(sorted(self._failures.items()))
         return CompileReport(name=self.settings.name, steps=self._steps, kinds=self._kinds, failures=failures, **most)

@@ -1,8 +1,9 @@
-"""The environment of a worker process: the one place where it is chosen.
+"""Environment variables of the worker processes; this is the only place that sets them.
 
-A worker inherits the environment of its host, but for the variables in the tables below. `CUDA_VISIBLE_DEVICES` stays
-as the host has it: `cuda:1` in a device list counts the host's devices. `NCCL_*`, `TORCH_*`, `PYTORCH_TUNABLEOP_*`,
-`CUDA_LAUNCH_BLOCKING`, `HF_HOME`, … are inherited, so that a user can set them for the workers, too.
+A worker inherits the environment of its host, except for the variables in the tables below. `CUDA_VISIBLE_DEVICES` is
+inherited unchanged: `cuda:1` in a device list is an index into the host's devices. `NCCL_*`, `TORCH_*`,
+`PYTORCH_TUNABLEOP_*`, `CUDA_LAUNCH_BLOCKING`, `HF_HOME`, … are inherited, so that a user can set them for the workers,
+too.
 """
 
 from __future__ import annotations
@@ -23,47 +24,47 @@ ALWAYS = {
     "HF_HUB_OFFLINE": "1",  # a worker downloads nothing
     "PYTHONUNBUFFERED": "1",  # the last lines of a process that was killed are the interesting ones
 }
-"""Set whatever the host has; besides, `OMP_NUM_THREADS` is the worker's number of threads."""
+"""Variables set in every worker, whatever the host has; in addition, `OMP_NUM_THREADS` is its number of threads."""
 
 DROPPED = frozenset(
     {
-        # Somebody else's process group: a worker gets its rank from its host, and libraries that find these look for
-        # peers that do not exist.
+        # Another launcher's process group: a worker gets its rank from its host, and libraries that find these look
+        # for peers that do not exist.
         "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "ROLE_RANK", "ROLE_WORLD_SIZE",
         "MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RUN_ID", "TORCHELASTIC_USE_AGENT_STORE",
         # Written for one process per machine: the threads of all workers would be bound to the same cores.
         "OMP_PROC_BIND", "OMP_PLACES", "GOMP_CPU_AFFINITY", "KMP_AFFINITY",
     }
 )  # fmt: skip
-"""Left out."""
+"""Variables of the host that a worker does not inherit."""
 
 ALLOCATOR_NAMES = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
-"""Variables of PyTorch's CUDA allocator, taken from the user. PyTorch 2.13 reads the first one and, without it, the
-second one; builds of mid-2025 looked in the opposite order. A worker has both only if the user set both."""
+"""Variables of PyTorch's CUDA allocator, passed on as the user set them. PyTorch 2.13 reads the first one and, without
+it, the second one; builds of mid-2025 used the opposite order. A worker has both only if the user set both."""
 
 ALLOCATOR = {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
-"""Set unless the user set one of `ALLOCATOR_NAMES`.
+"""Default allocator setting, used unless the user set one of `ALLOCATOR_NAMES`.
 
-Shapes change with every prompt, size and cache hit, and segments that grow leave no holes of the old size behind.
-Where the CUDA driver API is not available to PyTorch (ROCm, Windows) it warns and ignores the option. NCCL registers no
-tensors here (that takes a `MemPool` or user buffers), and no tensor travels by CUDA IPC, which such segments support
-only by passing file descriptors."""
+Shapes change with every prompt, size and cache hit; expandable segments grow and leave no holes of the old size behind.
+Where the CUDA driver API is not available to PyTorch (ROCm, Windows), it warns and ignores the option. NCCL
+registers no tensors here (that takes a `MemPool` or user buffers), and no tensor is shared by CUDA IPC, which
+expandable segments support only by passing file descriptors."""
 
 _COMFYUI = "backend:cudaMallocAsync"
 _COMFYUI_SUFFIX = re.compile(rf"(?:(?:^|,){re.escape(_COMFYUI)})+$")
-"""What ComfyUI's cuda_malloc.py sets or appends in its own process. When ComfyUI-Manager restarts ComfyUI by `execv`
-the new process starts with it, and appends once more."""
+"""Matches the suffix that ComfyUI's cuda_malloc.py sets or appends in its own process. When ComfyUI-Manager restarts
+ComfyUI by `execv`, the new process inherits the suffix and appends it once more."""
 
 
 def worker_environment(
     base: Mapping[str, str], initial: Mapping[str, str], *, threads: int, rank: int
 ) -> dict[str, str]:
-    """The environment of the worker `rank`.
+    """Returns the environment of the worker `rank`.
 
     Args:
-        base: the host's environment now.
-        initial: the environment that the host was started with, see `initial_environment`; empty if not known.
-        threads: CPU threads of the worker.
+        base: current environment of the host.
+        initial: environment that the host was started with, see `initial_environment`; empty if unknown.
+        threads: number of CPU threads of the worker.
     """
     environment = {name: value for name, value in base.items() if name not in DROPPED}
     environment |= ALWAYS | {"OMP_NUM_THREADS": str(threads)}
@@ -78,10 +79,10 @@ def worker_environment(
 
 
 def initial_environment() -> dict[str, str]:
-    """The environment that this process was started with; empty if it cannot be read.
+    """Returns the environment that this process was started with; empty if it cannot be read.
 
-    `os.environ` has what ComfyUI and its packs have set since. A process that has given itself a title
-    (`setproctitle`) has overwritten this memory; entries that are no assignments tell.
+    `os.environ` also contains changes that ComfyUI and its packs have made since. A process that has set its own title
+    (`setproctitle`) has overwritten the initial environment; entries without `=` reveal that.
     """
     try:
         entries = Path("/proc/self/environ").read_bytes().split(b"\0")
@@ -92,7 +93,7 @@ def initial_environment() -> dict[str, str]:
 
 
 def _users_allocator(environment: Mapping[str, str]) -> dict[str, str]:
-    """What a user has set, without what ComfyUI has added to it. Only that one variable is ComfyUI's to set."""
+    """Returns the allocator variables that the user set, without the suffix that ComfyUI adds to the first of them."""
     found = {name: environment[name] for name in ALLOCATOR_NAMES if environment.get(name)}
     if "PYTORCH_CUDA_ALLOC_CONF" in found:
         users = _COMFYUI_SUFFIX.sub("", found.pop("PYTORCH_CUDA_ALLOC_CONF"))

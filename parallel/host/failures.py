@@ -1,4 +1,4 @@
-"""How a group fails: what the error says, and that everybody hears of the first one."""
+"""Failures of a worker group: texts of the errors, and publication of the first failure to all threads."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ log = logging.getLogger("sequence_parallel")
 
 _FRESH = ". The workers were stopped; the next prompt starts fresh ones"
 ADVICE = "Use a smaller size or fewer frames, more devices, weights 'offload', or an fp8 weight_dtype"
-"""What a user can do when the memory is short."""
+"""Advice to a user whose device is out of memory."""
 
 
 def advice_after(mode: str | None) -> str:
-    """The same, where `auto` takes another mode of weights for the next prompt."""
+    """Returns advice like `ADVICE`; `mode` is the one `auto` takes for the next prompt, None if it does not change."""
     if mode is None:
         return ADVICE
     return (
@@ -33,16 +33,16 @@ def advice_after(mode: str | None) -> str:
 
 
 class Fate:
-    """Whether a group's workers can be used, or what has ended them: a failure, or somebody who stopped them.
+    """State of a group's workers: usable, ended by a failure, or stopped deliberately.
 
     Args:
-        supervisor: of the workers.
-        end: ends the group; called in a thread that hears of the failure.
+        supervisor: supervisor of the workers.
+        end: ends the group; called in each thread to which `check` raises the failure.
 
     Attributes:
-        failure: the first one, once it is known.
-        failing: a failure is known, or is about to be.
-        stopped: why somebody has stopped the workers; empty while nobody has.
+        failure: first failure, once its message is complete.
+        failing: True from the start of the first failure, before `failure` is set.
+        stopped: reason for stopping the workers; empty while they have not been stopped.
     """
 
     def __init__(self, supervisor: Supervisor, end: Callable[[], None]):
@@ -52,7 +52,7 @@ class Fate:
         self._supervisor, self._changed, self._end = supervisor, supervisor.changed, end
 
     def stop(self, reason: str) -> bool:
-        """From now on calls fail for this reason. False if somebody has stopped the workers before."""
+        """Makes calls fail with `reason` from now on; returns False if the workers were stopped before."""
         with self._changed:
             if self.stopped:
                 return False
@@ -60,11 +60,11 @@ class Fate:
             return True
 
     def check(self) -> None:
-        """Raises what has ended the workers, if anything has.
+        """Raises an error if the workers have failed or were stopped.
 
         Raises:
-            WorkerError: the failure.
-            EngineError: somebody has stopped them.
+            WorkerError: the first failure.
+            EngineError: the workers were stopped.
         """
         if self.failure is not None:
             self._end()
@@ -73,15 +73,17 @@ class Fate:
             raise EngineError(self.stopped)
 
     def check_pending(self) -> None:
-        """As `check`, where another thread is about to make a failure known."""
+        """Waits (at most twice `REAP_S`) for a failure that another thread is about to publish, then calls `check`."""
         with self._changed:
             self._changed.wait_for(lambda: self.failure is not None or bool(self.stopped), timeout=2 * REAP_S)
         self.check()
 
     def lose(self, failure: WorkerError) -> None:
-        """Ends the processes, since peers would wait for a lost one in a collective, and makes the failure known: once,
-        where a second rank reports what the first one caused. Its message then also names what could not be ended, and
-        the group's log file."""
+        """Ends all processes, since peers would wait for a lost one in a collective, and publishes the failure.
+
+        Does nothing if the group has already failed or was stopped: a second rank reports a consequence of the first
+        failure. Appends the processes that could not be ended, and the path of the group's log file, to the message.
+        """
         with self._changed:
             if self.failing or self.stopped:
                 return
@@ -94,28 +96,28 @@ class Fate:
         with self._changed:
             self.failure = failure
             self._changed.notify_all()
-        log_file.write(text)  # nobody waits for the disk
+        log_file.write(text)  # after the notification: no thread waits for the disk
         out_of_memory = isinstance(failure, WorkerOutOfMemoryError)
         status.tell(status.OUT_OF_MEMORY if out_of_memory else status.CRASHED, str(failure))
 
     def lose_and_raise(self, failure: WorkerError) -> NoReturn:
-        """As `lose`; raises this failure, or the one that came first."""
+        """Calls `lose`, then raises `failure`, or the one that was published first."""
         self.lose(failure)
         self.check_pending()
         raise failure
 
     def lose_unasked(self, rank: int, text: str) -> None:
-        """As `lose`, where nobody may be waiting for an answer."""
+        """Calls `lose` and logs the failure if it is the first, since possibly no thread waits for a reply."""
         failure = WorkerDiedError(text, rank=rank)
         self.lose(failure)
         if self.failure is failure:
-            log.error("%s", str(failure))  # handlers may keep what they are given, and with it the group
+            log.error("%s", str(failure))  # handlers may keep their arguments; the exception would keep the group
 
 
 def not_started(
     workers: Sequence[WorkerProcess], layout: Layout, seconds: float, stuck: Stuck | None = None
 ) -> WorkerDiedError:
-    """Of workers that are late, or known not to go on, at the start of a group."""
+    """Returns the error for workers that are not ready after `seconds`, or are `stuck`, at the start of a group."""
     late = [worker for worker in workers if not worker.ready] if stuck is None else stuck.workers
     names = ", ".join(worker.describe() for worker in late) or "the workers"
     said = late[0].output_so_far() if late else ""
@@ -125,18 +127,18 @@ def not_started(
 
 
 def stuck(found: Stuck, layout: Layout, operation: str) -> WorkerDiedError:
-    """Of workers that do not go on."""
+    """Returns the error for workers that make no progress in `operation`."""
     names = " or ".join(worker.describe() for worker in found.workers)
     text = f"{names} stopped answering in '{operation}': {found.reason}{_advice_on_silence(layout)}{_FRESH}"
     return WorkerDiedError(text, rank=found.workers[0].rank)
 
 
 def raised(worker: WorkerProcess, operation: str, failure: Failure, *, kept: bool, advice: str = ADVICE) -> WorkerError:
-    """Of an exception in a worker.
+    """Returns the error for an exception in a worker.
 
     Args:
-        kept: whether the group stays usable.
-        advice: what a user can do when it was the memory.
+        kept: True if the group stays usable.
+        advice: what the user can do if the worker was out of memory.
     """
     if failure.expected and kept:
         text = failure.message
@@ -158,12 +160,12 @@ def raised(worker: WorkerProcess, operation: str, failure: Failure, *, kept: boo
 
 
 def prefixed(rank: int, text: str) -> str:
-    """A worker's text, each line with its rank."""
+    """Returns a worker's text with its rank before each line."""
     return "\n".join(f"[rank {rank}] {line}" for line in text.rstrip().splitlines())
 
 
 def report_left_behind(workers: Iterable[WorkerProcess], log_file: GroupLog) -> None:
-    """Tells of processes that could not be ended."""
+    """Reports processes that could not be ended to the log, the group's log file and the status."""
     if text := ". ".join(worker.describe_left_behind() for worker in workers):
         log.error("%s", text)
         log_file.write(text)
@@ -171,7 +173,7 @@ def report_left_behind(workers: Iterable[WorkerProcess], log_file: GroupLog) -> 
 
 
 def _advice_on_silence(layout: Layout) -> str:
-    """What silent GPUs most often mean."""
+    """Returns the most frequent cause of silent GPUs, and its remedy; empty for CPUs or a single rank."""
     if layout.device_type != "cuda" or layout.world_size == 1:
         return ""
     return (

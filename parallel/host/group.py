@@ -1,7 +1,7 @@
 """A group of worker processes, one per device: started once, called many times, ended together.
 
-Threads: each group has a supervisor, which starts the processes and reads what they say. Calls run in the caller's
-thread.
+Threads: each group has a supervisor thread, which starts the processes and reads their messages and output. Calls run
+in the caller's thread.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from .supervisor import LEAVE_S, Supervisor
 log = logging.getLogger("sequence_parallel")
 
 _starts = Pace(unknown=FIRST_START_S)
-"""How long groups of so many workers took to start in this process."""
+"""Start times of the groups of this process, by number of workers."""
 
 
 class WorkerGroup(Calls):
@@ -39,12 +39,14 @@ class WorkerGroup(Calls):
 
     Args:
         layout: devices and degrees.
-        threads: CPU threads of each worker; by default an equal share of this process's, or of its cores.
-        first: recipe of the model that will be loaded first, if known: workers import its library while they meet.
+        threads: number of CPU threads of each worker; by default an equal share of the host's threads (CPU workers) or
+            cores (GPU workers, at most 4).
+        first: recipe of the model that will be loaded first, if known: workers import its library while they join the
+            process group.
 
     Attributes:
-        number: another one for every group.
-        figures: what it holds and has computed, for those who watch.
+        number: unique number of the group.
+        figures: weights that it holds and figures of its last step, for observers.
     """
 
     _numbers_of_groups = itertools.count(1)
@@ -65,10 +67,10 @@ class WorkerGroup(Calls):
         )
         super().__init__(layout, supervisor, Fate(supervisor, self.stop), control)
 
-    # --- life -------------------------------------------------------------------------------------------------------
+    # --- start and end ----------------------------------------------------------------------------------------------
 
     def start(self, poll: Poll | None = None) -> None:
-        """Starts the processes and waits until they have met.
+        """Starts the processes and waits until all have joined the process group.
 
         Raises:
             WorkerDiedError: a worker could not start; the message ends with its last lines of output.
@@ -80,9 +82,9 @@ class WorkerGroup(Calls):
         log_file.write(f"starting workers {where}: {versions}")
         self._supervisor.start()
         atexit.register(self.stop)
-        watch = Watch(lambda: math.inf)  # only for processes that are stopped
+        watch = Watch(lambda: math.inf)  # detects only halted processes
         patience = _starts.patience(self.layout.world_size)
-        beats = self._control.beats(self.layout.world_size)  # none before they have met
+        beats = self._control.beats(self.layout.world_size)  # no beats before the workers have joined
         try:
             while not self._when(lambda: sum(worker.ready for worker in self.workers) == self.layout.world_size):
                 if poll is not None:
@@ -103,10 +105,10 @@ class WorkerGroup(Calls):
         self.last_used = time.monotonic()
 
     def stop(self, reason: str = "the workers were stopped") -> None:
-        """Ends the processes. Safe to call again, and from any thread.
+        """Ends the processes. May be called repeatedly and from any thread.
 
         Args:
-            reason: what a call that runs meanwhile fails with.
+            reason: message of the error that a running call raises.
         """
         if not self._fate.stop(reason):
             return
@@ -117,7 +119,7 @@ class WorkerGroup(Calls):
         left_behind = self._supervisor.end(0.0 if busy else LEAVE_S)
         if not self._fate.failing:  # else the failure's message names them
             failures.report_left_behind(left_behind, log_file)
-        # A thread in the middle of a call leaves it first: it would touch what is closed here.
+        # Let a thread in the middle of a call leave it first: the call uses what is closed here.
         alone = self._lock.acquire(timeout=LEAVE_S)
         try:
             self._supervisor.close()
@@ -129,11 +131,11 @@ class WorkerGroup(Calls):
 
     @property
     def alive(self) -> bool:
-        """Whether all workers have met and none has failed."""
+        """True if all workers have joined, none has failed, and the group has not been stopped."""
         everyone = self._supervisor.running == self.layout.world_size
         return everyone and self._fate.failure is None and not self._fate.stopped
 
-    # --- for those who watch ----------------------------------------------------------------------------------------
+    # --- for observers ----------------------------------------------------------------------------------------------
 
     @property
     def pids(self) -> list[int]:
@@ -141,22 +143,22 @@ class WorkerGroup(Calls):
 
     @property
     def titles(self) -> list[str]:
-        """The model of each worker's device."""
+        """Device name of each worker, e.g. the model of its GPU."""
         return [worker.title for worker in self.workers]
 
     def cached_on(self, device: str) -> int:
-        """Bytes of a GPU that its worker has taken and does not use, as it last said."""
+        """Returns the bytes of a GPU that its worker's allocator caches without using them, as of the last reply."""
         return sum(worker.memory.cached for worker in self.workers if worker.device.name == device)
 
     @property
     def busy(self) -> bool:
-        """Whether an operation runs, a cancelled one included."""
+        """True if an operation runs, a cancelled one included."""
         return bool(self._open())
 
     def status(self) -> dict[str, Any]:
-        """What each worker is doing, and what the group has computed last (`GroupFigures.to_json`), as plain data.
+        """Returns the state of each worker and the group's figures (`GroupFigures.to_json`) as plain data.
 
-        Reads only what the host knows; may be called from any thread at any time.
+        Sends nothing to the workers; may be called from any thread at any time.
         """
         failure, running = self._fate.failure, self._open()
         state = "idle"
@@ -198,8 +200,11 @@ class WorkerGroup(Calls):
 
 
 def _threads_per_worker(layout: Layout) -> int:
-    """A CPU worker gets its share of this process's own threads, so that `OMP_NUM_THREADS` counts for both; on several
-    CPU models PyTorch's convolutions give other bits with another number of threads."""
+    """Returns the number of CPU threads of each worker.
+
+    CPU workers divide the thread count of this process among them, so that `OMP_NUM_THREADS` applies to host and
+    workers; on several CPU models PyTorch's convolutions are not bit-identical for different numbers of threads.
+    """
     if layout.device_type == "cpu":
         return max(1, torch.get_num_threads() // layout.world_size)
     cores = len(os.sched_getaffinity(0))

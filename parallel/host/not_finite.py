@@ -1,4 +1,4 @@
-"""Says where a prediction has stopped being finite."""
+"""Builds the error for a prediction that is not finite (NaN or infinite)."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ _OVERFLOW = (
 
 
 def not_finite(workers: Sequence[WorkerProcess], found: Sequence[Mapping[str, Any]], steps: str = "") -> NotFiniteError:
-    """Builds the error, and reports it to listeners.
+    """Builds the error and reports it to the status listeners.
 
     Args:
-        workers: the ranks.
-        found: what each of them has met when the step ran again (`wire.messages.NotFinite`).
-        steps: done before, of how many; by default those of the sampling that listeners see.
+        workers: the worker processes, by rank.
+        found: finding of each rank from the second run of the step (`wire.messages.NotFinite`).
+        steps: number of steps done before, as "3 of 20"; by default taken from the running sampling in `status`.
     """
     places = [from_plain(NotFinite, dict(each)) for each in found]
     rank, first = min(enumerate(places), key=lambda entry: entry[1].place)

@@ -1,6 +1,6 @@
-"""When silent ranks count as stuck: by the longest silence that the same work has shown in this group before.
+"""Detection of stuck ranks: compares a silence with the longest silence of the same work in this group so far.
 
-A false alarm costs a prompt that would have come to its end, so everything here errs on the side of waiting.
+A false alarm costs a prompt that would have finished, so all limits here err on the side of waiting.
 """
 
 from __future__ import annotations
@@ -14,26 +14,26 @@ from .process import WorkerProcess
 from .process_state import HALTED, in_words, state
 
 LONGEST_S = 600.0
-"""Patience with work of unknown speed, and the most there is. A rank that compiles gives signs of life."""
+"""Timeout for work of unknown speed, and the longest timeout of all. A rank that compiles gives signs of life."""
 SHORTEST_S = 60.0
-"""The least patience: other programs may slow a machine down many times over."""
+"""Shortest timeout: other programs may slow a machine down many times over."""
 FACTOR = 10.0
-"""Times the longest silence measured."""
+"""Ratio of the timeout to the longest silence measured."""
 FIRST_START_S = 300.0
-"""Patience with the first start of workers: reading PyTorch from a cold disk, once for each, takes minutes."""
+"""Timeout for the first start of workers: reading PyTorch from a cold disk, once per worker, takes minutes."""
 HALTED_S = 5.0
-"""A process that is stopped or has ended for so long is stuck, however much patience is left."""
+"""Seconds after which a stopped or ended process counts as stuck, whatever is left of the timeout."""
 _LOOK_S = 1.0
-"""Between two looks at the states of the processes, and the most that one look adds to a silence: when this process
-has been suspended itself, with its workers perhaps, nobody has been silent meanwhile."""
+"""Seconds between two checks of the process states, and the most that one check adds to a silence: while this process
+was itself suspended, perhaps with its workers, no rank counts as silent."""
 _KEPT = 64
-"""Kinds of work whose silences are remembered."""
+"""Number of kinds of work whose longest silence is remembered."""
 
 
 def work_of(message: Operation) -> Hashable | None:
-    """Equal for operations that may be silent equally long: the same model under the same degrees, on sizes alike.
+    """Returns a key that is equal for operations with equally long silences: same model, degrees and sizes.
 
-    None for those whose silences depend on more than their sizes, such as reading files: they are not measured.
+    Returns None for operations whose silences depend on more than sizes, such as reading files: they are not measured.
     """
     if isinstance(message, Step):
         shapes = tuple(request.x.shape for request in message.requests)
@@ -47,10 +47,10 @@ def work_of(message: Operation) -> Hashable | None:
 
 
 class Pace:
-    """The longest silence of each kind of work, in seconds.
+    """Longest silence of each kind of work, in seconds.
 
     Args:
-        unknown: patience with work that has not been measured.
+        unknown: timeout for work that has not been measured, in seconds.
     """
 
     def __init__(self, unknown: float = LONGEST_S) -> None:
@@ -64,48 +64,48 @@ class Pace:
                 del self._longest[next(iter(self._longest))]
 
     def patience(self, work: Hashable | None) -> float:
-        """Seconds of silence after which a rank that does this work counts as stuck."""
+        """Returns the seconds of silence after which a rank that does this work counts as stuck."""
         longest = self._longest.get(work)
         return self._unknown if longest is None else min(LONGEST_S, max(SHORTEST_S, FACTOR * longest))
 
 
 @dataclass(frozen=True, slots=True)
 class Stuck:
-    """Workers that do not go on, and how one can tell."""
+    """Workers that make no progress, and the evidence for it."""
 
     workers: Sequence[WorkerProcess]
     reason: str
 
 
 class Watch:
-    """Follows the signs of life during one operation.
+    """Tracks the ranks' signs of life during one operation.
 
     Args:
-        patience: seconds, asked at each look.
+        patience: returns the timeout in seconds; called at each `look`.
         clock: `time.monotonic`.
     """
 
     def __init__(self, patience: Callable[[], float], clock: Callable[[], float] = time.monotonic):
         self.longest = 0.0
-        """Seconds of the longest silence so far that a sign of life has ended."""
+        """Longest silence so far, in seconds, that ended with a sign of life."""
         self._patience = patience
         self._clock = clock
         self._looked = clock()
         self._silence = 0.0
         self._signs: object = None
         self._halted: dict[int, float] = {}
-        """Rank → seconds for which its process has been found halted at every look."""
+        """Maps a rank to the seconds for which every check has found its process halted."""
         self._since_states = 0.0
 
     def look(self, silent: Sequence[WorkerProcess], beats: tuple[int, ...]) -> Stuck | None:
-        """To be called several times a second.
+        """Checks for stuck workers; must be called several times a second.
 
         Args:
-            silent: those that have still to answer.
-            beats: signs of life of all ranks, see `ControlPage.beats`.
+            silent: workers that have not replied yet.
+            beats: counters of signs of life of all ranks, see `ControlPage.beats`.
 
         Returns:
-            Those of `silent` that count as stuck, when there are some.
+            The workers of `silent` that count as stuck; None if there are none.
         """
         passed = min(self._clock() - self._looked, _LOOK_S)
         self._looked = self._clock()
@@ -120,7 +120,7 @@ class Watch:
             return stuck
         if not silent or self._silence <= self._patience():
             return None
-        # Peers of the one that hangs wait for it, some as early as it hangs itself.
+        # Peers of a rank that hangs wait for it; their counters stop at its own count or above.
         least = min(beats[worker.rank] for worker in silent)
         behind = [worker for worker in silent if beats[worker.rank] == least]
         states = " and ".join(in_words(state(worker.process.pid)) for worker in behind)

@@ -1,4 +1,4 @@
-"""Settles where a model's weights go, with the workers that are to have them."""
+"""Decides on the placement of a model's weights, together with the workers that will hold them."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from .group import WorkerGroup
 
 
 class Placing:
-    """Of the weights of one configuration.
+    """Placement of the weights under one configuration.
 
     Args:
-        config: what the user asks for.
-        layout: what it means.
-        whole: no other place is possible; the user has not asked for one.
+        config: the user's settings.
+        layout: `config` resolved for this machine.
+        whole: True forces `replicate`, the only possible mode, whatever `config.weights` says.
     """
 
     def __init__(self, config: SequenceParallelConfig, layout: Layout, *, whole: bool = False):
@@ -28,22 +28,22 @@ class Placing:
         self._ran_out: set[str] = set()
 
     def ran_out(self, mode: str) -> None:
-        """Memory has run out in this mode: `auto` does not take it again."""
+        """Records that memory ran out in this mode, so that `auto` does not choose it again."""
         self._ran_out.add(mode)
 
     def next_smaller(self, mode: str, nbytes: int, in_the_file: int) -> str | None:
-        """What `auto` takes where `mode` runs out of memory; None: nothing leaves more, or the user has chosen."""
+        """Returns `auto`'s next choice if `mode` runs out of memory; None if none needs less or the user chose one."""
         if self._asked != "auto":
             return None
         kind = self._device_type
         return next_smaller(mode, nbytes, sharing=self._sharing, device_type=kind, in_the_file=in_the_file)
 
     def settle(self, group: WorkerGroup, poll: Poll | None, nbytes: int, *, in_the_file: int = 0) -> Placement:
-        """Asks the workers for their free memory only if that matters.
+        """Chooses the mode; asks the workers for their free memory only if the choice depends on it.
 
         Args:
-            nbytes: of a whole copy of the weights.
-            in_the_file: how many of these CPU workers use where the file is mapped.
+            nbytes: bytes of a whole copy of the weights.
+            in_the_file: bytes of these that CPU workers use directly in the mapped file.
 
         Raises:
             ConfigError: an offload needs more memory than the host has.
@@ -69,10 +69,10 @@ class Placing:
 
     @contextmanager
     def home(self, placement: Placement, model: str, group: WorkerGroup, poll: Poll | None) -> Iterator[WeightsHome]:
-        """What the workers are told of a placement, inside the `with` block in which they load.
+        """Yields the description of a placement for the workers, which must load inside the `with` block.
 
         Args:
-            model: name of what they load.
+            model: name of the model that they load.
         """
         home = WeightsHome(mode=placement.mode, sharing=self._sharing)
         if placement.mode != "offload":
@@ -84,13 +84,13 @@ class Placing:
         try:
             yield replace(home, segment=segment)
         finally:
-            group.memory.drop(segment)  # it belongs to the workers now
+            group.memory.drop(segment)  # the workers own it now
 
     def expected_bytes(self, nbytes: int, mode: str | None = None) -> int:
-        """Of weights on one worker's device when they are loaded; under `auto` as much as it may be.
+        """Returns the bytes of loaded weights on one worker's device; under `auto` the maximum.
 
         Args:
-            nbytes: of a whole copy.
-            mode: where they are, once that is settled.
+            nbytes: bytes of a whole copy.
+            mode: the chosen mode; by default the requested one.
         """
         return bytes_on_device(mode or self._asked, nbytes, self._sharing, self._device_type)

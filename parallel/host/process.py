@@ -1,4 +1,4 @@
-"""One worker process: how it is started, and how its end is told."""
+"""One worker process: starts it and describes how it ended."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ from .group_log import GroupLog
 from .process_state import in_words, state
 
 SEND_TIMEOUT_S = 60.0
-"""How long a worker may take nothing from its socket: a thread of its own reads it, whatever the worker computes."""
+"""Longest time in which a worker may read nothing: its socket has a reader thread, independent of computation."""
 _RECEIVE_TIMEOUT_S = 8.0
-"""How long the rest of a message may take that a worker has begun: it sends each in one piece."""
+"""Timeout for the rest of a message after its first byte: workers send each message in one piece."""
 _CLOSING_S = 2.0
-"""How long a process may take to end by itself after its socket has closed."""
+"""Time that a process has to end by itself after its socket has closed."""
 
 _BOOT = Path(__file__).resolve().parent.parent / "worker" / "boot.py"
 
@@ -39,24 +39,25 @@ class WorkerProcess:
     """The process of one rank, started by the constructor. It dies with the *thread* that started it.
 
     Args:
-        rank: place in the world.
+        rank: its rank in the world.
         layout: devices and degrees of the world.
-        threads: its CPU threads.
-        store: descriptor of the file through which the ranks meet.
+        threads: number of its CPU threads.
+        store: descriptor of the file store through which the ranks form their process group.
         common: descriptor of the common memory of CPU ranks.
         control: descriptor of the control page.
         first: recipe of the model that it will load first, if known.
         log_file: receives the lines of its output.
 
     Attributes:
-        ready: it has met the other ranks.
-        start_seconds: phases of its start, in order: python, torch (with this pack's modules), device, meeting.
-        gone: it has ended.
-        left_behind: it did not end when it was killed, and nobody waits for it any more.
-        memory: what it has last said of it.
-        total: bytes of its GPU, or of the system.
-        title: its device's name, for people.
-        last_lines: what it last wrote to its output.
+        ready: True once it has joined the other ranks.
+        start_seconds: seconds of each phase of its start, in order: python, torch (with this pack's modules), device,
+            meeting.
+        gone: True once it has ended.
+        left_behind: True if it did not end when it was killed; it is not waited for any more.
+        memory: its memory use, as last reported.
+        total: bytes of memory of its GPU, or of the system.
+        title: display name of its device.
+        last_lines: last lines of its output.
     """
 
     def __init__(
@@ -115,7 +116,7 @@ class WorkerProcess:
         self.output = self.process.stdout
         os.set_blocking(self.output.fileno(), False)
         self.channel = Channel(ours, SEND_TIMEOUT_S, _RECEIVE_TIMEOUT_S)
-        with contextlib.suppress(ChannelClosed):  # whoever reads the channel sees it too, and says why
+        with contextlib.suppress(ChannelClosed):  # the reader of the channel sees it too, and reports the reason
             page = {"segments": [{"name": "control", "size": CONTROL_SIZE}], "op": "attach", "id": 0}
             self.channel.send(page, (control,))
 
@@ -123,7 +124,7 @@ class WorkerProcess:
         return f"worker rank {self.rank} ({self.device.name}, pid {self.process.pid})"
 
     def device_status(self) -> dict[str, Any]:
-        """Its device and the memory there, in bytes. `free` of a system's memory is as of now."""
+        """Returns its device and the memory there, in bytes. On a CPU, `free` is read now; the rest is as reported."""
         return {
             "device": self.device.name,
             "title": self.title,
@@ -133,7 +134,7 @@ class WorkerProcess:
         }
 
     def read_output(self) -> list[str] | None:
-        """The lines it has written since, the last one once it is whole; None when its output has closed."""
+        """Returns the complete lines written since the last call; None once its output has closed."""
         text = os.read(self.output.fileno(), 65536).decode(errors="replace")
         *lines, self._unfinished = (self._unfinished + (text or "\n")).split("\n")
         self.last_lines.extend(lines)
@@ -142,10 +143,10 @@ class WorkerProcess:
         return lines if text else None
 
     def describe_end(self, operation: str | None) -> str:
-        """Why the process ended, as far as its exit code tells. Its socket has closed, so it should be about to end.
+        """Describes why the process ended, from its exit code. Its socket has closed, so it should be about to end.
 
         Args:
-            operation: what it was doing.
+            operation: name of the operation that it was running; None if it was idle.
         """
         during = "" if operation is None else f" during '{operation}'"
         try:
@@ -168,13 +169,13 @@ class WorkerProcess:
         return text
 
     def reap(self, deadline: float) -> bool:
-        """Waits for the end of a process that has been killed, once; later calls only look.
+        """Waits for the end of a process that has been killed. If it does not end, later calls only check.
 
         Args:
-            deadline: by `time.monotonic`.
+            deadline: latest time to wait for, on the clock of `time.monotonic`.
 
         Returns:
-            False: it has not ended, and is left behind.
+            True if it has ended; False if not, and it is left behind.
         """
         patience = 0.0 if self.left_behind else max(0.0, deadline - time.monotonic())
         try:
@@ -185,7 +186,7 @@ class WorkerProcess:
         return True
 
     def describe_left_behind(self) -> str:
-        """What is known of a process that SIGKILL does not end, and what to do."""
+        """Describes a process that SIGKILL does not end, and what the user can do."""
         letter = state(self.process.pid)
         text = f"{self.describe()} does not end, not even by SIGKILL, and was left behind ({in_words(letter)})"
         if self.device.type != "cuda":
@@ -196,18 +197,18 @@ class WorkerProcess:
         )
 
     def output_so_far(self) -> str:
-        """Its last lines, for the end of a message; nothing when there are none."""
+        """Returns its last lines of output, to be appended to a message; an empty string if there are none."""
         lines = "\n".join([*self.last_lines, self._unfinished]).rstrip()
         return f"; its last lines:\n{lines}" if lines else ""
 
     def close(self) -> None:
-        """Closes our ends of its socket and its output."""
+        """Closes the host's ends of its socket and its output."""
         self.channel.close()
         self.output.close()
 
 
 def _available_bytes() -> int | None:
-    """Of the system's memory: what can be taken without swapping."""
+    """Returns the bytes of system memory available without swapping; None if the system does not report them."""
     with contextlib.suppress(OSError, ValueError):
         for line in Path("/proc/meminfo").read_text().splitlines():
             if line.startswith("MemAvailable:"):

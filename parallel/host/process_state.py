@@ -1,11 +1,11 @@
-"""In which state the kernel has a process (Linux, proc(5)), in words for a message."""
+"""State of a process in the Linux kernel (proc(5)), and its description for messages."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 HALTED = frozenset("TZX")
-"""Stopped by a signal, or ended: such a process does not go on by itself. A debugger's stop ("t") does not count."""
+"""States of a process stopped by a signal, or ended: it cannot go on by itself. A debugger's stop ("t") is not one."""
 ENDED = "X"
 
 _WORDS = {
@@ -20,8 +20,8 @@ _WORDS = {
 
 
 def state(pid: int) -> str:
-    """The state of the process's main thread: a letter of proc(5); `ENDED` where there is no such process, "?" where
-    the system does not say."""
+    """Returns the state of the process's main thread, a letter of proc(5); `ENDED` if there is no such process, "?" if
+    the system does not tell."""
     try:
         stat = Path(f"/proc/{pid}/stat").read_text()
     except (FileNotFoundError, ProcessLookupError):
@@ -30,5 +30,5 @@ def state(pid: int) -> str:
 
 
 def in_words(letter: str) -> str:
-    """As in "state D: it waits in the kernel and cannot be interrupted"."""
+    """Describes a state, e.g. "state D: it waits in the kernel and cannot be interrupted"."""
     return f"state {letter}: {_WORDS[letter]}" if letter in _WORDS else f"state {letter}"

@@ -1,4 +1,4 @@
-"""What the workers build, as plain data: nothing is read from disk, and no process is started."""
+"""Description of the network that the workers build, as plain data; reads no file and starts no process."""
 
 from __future__ import annotations
 
@@ -15,39 +15,39 @@ from ..quantise.selection import LinearLayer
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Recipe:
-    """One network as the workers are to hold it. Made by `nodes.native_model`, and by `diffusers.folder.recipe`."""
+    """One network for the workers to build. Made by `nodes.native_model` and by `diffusers.folder.recipe`."""
 
     library: Library
-    """Whose class it is."""
+    """Library that defines its class."""
     path: str
-    """Its file, or diffusers' folder."""
+    """Path of its file, or of its diffusers folder."""
     weight_dtype: torch.dtype | None
-    """In which its weights are kept, as the user chose it; None leaves it to the library."""
+    """Dtype of its weights in memory, as chosen by the user; None leaves the choice to the library."""
     network: str
-    """Name of the class."""
+    """Name of its class."""
     config: SequenceParallelConfig
     nbytes: int
-    """Of the weights, as the workers keep them."""
+    """Bytes of the weights in the form that the workers keep."""
     in_the_file: int
-    """How many of these are in the file as they are."""
+    """Bytes of these that the file holds in the same form."""
     heads: int
-    """Of its attention; of several kinds the fewest."""
+    """Number of attention heads; with several kinds of attention, the smallest number."""
     arguments: Mapping[str, Any]
-    """By which the class makes a network: what ComfyUI's detection has found, or diffusers' `config.json`."""
+    """Constructor arguments of the class: the result of ComfyUI's model detection, or diffusers' `config.json`."""
     channels: int
-    """Of its prediction."""
+    """Number of channels of its prediction."""
     channels_dim: int = 1
-    """Where the latent has them."""
+    """Dimension of the channels in the latent."""
     linear: tuple[LinearLayer, ...]
-    """Its linear layers, for FP8; none of a file that is quantised."""
+    """Its linear layers, for FP8; empty if the file is quantised."""
     quantised: str = ""
-    """How the file is quantised."""
+    """Format in which the file is quantised; empty if it is not."""
     planned: bool = True
-    """Whether the class has a split plan; else only samples, and cond and uncond, run side by side."""
+    """True if the class has a split plan; otherwise only samples, and cond and uncond, run side by side."""
     pack: str = ""
-    """Folder of ComfyUI-GGUF, whose code reads the file and computes with it; empty where the library does."""
+    """Folder of ComfyUI-GGUF, if its code reads the file and computes with it; empty if the library's own does."""
     options: Mapping[str, Any] = field(default_factory=dict)
-    """What the library needs to know in a worker: of ComfyUI, see `comfyui.start.prepare`."""
+    """Options that the library needs in a worker; for ComfyUI see `comfyui.start.prepare`."""
 
     def to_json(self) -> dict[str, Any]:
         dtype = None if self.weight_dtype is None else str(self.weight_dtype).removeprefix("torch.")

@@ -1,4 +1,4 @@
-"""A diffusion network in the workers, as the host calls it: single steps, whole samplings, other methods."""
+"""Host side of a diffusion network in the workers: single steps, whole samplings, other methods."""
 
 from __future__ import annotations
 
@@ -37,21 +37,22 @@ log = logging.getLogger("sequence_parallel")
 
 _NOTHING_NEW = messages.Conditioning(put={}, drop=[])
 _ROOM = 1 << 20
-"""Bytes for a method's results; more are collected by a second message."""
+"""Bytes of shared memory for a method's results; larger ones are collected by a second message."""
 
 
 class RemoteModel:
-    """What the workers compute of a model whose weights they hold.
+    """Runs a model whose weights the workers hold.
 
     Args:
         recipe, group: see `RemoteWeights`.
 
     Attributes:
-        weights: where they are; they have to be loaded before anything is computed.
-        last_step: what each rank said of the last step: `seconds` and the counters of `attention.traffic.Traffic`; with
-            a cache also `cache`: `passes`, `hits` and `skipped_s` (`cache.blocks.Tally`), with compiled blocks
-            `compile` (`compilation.compiler.Tally`).
-        retry: what follows when the workers are lost.
+        weights: the model's weights in the workers; they must be loaded before anything is computed.
+        last_step: each rank's result of the last step: `seconds` and the counters of `attention.traffic.Traffic`; with
+            a cache also `cache`: `passes`, `hits` and `skipped_s` (`cache.blocks.Tally`); with compiled blocks also
+            `compile` (`compilation.compiler.Tally`). After `sample`, of the whole sampling, with a list `degrees`
+            of `seconds` and `cache` for each of its degrees.
+        retry: decides whether a failed call is repeated when the workers are lost.
 
     Raises:
         ConfigError: the configuration does not fit this machine.
@@ -69,7 +70,7 @@ class RemoteModel:
 
     @property
     def name(self) -> str:
-        """Of the model in the workers."""
+        """Name of the model in the workers."""
         return self.weights.name
 
     @property
@@ -77,7 +78,7 @@ class RemoteModel:
         return self.weights.layout
 
     def output_shape(self, request: StepRequest) -> tuple[int, ...]:
-        """Of a prediction: the latent's, without channels that a model class has put behind it."""
+        """Returns the shape of a prediction: the latent's, without channels that a model class has appended to it."""
         shape, dim = list(request.x.shape), self.recipe.channels_dim
         if not request.parts:
             shape[dim] = min(shape[dim], self.recipe.channels)
@@ -86,16 +87,16 @@ class RemoteModel:
     # --- calls ----------------------------------------------------------------------------------------------------
 
     def forget(self, cache: CachedSampling) -> None:
-        """Frees what the workers remember of a sampling, without waiting."""
+        """Frees the workers' cache of a sampling, without waiting."""
         self.weights.post(messages.ForgetCache(model=self.name, sampling=cache.number))
 
     def rest(self) -> None:
-        """After a sampling, without waiting: GPUs get back what its activations took."""
+        """Releases the GPU memory of a finished sampling's activations, without waiting."""
         if self._layout.device_type == "cuda":
             self.weights.post(messages.Rest())
 
     def degrees(self, conditions: int, requests: Sequence[StepRequest] = ()) -> Degrees:
-        """How a step with so many conditions is split; a change is logged."""
+        """Returns the degrees that split a step with this number of conditions; logs a change."""
         degrees, self._reason = self._chosen(conditions, requests)
         if degrees != self._told_degrees:
             self._told_degrees = degrees
@@ -103,7 +104,7 @@ class RemoteModel:
         return degrees
 
     def _chosen(self, conditions: int, requests: Sequence[StepRequest]) -> tuple[Degrees, str]:
-        """The degrees, and why. Batch groups only where they need not take apart what may be no batch."""
+        """Returns the degrees and the reason; no batch groups if they would split a tensor that may not be a batch."""
         if not self.recipe.planned:
             degrees = Degrees(dp=self._layout.world_size)
             reason = f"{self.recipe.network} has no split plan: only prompts and samples of a batch run side by side"
@@ -119,7 +120,7 @@ class RemoteModel:
         return degrees, reason
 
     def _all_in_one(self, degrees: Degrees) -> Degrees:
-        """All ranks share one sequence, with the same rings."""
+        """Returns degrees under which all ranks share one sequence, with the same ring degree."""
         return Degrees(ring=degrees.ring, ulysses=self._layout.world_size // degrees.ring)
 
     def steps(
@@ -133,14 +134,14 @@ class RemoteModel:
         poll: Poll | None = None,
         restore: Restore | None = None,
     ) -> list[Tensor]:
-        """The network's predictions for requests that may run side by side.
+        """Returns the network's predictions for requests that may run side by side.
 
         Args:
-            requests: each a call of the network.
-            conditions: how many of cond and uncond are in the requests.
-            cache: the sampling that this step is part of, if it may skip blocks.
-            sigma: the step's, which decides whether it may.
-            compiled: the sampling that this step is part of, if its blocks are to be compiled.
+            requests: calls of the network.
+            conditions: number of conditions (cond, uncond) in the requests.
+            cache: cache of the sampling to which this step belongs, if blocks may be skipped.
+            sigma: sigma of the step, which decides whether the cache is active.
+            compiled: state of the sampling to which this step belongs, if its blocks are to be compiled.
             poll: see `WorkerGroup.call`.
             restore: see `Retry.run`.
 
@@ -148,9 +149,9 @@ class RemoteModel:
             The predictions, on x's device, in fp32.
 
         Raises:
-            UnsupportedError: before any work: a cache that does not know this model.
+            UnsupportedError: the cache does not support this model; raised before any work.
             NotFiniteError: a prediction has NaN or infinite values.
-            WorkerError: a worker failed; the weights are gone unless `loaded` still says otherwise.
+            WorkerError: a worker failed; the weights are lost unless `weights.loaded` is still True.
         """
 
         def attempt() -> list[Tensor]:
@@ -208,8 +209,8 @@ class RemoteModel:
         cache: CachedSampling | None = None,
         on_progress: Progress | None = None,
     ) -> list[dict[str, Any]]:
-        """Each rank's result. After a Cancel or a failure, what the workers hold is unknown, so it is sent, and
-        remembered, again."""
+        """Runs an operation and returns each rank's result. After a Cancel or a failure the state of the workers is
+        unknown, so conditioning is sent again and the cache starts anew."""
         try:
             return group.call(message, poll=poll, on_progress=on_progress, advice=self.weights.advice)
         except BaseException as error:
@@ -230,7 +231,7 @@ class RemoteModel:
         compiled: CompiledSampling | None,
         results: Sequence[Mapping[str, Any]],
     ) -> None:
-        """For those who watch: what was computed, by how many."""
+        """Reports a step to the group's figures: sizes, degrees and results."""
         sizes = tuple(tuple(sorted(request.shapes.items())) for request in requests)
         model = (self.recipe.path, self.recipe.weight_dtype, self.weights.fp8)
         work = (model, group.layout.attention, None if compiled is None else compiled.settings, sizes)
@@ -249,24 +250,24 @@ class RemoteModel:
         on_progress: Progress | None = None,
         restore: Restore | None = None,
     ) -> tuple[Tensor, SampleReport]:
-        """A whole sampling, for which each worker gets one message.
+        """Runs a whole sampling, with one message to each worker.
 
         Args:
             program: see `sampling.recording`.
-            cache, compiled: as for `steps`.
+            cache, compiled: see `steps`.
             poll: see `WorkerGroup.call`.
             on_step: see `OnStep`. Without it, no latents are sent back before the end.
-            interval_s: least seconds between two of its calls, but for the last one; 0: at every step.
-            on_progress: told how many steps have been done, of all, where `on_step` is not.
-            restore: as in `Retry.run`; fresh workers go on behind the last finished step.
+            interval_s: minimum seconds between two calls of `on_step`, except before the last one; 0: every step.
+            on_progress: called with the number of steps done and of all steps, for steps that `on_step` is not.
+            restore: see `Retry.run`; fresh workers continue after the last finished step.
 
         Returns:
-            The result, on the program's device, in fp32.
+            The result, on the program's device, in fp32, and a report.
 
         Raises:
-            UnsupportedError: before any work: a cache that does not know this model.
+            UnsupportedError: the cache does not support this model; raised before any work.
             NotFiniteError: a prediction has NaN or infinite values.
-            WorkerError: a worker failed; the weights are gone unless `loaded` still says otherwise.
+            WorkerError: a worker failed; the weights are lost unless `weights.loaded` is still True.
         """
         options = _SampleOptions(cache, compiled, poll, on_step, interval_s, on_progress)
         keep = restore is not None and self.retry.wanted
@@ -357,17 +358,17 @@ class RemoteModel:
         poll: Poll | None = None,
         restore: Restore | None = None,
     ) -> Any:
-        """The result of one of the network's methods that needs weights, on the device of the first tensor.
+        """Calls one of the network's methods that needs weights; returns its result on the first tensor's device.
 
         Args:
-            method: one of those that the plans' module lists.
-            args, named: nests of tensors and plain data.
+            method: one of the methods listed in the plans' module.
+            args, named: positional and keyword arguments: nests of tensors and plain data.
             poll: see `WorkerGroup.call`.
             restore: see `Retry.run`.
 
         Raises:
-            NotPlain: something cannot travel; before any work.
-            WorkerError: a worker failed; the weights are gone unless `loaded` still says otherwise.
+            NotPlain: an argument is neither a tensor nor plain data; raised before any work.
+            WorkerError: a worker failed; the weights are lost unless `weights.loaded` is still True.
         """
         tensors: dict[str, Tensor] = {}
         first = [flatten(value, str(i), tensors) for i, value in enumerate(args)]
@@ -404,7 +405,7 @@ class RemoteModel:
 
 @dataclass(frozen=True, slots=True)
 class _SampleOptions:
-    """Of `RemoteModel.sample`."""
+    """Arguments of `RemoteModel.sample`."""
 
     cache: CachedSampling | None
     compiled: CompiledSampling | None
@@ -415,22 +416,22 @@ class _SampleOptions:
 
 
 def _beginning(cache: CachedSampling | None) -> str:
-    """How a cache begins on fresh workers, for people."""
+    """Describes a cache's state on fresh workers, for a message; empty without a cache."""
     return "" if cache is None else f", with an empty {cache.settings.name},"
 
 
 def _hand_over(segment: Segment, ref: TensorRef, device: torch.device, lend: bool) -> Tensor:
-    """A result that the next step cannot overwrite."""
+    """Returns a result that the next step cannot overwrite."""
     if device.type != "cpu":
         return segment.tensor(ref).to(device)
     return segment.lend(ref) if lend else segment.tensor(ref).clone()
 
 
 def _indivisible(request: StepRequest) -> str:
-    """The first tensor that may be of other things than the samples; empty if there is none.
+    """Returns the name of the first tensor whose first dimension may not be the samples; empty if there is none.
 
-    Tensors in lists are conditioning, with samples first, as all that ComfyUI concatenates for a batch; in a dictionary
-    they are what a model makes of itself.
+    Tensors in lists are conditioning, with samples first, like all tensors that ComfyUI concatenates for a batch; those
+    in a dictionary are made by the model itself.
     """
     for name, tensor in request.conditioning.items():
         if name in OF_ALL_SAMPLES:

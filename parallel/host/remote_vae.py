@@ -1,4 +1,4 @@
-"""ComfyUI's VAE in the workers, as the host holds it: its weights come and go, its tiles are computed."""
+"""Host side of ComfyUI's VAE in the workers: loads and unloads its weights, and runs its tiles."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ _VAES = itertools.count(1)
 
 
 class RemoteVAE(Resident):
-    """One VAE, and where its weights are now. Sent once; `ensure_loaded` sends them again when they have gone.
+    """One VAE in the workers. Its weights are sent once; `ensure_loaded` sends them again if the workers lost them.
 
     Args:
-        config: whose devices compute.
+        config: names the devices that compute.
         source: see `worker.native_vae.NativeVAE`.
-        state: gives the state dict, when it is to be sent.
+        state: returns the state dict; called whenever it has to be sent.
     """
 
     def __init__(
@@ -39,21 +39,21 @@ class RemoteVAE(Resident):
         name = f"vae-{next(_VAES)}"
         super().__init__(name, UnloadVAE(vae=name))
         self.last_run: TileFigures | None = None
-        """Figures only: a run's tiles would keep the input and the VAE alive."""
+        """Figures of the last run; its tiles are not kept, because they would keep the input and the VAE alive."""
         self._config = config
         self._source = dict(source)
         self._state = state
         self._refused = ""
-        """Why the workers cannot have this VAE, once that is known."""
+        """Reason why the workers cannot run this VAE; empty while none is known."""
 
     def ensure_loaded(self, poll: Poll | None = None) -> int:
-        """Starts workers and sends the weights unless both have been done.
+        """Starts the workers and sends the weights, unless both have been done.
 
         Returns:
             Bytes of weights on one worker.
 
         Raises:
-            UnsupportedError: the workers would not compute with the same VAE.
+            UnsupportedError: the workers cannot rebuild exactly this VAE.
             WorkerError: a worker failed.
         """
         if self._refused:

@@ -1,4 +1,4 @@
-"""The weights of one model in the workers, as the host holds them: load, replace, unload."""
+"""Host side of one model's weights in the workers: loads, replaces and unloads them."""
 
 from __future__ import annotations
 
@@ -31,33 +31,33 @@ log = logging.getLogger("sequence_parallel")
 
 _MODELS = itertools.count(1)
 _BATCH_BYTES = 64 * 2**20
-"""Replaced weights that travel together; a larger one travels alone."""
+"""Maximum bytes of replaced weights in one message; a larger weight has a message of its own."""
 
 
 @dataclass(frozen=True, slots=True)
 class Patches:
-    """What a layer adds to a weight whenever it restores it; the weight's own bytes stay in the workers."""
+    """Patches that a layer applies whenever it dequantises a weight; the weight's own bytes stay in the workers."""
 
     nest: Any
-    """Of lists, dictionaries, tensors and plain data (`comfyui.gguf.plain_patches`)."""
+    """Nest of lists, dictionaries, tensors and plain data (`comfyui.gguf.plain_patches`)."""
 
 
 Replace = Callable[[str], Tensor | Patches]
-"""Name of a weight → what the workers are to use, of its shape; of a quantised one a tensor of its own class."""
+"""Maps a weight's name to its replacement: a tensor of its shape (for a quantised weight, of its class) or patches."""
 
 
 class RemoteWeights(Resident):
-    """Where the weights of one model are: in which group of workers, how, and since when.
+    """Weights of one model in the workers: their group, placement, quantisation and replacements.
 
     Args:
-        recipe: what to load.
-        group: use this group instead of the shared one of the recipe's configuration.
+        recipe: describes the model to load.
+        group: group to use instead of the shared one of the recipe's configuration.
 
     Attributes:
-        placement: where the weights are, or were last, and why.
-        fp8: by which settings they are, or were last, quantised on the way.
-        fp8_report: what has been quantised, of the weights that were loaded last.
-        on_change: called when the workers have nothing of this model any more, or new weights.
+        placement: current or last placement of the weights, and its reason.
+        fp8: current or last settings by which the weights are quantised while loading; None without.
+        fp8_report: report on the quantisation of the last load; None without.
+        on_change: called when the workers have dropped the model or loaded its weights.
 
     Raises:
         ConfigError: the configuration does not fit this machine.
@@ -76,30 +76,30 @@ class RemoteWeights(Resident):
         self._own_group = group
         self._version: Hashable = None
         self._smaller: str | None = None
-        """The mode that `auto` would take after the one that was settled last."""
+        """Mode that `auto` would choose next if memory runs out in the current one; None if there is none."""
         self._too_large = False
-        """Whether memory has run out, and there is such a mode: the next prompt loads anew."""
+        """True if memory has run out and there is such a mode: the next prompt reloads the weights."""
         self._replaced: set[str] = set()
-        """Weights that are, or may be, other than the file's in the workers."""
+        """Names of weights in the workers that differ, or may differ, from the file's."""
 
     @property
     def sharded(self) -> bool:
-        """Whether the ranks of a sequence share the weights."""
+        """True if the weights are sharded over the ranks of a sequence."""
         return (self.placement.mode if self.placement else self.recipe.config.weights) == "shard"
 
     def expected_bytes(self, fp8: FP8Settings | None = None) -> int:
-        """Of weights on one worker's device when they are loaded; under `auto` as much as it may be."""
+        """Returns the bytes of loaded weights on one worker's device; under `auto` the maximum."""
         if self.loaded and fp8 == self.fp8:
             return self.nbytes
         return self._placing.expected_bytes(self._whole_bytes(fp8))
 
     def select_fp8(self, fp8: FP8Settings) -> Selection:
-        """What `fp8` will do to this model, told without workers.
+        """Selects the layers that `fp8` will quantise, without asking the workers.
 
         Raises:
-            UnsupportedError: the file is quantised: its own format is what ComfyUI's layers compute in; or its class
-                has no plan; or the scheme is ComfyUI's, and this model another library's.
-            ConfigError: the devices cannot do it, or `skip` has a pattern that means no layer.
+            UnsupportedError: the file is quantised already, and ComfyUI's layers compute in its own format; or the
+                class has no split plan; or the scheme is ComfyUI's, and the model another library's.
+            ConfigError: the devices do not support the scheme, or a pattern of `skip` matches no layer.
         """
         recipe = self.recipe
         if recipe.quantised:
@@ -125,21 +125,21 @@ class RemoteWeights(Resident):
         fp8: FP8Settings | None = None,
         again: bool = False,
     ) -> int:
-        """Starts workers and loads the weights unless both have been done.
+        """Starts the workers and loads the weights, unless both have been done.
 
         Args:
             poll: see `WorkerGroup.call`.
-            on_progress: told in bytes.
-            fp8: quantises them on the way; other settings than those in place load them anew.
-            again: workers that had them are lost: they go where they were, whatever has room now, so that degrees, and
-                with them all bits, stay.
+            on_progress: called with bytes done and total.
+            fp8: quantises the weights while loading; settings other than the current ones reload them.
+            again: True after workers with the weights were lost: keeps the last placement, whatever memory is free now,
+                so that the degrees, and with them all bits of the results, stay the same.
 
         Returns:
             Bytes of weights on one worker.
 
         Raises:
             UnsupportedError: see `select_fp8`.
-            ConfigError: an offload needs more memory than the host has, or the devices cannot do what `fp8` asks for.
+            ConfigError: an offload needs more memory than the host has, or the devices do not support `fp8`.
             WorkerError: loading failed.
         """
         if fp8 is not None:
@@ -153,7 +153,7 @@ class RemoteWeights(Resident):
         if fp8 is not None:
             support = [result["support"] for result in group.call(messages.FP8Support(), poll=poll)]
             choice = choose_scheme(fp8, group.layout, support)
-        self.unload()  # what is loaded otherwise makes room for this
+        self.unload()  # makes room: frees weights loaded under other settings
         in_the_file = recipe.in_the_file if fp8 is None else 0
         placement = self.placement if again else None
         placement = placement or self._placing.settle(group, poll, nbytes, in_the_file=in_the_file)
@@ -194,11 +194,11 @@ class RemoteWeights(Resident):
 
     @property
     def advice(self) -> str:
-        """What a user can do if memory runs out with the weights as they are; see `ran_out`."""
+        """Advice to the user for the case that memory runs out under the current placement; see `ran_out`."""
         return advice_after(self._smaller)
 
     def ran_out(self) -> None:
-        """Memory has run out: under `auto` the next prompt takes a mode that leaves more, if there is one."""
+        """Records that memory ran out: under `auto`, the next prompt uses a mode that needs less, if there is one."""
         if self._smaller is not None:
             assert self.placement is not None
             self._placing.ran_out(self.placement.mode)
@@ -213,26 +213,26 @@ class RemoteWeights(Resident):
         poll: Poll | None = None,
         on_progress: Progress | None = None,
     ) -> None:
-        """Makes the weights in the workers the file's but for some. Only those and the last ones change.
+        """Replaces the weights `names` in the workers; weights replaced before and not in `names` are restored.
 
-        Every weight is replaced starting from the file's, so nothing of earlier replacements is left in it.
+        Every replacement starts from the file's weight, so nothing of earlier replacements is left in it.
 
         Args:
-            version: what `names` and `replace` stand for; with the one that is in place nothing is done. None is the
-                file itself, and has no names.
-            names: of weights, as the network has them.
-            replace: runs in the caller's thread, for one weight at a time.
+            version: identifies `names` and `replace`; if it is the current version, nothing is done. None is the file
+                itself, without replacements.
+            names: names of weights in the network.
+            replace: returns the replacement of one weight; runs in the caller's thread, for one weight at a time.
             poll: see `WorkerGroup.call`; also called before each weight.
-            on_progress: told in weights.
+            on_progress: called with the number of weights done and of all.
 
         Raises:
-            WorkerError: a worker failed; the next call starts over. Its `remote_type` is CheckpointError where there is
-                no such weight, or its replacement does not fit it.
+            WorkerError: a worker failed; the next call starts over. Its `remote_type` is CheckpointError if there is no
+                such weight, or its replacement does not fit.
         """
         if version == self._version:
             return
         group = self.settled(poll)
-        self._version = object()  # no caller's: whatever ends this early, the next call does it all
+        self._version = object()  # equal to no caller's: if this ends early, the next call repeats all of it
         if restored := sorted(self._replaced - set(names)):
             group.call(messages.Weights(model=self.name, restore=restored), poll=poll)
             self._replaced -= set(restored)
@@ -256,7 +256,7 @@ class RemoteWeights(Resident):
         self._version = version
 
     def unload(self) -> None:
-        """See `Resident.unload`. A sampling that was cancelled has left its noise, which goes, too."""
+        """Frees the weights (`Resident.unload`), and the noise that a cancelled sampling left in shared memory."""
         group = self.group
         self._forgotten()
         super().unload()
@@ -264,7 +264,7 @@ class RemoteWeights(Resident):
             group.memory.clear(SEGMENT)
 
     def _whole_bytes(self, fp8: FP8Settings | None) -> int:
-        """Of a whole copy of the weights."""
+        """Returns the bytes of a whole copy of the weights."""
         return self.recipe.nbytes - (0 if fp8 is None else self.select_fp8(fp8).saved)
 
     def _forgotten(self) -> None:
@@ -274,11 +274,11 @@ class RemoteWeights(Resident):
 
 
 class Made(NamedTuple):
-    """What takes a weight's place."""
+    """Replacement of one weight, ready to be sent."""
 
     name: str
     pieces: dict[str, Tensor]
-    """What it consists of, in order; or the tensors of its patches, by their names there."""
+    """Plain tensors of its value, in order; or the tensors of its patches, by their names in `patches`."""
     patches: Tree | None = None
 
 
@@ -296,7 +296,7 @@ def _made(names: Iterable[str], replace: Replace, poll: Poll | None) -> Iterator
 
 
 def _batches(weights: Iterable[Made]) -> Iterator[list[Made]]:
-    """In groups of at most `_BATCH_BYTES`, or of one."""
+    """Groups the weights into batches of at most `_BATCH_BYTES`; a larger weight is a batch of its own."""
     batch: list[Made] = []
     room = _BATCH_BYTES
     for made in weights:

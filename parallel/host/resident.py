@@ -1,4 +1,4 @@
-"""Weights in the workers, as the host holds them: where they are, how they are given up."""
+"""Host side of weights that reside in the workers: tracks where they are, and frees them."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ log = logging.getLogger("sequence_parallel")
 
 
 class Resident:
-    """What the workers of a group hold under a name. It may go at any time: by eviction, a crash, another layout.
+    """Weights that a group's workers hold under a name. They may be lost at any time: eviction, crash, another layout.
 
     Args:
-        name: in the workers.
-        goodbye: by which they free it.
+        name: name in the workers.
+        goodbye: operation that frees the weights there.
 
     Attributes:
         nbytes: bytes of weights that one worker has on its device; 0 when not loaded.
-        group: the workers that it was last loaded in, until it is unloaded.
+        group: group in which the weights were last loaded; None once they are unloaded.
     """
 
     def __init__(self, name: str, goodbye: Operation):
@@ -32,44 +32,44 @@ class Resident:
 
     @property
     def loaded(self) -> bool:
-        """Whether the workers hold the weights."""
+        """True if the workers hold the weights."""
         return self.group is not None and self.group.alive
 
     def settled(self, poll: Poll | None) -> WorkerGroup:
-        """The workers, once a call that was cancelled has really ended there: shared memory may be written.
+        """Returns the group once a cancelled call has ended in its workers, so that shared memory may be written.
 
         Raises:
-            WorkerError: they have failed.
+            WorkerError: the workers have failed.
         """
         assert self.group is not None, "call ensure_loaded first"
         self.group.settle(poll)
         return self.group
 
     def post(self, message: Operation) -> None:
-        """Asks the workers for an operation without waiting, if they hold the weights."""
+        """Sends the workers an operation without waiting for it, if they hold the weights."""
         if self.group is not None and self.loaded:
             self.group.post(message)
 
     def unload(self) -> None:
-        """Frees the weights in the workers; the processes stay."""
+        """Frees the weights in the workers; the processes keep running."""
         if (group := self._left()) is not None:
             try:
                 group.call(self._goodbye)
-            except WorkerError as error:  # the weights have gone with the workers
+            except WorkerError as error:  # the weights are lost with the workers
                 log.warning("%s", str(error))
 
     def release(self) -> None:
-        """As `unload`, without waiting: for a finalizer, which may run in the middle of anything."""
+        """Frees the weights without waiting: for a finalizer, which may interrupt any code."""
         if (group := self._left()) is not None:
             group.post(self._goodbye)
 
     def _arrived(self, group: WorkerGroup, title: str, nbytes: int) -> None:
-        """Notes that the weights have been loaded; `title` is for people."""
+        """Records that the weights have been loaded; `title` is their display name."""
         self.group, self.nbytes = group, nbytes
         group.figures.holds(self.name, title, nbytes)
 
     def _left(self) -> WorkerGroup | None:
-        """Notes that the weights are given up; returns the workers if they hold them."""
+        """Records that the weights are given up; returns the group if its workers still hold them, else None."""
         group = self.group if self.loaded else None
         self.group, self.nbytes = None, 0
         if group is not None:

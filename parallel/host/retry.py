@@ -1,4 +1,4 @@
-"""Runs what failed with its workers again on fresh ones, where SP Config says `on_failure: retry`."""
+"""Repeats a call whose workers were lost on fresh workers, if SP Config has `on_failure: retry`."""
 
 from __future__ import annotations
 
@@ -14,37 +14,37 @@ log = logging.getLogger("sequence_parallel")
 
 T = TypeVar("T")
 Restore = Callable[[], object]
-"""Starts fresh workers and loads into them what they need."""
+"""Starts fresh workers and loads the weights that they need."""
 
 
 class Retry:
     """Decides whether a failure is worth a second attempt.
 
     Args:
-        config: whose `on_failure` counts.
+        config: configuration with the user's `on_failure`.
 
     Attributes:
-        wanted: whether the user has chosen it.
+        wanted: True if the user chose `retry`.
     """
 
     def __init__(self, config: SequenceParallelConfig):
         self.wanted = config.on_failure == "retry"
 
     def may_help(self, error: WorkerError) -> bool:
-        """Whether the same call may succeed on fresh workers. Memory would run out again, all the more beside a worker
-        that could not be ended; and what workers refuse and survive they would refuse again."""
+        """Returns True if the same call may succeed on fresh workers. Memory would run out again, all the more beside a
+        worker that could not be ended; and an operation that workers refused and survived would be refused again."""
         hopeless = isinstance(error, WorkerOutOfMemoryError) or error.left_behind or not error.lost
         return self.wanted and not hopeless
 
     def run(self, attempt: Callable[[], T], restore: Restore | None, what: str) -> T:
-        """The result of `attempt`, or of a second one.
+        """Returns the result of `attempt`, or of a second attempt if the first one fails.
 
         Args:
-            restore: runs before the second attempt; None allows none.
-            what: is repeated, for people.
+            restore: runs before the second attempt; None allows no second attempt.
+            what: describes the repeated work, for the message to the user.
 
         Raises:
-            WorkerError: also the second attempt failed, or no second one was made.
+            WorkerError: the second attempt failed too, or none was made.
         """
         try:
             return attempt()
@@ -57,7 +57,7 @@ class Retry:
 
 
 def announce(error: WorkerError, what: str) -> None:
-    """Reports that a failure is followed by another attempt."""
+    """Reports that another attempt follows a failure."""
     text = f"fresh workers repeat {what} (SP Config, on_failure: retry). The failure: {error}"
     log.warning("%s", text)
     status.tell(status.RETRIED, text)

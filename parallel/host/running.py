@@ -1,4 +1,4 @@
-"""The groups that run now. A group is started at the first use of its layout and kept for the next one."""
+"""Running worker groups. A group is started at the first use of its layout and kept for later use."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ _keep_alive: Callable[[], float] | None = None
 def acquire(
     config: SequenceParallelConfig, poll: Poll | None = None, *, first: Mapping[str, Any] | None = None
 ) -> WorkerGroup:
-    """The running group of this configuration, started if need be.
+    """Returns the running group of this configuration; starts it if necessary.
 
-    A running group of another layout that uses one of the same devices is ended first: its weights would be in the way.
+    A running group of another layout that uses one of the same devices is ended first: its weights occupy memory there.
 
     Args:
         config: devices and degrees.
         poll: see `WorkerGroup.call`.
-        first: recipe of the model that is to be loaded, see `WorkerGroup`.
+        first: recipe of the model that will be loaded first, see `WorkerGroup`.
 
     Raises:
         ConfigError: the configuration does not fit this machine.
@@ -52,11 +52,11 @@ def acquire(
 
 
 def _start(layout: Layout, poll: Poll | None = None, first: Mapping[str, Any] | None = None) -> WorkerGroup:
-    """Starts a group; the caller holds the lock."""
+    """Starts a group; the caller must hold the lock."""
     group = WorkerGroup(layout, first=first)
     workers = f"{layout.world_size} worker{'' if layout.world_size == 1 else 's'}"
     log.info("starting %s on %s", workers, layout.describe())
-    _groups.append(group)  # shown while it starts, too
+    _groups.append(group)  # so that its status is visible while it starts
     began = time.monotonic()
     try:
         group.start(poll)
@@ -69,7 +69,7 @@ def _start(layout: Layout, poll: Poll | None = None, first: Mapping[str, Any] | 
 
 
 def running() -> list[WorkerGroup]:
-    """The groups that are alive."""
+    """Returns the groups that are alive."""
     return [group for group in _groups if group.alive]
 
 
@@ -81,16 +81,16 @@ def stop_all() -> None:
 
 
 def restart() -> int:
-    """Ends every group, also in the middle of a step, and starts workers on the same devices, without weights.
+    """Ends every group, even in the middle of a step, and starts workers on the same devices, without weights.
 
     Returns:
-        How many groups have been started: 0 where none was known.
+        Number of groups started; 0 if there was none.
 
     Raises:
         WorkerDiedError: a worker could not start.
     """
     groups = list(_groups)
-    for group in groups:  # without the lock, which a prompt holds that waits for workers to start
+    for group in groups:  # without the lock: a prompt that waits for workers to start holds it
         group.stop("the workers were restarted while this prompt ran; queue it again")
     before = [(group.layout, group.first) for group in groups]
     with _lock:
@@ -103,15 +103,16 @@ def restart() -> int:
 
 
 def snapshot() -> list[dict[str, Any]]:
-    """`WorkerGroup.status` of every group, those that have failed included until others take their place."""
+    """Returns `WorkerGroup.status` of every group, including failed ones until they are replaced."""
     return [group.status() for group in list(_groups)]
 
 
 def keep_alive(seconds: Callable[[], float]) -> None:
-    """From now on idle workers leave after so many seconds; 0 keeps them for ever.
+    """Ends idle workers automatically from now on.
 
     Args:
-        seconds: asked every few seconds while there are workers.
+        seconds: returns the idle time in seconds after which workers are ended; 0 keeps them for ever. Called every few
+            seconds while there are groups.
     """
     global _keep_alive, _watcher
     _keep_alive = seconds
@@ -128,10 +129,10 @@ def _watch_idle() -> None:
 
 
 def end_idle(seconds: float) -> None:
-    """Ends the groups that nothing has used for so long; while a sampling runs, none: they wait between its steps."""
+    """Ends the groups unused for `seconds`; none while a sampling runs, because they idle between its steps."""
     sampling = status.sampling()
     if seconds <= 0 or (sampling is not None and sampling.running) or not _lock.acquire(blocking=False):
-        return  # a group that starts is in use, and holds the lock
+        return  # the lock is held while a group starts, and that group is in use
     try:
         for group in list(_groups):
             idle = time.monotonic() - group.last_used

@@ -1,4 +1,4 @@
-"""A recorded sampling on its way to the workers: what they are sent, and where everything lies in shared memory."""
+"""Sends a recorded sampling to the workers: lays out its tensors in shared memory and builds the message."""
 
 from __future__ import annotations
 
@@ -19,41 +19,40 @@ from .memory import GroupMemory
 
 SEGMENT = "sampling"
 OUTPUT_DTYPE = torch.float32
-"""Of predictions. It holds whatever a network computes in, and samplers compute in it."""
+"""Dtype of predictions. It holds the values of every dtype that networks compute in, and samplers use it."""
 
 OnStep = Callable[[int, Tensor, Tensor, int], None]
-"""Called with the step's number (from 0), the denoised latent, the latent, and the number of steps: as ComfyUI's
-callbacks are. A step is left out where the callback is slower than the steps, or where no preview is due; the last one
-never is."""
+"""Callback with the arguments of ComfyUI's callbacks: step number (from 0), denoised latent, latent, number of steps.
+Steps are skipped if the callback is slower than the steps, or if no preview is due; the last step never is."""
 
 
 @dataclass(slots=True)
 class SampleReport:
-    """What the workers have done."""
+    """Report on a sampling that the workers have run."""
 
     steps: int
     passes: int
-    """Calls of the network."""
+    """Number of network calls."""
     messages: int
-    """From the host to each worker, for all of it."""
+    """Number of messages from the host to each worker for the whole sampling."""
     seconds: float
     previews: int
-    """How often the latents were sent back before the end; 0 where nobody wants to look."""
+    """Number of times that latents were sent back before the end; 0 if no previews are required."""
     resumed: int = 0
-    """How often fresh workers took over. `messages` and `previews` are of the last ones."""
+    """Number of times that fresh workers took over. `messages` and `previews` count only the last workers'."""
 
 
 class Sent:
-    """A program in shared memory.
+    """A sampling program laid out in shared memory.
 
     Args:
-        program: what to run.
-        degrees: of each of its `network` instructions.
-        memory: of the group.
-        ranks: of the group.
-        with_previews: whether somebody wants to look.
-        interval_s: least seconds between two looks; 0: at every step.
-        keep: whether the state behind each step is to outlive the workers.
+        program: the recorded sampling to run.
+        degrees: degrees of each of its `Network` instructions.
+        memory: shared memory of the group.
+        ranks: number of ranks of the group.
+        with_previews: True if latents are required while the sampling runs.
+        interval_s: minimum seconds between two previews; 0: every step.
+        keep: True if the state after each step must outlive the workers.
     """
 
     def __init__(
@@ -69,7 +68,7 @@ class Sent:
     ):
         self._program = program
         self.of_network = list(degrees)
-        """Degrees of each instruction that runs the network."""
+        """Degrees of each `Network` instruction, in order."""
         self.degrees = list(dict.fromkeys(degrees))
         self._tensors: list[tuple[tuple[int, ...], torch.dtype]] = []
         self._copies: list[tuple[int, Tensor]] = []
@@ -93,9 +92,9 @@ class Sent:
         self._result = refs[result]
         self._shown = [[refs[place] for place in pair] for pair in shown]
         self._counts = segment.tensor(refs[counts]).zero_()
-        """[world, 2]: how many latents a rank has shown, and of which step the last one was."""
+        """[world, 2]: number of previews that each rank has written, and the step of the last one."""
         self._wanted = segment.tensor(refs[wanted]).fill_(1)
-        """[1]: how many it may show."""
+        """[1]: number of previews that the ranks may write so far."""
         self._previews = None
         if shown:
             self._previews = messages.Previews(
@@ -122,13 +121,13 @@ class Sent:
         cache: messages.CacheRule | None,
         compiled: CompileSettings | None,
     ) -> messages.Sample:
-        """What the workers are told.
+        """Returns the message to the workers.
 
         Args:
-            model: name of the one that runs.
-            keys: of each pass, in order: name of an input → key of its conditioning.
-            conditioning: what they are to keep of it.
-            is_active: of a pass's sigma: whether a cache may skip its blocks.
+            model: name of the model that runs.
+            keys: for each pass, in order: maps names of inputs to keys of their conditioning.
+            conditioning: conditioning tensors that the workers must keep or drop.
+            is_active: returns True for a sigma if a cache may skip blocks in its passes.
             cache, compiled: see `messages.Sample`.
         """
         keys_left, networks = iter(keys), iter(zip(self._networks, self.of_network, strict=True))
@@ -166,12 +165,12 @@ class Sent:
 
     @property
     def previews(self) -> int:
-        """How many latents have been shown."""
+        """Number of previews written so far."""
         return int(self._counts[0, 0])
 
     def followed(self, on_step: OnStep | None, on_progress: Progress | None) -> Progress:
-        """For `WorkerGroup.call`: shows the latest latent that is complete, and asks for the next one. Of steps that
-        are not shown it tells their number."""
+        """Returns the progress callback for `WorkerGroup.call`: passes the latest complete preview to `on_step` and
+        requests the next one; passes the number of steps done without a preview to `on_progress`."""
         seen = told = 0
 
         def progress(done: int, total: int) -> None:
@@ -190,17 +189,17 @@ class Sent:
         return progress
 
     def result(self) -> Tensor:
-        """A copy, where the sampling wants it."""
+        """Returns a copy of the result on the program's device."""
         return self._segment.tensor(self._result).to(self._program.device, copy=True)
 
     @property
     def reported_before(self) -> int:
-        """Steps that were done when this program began."""
+        """Number of steps done before this program began."""
         first = next((each for each in self._program.instructions if isinstance(each, messages.Report)), None)
         return 0 if first is None else first.step
 
     def rest(self) -> Program:
-        """What is left to do once the workers are lost; the whole program where no step was finished, or none kept."""
+        """Returns the rest of the program after the workers are lost; all of it if no finished step was kept."""
         place = int(self._done.min())
         if self._kept is None or place < 0:
             return self._program
@@ -212,7 +211,7 @@ class Sent:
         return self._program.rest(place, latents)
 
     def clear(self) -> None:
-        """Gives the memory back to the system: the noise of all steps may be gigabytes."""
+        """Returns the memory to the system: the noise of all steps may take gigabytes."""
         self._segment.clear()
 
     # --- places ---------------------------------------------------------------------------------------------------
@@ -227,9 +226,10 @@ class Sent:
         return place
 
     def _pass_places(self, slot: int, each: Pass) -> dict[str, int]:
-        """Places of x, the timestep and the prediction.
+        """Allocates x, the timestep and the prediction of a pass; returns their indices.
 
-        Passes that differ in their latents alone take turns in the same ones; those of one instruction do not.
+        Passes that differ only in their latents reuse the same tensors one after another; passes of one instruction
+        do not.
         """
         x = each.request.x
         key = (slot, tuple(x.shape), x.dtype, id(each.concat))
@@ -239,13 +239,13 @@ class Sent:
                 self._room(each.output_shape, OUTPUT_DTYPE),
             )
         timestep = each.request.timestep
-        if id(timestep) not in self._timesteps:  # the recorder has one tensor for each value
+        if id(timestep) not in self._timesteps:  # the recorder makes one tensor for each value
             self._timesteps[id(timestep)] = self._copied(timestep)
         place, out = self._places[key]
         return {"x": place, "timestep": self._timesteps[id(timestep)], "out": out}
 
     def _concatenate(self, refs: Sequence[TensorRef]) -> None:
-        """Writes the channels that follow the latent's, once for all passes."""
+        """Writes the channels that follow the latent's in x, once for all passes."""
         concats = {id(p.concat): p.concat for network in self._program.networks for p in network.passes}
         for (_, _, _, concat), (place, _) in self._places.items():
             if (channels := concats[concat]) is not None:

@@ -1,4 +1,4 @@
-"""Which conditioning the workers of a group hold already."""
+"""Conditioning tensors that the workers of a group hold already."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from ..wire.messages import Conditioning
 from .group import WorkerGroup
 
 _KEPT = 16
-"""Tensors kept per model in each worker: prompt and negative prompt, a few of each."""
+"""Number of tensors kept per model in each worker: a few prompts and negative prompts."""
 
 
 class SentConditioning:
-    """Which tensors the workers hold, by content: ComfyUI makes new tensors of the same values at every step."""
+    """Tensors that the workers hold, found by content: ComfyUI makes new tensors of the same values at every step."""
 
     def __init__(self, model: str):
         self._model = model
@@ -32,10 +32,10 @@ class SentConditioning:
     def update(
         self, wanted: Sequence[Mapping[str, Tensor]], group: WorkerGroup
     ) -> tuple[list[dict[str, str]], Conditioning]:
-        """Finds what is new and writes it to shared memory.
+        """Finds the tensors that the workers lack and writes them to shared memory.
 
         Returns:
-            For each request, name → key; what the workers are to take over and to forget.
+            For each request, the keys of its tensors by name; and the tensors that the workers must add and drop.
         """
         keys: list[dict[str, str]] = []
         new: dict[str, Tensor] = {}

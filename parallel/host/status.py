@@ -1,6 +1,6 @@
-"""What the workers are doing, as plain data for a panel, a report or a log.
+"""State of the workers as plain data, for a panel, a report or a log.
 
-Everything here is noted by the host as it goes: no worker is ever asked for it, and no lock is held while it computes.
+The host records all of it as events occur: no worker is ever queried, and no lock is held while a worker computes.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ _KEPT_SINGLE_STEPS = 64
 STARTED, LEFT, RETRIED, FALLBACK = "started", "left", "retried", "fallback"
 """Kinds of events."""
 _TROUBLE = CRASHED, OUT_OF_MEMORY, NOT_FINITE = "crashed", "out_of_memory", "not_finite"
-"""Further ones, which are kept for the report."""
+"""Kinds of failure events, which are kept for the report."""
 
 
 @dataclass(frozen=True, slots=True)
 class Event:
-    """Something that a user wants to hear of when it happens."""
+    """Event of which the user is notified when it occurs."""
 
     kind: str
     text: str
@@ -40,31 +40,31 @@ class Event:
 
 
 Listener = Callable[[Event], None]
-"""Called in the thread in which it happens, which may hold the group's locks: it must not wait, nor call the group."""
+"""Runs in the thread of the event, which may hold the group's locks: it must neither wait nor call the group."""
 
 _listeners: list[Listener] = []
 _errors: deque[Event] = deque(maxlen=_KEPT_ERRORS)
 
 
 def listen(listener: Listener) -> None:
-    """Tells this listener of every event from now on."""
+    """Registers a listener for all later events."""
     _listeners.append(listener)
 
 
 def tell(kind: str, text: str) -> None:
-    """Something has happened."""
+    """Passes an event to all listeners, and keeps failures for the report."""
     event = Event(kind, text, time.time())
     if kind in _TROUBLE:
         _errors.append(event)
     for listener in list(_listeners):
         try:
             listener(event)
-        except Exception:  # who watches may not break what is watched
+        except Exception:  # a listener must not break the work that it observes
             log.exception("a listener of the workers' status failed")
 
 
 def errors() -> list[Event]:
-    """The last ones, oldest first."""
+    """Returns the last failure events (at most 10), oldest first."""
     return list(_errors)
 
 
@@ -73,16 +73,16 @@ def errors() -> list[Event]:
 
 @dataclass(slots=True)
 class Sampling:
-    """The steps of one sampling, counted as its sampler reports them.
+    """Step counter of one sampling, advanced as its sampler reports steps.
 
-    Use it in a `with` statement: what runs then is what a panel shows, and workers do not leave as idle.
+    Use it as a context manager: inside, a panel shows this sampling, and workers do not end as idle.
     """
 
     model: str
     """`RemoteModel.name`."""
     steps: int
     step: int = 0
-    """How many have been done."""
+    """Number of steps done."""
     running: bool = False
     _first_done: float = 0.0
     _last_done: float = 0.0
@@ -97,13 +97,13 @@ class Sampling:
         self.running = False
 
     def advance(self, step: int) -> None:
-        """So many steps have been done; a sampler that chooses its steps itself may need more than were expected."""
+        """Sets the number of steps done; raises the total if a sampler that chooses its own steps exceeds it."""
         self.step, self.steps, self._last_done = step, max(step, self.steps), time.monotonic()
         self._first_done = self._first_done or self._last_done
 
     @property
     def seconds_per_step(self) -> float | None:
-        """Of wall time, from the second step on: the first may wait for workers and weights. None before that."""
+        """Mean wall time per step without the first, which may wait for workers and weights; None before the second."""
         if self.step < 2:
             return None
         return (self._last_done - self._first_done) / (self.step - 1)
@@ -121,35 +121,34 @@ _sampling: Sampling | None = None
 
 
 def sampling() -> Sampling | None:
-    """The one that runs, or the last one."""
+    """Returns the running sampling, or the last one; None before the first."""
     return _sampling
 
 
 # --- figures of a group -----------------------------------------------------------------------------------------------
 
 _OF_A_STEP = ("seconds", "collectives", "bytes_sent", "exposed_s", "copying_s")
-"""The largest of any rank is shown."""
+"""Figures of a step for which the largest value of all ranks is shown."""
 _single_steps: dict[Hashable, float] = {}
-"""What was computed → seconds of its last step on one device."""
+"""Maps a kind of work to the seconds of its last step on one device."""
 
 
 Phases = Mapping[str, float]
-"""Name → seconds, in the order in which they ran; their sum is wall time."""
+"""Maps names of phases to seconds, in the order in which they ran; the sum is wall time."""
 
 
 def phases_text(phases: Phases) -> str:
-    """E.g. `torch 1.9 s, device 0.6 s`, for the log."""
+    """Formats phases for the log, e.g. `torch 1.9 s, device 0.6 s`."""
     return ", ".join(f"{name} {seconds:.1f} s" for name, seconds in phases.items())
 
 
 class GroupFigures:
-    """What one group holds and has computed last.
+    """Weights that one group holds, and figures of its last step.
 
     Attributes:
-        start: phases of the start of the worker that the others waited for: python, torch, device, meeting.
-        load: phases of the last load on the worker that took longest: libraries, weights; empty before a model was
-            loaded.
-        plan: the last step's degrees, and why these.
+        start: start phases of the worker for which the others waited: python, torch, device, meeting.
+        load: phases of the last load, on the slowest worker: libraries, weights; empty before a model was loaded.
+        plan: degrees of the last step and the reason for them; None before the first.
     """
 
     def __init__(self) -> None:
@@ -162,21 +161,21 @@ class GroupFigures:
         self._speedup: float | None = None
 
     def holds(self, name: str, title: str, nbytes: int) -> None:
-        """Each worker has got these weights.
+        """Records weights that each worker has loaded.
 
         Args:
-            name: of the model or VAE in the workers.
-            title: for people; of a path, its last part.
-            nbytes: on each worker.
+            name: name of the model or VAE in the workers.
+            title: display name; of a path, only the last part is shown.
+            nbytes: bytes on each worker.
         """
         self._held[name] = (Path(title).name, nbytes)
 
     def started(self, ranks: Sequence[Phases]) -> None:
-        """All workers have met. The last one to get there spends the least time in the meeting."""
+        """Records that all workers have joined. The last to arrive waits for the others least (phase `meeting`)."""
         self.start = min(ranks, key=lambda phases: phases["meeting"])
 
     def loaded(self, ranks: Sequence[Phases]) -> None:
-        """Each worker has loaded a model."""
+        """Records that each worker has loaded a model."""
         self.load = max(ranks, key=lambda phases: sum(phases.values()))
 
     def dropped(self, name: str) -> None:
@@ -184,7 +183,7 @@ class GroupFigures:
 
     @property
     def weights(self) -> int:
-        """Bytes on each worker."""
+        """Bytes of all recorded weights on each worker."""
         return sum(nbytes for _, nbytes in list(self._held.values()))
 
     def stepped(
@@ -195,15 +194,15 @@ class GroupFigures:
         results: Sequence[Mapping[str, Any]],
         cache: Mapping[str, Any] | None,
     ) -> None:
-        """A step has been computed.
+        """Records a step, and its speed-up over the same step on one device, if that has been measured.
 
         Args:
-            work: equal for steps that compute the same, on however many devices.
-            degrees: of the step.
-            reason: why these.
-            results: each rank's, see `RemoteModel.last_step`.
-            cache: the report so far of the sampling's cache, if it has one (`CacheReport.to_json`). Such steps are not
-                compared with others: which blocks they skip differs from step to step.
+            work: key that is equal for steps with the same computation, on any number of devices.
+            degrees: degrees of the step.
+            reason: reason for these degrees.
+            results: result of each rank, see `RemoteModel.last_step`.
+            cache: current report of the sampling's cache, if it has one (`CacheReport.to_json`). Steps with a cache are
+                not compared with others, because they skip different blocks each time.
         """
         self.plan, self._results, self._cache = (degrees, reason), list(results), cache
         self._speedup = None
@@ -219,7 +218,7 @@ class GroupFigures:
             self._speedup = alone / seconds
 
     def of_rank(self, rank: int) -> dict[str, Any]:
-        """`seconds` of this rank's part of the last step, and `exposed_s` (`attention.traffic.Traffic`), or None."""
+        """Returns `seconds` and `exposed_s` (`attention.traffic.Traffic`) of the rank's last step; None if unknown."""
         result = self._results[rank] if rank < len(self._results) else {}
         return {name: result.get(name) for name in ("seconds", "exposed_s")}
 

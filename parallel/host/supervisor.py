@@ -1,4 +1,4 @@
-"""The thread that starts a group's processes and reads everything they say.
+"""Thread that starts a group's processes and reads all their messages and output.
 
 It blocks in `select`, so an idle group costs no CPU.
 """
@@ -25,28 +25,28 @@ from .process_state import in_words, state
 log = logging.getLogger("sequence_parallel")
 
 LEAVE_S = 2.0
-"""How long idle workers may take to end by themselves."""
+"""Time that idle workers have to end by themselves."""
 REAP_S = 5.0
-"""How long killed workers may take to end: the system takes down what they have mapped, page-locked memory too."""
+"""Time that killed workers have to end: the system unmaps all their memory first, including page-locked memory."""
 
 
 class Supervisor:
-    """The processes of one layout, and what they say.
+    """Processes of one layout, and the thread that reads them.
 
     Args:
         layout: devices and degrees.
-        threads: CPU threads of each worker.
+        threads: number of CPU threads of each worker.
         control: descriptor of the control page.
         first: recipe of the model that they will load first, if known.
-        on_message: called with a worker's answer or progress, while `changed` is held.
-        on_end: called with a worker that has ended although nobody has asked it to.
-        on_loss: called with a rank, and why it, or all, cannot be used any more: it takes no messages (in the thread
-            that wanted to send one), or what it sends makes no sense, or this thread cannot go on.
+        on_message: called with a worker's reply or progress, while `changed` is held.
+        on_end: called with a worker that has ended without being asked to.
+        on_loss: called with a rank and the reason why it, or every rank, is unusable: it does not read its messages
+            (called in the sender's thread), it sends invalid data, or this thread has failed.
 
     Attributes:
-        workers: those that have been started.
-        changed: notified after everything that a worker says.
-        log_file: what the workers print and log, and the host's lines about them.
+        workers: workers that have been started, by rank.
+        changed: condition, notified after every message from a worker.
+        log_file: log file for the output and log records of the workers, and for the host's lines about them.
     """
 
     def __init__(
@@ -74,14 +74,14 @@ class Supervisor:
 
     @property
     def running(self) -> int:
-        """How many workers have met the others and have not ended."""
+        """Number of workers that have joined the others and have not ended."""
         return sum(worker.ready and not worker.gone for worker in self.workers)
 
     def start(self) -> None:
         self._thread.start()
 
     def send(self, rank: int, message: Message, fds: tuple[int, ...] = ()) -> None:
-        """Where the worker has ended, its socket says so, and `on_end` is called."""
+        """Sends a message to one rank. Ignores a worker that has ended: its closed socket leads to `on_end`."""
         worker = self.workers[rank]
         try:
             worker.channel.send(message, fds)
@@ -93,15 +93,15 @@ class Supervisor:
             pass
 
     def post(self, message: Message) -> None:
-        """Sends it to all workers from this thread: takes no lock and does not wait."""
+        """Has the supervisor's thread send a message to all workers: takes no lock and does not wait."""
         self._posted.append(message)
         self._wake()
 
     def kill(self) -> list[WorkerProcess]:
-        """Ends the workers at once.
+        """Kills the workers at once.
 
         Returns:
-            Those that have not ended in `REAP_S`.
+            Workers that have not ended within `REAP_S`.
         """
         for worker in self.workers:
             with contextlib.suppress(OSError):
@@ -113,10 +113,10 @@ class Supervisor:
         """Ends the workers, and then the thread.
 
         Args:
-            patience: seconds in which they may leave by themselves; with 0 they are not asked to.
+            patience: seconds that the workers have to end by themselves; 0 kills them without asking.
 
         Returns:
-            Those that could not be ended.
+            Workers that could not be ended.
         """
         self._ending = True
         if patience:
@@ -130,16 +130,16 @@ class Supervisor:
         return left
 
     def close(self) -> None:
-        """Closes what it holds open; to be called after `end`."""
+        """Closes all descriptors and the log file; must be called after `end`."""
         for descriptor in (self._store, self._common, self._wake_read, self._wake_write):
             os.close(descriptor)
         self.log_file.close()
-        self._wake_write = -1  # a late `post` must not write to a file that has got the number since
+        self._wake_write = -1  # a late `post` must not write to another file that reuses this descriptor
 
     # --- in the thread ------------------------------------------------------------------------------------------
 
     def _run(self) -> None:
-        """The processes are started by this thread because they die with the thread that started them."""
+        """Starts the processes and reads from them; in one thread, because they die with the one that started them."""
         try:
             with selectors.DefaultSelector() as selector:
                 selector.register(self._wake_read, selectors.EVENT_READ, None)
@@ -163,7 +163,7 @@ class Supervisor:
         except Exception as error:
             log.exception("the supervisor of the workers failed")
             self._tell_loss(len(self.workers), f"the workers could not be supervised: {error}")
-        self._wait_for_ends(2 * LEAVE_S)  # they die with this thread, so it stays until they have left
+        self._wait_for_ends(2 * LEAVE_S)  # they die with this thread, so it waits until they have ended
         for worker in self.workers:
             worker.close()
 
@@ -216,10 +216,10 @@ class Supervisor:
         return True
 
     def _understand(self, worker: WorkerProcess, message: Message) -> str:
-        """Takes in one message. Returns what of it belongs into the group's log file.
+        """Handles one message; returns the text to write to the group's log file, or an empty string.
 
         Raises:
-            KeyError, TypeError, ValueError: it is none that workers send, or a reply that nobody waits for.
+            KeyError, TypeError, ValueError: the message is not one that workers send, or is a reply to no open call.
         """
         if message.get("event") == "ready":
             worker.ready, worker.title, worker.total = True, message["title"], message["total"]

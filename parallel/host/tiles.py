@@ -1,4 +1,4 @@
-"""The way of a VAE's tiles through the workers: handed out ahead, handed back in order."""
+"""Runs a VAE's tiles on the workers: several tiles are in flight, and results are returned in order."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from .calls import Call, Poll, Progress
 from .group import WorkerGroup
 
 IN, OUT = "tiles in", "tiles out"
-"""Names of the segments that hold tiles on their way."""
+"""Names of the segments that hold inputs and outputs of tiles in flight."""
 _WINDOW = 3
-"""Tiles on their way for each rank: computed, waiting to be computed, waiting to be blended."""
+"""Number of tiles in flight per rank: being computed, waiting to be computed, waiting to be blended."""
 ADVICE = "Use a smaller tile_size or temporal_size"
 
 
@@ -28,9 +28,9 @@ class Tile:
     """One call of the VAE.
 
     Attributes:
-        shape: of what goes in.
-        out_elements: at most so many come out.
-        make: gives what goes in, on the CPU, when its turn has come.
+        shape: shape of its input.
+        out_elements: maximum number of elements of its output.
+        make: returns its input, on the CPU; called when the tile is sent.
     """
 
     shape: tuple[int, ...]
@@ -40,30 +40,30 @@ class Tile:
 
 @dataclass(slots=True)
 class TileFigures:
-    """What a run has cost."""
+    """Memory and traffic of a run of tiles."""
 
     tiles: int
     rank_bytes: list[int]
-    """The most memory that each rank said it used after a tile."""
+    """Maximum memory that each rank reported after a tile."""
     bytes_sent: int = 0
-    """To the workers."""
+    """Bytes of tile inputs sent to the workers."""
     bytes_back: int = 0
-    """Of finished tiles."""
+    """Bytes of the results of finished tiles."""
 
 
 class TileRun:
-    """All tiles of one picture or video; to be used once, inside `group.tasks()`.
+    """All tiles of one picture or video; for a single use, inside `group.tasks()`.
 
-    A tile in flight has a slot of shared memory for what goes in and one for what comes out, and the lowest free slots
-    are used again, so no more memory is touched than tiles are on their way at the same time.
+    A tile in flight has one slot of shared memory for its input and one for its output. The lowest free slots are
+    reused first, so memory is touched only for as many tiles as are in flight at the same time.
 
     Args:
-        group: its ranks hold the VAE.
+        group: group whose ranks hold the VAE.
         vae: name of the VAE in the workers.
         direction: `decode` or `encode`.
-        tiles: in the order in which they will be taken.
-        dtype: of what goes in.
-        on_progress: told how many tiles are finished, of all.
+        tiles: tiles in the order in which `take` returns them.
+        dtype: dtype of the inputs.
+        on_progress: called with the number of finished tiles and of all tiles.
     """
 
     def __init__(
@@ -102,7 +102,7 @@ class TileRun:
         group.call(messages.BeginTiles(vae=vae), poll=poll)
 
     def take(self) -> Tensor:
-        """The next tile's result, in the VAE's dtype; it is overwritten after the next call.
+        """Returns the next tile's result, in the VAE's dtype; it is valid until the next call.
 
         Raises:
             WorkerError: a worker died or failed; `WorkerOutOfMemoryError` if no rank has the memory for a tile.
@@ -120,7 +120,7 @@ class TileRun:
             self._group.wait_for(self._any_reply, self._poll)
 
     def close(self) -> None:
-        """Gives the memory of the slots back."""
+        """Returns the memory of the slots to the system."""
         self._in.clear()
         self._out.clear()
 
@@ -136,7 +136,7 @@ class TileRun:
             x = self._tiles[tile].make()
             self.figures.bytes_sent += x.nbytes
             place = TensorRef(IN, slot_in * self._in_size, (x.numel(),), dtype_name(self._dtype))
-            # The order of strides is kept, because convolutions of another memory format give other bits.
+            # Keep the order of strides: with another memory format, convolutions return other bits.
             stride = torch.empty_like(x, device="meta").stride()
             self._in.tensor(place).as_strided(x.shape, stride).copy_(x)
             message = messages.Tile(

@@ -1,4 +1,4 @@
-"""Whether a group can be kept after an operation that has failed, by what its ranks have replied."""
+"""Decides from the ranks' replies whether a group can be kept after a failed operation."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from ..wire.messages import Failure, Reply
 
 
 def first_cause(errors: Sequence[Failure]) -> int:
-    """Which of the errors, in the order of their arrival, to report: peers of a failed rank report broken connections;
-    what was raised on purpose, or out of memory, is a cause."""
+    """Returns the index of the error to report. Peers of a failed rank report broken connections, so errors raised on
+    purpose, then out-of-memory errors, then the earliest are preferred; `errors` are in order of arrival."""
     return min(range(len(errors)), key=lambda i: (not errors[i].expected, not errors[i].out_of_memory, i))
 
 
 def refused_alike(replies: Sequence[Reply]) -> bool:
-    """Whether every rank has raised the same error of the engine's own, with no exchange under way: nothing is broken.
+    """Returns True if all ranks raised the same engine error with no exchange pending, so that nothing is broken.
 
     Args:
-        replies: of all ranks, each that of a failure.
+        replies: failed reply of each rank.
     """
     errors = [reply.error for reply in replies if reply.error]
     same = len({(error.type, error.message) for error in errors}) == 1
@@ -26,19 +26,19 @@ def refused_alike(replies: Sequence[Reply]) -> bool:
 
 
 def short_of_memory(replies: Sequence[Reply]) -> bool:
-    """Whether every rank has run out of memory by itself, with no exchange under way. If their devices still compute,
-    which has to be tried, they can go on.
+    """Returns True if every rank ran out of memory by itself, with no exchange pending. The ranks can continue if their
+    devices still compute, which must be tested.
 
     Args:
-        replies: of all ranks, each that of a failure.
+        replies: failed reply of each rank.
     """
     errors = [reply.error for reply in replies if reply.error]
     return all(error.out_of_memory and error.resumable for error in errors) and not pending(replies)
 
 
 def pending(replies: Iterable[Reply]) -> list[str]:
-    """Names of the groups of ranks in which some have launched more operations than others (`Ranks.launched`): these
-    wait for the others, now or at the next step."""
+    """Returns the names of the groups in which some ranks have launched more operations than others
+    (`Ranks.launched`): the ranks ahead wait for the others, now or at the next step."""
     counts: dict[str, set[int]] = defaultdict(set)
     for reply in replies:
         for name, count in reply.launched.items():

@@ -1,6 +1,6 @@
-"""How models are indexed by tokens: one plan for each class, as data. How they run: `parallel/split`."""
+"""Plans: data that describe, for each class of model, how it is indexed by tokens. `parallel/split` runs them."""
 
 from typing import Literal
 
 Library = Literal["comfyui", "diffusers"]
-"""Whose classes there are plans for."""
+"""Library whose classes have plans."""

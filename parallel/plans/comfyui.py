@@ -111,14 +111,14 @@ WAN_ANIMATE: Plan = {  # a face's motion, for the tokens of its frame
         cut={"motion_vec": OwnGroups("video"), "x": WholeGroups("video")}, whole="", join_each=WholeGroups("video")
     ),
 }
-WAN_HUMO: Plan = {  # 16 tokens of sound, for those of their frame
+WAN_HUMO: Plan = {  # 16 audio tokens, for the video tokens of their frame
     **WAN,
     "blocks": replace(_WAN, whole="context context_img_len? audio"),
     "blocks.*.audio_cross_attn_wrapper": Site(
         cut={"audio": OwnGroups("video", 16), "x": WholeGroups("video")}, whole="", join_each=WholeGroups("video")
     ),
 }
-_SOUND = Site(  # for the tokens of its frame, with references behind
+_SOUND = Site(  # audio for the tokens of its frame; reference tokens follow
     cut={
         "audio_emb": OwnGroups("video", until="seq_len"),
         "audio_emb_global": OwnGroups("video", until="seq_len"),
@@ -246,7 +246,7 @@ ERNIE_IMAGE: Plan = {
 }
 
 _HIDREAM = Site(whole="adaln_input", attention={"": (IT, IT)})
-HIDREAM: Plan = {  # between the blocks the model puts another text behind the first: there the text is whole
+HIDREAM: Plan = {  # between the blocks the model appends another text to the first: there the text is whole
     "double_stream_blocks": replace(
         _HIDREAM,
         cut={"image_tokens": Tokens(I), "text_tokens": Tokens(T), "rope": Tokens(IT)},
@@ -346,7 +346,7 @@ _STABLE_AUDIO = Site(
     join=Tokens(A),  # here, since the model cuts off what it has put before the latent
 )
 STABLE_AUDIO: Plan = {"transformer.layers": _STABLE_AUDIO}
-STABLE_AUDIO_SCALED: Plan = {  # behind `to_out` each attention takes the mean of all tokens
+STABLE_AUDIO_SCALED: Plan = {  # after `to_out` each attention takes the mean of all tokens
     "transformer.layers": _STABLE_AUDIO,
     **{f"transformer.layers.*.{name}.to_out": Site(join_each=Tokens(A)) for name in ("self_attn", "cross_attn")},
     **{f"transformer.layers.*.{name}": Site(join_each=Own(Tokens(A))) for name in ("self_attn", "cross_attn")},
@@ -411,7 +411,7 @@ COSMOS_PREDICT2: Plan = {  # Anima, too
     ),
 }
 
-SEEDVR2: Plan = {  # it attends in windows, whose tokens are anybody's: every rank attends for all
+SEEDVR2: Plan = {  # it attends in windows, whose tokens may be any rank's: every rank computes all windows
     "blocks": Site(cut={"vid": Tokens(V, 0)}, whole="txt vid_shape txt_shape emb cache"),
     "blocks.*.ada": Site(
         cut={"hid_len": SampleLengths("vid", "video")}, whole="vid txt layer mode emb cache branch_tag"
@@ -428,7 +428,7 @@ class ByModel:
 
     plans: tuple[Plan, ...]
     choose: Callable[[Any], int]
-    """Of a network: which."""
+    """Returns the index of the plan of a network."""
 
 
 PLANS: Mapping[str, Plan | ByModel] = {
@@ -473,7 +473,7 @@ PLANS: Mapping[str, Plan | ByModel] = {
     "WanModel": WAN,
     "WanModel_S2V": WAN_S2V,
 }
-"""Class → plan, or plans."""
+"""Maps classes to their plan or plans."""
 
 _FLUX_CHAIN = Chain(
     blocks={"double_blocks": "img txt", "single_blocks": "x"},
@@ -508,25 +508,26 @@ CHAINS: Mapping[str, Chain] = {
     "VaceWanModel": replace(_WAN_CHAIN, beside={"vace_blocks": "c c"}),
     "WanModel": _WAN_CHAIN,
 }
-"""Class → what caches between steps may skip; a class that is not here has none."""
+"""Maps classes to the blocks that caches between steps may skip; a class without an entry has none."""
 
 _HANDED_ON: Mapping[str, Mapping[str, str]] = {
     **dict.fromkeys((name for name in PLANS if "Wan" in name), _WAN_CHAIN.blocks),
     "ChromaRadiance": _FLUX_CHAIN.blocks,
     "JoyImageTransformer3DModel": {"double_blocks": "hidden_states encoder_hidden_states"},
-    "Kandinsky5": {},  # hands the function in a block's place arguments that its blocks do not take
+    "Kandinsky5": {},  # calls the function that replaces a block with arguments that its blocks do not take
     "LensTransformer2DModel": {"transformer_blocks": "encoder_hidden_states hidden_states"},
     "MMDiT": {"double_layers": "c x", "single_layers": "cx"},
     "MageFlowTransformer2DModel": {"transformer_blocks": "encoder_hidden_states hidden_states"},
 }
-"""Class → as in `Chain.blocks`, where that has no chain, or does not say."""
+"""Maps classes to entries in the form of `Chain.blocks`, which take precedence over those of their chains."""
 
 
 def handed_on(name: str) -> Mapping[str, str]:
-    """List of blocks → arguments that stand for a block's results when a node skips it; none where it cannot.
+    """Maps each list of blocks to the arguments that are returned as a block's results when a node skips it; empty if
+    none can be skipped.
 
     Args:
-        name: of the network's class.
+        name: name of the network's class.
     """
     chain = CHAINS.get(name)
     return _HANDED_ON.get(name, {} if chain is None else chain.blocks)
@@ -534,16 +535,16 @@ def handed_on(name: str) -> Mapping[str, str]:
 
 @dataclass(frozen=True, slots=True)
 class Described:
-    """A model, for people."""
+    """Description of a model for users."""
 
     title: str
     makes: tuple[str, ...]
     verified: str
-    """How the tests compare it with ComfyUI's own: whole samplings in a server, or single calls of the network."""
+    """Comparison with ComfyUI's own model in the tests: whole samplings in a server, or single calls of the network."""
     compiled: bool = True
-    """Whether its blocks are compiled: not where they are given no `transformer_options`."""
+    """True if its blocks are compiled; false where they receive no `transformer_options`."""
     teacache: str = ""
-    """Which of its models have a published polynomial."""
+    """Models of the class that have a published polynomial."""
 
 
 _SAMPLED, _CALLED, _UNRUN = "samplings", "calls", "not yet: newer than 0.33"
@@ -587,30 +588,30 @@ DESCRIBED: Mapping[str, Described] = {
     "Anima": Described("Anima", ("T2I",), _CALLED),
     "NaDiT": Described("SeedVR2", ("upscale",), _SAMPLED),
 }
-"""Class → what people call it."""
+"""Maps classes to the descriptions of their models."""
 
 METHODS: Mapping[str, tuple[str, ...]] = {
     "Anima": ("preprocess_text_embeds",),
     "LTXAVModel": ("preprocess_text_embeds",),
     "MiniMaxH3Model": ("preprocess_text_embeds",),
 }
-"""Class → methods that ComfyUI calls besides `forward`, and which need weights."""
+"""Maps classes to the methods that ComfyUI calls besides `forward`, and which need weights."""
 
 READ: Mapping[str, tuple[str, ...]] = {"NaDiT": ("positive_conditioning", "negative_conditioning")}
-"""Class → small buffers that ComfyUI's nodes read from the network."""
+"""Maps classes to small buffers that ComfyUI's nodes read from the network."""
 
 BY_HALVES = ("NaDiT",)
-"""Classes that exchange the halves of a batch with both prompts, so that its samples cannot be shared out."""
+"""Classes whose networks swap the halves of a batch with both prompts, so that its samples cannot be distributed."""
 
 
 def plan_of(network: Any) -> Plan:
-    """The plan of a network. Where its class has none, it is empty: samples and prompts run side by side, and nothing
-    else is split."""
+    """Returns the plan of a network; empty if its class has none: then samples and prompts run side by side, and
+    nothing else is split."""
     if (plan := PLANS.get(type(network).__name__)) is None:
         return {}
     return plan.plans[plan.choose(network)] if isinstance(plan, ByModel) else plan
 
 
 def takes_control(plan: Plan) -> bool:
-    """Whether it cuts a ControlNet's residuals, or need not."""
+    """Returns True if the plan cuts a ControlNet's residuals, or, being empty, need not."""
     return not plan or ("" in plan and "control" in plan[""].cut)

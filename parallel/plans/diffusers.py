@@ -43,7 +43,7 @@ def _hunyuan_block(positions: str) -> Site:
             positions: (Tokens(V, 0), Tokens(V, 0)),
             "num_tokens?": Before(V),
         },
-        whole="temb token_replace_emb? args?",  # the plain blocks take these and leave them
+        whole="temb token_replace_emb? args?",  # the plain blocks accept these and ignore them
         attention={"attn": (VT, VT)},
     )
 
@@ -86,10 +86,10 @@ PLANS: Mapping[str, Plan] = {
     "HunyuanVideoTransformer3DModel": HUNYUAN_VIDEO,
     "WanTransformer3DModel": WAN,
 }
-"""Class → plan."""
+"""Maps classes to plans."""
 
 CHANNELS_DIM: Mapping[str, int] = {"CogVideoXTransformer3DModel": 2, "FluxTransformer2DModel": -1}
-"""Class → where its latent has channels, if not in dim 1."""
+"""Maps classes to the dim of their latent that has the channels, if it is not dim 1."""
 
 CHAINS: Mapping[str, Chain] = {
     "CogVideoXTransformer3DModel": Chain(
@@ -111,4 +111,4 @@ CHAINS: Mapping[str, Chain] = {
     ),
     "WanTransformer3DModel": Chain(blocks={"blocks": "hidden_states"}, hidden="hidden_states", modulated="temb"),
 }
-"""Class → what caches between steps may skip; see `plans.comfyui.CHAINS`."""
+"""Maps classes to the blocks that caches between steps may skip; see `plans.comfyui.CHAINS`."""

@@ -1,7 +1,7 @@
 """Drafts a split plan from recorded forward passes: which dims look like tokens, where they are cut and joined.
 
-A dim looks like tokens if its size is that of an attention's queries or keys in every pass: one with a small latent,
-one with a larger, one with a longer text.
+A dim looks like tokens if its size equals the number of queries or keys of an attention in every pass: one with a
+small latent, one with a larger latent, one with a longer text.
 """
 
 from __future__ import annotations
@@ -17,21 +17,21 @@ from ..split.streams import Names
 from .recording import UNNAMED, Call, Tree
 
 Sizes = tuple[int, ...]
-"""One size in each pass: small latent, larger latent, longer text."""
+"""One size per pass: small latent, larger latent, longer text."""
 
 _LIST = re.compile(r"(.+?)\.\d+(?=\.|$)")
-"""`a.b.3` of `a.b.3.c`, and `a.b`."""
+"""Pattern that matches `a.b.3` in `a.b.3.c`; its group is `a.b`."""
 
 
 class Draft:
-    """What the passes show of a network.
+    """Plan of a network, drafted from recorded passes.
 
     Attributes:
-        streams: name → its tokens in each pass.
+        streams: name → its number of tokens in each pass.
         plan: the draft.
 
     Args:
-        passes: what `record` returns of each.
+        passes: results of `record`, one for each pass.
     """
 
     def __init__(self, passes: Sequence[Mapping[str, Call]]):
@@ -49,7 +49,7 @@ class Draft:
         self._join()
 
     def _attended(self, part: str) -> Iterator[tuple[str, tuple[Sizes, Sizes, bool]]]:
-        """Module, and attention of the first module of a part."""
+        """Yields the module and the attention of each attention in the first module of a part."""
         for path, call in self._calls.items():
             if _is_in(path, self._parts[part][0]):
                 yield from ((path, each) for each in call.attended)
@@ -57,7 +57,7 @@ class Draft:
     # ------------------------------------------------------------------------------------------------------- lengths
 
     def _find_streams(self, part: str) -> None:
-        """Streams are lengths of attention, or what they are the sum of among the sizes of arguments."""
+        """Finds streams: lengths of attention, or the two sizes of arguments that add up to such a length."""
         call = self._calls[self._parts[part][0]]
         sizes = list(dict.fromkeys(_dims(list(call.arguments.values()))))
         for length in dict.fromkeys(length for _, each in self._attended(part) for length in each[:2]):
@@ -72,7 +72,7 @@ class Draft:
                 self._name("joint", length)
 
     def _summands(self, length: Sizes, sizes: Sequence[Sizes]) -> tuple[Sizes, Sizes] | None:
-        """One that only follows the latent, and one that only follows the text."""
+        """Returns two sizes that add up to `length`: one depends only on the latent, the other only on the text."""
         for one in sizes:
             rest = tuple(whole - size for whole, size in zip(length, one, strict=True))
             if one[0] != one[1] and one[0] == one[2] and rest in sizes and rest[0] == rest[1] != rest[2]:
@@ -85,7 +85,7 @@ class Draft:
             self.streams[f"{name}_{number + 1}" if number else name] = sizes
 
     def _names(self, sizes: Sizes) -> Names:
-        """Streams, end to end, of which a dim has the sizes; the text first."""
+        """Returns the streams whose concatenation has these sizes, the text first; empty if there are none."""
         for name, total in self.streams.items():
             if total == sizes:
                 return (name,)
@@ -98,7 +98,7 @@ class Draft:
     # --------------------------------------------------------------------------------------------------------- sites
 
     def _rule(self, tree: Tree) -> Rule:
-        """None where nothing in a value looks like tokens."""
+        """Returns the rule for a value; None if nothing in it looks like tokens."""
         if isinstance(tree, list):
             rules = tuple(map(self._rule, tree))
             return rules if any(rules) else None
@@ -114,7 +114,7 @@ class Draft:
         return None
 
     def _routes(self, part: str) -> dict[str, Pairs]:
-        """Exchanges attention whose keys are split, too; the rest stays on the rank."""
+        """Routes attention whose queries and keys are both split; other attention stays on the rank."""
         first = self._parts[part][0]
         pairs = [(path, self._names(queries), self._names(keys)) for path, (queries, keys, _) in self._attended(part)]
         split = {each[1:] for each in pairs if each[2]}
@@ -127,7 +127,8 @@ class Draft:
         return {name: found[0] if len(found) == 1 else [*found] for name, found in routes.items()}
 
     def _given_options(self, path: str, first: str) -> str:
-        """The innermost module from `path` up that is given the options, below `first`; `path` if none is."""
+        """Returns the innermost module, from `path` upwards and below `first`, that receives the options; `path` if
+        none does."""
         below = path
         while below != first and not self._calls[below].options:
             below = below.rpartition(".")[0]
@@ -135,7 +136,8 @@ class Draft:
         return found[len(first) :].lstrip(".")
 
     def _site(self, path: str, attention: Mapping[str, Pairs] | None = None) -> Site:
-        """That of a list, or, without attention, of a module behind the last list: its tokens are this rank's."""
+        """Returns the site of a list, or, without `attention`, of a module after the last list, which works on this
+        rank's tokens."""
         arguments = self._calls[self._parts[path][0]].arguments
         rules = {name: self._rule(tree) for name, tree in arguments.items()}
         if attention is None:
@@ -146,8 +148,8 @@ class Draft:
         return Site(cut=cut, whole=whole, positional=unnamed, attention=attention or {})
 
     def _join(self) -> None:
-        """At a list whose streams no later list takes; for the last list, at the last module behind it with a result
-        per token, if there is one."""
+        """Adds joins: at a list whose streams no later list takes; for the last list, at the last module after it with
+        a result per token, if there is one."""
         order = list(self._calls)
         for number, path in enumerate(self._lists):
             if any(_streams(self.plan[path]) & _streams(self.plan[later]) for later in self._lists[number + 1 :]):
@@ -161,7 +163,8 @@ class Draft:
     # ---------------------------------------------------------------------------------------------------------- text
 
     def tree(self) -> str:
-        """The modules that are given tokens or attend, with arguments and shapes. `*` marks what looks like tokens."""
+        """Describes the modules that receive tokens or attend, with arguments and shapes. `*` marks dims that look like
+        tokens."""
         lines = [
             f"stream {name}: {small} tokens; {larger} of the larger latent, {text} with more text"
             for name, (small, larger, text) in self.streams.items()
@@ -202,7 +205,7 @@ class Draft:
 
 
 def written(name: str, plan: Plan) -> str:
-    """A plan of the class `name`, as `plans/comfyui.py` has it."""
+    """Returns a plan of the class `name` as source code in the form of `plans/comfyui.py`."""
     variables: dict[str, Names] = {}
     sites = ""
     for path, site in plan.items():
@@ -217,10 +220,10 @@ def written(name: str, plan: Plan) -> str:
 
 
 def source(value: Any, variables: dict[str, Names] | None = None) -> str:
-    """What a plan says, as Python. Streams are variables, e.g. `TI` for ("text", "image").
+    """Returns a part of a plan as Python code. Streams are variables, e.g. `TI` for ("text", "image").
 
     Args:
-        variables: takes those that occur.
+        variables: collects the variables that occur.
     """
     if isinstance(value, Mapping):
         return f"{{{', '.join(f'{source(key)}: {source(each, variables)}' for key, each in value.items())}}}"
@@ -244,8 +247,8 @@ def source(value: Any, variables: dict[str, Names] | None = None) -> str:
 
 
 def _parts(calls: Mapping[str, Call]) -> dict[str, list[str]]:
-    """The lists of modules that attend, and the single modules below the network itself, as they begin: path → paths
-    of the modules."""
+    """Returns the lists of modules that attend, and the single modules directly below the network, in the order in
+    which they begin: path → paths of the modules."""
     lists = {found[1] for path, call in calls.items() if call.attended and (found := _LIST.match(path))}
     parts: dict[str, list[str]] = {}
     for path in calls:
@@ -258,7 +261,7 @@ def _parts(calls: Mapping[str, Call]) -> dict[str, list[str]]:
 
 
 def _merged(calls: Sequence[Call]) -> Call:
-    """One call of all passes', in which every size is `Sizes`."""
+    """Merges a module's calls in all passes into one call, in which every size is `Sizes`."""
     first = calls[0]
     return replace(
         first,
@@ -272,7 +275,7 @@ def _merged(calls: Sequence[Call]) -> Call:
 
 
 def _side_by_side(trees: Sequence[Tree]) -> Tree:
-    """Tensors' dims as `Sizes`; a text where the passes have unlike values."""
+    """Returns tensors' dims as `Sizes`, and a text where values differ in type or length between the passes."""
     first = trees[0]
     if not isinstance(first, tuple | list):
         return first
@@ -283,7 +286,7 @@ def _side_by_side(trees: Sequence[Tree]) -> Tree:
 
 
 def _dims(tree: Tree) -> Iterator[Sizes]:
-    """Those of all tensors."""
+    """Yields the dims of all tensors."""
     if isinstance(tree, tuple):
         yield from tree
     elif isinstance(tree, list):
@@ -292,7 +295,7 @@ def _dims(tree: Tree) -> Iterator[Sizes]:
 
 
 def _streams(site: Site) -> set[str]:
-    """Whose tokens attend there."""
+    """Returns the streams whose tokens attend there."""
     pairs = [pair for pairs in site.attention.values() for pair in (pairs if isinstance(pairs, list) else [pairs])]
     return {name for pair in pairs for names in pair or () for name in names}
 

@@ -1,4 +1,4 @@
-"""The plans of both libraries, by the library's name."""
+"""Data on the models of both libraries, by the library's name."""
 
 from __future__ import annotations
 
@@ -8,4 +8,4 @@ from ..split.chain import Chain
 from . import Library, comfyui, diffusers
 
 CHAINS: Mapping[Library, Mapping[str, Chain]] = {"comfyui": comfyui.CHAINS, "diffusers": diffusers.CHAINS}
-"""Library → class → what caches between steps may skip."""
+"""Maps libraries, then classes, to the blocks that caches between steps may skip."""

@@ -1,4 +1,5 @@
-"""As what TeaCache's published polynomials know networks: family and configuration by diffusers' names."""
+"""Maps networks to the names under which TeaCache's published polynomials know them: family, and configuration by
+diffusers' names."""
 
 from __future__ import annotations
 
@@ -26,18 +27,18 @@ def _ltxv(config: Mapping[str, Any]) -> Known:
 
 
 def _flux(config: Mapping[str, Any]) -> Known:
-    """FLUX.1: FLUX.2 and others of this class take no pooled text."""
+    """Recognises FLUX.1 by its pooled text, which FLUX.2 and other models of this class do not take."""
     is_flux_1 = config.get("image_model") == "flux" and config.get("vec_in_dim")
     return "flux" if is_flux_1 else "this model of the class Flux", {}
 
 
 def _hunyuan_video(config: Mapping[str, Any]) -> Known:
-    """The first one, likewise."""
+    """Recognises the first HunyuanVideo, likewise by its pooled text."""
     return "hunyuan_video" if config.get("vec_in_dim") else "this model of the class HunyuanVideo", {}
 
 
 def _cogvideox(config: Mapping[str, Any]) -> Known:
-    """Both libraries' classes have this name, and the same names for these."""
+    """Passes the configuration on: the classes of both libraries have this name, and the same names for its entries."""
     return "cogvideox", {"patch_size_t": None, **config}
 
 
@@ -53,10 +54,10 @@ _NETWORKS: Mapping[str, Callable[[Mapping[str, Any]], Known]] = {
 
 
 def known_as(network: str, config: Mapping[str, Any]) -> Known:
-    """What to ask `cache.coefficients` for; it refuses a class that is not known by its name.
+    """Returns the arguments for `cache.coefficients`, which refuses a class that it does not know by its name.
 
     Args:
-        network: the class.
+        network: name of the class.
         config: see `Recipe.arguments`.
     """
     return _NETWORKS[network](config) if network in _NETWORKS else (network, {})

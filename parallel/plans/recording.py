@@ -1,4 +1,4 @@
-"""What a model's modules are called with in a forward pass, and which attention they compute: names and shapes."""
+"""Records the calls of a model's modules in a forward pass, and the attention that they compute: names and shapes."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from torch.overrides import TorchFunctionMode
 from ..split.routes import OPTIONS, OVERRIDE
 
 UNNAMED = "arg_"
-"""Begins the name, followed by its place, of what a module takes as `*args`."""
+"""Prefix of the names of arguments that a module takes as `*args`; their position follows."""
 
 Tree = Any
-"""A value's shapes: a tuple of sizes for a tensor, a list of trees for its like, a text for the rest."""
+"""Shapes of a value: a tuple of sizes for a tensor, a list of trees for a tuple or list, a text for anything else."""
 
 
 @dataclass(slots=True)
@@ -28,22 +28,22 @@ class Call:
     kind: str
     """Class of the module."""
     arguments: dict[str, Tree]
-    """By name; without those that are None, and without `transformer_options`."""
+    """Shapes by name; without arguments that are None, and without `transformer_options`."""
     absent: list[str]
-    """Arguments that were None or not given."""
+    """Arguments that were None or not passed."""
     options: bool
-    """Whether it was given `transformer_options`."""
+    """True if it received `transformer_options`."""
     result: Tree = None
     attended: list[tuple[Any, Any, bool]] = field(default_factory=list)
-    """Queries, keys, and whether it was given `transformer_options`, by which it can be routed: each attention while
-    this was the innermost module, in all its calls."""
+    """Number of queries, number of keys, and whether `transformer_options` were passed, through which it can be routed:
+    of each attention while this was the innermost module, in all its calls."""
 
 
 def record(network: nn.Module, arguments: Mapping[str, Any]) -> dict[str, Call]:
-    """Calls a network of ComfyUI's. Nothing is left behind.
+    """Calls a network of ComfyUI's and records the calls of its modules. Leaves nothing behind.
 
     Args:
-        arguments: of its forward, by name, but for `transformer_options`.
+        arguments: arguments of its `forward`, by name, without `transformer_options`.
 
     Returns:
         Path of a module → its first call, in the order in which modules begin.
@@ -64,7 +64,8 @@ def record(network: nn.Module, arguments: Mapping[str, Any]) -> dict[str, Call]:
 
 
 class _Recorder(TorchFunctionMode):
-    """Sees all attention that ends in torch's, as ComfyUI's does with `--use-pytorch-cross-attention`."""
+    """Recorder of all attention that ends in torch's function, as ComfyUI's does with
+    `--use-pytorch-cross-attention`."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -94,7 +95,7 @@ class _Recorder(TorchFunctionMode):
             self.calls[path].result = shapes(result)
 
     def routed(self, function: Any, *args: Any, **kwargs: Any) -> Any:
-        """ComfyUI calls it in place of its attention `function`, where this has the options."""
+        """Runs ComfyUI's attention `function`; ComfyUI calls this override wherever attention receives the options."""
         self._options = True
         try:
             return function(*args, **kwargs)
@@ -109,7 +110,7 @@ class _Recorder(TorchFunctionMode):
 
 
 def shapes(value: Any) -> Tree:
-    """The sizes of each tensor in a value."""
+    """Returns the sizes of each tensor in a value."""
     if isinstance(value, Tensor):
         return tuple(value.shape)
     if isinstance(value, tuple | list):

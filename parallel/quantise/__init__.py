@@ -1,1 +1,1 @@
-"""FP8 weights: what a user asks for, which layers that means, and what became of them."""
+"""FP8 weights: the user's settings, the selection of layers, and the report of the result."""

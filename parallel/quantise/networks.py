@@ -1,4 +1,4 @@
-"""The linear layers of a network under a split plan, as FP8 sees them."""
+"""Lists the linear layers of a network under a split plan, for the selection of those to quantise."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ _STAY = (
     "*mod", "mod_[xy]", "mod[CX]*", "*modulation*", "adaln*", "*norm*.linear", "before_proj", "after_proj",
     "to_scale_shift_gate",
 )  # fmt: skip
-"""Layers of blocks whose error would be in every token: modulations, and the ways into and out of VACE's blocks."""
+"""Patterns of block layers whose error would affect every token: modulations, input and output of VACE's blocks."""
 
 
 def linear_layers(network: nn.Module, plan: Iterable[str], dtypes: Mapping[str, torch.dtype]) -> list[LinearLayer]:
-    """All linear layers; those outside of the blocks, and the blocks' modulations, stay as they are.
+    """Lists all linear layers; those outside the blocks, and those that match `_STAY`, are marked as never quantised.
 
     Args:
-        network: with or without weights, none of them quantised.
-        dtypes: weight → dtype in which it is kept.
+        network: network with or without weights, none of them quantised.
+        dtypes: maps weights to the dtypes in which they are stored; layers whose weight is missing are left out.
     """
     inside = {module for block in planned_blocks(network, plan) for module in block.modules()}
     found = []

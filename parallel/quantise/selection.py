@@ -1,4 +1,4 @@
-"""Which linear layers of a model are quantised. Told from names and shapes alone, so that the host knows as well."""
+"""Selects a model's linear layers to quantise, by names, shapes and dtypes alone, so that the host can do so too."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from ..errors import ConfigError
 from .settings import DYNAMIC, TENSORWISE, WEIGHT_ONLY
 
 _MULTIPLES = dict.fromkeys(DYNAMIC, (16, 16)) | {"int8_convrot": (1, 16), "mxfp8": (32, 32), "nvfp4": (16, 16)}
-"""Scheme → of which numbers the rows and columns of a weight are multiples, for `torch._scaled_mm` and comfy-kitchen's
+"""Maps schemes to the numbers that must divide a weight's rows and columns, for `torch._scaled_mm` and comfy-kitchen's
 kernels."""
 
 
 def matches(name: str, pattern: str) -> bool:
-    """Whether a pattern means a layer: it fits some of the dotted parts of its name, that follow each other.
+    """Returns True if a pattern matches consecutive dotted parts of a layer's name.
 
-    `img_mod` means `double_blocks.0.img_mod.lin`, `blocks.1` means `blocks.1.ffn.0` and not `blocks.10.ffn.0`; `*`,
-    `?` and `[…]` are as in file names, and `*` does not stop at dots.
+    `img_mod` matches `double_blocks.0.img_mod.lin`, `blocks.1` matches `blocks.1.ffn.0` but not `blocks.10.ffn.0`; `*`,
+    `?` and `[…]` are as in file names, and `*` also matches dots.
     """
     parts = name.split(".")
     return any(
@@ -30,48 +30,48 @@ def matches(name: str, pattern: str) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class Selection:
-    """What becomes of the linear layers."""
+    """Linear layers to quantise, and counts of the others."""
 
     weights: dict[str, tuple[int, int]]
-    """Parameters to quantise → shape."""
+    """Maps the parameters to quantise to their shapes."""
     already: int
     skipped: int
     unfit: int
     saved: int
-    """Bytes by which the weights become less."""
+    """Bytes by which the weights shrink."""
 
     @property
     def counts(self) -> dict[str, int]:
-        """Of layers, by the names of `settings.FP8Report`; and `saved`."""
+        """Numbers of layers, named as in `settings.FP8Report`, and `saved`."""
         layers = {"layers": len(self.weights), "already": self.already, "skipped": self.skipped, "unfit": self.unfit}
         return {**layers, "saved": self.saved}
 
 
 @dataclass(frozen=True, slots=True)
 class LinearLayer:
-    """What decides about a layer."""
+    """Properties of a linear layer that decide whether it is quantised."""
 
     name: str
     shape: tuple[int, int]
-    """Of its weight."""
+    """Shape of its weight."""
     itemsize: int
-    """Bytes in which each of its values is kept."""
+    """Bytes per stored value of its weight."""
     is_fp8: bool
     stays: bool
-    """Embedders, modulations and the last layer."""
+    """True for embedders, modulations and the last layer, which are never quantised."""
 
 
 def select_layers(layers: Iterable[LinearLayer], *, scheme: str, skip: Sequence[str]) -> Selection:
-    """Decides for each linear layer.
+    """Selects the linear layers to quantise.
 
     Args:
-        layers: of the network.
-        scheme: not `auto`. Weights that are in fp8 already are left so by `weight_only`, keep their values under the
-            other schemes of FP8, and are quantised anew under comfy-kitchen's.
-        skip: patterns, see `matches`.
+        layers: linear layers of the network.
+        scheme: any scheme but `auto`. Weights that are in fp8 already are left as they are by `weight_only`, keep their
+            values under the other FP8 schemes, and are requantised under comfy-kitchen's.
+        skip: patterns of layers to leave as they are, see `matches`.
 
     Raises:
-        ConfigError: a pattern means no layer.
+        ConfigError: a pattern matches no layer.
     """
     multiples = _MULTIPLES.get(scheme, (1, 1))
     weights: dict[str, tuple[int, int]] = {}
@@ -102,7 +102,7 @@ def select_layers(layers: Iterable[LinearLayer], *, scheme: str, skip: Sequence[
 
 
 def _stored_bytes(scheme: str, rows: int, columns: int) -> int:
-    """Of a weight and its scales."""
+    """Returns the bytes of a quantised weight and its scales."""
     if scheme in _BLOCKS:  # scales of blocks of columns, in tiles of 128 rows and 4 blocks
         bits, block, more = _BLOCKS[scheme]
         return rows * columns * bits // 8 + -(-rows // 128) * 128 * (-(-columns // (4 * block)) * 4) + more
@@ -110,4 +110,4 @@ def _stored_bytes(scheme: str, rows: int, columns: int) -> int:
 
 
 _BLOCKS = {"mxfp8": (8, 32, 0), "nvfp4": (4, 16, 4)}
-"""Scheme → bits of a value, values of a block, bytes of scales for the whole weight."""
+"""Maps schemes to bits per value, values per block, and bytes of a scale for the whole weight."""

@@ -1,4 +1,4 @@
-"""What the FP8 node asks for, as data, and which scheme that means on the group's devices."""
+"""Settings of the FP8 node, and the choice of a scheme for the group's devices."""
 
 from __future__ import annotations
 
@@ -13,29 +13,29 @@ from ..errors import ConfigError
 
 NODE = "FP8 Quantize (SP)"
 DYNAMIC = ("dynamic_rowwise", "dynamic_tensorwise")
-"""Schemes that multiply in FP8: activations are rounded, too, with scales of the moment. The first is the better."""
+"""Schemes that multiply in FP8: activations are rounded too, with scales computed at each call. The first is better."""
 TENSORWISE = DYNAMIC[1]
-"""The only scheme with one scale for a whole weight; the others have one for each of its rows."""
+"""Only scheme outside `KITCHEN` with one scale for a whole weight; the others have one for each of its rows."""
 WEIGHT_ONLY = "weight_only"
 KITCHEN = {"int8_convrot": "int8_tensorwise", "mxfp8": "mxfp8", "nvfp4": "nvfp4"}
-"""Schemes that are comfy-kitchen's, as ComfyUI's quantised files have them → ComfyUI's name. Never chosen by `auto`."""
+"""Maps comfy-kitchen's schemes, as in ComfyUI's quantised files, to ComfyUI's names. Never chosen by `auto`."""
 FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 SCHEMES = ("auto", *DYNAMIC, WEIGHT_ONLY, *KITCHEN)
 CAPABILITY = (8, 9)
-"""CUDA compute capability from which GPUs multiply in FP8 (Ada; then Hopper and Blackwell)."""
+"""Lowest CUDA compute capability of GPUs that multiply in FP8 (Ada; then Hopper and Blackwell)."""
 
 
 @dataclass(kw_only=True, slots=True, frozen=True)
 class FP8Settings:
-    """The node's inputs."""
+    """Inputs of the node."""
 
     scheme: str = "auto"
-    """`dynamic_rowwise` (a scale per token and per output channel), `dynamic_tensorwise` (one per tensor),
-    `weight_only` (saves memory, computes as before), `auto`: the first of these that all devices can do; or one of
-    `KITCHEN`, by ComfyUI's own layers: integers of 8 bits after a rotation, FP8 with a scale for 32 values, FP4 with
-    one for 16. Devices that do not compute in the format restore the weights at each call."""
+    """Scheme: `dynamic_rowwise` (a scale per token and per output channel), `dynamic_tensorwise` (one per tensor),
+    `weight_only` (saves memory, computes as before), `auto` (the first of these that all devices support), or one of
+    `KITCHEN`, run by ComfyUI's own layers: 8-bit integers after a rotation, FP8 with a scale per 32 values, FP4 with
+    one per 16. Devices that do not compute in the format dequantise the weights at each call."""
     skip: str = ""
-    """Comma-separated patterns of layers to leave as they are, besides those that always stay; see
+    """Comma-separated patterns of layers to leave as they are, besides those that are never quantised; see
     `selection.matches`."""
 
     def __post_init__(self) -> None:
@@ -46,20 +46,20 @@ class FP8Settings:
 
     @property
     def patterns(self) -> tuple[str, ...]:
-        """Of `skip`, without blanks."""
+        """Patterns in `skip`, without surrounding blanks."""
         return tuple(pattern for part in self.skip.split(",") if (pattern := part.strip()))
 
 
 @dataclass(kw_only=True, slots=True, frozen=True)
 class FP8Choice:
-    """What all ranks do."""
+    """Scheme and patterns that all ranks use."""
 
     scheme: str
-    """Not `auto`."""
+    """Any scheme but `auto`."""
     skip: tuple[str, ...]
-    """`FP8Settings.patterns`."""
+    """Patterns of layers to leave as they are, from `FP8Settings.patterns`."""
     reason: str = ""
-    """Why this scheme, where `auto` has chosen it."""
+    """Reason for the scheme, if `auto` has chosen it."""
 
     def to_json(self) -> dict[str, Any]:
         return {"scheme": self.scheme, "skip": list(self.skip)}
@@ -67,22 +67,22 @@ class FP8Choice:
 
 @dataclass(kw_only=True, slots=True, frozen=True)
 class FP8Report:
-    """What became of a model, on each worker."""
+    """Result of quantising a model, on each worker."""
 
     scheme: str
     reason: str
     layers: int
-    """Linear layers whose weights have been quantised."""
+    """Number of linear layers whose weights have been quantised."""
     already: int
-    """Layers that the file, or the loader, keeps in FP8, and that this scheme leaves so."""
+    """Number of layers that the file or the loader stores in FP8 and that this scheme leaves as they are."""
     skipped: int
-    """Layers left as they are because they always are, or by `skip`."""
+    """Number of layers left as they are because they are never quantised or match `skip`."""
     unfit: int
-    """Layers left as they are because the scheme's products need sides of multiples of 16 or 32."""
+    """Number of layers left as they are because the scheme's kernels need sizes in multiples of 16 or 32."""
     restored: int
-    """Quantised layers whose weights are made anew at each call: the device does not compute in their format."""
+    """Number of quantised layers that dequantise at each call: the device does not compute in their format."""
     bytes_before: int
-    """Of all weights on one worker without the node."""
+    """Bytes of all weights on one worker without the node."""
     bytes_after: int
 
     def to_json(self) -> dict[str, Any]:
@@ -105,10 +105,10 @@ class FP8Report:
 
 
 def refuse_devices(settings: FP8Settings, layout: Layout) -> None:
-    """Refuses before any work what the devices cannot do; what their kernels cannot, `choose_scheme` finds out.
+    """Refuses, before any work, a dynamic scheme on devices without FP8; `choose_scheme` also considers their kernels.
 
     Raises:
-        ConfigError: a dynamic scheme, and a device without FP8 arithmetic.
+        ConfigError: the scheme is dynamic, and a device has no FP8 arithmetic.
     """
     if settings.scheme not in DYNAMIC:
         return
@@ -118,20 +118,20 @@ def refuse_devices(settings: FP8Settings, layout: Layout) -> None:
 
 
 def likely_scheme(settings: FP8Settings, layout: Layout) -> str:
-    """What `choose_scheme` will say, if the devices' kernels work."""
+    """Returns the scheme that `choose_scheme` will choose if the devices' kernels work."""
     if settings.scheme != "auto":
         return settings.scheme
     return WEIGHT_ONLY if any(_lack(device.name) for device in layout.devices) else DYNAMIC[0]
 
 
 def choose_scheme(settings: FP8Settings, layout: Layout, found: Sequence[Mapping[str, str]]) -> FP8Choice:
-    """One scheme for all ranks.
+    """Chooses one scheme for all ranks.
 
     Args:
-        found: each rank's `support`: dynamic scheme → why it does not work there; empty where it does.
+        found: `support` of each rank: maps dynamic schemes to the reason why they do not work there; empty if they do.
 
     Raises:
-        ConfigError: the scheme asked for does not work on a device.
+        ConfigError: the requested scheme does not work on a device.
     """
     ranks = list(zip(layout.devices, found, strict=True))
     problems = {
@@ -149,12 +149,13 @@ def choose_scheme(settings: FP8Settings, layout: Layout, found: Sequence[Mapping
 
 
 def convrot_group(width: int) -> int:
-    """How many inputs of a layer are rotated together: ComfyUI's 256, or the most that divides them; 0 if none does."""
+    """Returns how many of a layer's `width` inputs are rotated together: ComfyUI's 256, or else the larger of 64 and 16
+    that divides `width`; 0 if none does."""
     return next((group for group in (256, 64, 16) if not width % group), 0)
 
 
 def _lack(device: str) -> str:
-    """Why a device of the host's cannot multiply in FP8; empty where it can."""
+    """Returns the reason why a device of the host cannot multiply in FP8; empty if it can."""
     if not device.startswith("cuda"):
         return "CPUs do not compute in FP8"
     if torch.version.hip is not None:

@@ -1,8 +1,8 @@
-"""A sampling as a list of instructions, which all ranks run alike.
+"""A sampling as a list of instructions that all ranks run alike.
 
-Between two passes through the network a sampler that can be recorded does nothing but multiply latents, elementwise, by
-numbers and by other latents, and add them up. So one kind of instruction is enough for all of them, and each rank can
-do it for the elements that it holds.
+Between two passes through the network, a sampler that can be recorded only multiplies latents, elementwise, by numbers
+and by other latents, and sums them. One kind of instruction therefore suffices for all samplers, and each rank can run
+it for the elements that it holds.
 """
 
 from __future__ import annotations
@@ -22,34 +22,34 @@ class Pass:
     """One call of the network within an instruction."""
 
     request: StepRequest
-    """Its x has a shape and a dtype, but no data."""
+    """Request of the call; its x has a shape and a dtype, but no data."""
     latents: tuple[int, ...]
-    """What its x consists of: these latents, one after the other along the batch."""
+    """Numbers of the latents that form its x, concatenated along the batch."""
     concat: Tensor | None
-    """Channels that follow the latents' in x, [samples of x, channels, …]; the same tensor wherever they are equal."""
+    """Channels that follow the latents' in x, [samples of x, channels, …]; passes with equal ones share one tensor."""
     results: tuple[int, ...]
-    """The predictions, cut as the latents."""
+    """Numbers of the predictions, split like the latents."""
     output_shape: tuple[int, ...]
     conditions: frozenset[int]
-    """Which of cond and uncond it computes, as ComfyUI numbers them."""
+    """Conditions that it computes (cond, uncond), as ComfyUI numbers them."""
 
 
 @dataclass(frozen=True, slots=True)
 class Network:
-    """Passes that do not need each other's results."""
+    """Instruction that runs passes, none of which needs another's result."""
 
     passes: list[Pass]
     sigma: float
-    """The step's; decides whether a cache is active."""
+    """Sigma of the step; decides whether a cache is active."""
 
     @property
     def conditions(self) -> int:
-        """How many of cond and uncond run here."""
+        """Number of conditions (cond, uncond) that run here, at least 1."""
         return max(1, len(frozenset().union(*(each.conditions for each in self.passes))))
 
     @property
     def results(self) -> set[int]:
-        """Of all passes."""
+        """Numbers of the predictions of all passes."""
         return {latent for each in self.passes for latent in each.results}
 
 
@@ -61,11 +61,11 @@ class Program:
     """A recorded sampling."""
 
     shape: tuple[int, ...]
-    """Of every latent."""
+    """Shape of every latent."""
     device: torch.device
-    """Where the result is wanted."""
+    """Device of the result."""
     constants: dict[int, Tensor] = field(default_factory=dict)
-    """Latents that are given: noise, the image, masks; fp32, on the CPU."""
+    """Latents whose data is known, by number: noise, the image, masks; fp32, on the CPU."""
     instructions: list[Instruction] = field(default_factory=list)
     result: Terms = field(default_factory=list)
 
@@ -75,15 +75,15 @@ class Program:
 
     @property
     def steps(self) -> int:
-        """As many as report themselves."""
+        """Number of steps that the reports state; 0 without reports."""
         return max(
             (instruction.steps for instruction in self.instructions if isinstance(instruction, Report)), default=0
         )
 
     def kept(self) -> dict[int, list[int]]:
-        """Place of each report behind which the sampling can go on → the latents, but constants, that it needs then.
+        """Maps each report after which the sampling can resume, by index, to the latents, except constants, to keep.
 
-        Between two such places there is a pass through the network, after which all ranks have left the first one.
+        Between two such reports there is a pass through the network, after which all ranks have passed the first one.
         """
         alive: set[int] = set()
         kept: dict[int, list[int]] = {}
@@ -99,10 +99,11 @@ class Program:
         return kept
 
     def rest(self, place: int, latents: Mapping[int, Tensor]) -> Program:
-        """What is left to do behind an instruction.
+        """Returns the program that remains after an instruction.
 
         Args:
-            latents: those that `kept` names for this place.
+            place: index of the instruction.
+            latents: the latents that `kept` lists for it.
         """
         left = self.instructions[place + 1 :]
         needed = set().union(*map(_used, left), *(used for _, used in self.result))
@@ -110,7 +111,7 @@ class Program:
         return Program(self.shape, self.device, constants, left, self.result)
 
     def last_uses(self) -> list[list[int]]:
-        """For each instruction, the latents (but constants) that no later one needs."""
+        """Returns, for each instruction, the latents (except constants) that it uses and that nothing later needs."""
         needed = {latent for _, latents in self.result for latent in latents}
         freed: list[list[int]] = []
         for instruction in reversed(self.instructions):
@@ -121,7 +122,7 @@ class Program:
 
 
 def _used(instruction: Instruction) -> set[int]:
-    """Latents that it reads or makes."""
+    """Returns the latents that the instruction reads or computes."""
     if isinstance(instruction, Network):
         return instruction.results.union(*(each.latents for each in instruction.passes))
     if isinstance(instruction, Evaluate):

@@ -1,11 +1,11 @@
-"""Runs a sampler's own code with a latent that is not there, and writes down what it would do.
+"""Runs a sampler's own code with a latent without data, and records its operations as a program.
 
-The latent is a `RecordedLatent`: a tensor with shape, dtype and device but no data. Arithmetic on it gives further
-ones, each a sum of products of the latents that the program has so far. So the mathematics is the sampler's own,
-whichever it is, and noise is drawn when and as it draws it; and whatever it asks that only data could tell (a norm, a
-maximum, a part of the latent) ends the recording with `NotRecordable`, never with another result.
+The latent is a `RecordedLatent`: a tensor with shape, dtype and device but no data. Arithmetic on it returns further
+ones, each a sum of products of the latents that the program has so far. The mathematics is therefore the sampler's own,
+for any sampler, and noise is drawn when and how the sampler draws it; every operation that depends on data (a norm, a
+maximum, a part of the latent) ends the recording with `NotRecordable`, never with a different result.
 
-All of a sampling's control flow must be decided by sigmas; the few samplers that choose their steps by the latent
+All control flow of a sampling must depend on sigmas alone; the few samplers that choose their steps by the latent
 (dpm_adaptive) cannot be recorded.
 """
 
@@ -26,21 +26,21 @@ from .program import Network, Pass, Program
 from .step_request import StepRequest
 
 _MOST_TERMS = 12
-"""A sum of more terms becomes a latent of its own: otherwise sums would grow with the steps."""
+"""Most terms of a sum; a longer one becomes a latent of its own, otherwise sums would grow with the steps."""
 _SAMPLE = 997
-"""Elements that are looked at to find a tensor among those that are known."""
+"""Approximate number of elements that are compared first to find a tensor among the known ones."""
 
 
 _Factors = dict[tuple[int, ...], float]
-"""A sum of products: numbers of latents → factor of their product."""
+"""Sum of products: maps the numbers of latents to the factor of their product."""
 
 
 class NotRecordable(EngineError):
-    """The sampling does something that cannot be written down. The message says what."""
+    """Raised if the sampling does something that cannot be recorded; the message says what."""
 
 
 class _Sum:
-    """A latent as a sum of products; `terms` changes when a latent of the program takes its place."""
+    """Latent as a sum of products; once the program computes it as a latent, `terms` is that latent alone."""
 
     __slots__ = ("terms",)
 
@@ -49,16 +49,16 @@ class _Sum:
 
 
 class RecordedLatent(Tensor):
-    """A tensor whose data the workers will have: one or more latents, one after the other along the batch."""
+    """Tensor whose data will exist only in the workers: one or more latents, concatenated along the batch."""
 
     recorder: Recorder
     _sums: list[_Sum]
     _concat: Tensor | None
-    """Channels behind the latents'."""
+    """Channels that follow the latents' channels."""
     _is_part: bool
-    """It is cut from another one, which would have to change with it."""
+    """True if it is a part of another one, which would have to change with it."""
     _is_zeros: bool = False
-    """It was made as zeros."""
+    """True if it was created as zeros."""
 
     @staticmethod
     def __new__(
@@ -91,15 +91,15 @@ class RecordedLatent(Tensor):
         handler = _HANDLERS.get(function.overloadpacket)
         if handler is not None:
             return handler(*args, **(kwargs or {}))
-        result = function.decompose(*args, **(kwargs or {}))  # what PyTorch itself does with others
+        result = function.decompose(*args, **(kwargs or {}))  # PyTorch's own decomposition of other operators
         if result is NotImplemented:
             raise NotRecordable(f"the sampler applies {function.overloadpacket} to the latent")
         return result
 
 
 class RecordedPart(Tensor):
-    """A range of the elements of each sample of a packed latent, in a shape of its own: one of the parts that a network
-    takes and gives. Nothing can be calculated with it.
+    """Part of a packed latent, as a network takes and returns it: a range of each sample's elements, in a shape of its
+    own. It supports no arithmetic.
     """
 
     whole: RecordedLatent
@@ -138,10 +138,10 @@ class RecordedPart(Tensor):
 
 
 def _whole_of(parts: Sequence[RecordedPart]) -> RecordedLatent:
-    """The packed latent that these parts are, one after the other.
+    """Returns the packed latent that these parts form, one after the other.
 
     Raises:
-        NotRecordable: they are not.
+        NotRecordable: the parts do not form one latent, or not all of it.
     """
     whole, end = parts[0].whole, 0
     for part in parts:
@@ -154,9 +154,10 @@ def _whole_of(parts: Sequence[RecordedPart]) -> RecordedLatent:
 
 
 def packed(parts: Sequence[Tensor]) -> tuple[Tensor, tuple[tuple[int, ...], ...]]:
-    """The parts of a latent [B, C, …] as one [B, 1, N], which may be recorded, and their shapes without the batch.
+    """Packs the parts [B, C, …] of a latent, recorded or not, into one [B, 1, N]; also returns their shapes without
+    the batch.
 
-    A single one is the latent itself, and has no parts.
+    A single part is returned as it is, without shapes.
     """
     if len(parts) == 1:
         return parts[0], ()
@@ -167,7 +168,7 @@ def packed(parts: Sequence[Tensor]) -> tuple[Tensor, tuple[tuple[int, ...], ...]
 
 
 def in_parts(latent: RecordedLatent, shapes: Sequence[Sequence[int]]) -> list[RecordedPart]:
-    """The reverse of `packed`."""
+    """Splits a packed latent into its parts, the reverse of `packed`."""
     ends = list(accumulate(map(prod, shapes)))
     return [
         RecordedPart(latent, end - prod(shape), end, (latent.shape[0], *shape))
@@ -176,7 +177,7 @@ def in_parts(latent: RecordedLatent, shapes: Sequence[Sequence[int]]) -> list[Re
 
 
 def recorder_of(x: Any) -> Recorder | None:
-    """Of a latent, or of the parts of one, as a network gets it; None: it has data."""
+    """Returns the recorder of a network's latent argument (a tensor or its parts), or None if the latent has data."""
     first = x[0] if isinstance(x, list | tuple) else x
     if isinstance(first, RecordedPart):
         return first.whole.recorder
@@ -184,7 +185,7 @@ def recorder_of(x: Any) -> Recorder | None:
 
 
 class _Stack:
-    """Latents that were stacked along `dim` in order to be added up with factors."""
+    """Latents stacked along `dim`, to be summed with factors by `torch.tensordot`."""
 
     def __init__(self, latents: Sequence[RecordedLatent], dim: int = 0):
         self._latents, self._dim = [latent.clone() for latent in latents], dim
@@ -201,12 +202,12 @@ class _Stack:
 
 
 class Recorder:
-    """Writes a program.
+    """Recorder of one sampling's program.
 
     Args:
-        shape: of the latent.
-        device: where the sampling expects it.
-        most_bytes: of constants; more end the recording.
+        shape: shape of the latent.
+        device: device on which the sampling expects the latent.
+        most_bytes: bytes of constants above which the recording ends.
     """
 
     def __init__(self, shape: Sequence[int], device: torch.device, *, most_bytes: int):
@@ -217,20 +218,20 @@ class Recorder:
         self._numbered: dict[int, int] = {}
         self._predictions: set[int] = set()
 
-    # --- what the sampling calls --------------------------------------------------------------------------------
+    # --- called by the sampling ---------------------------------------------------------------------------------
 
     def given(self, tensor: Tensor) -> RecordedLatent:
-        """A latent whose data is known, as the sampling is to see it."""
+        """Returns the recorded latent to pass to the sampling in place of a tensor whose data is known."""
         return RecordedLatent(self, [_Sum(self._of_tensor(tensor))])
 
     def network(
         self, request: StepRequest, output_shape: Sequence[int], *, conditions: frozenset[int], sigma: float
     ) -> RecordedLatent:
-        """The prediction for a request whose x is recorded.
+        """Records a call of the network whose x is recorded, and returns its prediction.
 
         Args:
-            request: a call of the network.
-            output_shape: of the prediction.
+            request: request of the call.
+            output_shape: shape of the prediction.
             conditions: see `Pass.conditions`.
             sigma: see `Network.sigma`.
         """
@@ -256,7 +257,7 @@ class Recorder:
             conditions,
         )
         last = self.program.instructions[-1] if self.program.instructions else None
-        # Then its latents were computed before that instruction, or are given: nothing came in between.
+        # No instruction follows that one, so these latents were computed before it or are constants.
         if isinstance(last, Network) and last.sigma == sigma and last.results.isdisjoint(latents):
             last.passes.append(made)
         else:
@@ -264,24 +265,22 @@ class Recorder:
         return RecordedLatent(self, [_Sum({(number,): 1.0}) for number in results], x.dtype)
 
     def report(self, step: int, denoised: Any, x: Any, steps: int) -> None:
-        """A sampler's callback."""
+        """Records a call of the sampler's callback."""
         if not isinstance(denoised, RecordedLatent) or not isinstance(x, RecordedLatent):
             raise NotRecordable("the sampler shows something else than the latent")
         self._settled(x._sums[0])
         self.program.instructions.append(Report(step=step, steps=steps, denoised=_terms(denoised), x=_terms(x)))
 
     def finish(self, result: Any) -> Program:
-        """The program that ends with this latent."""
+        """Returns the program, with this latent as its result."""
         if not isinstance(result, RecordedLatent) or tuple(result.shape) != self.program.shape:
             raise NotRecordable("the sampler returns something else than the latent")
         self.program.result = _terms(result)
         return self.program
 
     def known(self, tensor: Tensor) -> Tensor:
-        """The first tensor of this content that was seen: samplings make new ones of the same values at every step.
-
-        It lies on the CPU.
-        """
+        """Returns the first tensor with this content, on the CPU: samplings create new ones with the same values at
+        every step."""
         tensor = tensor.detach()
         flat = tensor.reshape(-1)
         looked_at = flat[:: max(1, flat.numel() // _SAMPLE)].float().cpu()
@@ -294,13 +293,13 @@ class Recorder:
         return kept
 
     def predicted(self, sums: Sequence[_Sum]) -> bool:
-        """Whether they are what the network has said, unchanged: that is rounded already."""
+        """Returns True if all sums are unchanged predictions of the network, which are rounded already."""
         return all(list(each.terms.values()) == [1.0] and self._predictions.issuperset(*each.terms) for each in sums)
 
     # --- parts ----------------------------------------------------------------------------------------------------
 
     def _settled(self, each: _Sum) -> int:
-        """The number of a latent that has, or now gets, the value of the sum."""
+        """Returns the number of the latent with the value of the sum; if there is none, the program computes it."""
         if len(each.terms) == 1:
             ((latents, factor),) = each.terms.items()
             if factor == 1.0 and len(latents) == 1:
@@ -311,7 +310,7 @@ class Recorder:
         return number
 
     def _of_tensor(self, tensor: Tensor) -> _Factors:
-        """A tensor that can be expanded to the latent's shape, as a sum."""
+        """Returns a tensor that can be expanded to the latent's shape, as a sum of products."""
         if (value := _uniform(tensor)) is not None:
             return {(): value} if value else {}
         if tensor.is_complex():
@@ -328,7 +327,7 @@ class Recorder:
         return {(self._numbered[id(whole)],): 1.0}
 
     def sums_of(self, value: Any, parts: int) -> list[_Factors]:
-        """A number, a tensor or a recorded latent as that many sums."""
+        """Returns a number, a tensor or a recorded latent as `parts` sums of products."""
         if isinstance(value, RecordedLatent):
             _require_fp32(value)
             sums = [each.terms for each in value._sums]
@@ -375,7 +374,7 @@ def _require_fp32(latent: RecordedLatent) -> None:
 
 
 def _uniform(tensor: Tensor) -> float | None:
-    """The one value of a tensor, if it has only one."""
+    """Returns the value that all elements of a tensor have, or None if they differ."""
     if tensor.numel() == 1:
         return float(tensor)
     low, high = torch.aminmax(tensor)
@@ -387,7 +386,7 @@ def _uniform(tensor: Tensor) -> float | None:
 
 
 def _operands(a: Any, b: Any) -> tuple[Recorder, list[tuple[_Factors, _Factors]]]:
-    """The recorder, and both as sums: a pair for each latent that the result has along the batch."""
+    """Returns the recorder, and both operands as sums: a pair for each latent along the batch of the result."""
     latents = [value for value in (a, b) if isinstance(value, RecordedLatent)]
     recorder, parts = latents[0].recorder, max(len(latent._sums) for latent in latents)
     whole = recorder.program.shape[0] * parts
@@ -457,7 +456,7 @@ def _in_place(operation: Callable[..., RecordedLatent]) -> Callable[..., Recorde
 
 
 def _same(a: RecordedLatent, *_: Any, **__: Any) -> RecordedLatent:
-    """Another tensor on the same data."""
+    """Returns another tensor that shares the latent's data."""
     return RecordedLatent(a.recorder, a._sums, a.dtype, a._concat, a._is_part)
 
 
@@ -500,7 +499,7 @@ def _zeros_like(a: RecordedLatent, *, dtype: torch.dtype | None = None, **_: Any
 
 
 def _made_by(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """Tensors with data, like a latent."""
+    """Returns a handler that makes tensors with data, by default with a latent's shape and dtype."""
 
     def like(
         a: RecordedLatent,
@@ -532,7 +531,7 @@ def _cat(tensors: Sequence[Tensor], dim: int = 0) -> RecordedLatent:
 
 
 def _slice(a: RecordedLatent, dim: int = 0, start: int | None = None, stop: int | None = None, step: int = 1) -> Any:
-    """Of a packed latent, whose parts are one behind the other; such a latent has one channel."""
+    """Cuts a part from a packed latent, which has one channel with all parts one after the other."""
     if (a.ndim, dim, step, a.shape[1]) != (3, 2, 1, 1) or a._concat is not None:
         raise NotRecordable("the sampler takes the latent apart")
     first, last, _ = slice(start, stop).indices(a.shape[2])

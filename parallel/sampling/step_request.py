@@ -1,4 +1,4 @@
-"""What is asked of the network."""
+"""Requests to the network."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from ..wire.shared import TensorRef
 from ..wire.trees import Tree
 
 OF_ALL_SAMPLES = ("transformer_options.sample_sigmas", "transformer_options.sigmas")
-"""Tensors of a call that are no batch of it, whatever their length: the sampling's schedule, and the step's sigma, that
-ComfyUI repeats for the samples of one condition, however many conditions are in the call."""
+"""Tensors of a call that have no batch dimension, whatever their length: the sampling's schedule, and the step's sigma,
+which ComfyUI repeats for the samples of one condition, regardless of the number of conditions in the call."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,32 +21,31 @@ class StepRequest:
     """One call of the network."""
 
     x: Tensor
-    """The latent as the network takes it, e.g. [B, C, T, H, W], in the compute dtype. If it has several parts, they are
+    """Latent as the network takes it, e.g. [B, C, T, H, W], in the compute dtype. If it has several parts, they are
     packed as by ComfyUI's samplers, [B, 1, N]."""
     timestep: Tensor
-    """As the network takes it."""
+    """Timestep as the network takes it."""
     conditioning: Mapping[str, Tensor]
-    """Name → tensor; only what changed since an earlier step travels."""
+    """Maps names to tensors; only those that changed since an earlier step are sent."""
     arguments: Tree
-    """All of them, `args` and `named`; tensors by their names: `x`, `timestep`, those of the conditioning."""
+    """Tree of all arguments, `args` and `named`; tensors by their names: `x`, `timestep`, those of the conditioning."""
     label: str = ""
-    """Names what is computed among the calls of a step, e.g. cond and uncond: what a cache remembers of one of them is
-    not for another."""
+    """Name of the call within a step, e.g. for cond and uncond: a cache does not use the state of one for another."""
     parts: tuple[tuple[int, ...], ...] = ()
-    """Shapes of the latent's parts, [C, …] each, in the order of their packing; none where it is one tensor."""
+    """Shapes of the latent's parts, [C, …] each, in packing order; empty if it is one tensor."""
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Of all tensors, by name."""
+        """Shapes of all tensors, by name."""
         tensors = {"x": self.x, "timestep": self.timestep, **self.conditioning}
         return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
 
     def message(self, x: TensorRef, timestep: TensorRef, out: TensorRef, held: dict[str, str]) -> Request:
-        """What the workers are told of it.
+        """Returns the message to the workers.
 
         Args:
-            x, timestep, out: places, the last one of the prediction.
-            held: name in the conditioning → key of what they keep.
+            x, timestep, out: places in shared memory; `out` is that of the prediction.
+            held: maps names in the conditioning to the keys of the tensors that the workers hold.
         """
         return Request(
             x=x,

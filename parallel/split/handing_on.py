@@ -1,7 +1,7 @@
-"""Blocks that hand on what comes in: skipped ones, whose hooks run all the same.
+"""Skipped blocks, which return their inputs, while their hooks still run.
 
-Hooks that cut arguments and join results are needed, others ask `streams.Streams.skipping`; the network's own code
-between the blocks (ControlNet's residuals, concatenations) finds tensors of the right shapes.
+Hooks that cut arguments and join results are needed; the others check `streams.Streams.skipping`. The network's own
+code between the blocks (ControlNet's residuals, concatenations) finds tensors of the right shapes.
 """
 
 from __future__ import annotations
@@ -18,12 +18,14 @@ from .sites import Plan
 
 Forward = Callable[..., Any]
 Replace = Callable[[dict[str, Any], dict[str, Any]], dict[str, Any]]
-"""What ComfyUI's networks call in a block's place: with its arguments, and a function that runs it."""
+"""Function that ComfyUI's networks call instead of a block: with the block's arguments, and a dict that holds a
+function that runs the block."""
 
 
 @contextmanager
 def replaced(module: nn.Module, forward: Forward) -> Iterator[None]:
-    """`module.forward` is another function, until it is what it was: of its class, or of the instance."""
+    """Replaces `module.forward` within the context, then restores the previous one: the class's or the instance's
+    own."""
     own = module.__dict__.get("forward")
     module.__dict__["forward"] = forward
     try:
@@ -35,18 +37,19 @@ def replaced(module: nn.Module, forward: Forward) -> Iterator[None]:
 
 
 def argument_names(module: nn.Module, positional: str = "") -> list[str]:
-    """Of its forward, or those that its plan gives them."""
+    """Returns the names of the arguments of the module's `forward`, or those in `positional`, which its plan
+    defines."""
     return positional.split() or list(inspect.signature(type(module).forward).parameters)[1:]
 
 
 def handing_on(split: Split, original: Forward, names: Sequence[str], returned: Sequence[str]) -> Forward:
-    """A forward that, while blocks are skipped, returns arguments in the place of its results.
+    """Returns a `forward` that, while blocks are skipped, returns arguments instead of its results.
 
     Args:
-        split: says whether they are.
-        original: runs otherwise.
-        names: of its arguments, in their order.
-        returned: those that stand for its results.
+        split: its streams say whether blocks are skipped.
+        original: called when they are not.
+        names: names of its arguments, in their order.
+        returned: names of the arguments that are returned as results.
     """
 
     def forward(*args: Any, **kwargs: Any) -> Any:
@@ -61,12 +64,12 @@ def handing_on(split: Split, original: Forward, names: Sequence[str], returned: 
 
 @contextmanager
 def skippable(network: nn.Module, plan: Plan, returned: Mapping[str, str], split: Split) -> Iterator[Replace]:
-    """While this lasts, ComfyUI's network skips the blocks in whose place it calls what this yields.
+    """Makes ComfyUI's network skip, within the context, the blocks instead of which it calls the yielded function.
 
     Args:
-        plan: of its class; with an empty one no hook misses a block.
-        returned: list of blocks → arguments that stand for a block's results.
-        split: by which `plan` is in the network.
+        plan: plan of the network's class; with an empty one no hook needs the blocks to run.
+        returned: list of blocks → arguments that are returned as a block's results.
+        split: the split that installed `plan` in the network.
     """
 
     def skip(args: dict[str, Any], extra: dict[str, Any]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Puts a plan into a model, and takes it out again without a trace."""
+"""Installs a plan in a model, and removes it without a trace."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from .streams import Streams
 
 
 class Routes(Protocol):
-    """Puts a route into a module."""
+    """Installer of routes in modules."""
 
     def install(
         self, module: nn.Module, streams: Pairs | None, kind: str, where: str, site: int, by_name: bool = False
@@ -28,7 +28,7 @@ class Routes(Protocol):
 
 
 MakeRoutes = Callable[[Callable[[], Streams]], Routes]
-"""Takes what gives the streams of the forward pass that runs."""
+"""Factory of `Routes`, from a function that returns the streams of the running forward pass."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +37,7 @@ class Block:
 
     module: nn.Module
     routes: tuple[Route | None, ...]
-    """Of its attention: the first one of the block itself, the others of its submodules, in the plan's order; None
+    """Routes of its attention: first that of the block itself, then those of its submodules, in the plan's order; None
     where nothing is exchanged."""
 
 
@@ -46,12 +46,12 @@ class Split:
 
     Args:
         model: whole on every rank.
-        plan: of its class; an empty one splits nothing, and every rank computes everything.
-        ranks: that share the sequence; every one splits the same model by the same plan.
-        routes: how its attention is reached.
+        plan: plan of the model's class; an empty one splits nothing, and every rank computes everything.
+        ranks: the ranks that share the sequence; each splits the same model by the same plan.
+        routes: makes the routes of the model's attention.
 
     Raises:
-        PlanError: the model has not the modules or arguments that the plan names.
+        PlanError: the model lacks modules or arguments that the plan names.
     """
 
     def __init__(
@@ -67,7 +67,7 @@ class Split:
         self._routes = routes(lambda: self._streams)
         self._handles: list[RemovableHandle] = []
         self.blocks: list[Block] = []
-        """Those that can be compiled, in the order of the plan and of its lists."""
+        """Blocks that can be compiled, in the order of the plan and of its lists."""
         self._reached_into = reached_into(plan)
         try:
             self._handles.append(model.register_forward_pre_hook(self._begin))
@@ -82,11 +82,11 @@ class Split:
 
     @property
     def streams(self) -> Streams:
-        """Of the forward pass that runs."""
+        """Streams of the running forward pass."""
         return self._streams
 
     def remove(self) -> None:
-        """Gives the model back as it was."""
+        """Restores the model to its original state."""
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
@@ -97,7 +97,8 @@ class Split:
         self._streams = Streams(self.ranks)
 
     def _end(self, module: nn.Module, args: Any, out: Any) -> None:
-        """Attention that went another way has seen this rank's tokens only."""
+        """Checks that all expected attention was routed: attention without its route has seen this rank's tokens
+        only."""
         self._streams.forget_parts()
         if around := [kind for kind, done in self._streams.routed.items() if not done]:
             raise PlanError(
@@ -151,11 +152,11 @@ class Split:
 
 
 class _Cut:
-    """Cuts a module's arguments, and knows them all.
+    """Pre-hook that cuts a module's arguments, and refuses arguments that its plan does not know.
 
     Args:
-        enter: of a block, what is called before anything is cut (`Split._enter`). Part of this hook, since a second one
-            would cost every block time.
+        enter: for a block, called before anything is cut (`Split._enter`). Part of this hook, since a second one would
+            cost every block time.
     """
 
     def __init__(
@@ -168,8 +169,8 @@ class _Cut:
     ):
         self._current, self._where, self._enter = current, where, enter
         self._known: tuple[int, tuple[str, ...]] = 0, ()
-        """The last call that was checked and knew every argument: how many by place, and the names of the others. A
-        call like it is not checked again."""
+        """Number of positional arguments, and names of the others, of the last checked call in which every argument was
+        known. A call with the same ones is not checked again."""
         parameters = inspect.signature(type(module).forward).parameters
         self._surplus = next((name for name, p in parameters.items() if p.kind is p.VAR_POSITIONAL), "")
         self._names = list(itertools.takewhile(lambda name: name != self._surplus, list(parameters)[1:]))
@@ -177,7 +178,7 @@ class _Cut:
         self._site = site
         takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
         self._cuts: list[tuple[str, int, Callable[[Any, Streams], Any]]] = []
-        """Argument, index in `args`, rule. The index is `sys.maxsize` for what can only come by name."""
+        """Argument, index in `args`, rule. The index is `sys.maxsize` for arguments that can only be passed by name."""
         self._dims: dict[str, int] = {}
         """Argument → dimension whose size alone decides, see `by_size_alone`."""
         self._repeatable: set[str] = set()
@@ -257,7 +258,7 @@ class _Cut:
 
 
 def _size(value: Any, dim: int) -> int:
-    """Along `dim`; −1, which is never remembered, of what has no such dimension."""
+    """Returns the size along `dim`; −1, which is never remembered, if there is no such dimension."""
     return value.size(dim) if isinstance(value, Tensor) and value.ndim > dim else -1
 
 
@@ -275,12 +276,12 @@ class _Joined:
 
 
 def _named(error: PlanError, where: str, name: str, value: Any) -> PlanError:
-    """The error with the module and the value that it is about."""
+    """Returns the error with the module and the value that it concerns."""
     return PlanError(f"{where}: {_shown(name, value)}: {error}")
 
 
 def _shown(name: str, value: Any) -> str:
-    """An argument by name, with the shapes of what it holds."""
+    """Describes an argument by its name and the shapes of its tensors."""
     if isinstance(value, Tensor):
         return f"{name} of shape {list(value.shape)}"
     if isinstance(value, tuple | list):

@@ -1,11 +1,11 @@
 """Attention of a split network as one operator, which a compiled block calls.
 
-To the compiler the operator is opaque: it compiles what lies before and behind the attention, and the attention itself,
-exchange and all, runs as it does without compilation, whatever computes it. So a block is one graph without a break,
-and every rank sends and receives the same in the same order, whether its blocks are compiled or not.
+The operator is opaque to the compiler: it compiles the code before and after the attention, and the attention itself,
+including its exchange, runs as it does without compilation, whichever function computes it. So a block is one graph
+without a break, and every rank sends and receives the same in the same order, whether its blocks are compiled or not.
 
-What the operator is to do is not part of the graph, which all blocks of a kind share: only the number of the site in
-the block, and how the model called its attention. The rest is looked up in what the block that runs now was given.
+All blocks of a kind share one graph, which therefore contains only the number of the attention's site in the block,
+and how the model called its attention. Everything else is looked up in the arguments of the block that runs now.
 
 Imported only by workers that compile: an operator's name exists once in a process.
 """
@@ -22,18 +22,19 @@ from torch import Tensor
 from .routes import OVERRIDE, OverrideInGraph, Route, chosen_by_the_file, heads_apart, options_of
 
 How = tuple[Callable[..., Tensor], tuple[tuple[str, Any], ...]]
-"""The model's attention function, and what it is given by name beside tensors: scale, precision."""
+"""The model's attention function, and its keyword arguments other than tensors: scale, precision."""
 
 
 class Calls:
-    """The attentions of one block while it runs.
+    """Attention calls of one block while it runs.
 
     Args:
-        routes: of its sites; None where nothing is exchanged.
-        options: the `transformer_options` that the block was given.
+        routes: routes of the block's sites; None where nothing is exchanged.
+        options: the `transformer_options` that the block received.
 
     Attributes:
-        begun: one has started: other ranks are in it, so the block cannot be run again in another way.
+        begun: True once an attention has started: other ranks are in it, so the block cannot be run again in another
+            way.
     """
 
     def __init__(self, routes: Sequence[Route | None], options: Mapping[str, Any]):
@@ -41,12 +42,12 @@ class Calls:
         self._routes, self._options = routes, options
 
     def expect(self, site: int) -> None:
-        """A module has begun, and will not attend in this block."""
+        """Records that a routed module has begun and will not attend in this block; see `Route.expect`."""
         if (route := self._route(site)) is not None:
             route.expect()
 
     def attend(self, site: int, how: How, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-        """q [B, H, Q_r, D], k and v [B, G, K_r, D] → [B, Q_r, H, D], as it would be without compilation."""
+        """Attends as without compilation: q [B, H, Q_r, D], k and v [B, G, K_r, D] → [B, Q_r, H, D]."""
         self.begun = True
         function, named = how
         options = options_of(self._options, self._route(site))
@@ -66,13 +67,13 @@ class Calls:
 
 
 _calls: Calls | None = None
-"""Of the block that runs now. An operator takes tensors and numbers only, and an object that changed from block to
-block would be a reason to compile again."""
+"""Calls of the block that runs now. An operator takes only tensors and numbers, and an object that changed from block
+to block would cause a recompilation."""
 
 
 @contextmanager
 def running(calls: Calls) -> Iterator[None]:
-    """Inside, the operator stands for these attentions."""
+    """Makes the operators use these calls within the context."""
     global _calls
     before, _calls = _calls, calls
     try:
@@ -83,10 +84,10 @@ def running(calls: Calls) -> Iterator[None]:
 
 @torch.library.custom_op("sequence_parallel::attend", mutates_args=("order",))
 def attend(order: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, site: int, how: int) -> Tensor:
-    """q [B, H, Q_r, D], k and v [B, G, K_r, D] → [B, Q_r, H, D].
+    """Attends: q [B, H, Q_r, D], k and v [B, G, K_r, D] → [B, Q_r, H, D].
 
-    `order` is never read or written: all attentions are said to change it, so the compiler keeps their order, also of
-    those that do not depend on each other (video and audio). Ranks that exchanged in different orders would hang.
+    `order` is never read or written: all attentions are declared to mutate it, so the compiler keeps their order, also
+    of those that do not depend on each other (video and audio). Ranks that exchanged in different orders would hang.
     """
     assert _calls is not None
     return _calls.attend(site, _hows[how], q, k, v, mask)
@@ -99,7 +100,7 @@ def _(order: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, site:
 
 @torch.library.custom_op("sequence_parallel::expect", mutates_args=("order",))
 def expect(order: Tensor, site: int) -> None:
-    """A routed module has begun, and does not attend in this block."""
+    """Records that a routed module has begun and does not attend in this block."""
     assert _calls is not None
     _calls.expect(site)
 
@@ -114,7 +115,7 @@ _hows: list[How] = []
 
 @torch.compiler.assume_constant_result
 def _number(function: Callable[..., Tensor], named: tuple[tuple[str, Any], ...]) -> int:
-    """Of a way of calling; it is a constant of the graph."""
+    """Returns the number of a way of calling attention, which is a constant of the graph."""
     how = (function, named)
     if how not in _hows:
         _hows.append(how)
@@ -122,10 +123,10 @@ def _number(function: Callable[..., Tensor], named: tuple[tuple[str, Any], ...])
 
 
 class InGraph(OverrideInGraph):
-    """ComfyUI's attention override inside a compiled block. One object for all blocks, or each would be compiled.
+    """ComfyUI's attention override inside a compiled block. One object serves all blocks, or each would be compiled.
 
     Args:
-        device: of the blocks.
+        device: device of the blocks.
     """
 
     def __init__(self, device: torch.device):
@@ -134,11 +135,11 @@ class InGraph(OverrideInGraph):
         self._order = torch.zeros(1, device=device)
 
     def enter(self, site: int) -> None:
-        """A module with a site of its own begins."""
+        """Marks the start of a module with a site of its own."""
         self._site, self._attended = site, False
 
     def leave(self) -> None:
-        """It ends. There are none inside each other."""
+        """Marks its end. Such modules are never nested."""
         if not self._attended:
             expect(self._order, self._site)
         self._site = 0
@@ -156,7 +157,7 @@ class InGraph(OverrideInGraph):
         skip_output_reshape: bool = False,
         **named: Any,
     ) -> Tensor:
-        if attn_precision is not None:  # which is its default
+        if attn_precision is not None:  # None is its default
             named["attn_precision"] = attn_precision
         if not skip_reshape:
             q, k, v = heads_apart(q, k, v, heads)

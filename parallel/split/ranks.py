@@ -20,20 +20,20 @@ from ..plan import AttentionPlan
 
 
 class SequenceRanks:
-    """This rank among those that share a sequence: a ring of Ulysses groups.
+    """This rank and the others that share a sequence, arranged as a ring of Ulysses groups.
 
     Args:
         weights: relative speed of each rank.
-        rank: this one.
-        ulysses: process group of those with the same chunk of the sequence; needed where that is more than one rank.
-        ring: of those with the same heads; likewise.
-        ring_degree: chunks.
+        rank: index of this rank.
+        ulysses: process group of the ranks with the same chunk of the sequence; required if there are several.
+        ring: process group of the ranks with the same heads; required if there are several.
+        ring_degree: number of chunks.
         kernel: local attention of a ring.
-        chosen: the user's choice of local attention, in place of the model's own wherever no mask is given.
-        pipeline: chunks of heads by which exchange and kernel overlap.
-        pipeline_from: tokens from which that outweighs its launches.
-        traffic: counts what is sent.
-        common: how CPU ranks of a Ulysses group exchange without collectives.
+        chosen: the user's choice of local attention, which replaces the model's own wherever no mask is passed.
+        pipeline: number of chunks of heads by which exchange and kernel overlap.
+        pipeline_from: number of tokens from which the overlap outweighs its launches.
+        traffic: counts the bytes that are sent.
+        common: exchange of the CPU ranks of a Ulysses group without collectives.
         launched: counts a ring's exchanges, see `RingAttention`.
         check: compares the first attention of each kind with an exact one.
         enter_block: called before each block, by all ranks alike; may raise to stop them all.
@@ -71,7 +71,7 @@ class SequenceRanks:
         self._attentions: dict[AttentionPlan, StreamAttention] = {}
 
     def attention(self, plan: AttentionPlan) -> StreamAttention:
-        """The exchange of one attention; it is kept."""
+        """Returns the exchange of one attention, which is created once per plan."""
         if plan not in self._attentions:
             self._attentions[plan] = StreamAttention(
                 plan,
@@ -88,8 +88,8 @@ class SequenceRanks:
         return self._attentions[plan]
 
     def gather(self, x: Tensor, dim: int, counts: Sequence[int]) -> Tensor:
-        """Every rank's `x` along `dim`, end to end; of rank r it is `counts[r]` long. With gradients: what each rank
-        makes of the result comes back to the rank that `x` is of, and is summed there."""
+        """Concatenates the `x` of all ranks along `dim`; that of rank r has `counts[r]` entries. Differentiable: the
+        gradients from all ranks return to the rank that owns `x`, and are summed there."""
         width = self.size // self.ring_degree
         row = self.rank // width * width
         x = self._gather(x, dim, counts[row : row + width], self._ulysses)
@@ -97,8 +97,8 @@ class SequenceRanks:
         return self._gather(x, dim, rows, self._ring)
 
     def largest(self, x: Tensor) -> Tensor:
-        """The largest of every rank's `x`, element by element."""
-        found = x.float()  # exact, and known to every backend
+        """Returns the element-wise maximum of all ranks' `x`."""
+        found = x.float()  # exact, and supported by every backend
         with self.traffic.waiting():
             for group in (self._ulysses, self._ring):
                 if group is not None:

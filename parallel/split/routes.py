@@ -1,8 +1,8 @@
-"""How a module's attention is reached, and carried over the ranks.
+"""Routes the attention of modules through the exchange over the ranks.
 
-ComfyUI's models call one attention function, which looks for an override in `transformer_options`; diffusers' end in
-`torch.nn.functional.scaled_dot_product_attention`. Neither needs a change of the model, and neither leaves anything
-global behind.
+ComfyUI's models call one attention function, which looks for an override in `transformer_options`; diffusers' models
+call `torch.nn.functional.scaled_dot_product_attention`. Neither route needs a change of the model, and neither leaves
+anything global behind.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from .streams import Names, Streams, Way
 
 OPTIONS = "transformer_options"
 OVERRIDE = "optimized_attention_override"
-"""ComfyUI's name, since September 2025, for a function that is called in place of its attention."""
+"""ComfyUI's key, since September 2025, for a function that is called instead of its attention."""
 _USERS = "sequence_parallel_users_override"
-"""Where the user's own override waits, to compute what this one gathers."""
+"""Key under which the user's own override is kept; it computes the attention of the gathered tensors."""
 REPLACED = "patches_replace"
-"""ComfyUI's name for functions that are called in place of blocks."""
+"""ComfyUI's key for functions that are called instead of blocks."""
 ATTENTION = "optimized_attention"
 """ComfyUI's name for its attention function, which models import."""
 
@@ -38,10 +38,10 @@ class Route:
     """Attention of this rank's tokens in one module.
 
     Args:
-        current: the streams of the forward pass that runs.
-        pairs: streams of its queries and of its keys, or several such pairs.
-        kind: what it has in common with its likes in other blocks.
-        where: the module, for messages.
+        current: returns the streams of the running forward pass.
+        pairs: streams of the queries and of the keys, or several such pairs.
+        kind: name that the corresponding attentions of all blocks share.
+        where: name of the module, for messages.
     """
 
     def __init__(self, current: Callable[[], Streams], pairs: Pairs, kind: str, where: str):
@@ -50,20 +50,21 @@ class Route:
 
     @property
     def alone(self) -> bool:
-        """Whether there is nothing to do: this rank has the whole sequence, and its user has chosen no kernel."""
+        """True if there is nothing to do: this rank has the whole sequence, and the user has chosen no kernel."""
         ranks = self._current().ranks
         return ranks.size == 1 and ranks.chosen is None
 
     def expect(self) -> None:
-        """The module begins: in this forward pass one of its kind is to attend, see `Streams.routed`."""
+        """Records that the module has begun, so an attention of its kind has to run in this pass; see
+        `Streams.routed`."""
         if not self._current().skipping:
             self._current().routed.setdefault(self._kind, False)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, compute: Compute) -> Tensor:
-        """q [B, H, Q_r, D], k and v [B, G, K_r, D] of this rank's tokens → [B, H, Q_r, D]; all ranks call.
+        """Attends: q [B, H, Q_r, D], k and v [B, G, K_r, D] of this rank's tokens → [B, H, Q_r, D]. Collective.
 
         Raises:
-            PlanError: other tokens than the plan says, or a mask that fits neither them nor the whole.
+            PlanError: the numbers of tokens differ from the plan, or the mask fits neither them nor the whole streams.
         """
         streams = self._current()
         ranks = streams.ranks
@@ -89,7 +90,7 @@ class Route:
         return streams.with_phantoms(way.exchange(q, k, v, compute, mask), queries, 2)
 
     def _way(self, heads: int, queries: int, groups: int, keys: int) -> Way | None:
-        """What `attend` does with as many heads and tokens."""
+        """Returns the exchange for these numbers of heads and tokens; None: nothing is exchanged."""
         streams = self._current()
         if (pair := self._pair(queries, keys)) is None:
             return None
@@ -99,8 +100,9 @@ class Route:
         return Way(*pair, streams.exchange(*pair, heads, groups), as_it_is)
 
     def _pair(self, queries: int, keys: int) -> tuple[Names, Names] | None:
-        """The streams that have these numbers of tokens here; None: nothing is exchanged. All ranks find the same: a
-        stream and another before it are more tokens than the stream on every rank, phantoms included."""
+        """Returns the streams that have these numbers of tokens on this rank; None: nothing is exchanged. All ranks
+        find the same pair: a stream together with a preceding one has more tokens than the stream alone on every rank,
+        phantoms included."""
         streams = self._current()
         for pair in self._pairs:
             if pair is None:
@@ -115,15 +117,16 @@ class Route:
         raise PlanError(f"{self._where}: attention of {queries} queries with {keys} keys, where this rank has {here}")
 
     def _keys(self, names: Names) -> int:
-        """How many keys of these streams there are here. Beside LOCAL, which sees whole streams, all but the last are
-        whole: so the keys are more than LOCAL's on every rank."""
+        """Returns the number of keys of these streams on this rank. If LOCAL, which sees whole streams, is among the
+        pairs, all streams but the last are whole: so there are more keys than LOCAL's on every rank."""
         streams = self._current()
         if None in self._pairs:
             return streams.total(names[:-1]) + streams.local(names[-1:])
         return streams.local(names)
 
     def _exchanged(self, mask: Tensor, dim: int, names: Names) -> Tensor:
-        """A mask over all tokens, in the order of the ranks, from one over the whole streams or this rank's tokens."""
+        """Returns a mask over all tokens, in the order of the ranks, from one over the whole streams or this rank's
+        tokens."""
         streams, size = self._current(), mask.shape[dim]
         if size == 1:
             return mask
@@ -139,8 +142,8 @@ class Route:
 
 
 def _by_kernel(kernel: Kernel, own: Compute) -> Compute:
-    """The kernel, and the model's own attention where there is a mask or values are of another width: no kernel takes
-    these."""
+    """Returns a function that calls the kernel, or the model's own attention if there is a mask or values have another
+    width than queries: no kernel supports these."""
 
     def compute(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
         if mask is not None or v.shape[3] != q.shape[3]:
@@ -153,9 +156,10 @@ def _by_kernel(kernel: Kernel, own: Compute) -> Compute:
 
 
 class ComfyRoute(Route):
-    """ComfyUI's attention override. What computes is ComfyUI's own attention function, or the user's own override.
+    """Route through ComfyUI's attention override; computes with ComfyUI's own attention function or the user's
+    override.
 
-    Its parameters are those of ComfyUI's attention functions, in their order, which `comfyui.contract` checks.
+    The parameters are those of ComfyUI's attention functions, in their order, which `comfyui.contract` checks.
     """
 
     def __call__(
@@ -175,7 +179,7 @@ class ComfyRoute(Route):
         function = chosen_by_the_file(function, named)
         if users is not None:
             function = partial(users, function)
-        if attn_precision is not None:  # which is its default
+        if attn_precision is not None:  # None is its default
             named["attn_precision"] = attn_precision
         if not skip_reshape:
             q, k, v = heads_apart(q, k, v, heads)
@@ -188,34 +192,35 @@ class ComfyRoute(Route):
 
 
 def heads_apart(q: Tensor, k: Tensor, v: Tensor, heads: int) -> tuple[Tensor, Tensor, Tensor]:
-    """[B, Q, H·D], and k and v likewise → [B, H, Q, D], [B, G, K, D]. Heads may be apart in some of them already, which
-    ComfyUI's attention does not care about."""
+    """Splits the heads: q [B, Q, H·D], and k and v likewise → [B, H, Q, D], [B, G, K, D]. In some of them the heads may
+    already be a dimension of their own, which ComfyUI's attention accepts, too."""
     dim = q.shape[-1] // heads
     q, k, v = (x.flatten(2).unflatten(-1, (-1, dim)).transpose(1, 2) for x in (q, k, v))
     return q, k, v
 
 
 def chosen_by_the_file(function: Callable[..., Tensor], named: dict[str, Any]) -> Callable[..., Tensor]:
-    """What a module attends with: what its file chose for it (newer ComfyUI's `preferred_attention`, which is taken out
-    of `named`), where this machine has it; else `function`. ComfyUI itself would not look at it beside an override."""
+    """Returns the attention function that the file prefers for the module (newer ComfyUI's `preferred_attention`, which
+    is removed from `named`) if this machine has it; else `function`. ComfyUI itself ignores the preference if there is
+    an override."""
     chosen: Callable[..., Tensor] | None = getattr(named.pop("preferred_attention", None), "function", None)
     return function if chosen is None else chosen
 
 
 class OverrideInGraph:
-    """What a block that is compiled finds as the override. It learns from hooks which site's attention is next."""
+    """Override that attention finds inside a compiled block. Hooks announce which site's attention is next."""
 
     def enter(self, site: int) -> None:
-        """A module begins that has a site of its own; the block's is 0."""
+        """Marks the start of a module that has a site of its own; the block's site is 0."""
         raise NotImplementedError
 
     def leave(self) -> None:
-        """It ends."""
+        """Marks its end."""
         raise NotImplementedError
 
 
 class TorchRoute(Route):
-    """Torch's attention function, `scaled_dot_product_attention`, whose parameters it takes. What computes is that."""
+    """Route through torch's `scaled_dot_product_attention`; takes its parameters and computes with it."""
 
     def __call__(
         self,
@@ -238,8 +243,8 @@ class TorchRoute(Route):
 
 
 class ThroughOptions:
-    """Routes of ComfyUI's models. A module's pre-hook puts the route into the `transformer_options` that it is given,
-    so what is nested inside is routed alike, unless it has a route of its own."""
+    """Routes of ComfyUI's models. A pre-hook of the module puts the route into the `transformer_options` that the
+    module receives, so nested modules are routed alike, unless they have a route of their own."""
 
     def __init__(self, current: Callable[[], Streams]):
         self._current = current
@@ -247,10 +252,10 @@ class ThroughOptions:
     def install(
         self, module: nn.Module, streams: Pairs | None, kind: str, where: str, site: int, by_name: bool = False
     ) -> tuple[Route | None, list[RemovableHandle]]:
-        """Routes the attention of a module; without streams, leaves it as it was.
+        """Routes the attention of a module; with `streams` None, its attention runs without a route.
 
         Args:
-            site: its number in the block that it is a part of; 0 is the block itself.
+            site: number of the module's site in its block; 0 is the block itself.
             by_name: see `Site`.
         """
         route = None if streams is None else ComfyRoute(self._current, streams, kind, where)
@@ -266,7 +271,7 @@ class ThroughOptions:
                 return override.enter(site)
             if self._current().ranks.size == 1 and (route is None or route.alone):
                 return None
-            if type(options) is not dict and not isinstance(options, Mapping):  # the first is quick
+            if type(options) is not dict and not isinstance(options, Mapping):  # the first check is fast
                 raise PlanError(f"{where} is given no {OPTIONS}: its attention cannot be routed")
             options = options_of(options, route)
             if route is not None:
@@ -287,7 +292,7 @@ class ThroughOptions:
 
 
 class ThroughTorch:
-    """Routes of models that call torch's attention function, as diffusers' do."""
+    """Routes of models that call torch's attention function, such as diffusers' models."""
 
     def __init__(self, current: Callable[[], Streams]):
         self._current = current
@@ -305,8 +310,8 @@ class ThroughTorch:
 def _routed_by_name(
     module: nn.Module, route: ComfyRoute | TorchRoute, namespace: dict[str, Any], name: str, where: str
 ) -> list[RemovableHandle]:
-    """While the module runs, its attention function, which it looks up by `name` in a Python module's `namespace`, is
-    the routed one; for the thread that runs it."""
+    """Replaces the attention function, which the module looks up by `name` in a Python module's `namespace`, by the
+    routed one while the module runs, for the thread that runs it."""
     replaced: list[Any] = []
 
     def before(module: nn.Module, args: Any) -> None:
@@ -334,20 +339,21 @@ def _routed_by_name(
 
 
 def place_of_options(module: nn.Module) -> int:
-    """Where in the order of its arguments a module takes the `transformer_options`."""
+    """Returns the position of `transformer_options` among the arguments of a module."""
     parameters = list(inspect.signature(type(module).forward).parameters)[1:]
     return parameters.index(OPTIONS) if OPTIONS in parameters else len(parameters)
 
 
 def in_graph(options: Any) -> OverrideInGraph | None:
-    """The override of a block that is compiled, if that is where these options are."""
+    """Returns the override of a compiled block if these options hold it; else None."""
     override = options.get(OVERRIDE) if isinstance(options, Mapping) else None
     return override if isinstance(override, OverrideInGraph) else None
 
 
 def options_of(options: Mapping[str, Any], route: Route | None) -> dict[str, Any]:
-    """`transformer_options` for a module with this route; without one attention goes the user's way."""
+    """Returns the `transformer_options` for a module with this route; without one, attention uses the user's override,
+    if any."""
     users = options[_USERS] if _USERS in options else options.get(OVERRIDE)
-    if route is None and users is None:  # ComfyUI calls what stands there, also if it is None
+    if route is None and users is None:  # ComfyUI calls this entry even if it is None
         return {name: value for name, value in options.items() if name not in (OVERRIDE, _USERS)}
     return {**options, OVERRIDE: route or users, _USERS: users}

@@ -1,4 +1,4 @@
-"""How a value is cut to a rank's tokens, and joined again: the rules that plans are written in."""
+"""Rules that plans are written in: how a value is cut to a rank's tokens, and joined again."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from .streams import Lengths, Names, Streams
 
 @dataclass(frozen=True)
 class Tokens:
-    """A tensor with the tokens of `streams`, end to end, along `dim`. A size of 1 is for all tokens.
+    """A tensor with the tokens of `streams`, concatenated along `dim`. A size of 1 applies to all tokens.
 
-    A stream that is new gets its length from it: what is left when the known ones are taken off.
+    A new stream gets its length from this tensor: the size minus the lengths of the known streams.
     """
 
     BY_VALUE_ALONE: ClassVar = True
@@ -31,7 +31,7 @@ class Tokens:
     dim: int = 1
 
     def cut(self, value: Tensor, streams: Streams) -> Tensor:
-        """[…, S, …] → […, S_r, …]."""
+        """Cuts […, S, …] to […, S_r, …]."""
         if not isinstance(value, Tensor) or value.ndim <= self.dim:
             raise PlanError(f"expected a tensor with the tokens of {self} along dim {self.dim}")
         size, lengths = value.shape[self.dim], streams.lengths(self.streams)
@@ -46,7 +46,7 @@ class Tokens:
         )
 
     def _defined(self, size: int, streams: Streams) -> Lengths:
-        """The stream that is new has what is left of `size`."""
+        """Defines the new stream, whose length is the rest of `size`, and returns the lengths."""
         new = [name for name in self.streams if name not in streams]
         known = streams.total(tuple(name for name in self.streams if name in streams))
         if len(new) > 1 or size <= known:
@@ -57,7 +57,7 @@ class Tokens:
         return lengths
 
     def join(self, value: Tensor, streams: Streams) -> Tensor:
-        """[…, S_r, …] → […, S, …]."""
+        """Joins […, S_r, …] to […, S, …]."""
         local = streams.local(self.streams)
         if value.shape[self.dim] != local:
             raise PlanError(f"dim {self.dim} is not this rank's {local} tokens of {self}")
@@ -69,7 +69,8 @@ class Tokens:
 
 @dataclass(frozen=True)
 class Last:
-    """A tensor whose values along dim 1 are for the last tokens of `streams`. The model lays zeros before them."""
+    """A tensor whose values along dim 1 belong to the last tokens of `streams`. The model pads it with zeros in
+    front."""
 
     BY_VALUE_ALONE: ClassVar = True
     """See `sites.by_value_alone`."""
@@ -77,7 +78,7 @@ class Last:
     streams: Names
 
     def cut(self, value: Tensor, streams: Streams) -> Tensor:
-        """[B, T, …] → [B, T_r, …]: those of this rank's last tokens; it may have none."""
+        """Cuts [B, T, …] to [B, T_r, …]: the values of this rank's tokens among the last ones; there may be none."""
         before = streams.total(self.streams) - value.shape[1]
 
         def own() -> Tensor:
@@ -89,25 +90,27 @@ class Last:
 
 @dataclass(frozen=True)
 class Own:
-    """What leaves a module is whole, since the module has averaged over all tokens; this rank goes on with its own."""
+    """A result that is whole, since the module has averaged over all tokens; this rank continues with its own
+    tokens."""
 
     rule: Tokens
 
     def join(self, value: Tensor, streams: Streams) -> Tensor:
-        """[…, S, …] → […, S_r, …]."""
+        """Cuts […, S, …] to […, S_r, …]."""
         return self.rule.cut(value, streams)
 
 
 @dataclass(frozen=True)
 class Ranges:
-    """[(start, stop, …)] over the tokens of `streams`; what follows may be a tensor with a value per token of it."""
+    """Ranges [(start, stop, …)] of the tokens of `streams`; later items may be tensors with one value per token of the
+    range."""
 
     streams: Names
     behind: str = ""
-    """The model has moved the ranges by the length that this stream has on this rank; undone here."""
+    """Stream by whose length on this rank the model has shifted the ranges; this is corrected to its whole length."""
 
     def cut(self, value: Sequence[Any], streams: Streams) -> list[Any]:
-        """The parts that this rank has some of, over its own tokens."""
+        """Returns the ranges that contain tokens of this rank, as positions in its own tokens."""
         return streams.once(self, value, lambda: self._own(value, streams))
 
     def _own(self, value: Sequence[Any], streams: Streams) -> list[Any]:
@@ -119,7 +122,7 @@ class Ranges:
 
 
 def range_of(item: Sequence[Any], names: Names, streams: Streams, rank: int | None = None) -> tuple[Any, ...]:
-    """(start, stop, …) over the whole → over a rank's own tokens; by default this one's."""
+    """Converts (start, stop, …) of the whole streams to a rank's own tokens; by default this rank's."""
     start, stop, *rest = item
     index = streams.index(names, torch.device("cpu"), streams.ranks.rank if rank is None else rank)
     stop = streams.total(names) if stop is None else stop
@@ -131,25 +134,25 @@ def range_of(item: Sequence[Any], names: Names, streams: Streams, rank: int | No
 
 @dataclass(frozen=True)
 class Before:
-    """A number of tokens at the start of `streams`, whole at every block."""
+    """A number of tokens at the start of `streams`, which every block receives for the whole streams."""
 
     streams: Names
 
     def cut(self, value: int, streams: Streams) -> int:
-        """How many of them are this rank's."""
+        """Returns the number of them that are this rank's."""
         return int((streams.mine(self.streams) < value).sum())
 
 
 @dataclass(frozen=True)
 class Grouped:
-    """A tensor of `ndim` dims with a value per token, or per group of as many tokens (a frame), along dim 1. With fewer
-    dims, or a size of 1, it is for all tokens.
+    """A tensor of `ndim` dims with one value per token, or per group of equally many tokens (a frame), along dim 1.
+    With fewer dims, or a size of 1, it applies to all tokens.
 
-    Groups become values per token: a rank's tokens may begin and end within a group, and models guess the tokens of a
-    group from lengths.
+    Values per group become values per token: a rank's tokens may begin and end within a group, and models derive the
+    tokens of a group from lengths.
 
     Args:
-        cut_off: the tokens may end within a group, whose length is the next whole number then.
+        cut_off: the tokens may end within a group; the length of a group is then rounded up.
     """
 
     BY_VALUE_ALONE: ClassVar = True
@@ -160,7 +163,7 @@ class Grouped:
     cut_off: bool = False
 
     def cut(self, value: Tensor, streams: Streams) -> Tensor:
-        """[B, G, …] → [B, S_r, …]."""
+        """Cuts [B, G, …] to [B, S_r, …]."""
         groups = value.shape[1] if value.ndim == self.ndim else 1
         if groups == 1:
             return value
@@ -177,11 +180,11 @@ class Grouped:
 
 @dataclass(frozen=True)
 class OwnGroups:
-    """A tensor with `entries` rows along dim 1 for each group of as many tokens of `stream` (a frame's sound): those of
-    the groups that this rank has tokens of.
+    """A tensor with `entries` rows along dim 1 for each group of equally many tokens of `stream` (audio of a frame).
+    Cut to the groups that contain tokens of this rank.
 
     Args:
-        until: another argument, the number of tokens at the start that are in groups; none: all are.
+        until: name of another argument, which is the number of tokens at the start that are in groups; empty: all are.
     """
 
     stream: str
@@ -189,7 +192,7 @@ class OwnGroups:
     until: str = ""
 
     def cut(self, value: Tensor, streams: Streams) -> Tensor:
-        """[B, G · entries, …] → [B, G_r · entries, …], at least one group."""
+        """Cuts [B, G · entries, …] to [B, G_r · entries, …], at least one group."""
         total = streams.given[self.until] if self.until else streams.total((self.stream,))
         groups, rest = divmod(value.shape[1], self.entries)
         if rest or groups < 1 or total % groups:
@@ -205,13 +208,13 @@ class OwnGroups:
 
 @dataclass(frozen=True)
 class WholeGroups:
-    """This rank's tokens of `stream`, [B, S_r, D], in the groups of `OwnGroups`, which is cut before it: zeros stand
-    for the others' tokens of a group. A number of tokens becomes how many these are."""
+    """This rank's tokens of `stream`, [B, S_r, D], padded to the groups of `OwnGroups`, which is cut before it: zeros
+    replace other ranks' tokens of a group. An argument that is a number of tokens becomes the padded number."""
 
     stream: str
 
     def cut(self, value: Tensor | int, streams: Streams) -> Tensor | int:
-        """[B, S_r, D] → [B, G_r · tokens of a group, …]; tokens behind the groups stay behind."""
+        """Pads [B, S_r, D] to [B, G_r · tokens of a group, …]; tokens after the groups stay after them."""
         before, count, behind = streams.notes[self]
         if isinstance(value, int):
             return before + count + behind
@@ -219,21 +222,21 @@ class WholeGroups:
         return torch.cat([F.pad(grouped, (0, 0, before, behind)), rest], dim=1)
 
     def join(self, value: Tensor, streams: Streams) -> Tensor:
-        """The reverse."""
+        """Removes the padding."""
         before, count, behind = streams.notes[self]
         return torch.cat([value[:, before : before + count], value[:, before + count + behind :]], dim=1)
 
 
 @dataclass(frozen=True)
 class SampleLengths:
-    """SeedVR2's numbers of tokens of each sample, attribute `name` of a dataclass: all samples lie end to end in
+    """SeedVR2's number of tokens of each sample, attribute `name` of a dataclass: all samples are concatenated in
     `stream`."""
 
     name: str
     stream: str
 
     def cut(self, value: Any, streams: Streams) -> Any:
-        """[B] → [B]: how many of them are this rank's."""
+        """Replaces the numbers [B] by those of this rank's tokens, [B]."""
         lengths: Tensor = getattr(value, self.name)
 
         def own() -> Tensor:
@@ -247,12 +250,12 @@ class SampleLengths:
 @dataclass(frozen=True)
 class Residuals:
     """A ControlNet's lists of tensors that are added to tokens, or one list. An item is cut when it is read, since
-    lengths are known then; tokens behind those that it has (references) get none."""
+    lengths are known only then; tokens after those that it covers (references) get zeros."""
 
     rule: Tokens
 
     def cut(self, value: Mapping[str, Sequence[Any]] | Sequence[Any], streams: Streams) -> Any:
-        """The same lists, cut as they are read."""
+        """Returns the same lists, cut as they are read."""
         if not isinstance(value, Mapping):
             return _CutWhenRead(value, self.rule, streams)
         return {name: _CutWhenRead(items, self.rule, streams) for name, items in value.items()}
@@ -280,11 +283,12 @@ class _CutWhenRead(list[Any]):
 
 @dataclass(frozen=True)
 class Trimmed:
-    """A mask over the tokens of `streams`, additive or boolean, that leaves out padding of `text`, one of them. The
-    padding is dropped, and the mask with it. It stands before the rule that would give the text its length.
+    """A mask over the tokens of `streams`, additive or boolean, that excludes padding of `text`, one of them. The
+    padding is dropped, and the mask with it. This rule must precede the one that would define the length of the text.
 
-    Exact, since attention without a mask does not care about the order of keys. A mask that weighs, that differs in a
-    batch or leaves out others, stays a mask: whole, or cut where the model compares its length with the tokens'.
+    Exact, since attention without a mask does not depend on the order of keys. A mask that weights tokens, differs
+    within a batch or excludes other tokens stays a mask: whole, or cut where the model compares its length with the
+    number of tokens.
     """
 
     BY_VALUE_ALONE: ClassVar = True
@@ -295,7 +299,7 @@ class Trimmed:
     stays_whole: bool = True
 
     def cut(self, value: Tensor, streams: Streams) -> Tensor | None:
-        """[…, S] → None, as it is, or […, S_r]."""
+        """Returns None if only padding was masked; else the mask […, S], whole or cut to […, S_r]."""
         if streams.once(self, value, lambda: self._trims(value, streams)):
             return None
         return value if self.stays_whole else Tokens(self.streams, value.ndim - 1).cut(value, streams)
@@ -318,14 +322,14 @@ class Trimmed:
 
 @dataclass(frozen=True)
 class Cropped:
-    """A number: the model uses as many tokens of a stream, which has its length from another argument. The rest is
-    dropped. It stands before the rule of that argument."""
+    """A number: the model uses only that many tokens of a stream, whose length is that of the argument `of`. The other
+    tokens are dropped. This rule must precede the one of that argument."""
 
     stream: str
     of: str
 
     def cut(self, value: int, streams: Streams) -> int:
-        """→ how many this rank has."""
+        """Returns the number of tokens of the stream on this rank."""
         if self.stream not in streams:
             total = streams.given[self.of].shape[1]
             streams.define(self.stream, total, None if value >= total else torch.arange(value))
@@ -334,34 +338,35 @@ class Cropped:
 
 @dataclass(frozen=True)
 class Behind:
-    """A tensor that begins with this rank's tokens of `stream`, by whose number the model will cut them off; `rule` is
-    for what follows."""
+    """A tensor that begins with this rank's tokens of `stream`, which the model will slice off by their number; `rule`
+    applies to the rest."""
 
     stream: str
     rule: Tokens
 
     def cut(self, value: Tensor, streams: Streams) -> Tensor:
-        """[B, T_r + S, …] → [B, T_r + S_r, …]."""
+        """Cuts [B, T_r + S, …] to [B, T_r + S_r, …]."""
         here = streams.local((self.stream,))
         return torch.cat([value[:, :here], self.rule.cut(value[:, here:], streams)], dim=1)
 
     def join(self, value: Tensor, streams: Streams) -> Tensor:
-        """[B, T_r + S_r, …] → [B, T_r + S, …]."""
+        """Joins [B, T_r + S_r, …] to [B, T_r + S, …]."""
         here = streams.local((self.stream,))
         return torch.cat([value[:, :here], self.rule.join(value[:, here:], streams)], dim=1)
 
 
 @dataclass(frozen=True)
 class BehindWhole:
-    """A tensor that begins with tokens that every rank works on (they see none of the others), as many as the argument
-    `of` says: a stream, `before`, that only keys are shared out of. `rule` is for what follows."""
+    """A tensor that begins with tokens that every rank computes (they attend to none of the others); the argument `of`
+    is their number. They form the stream `before`, of which only the keys are distributed over the ranks. `rule`
+    applies to the rest."""
 
     before: str
     of: str
     rule: Tokens
 
     def cut(self, value: Tensor, streams: Streams) -> Tensor:
-        """[B, P + S, …] → [B, P + S_r, …]."""
+        """Cuts [B, P + S, …] to [B, P + S_r, …]."""
         count = streams.given[self.of]
         if self.before not in streams:
             streams.define(self.before, count)
@@ -376,37 +381,37 @@ class BehindWhole:
 
 @dataclass(frozen=True)
 class Grid:
-    """Tokens as a grid [B, frames, rows, columns, D]; a rank's are as many frames of one token."""
+    """Tokens as a grid [B, frames, rows, columns, D]; a rank's tokens become as many frames of one token each."""
 
     stream: str
 
     def cut(self, value: Tensor, streams: Streams) -> Tensor:
-        """[B, F, R, C, D] → [B, S_r, 1, 1, D]."""
+        """Cuts [B, F, R, C, D] to [B, S_r, 1, 1, D]."""
         if value.shape[2:4] == (1, 1) and self.stream in streams:
             return value
         streams.notes["grid"] = value.shape[1:4]
         return Tokens((self.stream,)).cut(value.flatten(1, 3), streams)[:, :, None, None]
 
     def join(self, value: Tensor, streams: Streams) -> Tensor:
-        """[B, S_r, 1, 1, D] → [B, F, R, C, D]."""
+        """Joins [B, S_r, 1, 1, D] to [B, F, R, C, D]."""
         return Tokens((self.stream,)).join(value.flatten(1, 3), streams).unflatten(1, streams.notes["grid"])
 
 
 @dataclass(frozen=True)
 class Segment:
-    """(start, stop, …) over the packed tokens of `streams`; joins the result that belongs to it, with tokens along
+    """A segment (start, stop, …) of the packed tokens of `streams`; joins the result of this segment, with tokens along
     dim 0."""
 
     name: str
     streams: Names
 
     def cut(self, value: Sequence[Any], streams: Streams) -> tuple[Any, ...]:
-        """The same over this rank's tokens."""
+        """Converts the segment to this rank's tokens."""
         streams.notes[self.name] = value
         return range_of(value, self.streams, streams)
 
     def join(self, value: Tensor, streams: Streams) -> Tensor:
-        """[N_r, …] → [N, …]."""
+        """Joins [N_r, …] to [N, …]."""
         ranks = range(streams.ranks.size)
         ends = [range_of(streams.notes[self.name][:2], self.streams, streams, rank) for rank in ranks]
         mine = ends[streams.ranks.rank]
@@ -416,13 +421,13 @@ class Segment:
 
 @dataclass(frozen=True)
 class Frames:
-    """LTX-2's compressed modulation, one row for each frame: `data` [B, frames, …], `patches_per_frame`,
-    `num_frames`. Of a rank's first and last frame some tokens may be others'."""
+    """LTX-2's compressed modulation, one row for each frame: `data` [B, frames, …], `patches_per_frame`, `num_frames`.
+    Some tokens of a rank's first and last frame may belong to other ranks."""
 
     stream: str
 
     def cut(self, value: Any, streams: Streams) -> Any:
-        """This rank's frames, whose expansion to tokens is this rank's tokens."""
+        """Returns this rank's frames, which expand to exactly this rank's tokens."""
         if isinstance(value, Tensor):
             return Tokens((self.stream,)).cut(value, streams)
         if isinstance(value, _Window):
@@ -439,14 +444,14 @@ class Frames:
 
 
 class _Window:
-    """What marks a part of frames."""
+    """Marker class of a compressed modulation that is already cut to this rank's frames."""
 
     window: slice
 
 
 @cache
 def _windowed(base: Any) -> Any:
-    """A subclass, because the model asks for its own class."""
+    """Returns a subclass of `base`, since the model checks for its own class."""
 
     class Windowed(_Window, base):
         def expand(self) -> Tensor:
@@ -460,11 +465,11 @@ def _windowed(base: Any) -> Any:
 
 @dataclass(frozen=True)
 class Guides:
-    """LTX-2's attenuated attention between what is made and its guides (`noisy_mask`, `guide_start`, `tracked_count`,
-    `tracked_mask`), as one additive mask over all tokens."""
+    """LTX-2's attenuated attention between the generated tokens and their guides (`noisy_mask`, `guide_start`,
+    `tracked_count`, `tracked_mask`), as one additive mask over all tokens."""
 
     def cut(self, value: Any, streams: Streams) -> Any:
-        """→ [1, 1, S, S]."""
+        """Returns the mask, [1, 1, S, S]."""
         if isinstance(value, Tensor):
             return value
         total, start = value.noisy_mask.shape[-1], value.guide_start

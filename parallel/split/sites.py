@@ -1,4 +1,4 @@
-"""What a plan is made of."""
+"""Elements of a plan: rules and sites."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ class PlanError(UnsupportedError):
 
 @runtime_checkable
 class Cut(Protocol):
-    """A rule for what comes into a module."""
+    """Rule for an argument of a module."""
 
     def cut(self, value: Any, streams: Streams) -> Any:
-        """This rank's part of a whole value; what is this rank's already is returned as it is.
+        """Returns this rank's part of a whole value; a value that is already this rank's part is returned as it is.
 
         Raises:
-            PlanError: it is neither.
+            PlanError: the value is neither.
         """
 
 
 @runtime_checkable
 class Join(Protocol):
-    """A rule for what leaves a module."""
+    """Rule for a result of a module."""
 
     def join(self, value: Any, streams: Streams) -> Any:
-        """The whole value; all ranks call."""
+        """Returns the whole value. Collective: all ranks call it."""
 
 
 Rule: TypeAlias = Any
@@ -39,7 +39,7 @@ Rule: TypeAlias = Any
 
 Pairs: TypeAlias = "tuple[Names, Names] | list[tuple[Names, Names] | None]"
 LOCAL = None
-"""In `Site.attention`: keys and values are whole on every rank, so nothing is exchanged."""
+"""Entry of `Site.attention` for keys and values that are whole on every rank, so that nothing is exchanged."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,49 +47,51 @@ class Site:
     """A module, or each module of a list, that works on this rank's tokens."""
 
     cut: Mapping[str, Rule] = field(default_factory=dict)
-    """Argument → rule, in this order: the first to name a stream gives it its length. An argument with a question mark
-    is one that not all versions of the model have."""
+    """Maps arguments to rules. Order matters: the first argument with a stream defines its length. A question mark
+    after the name marks an argument that not all versions of the model have."""
     whole: str | None = None
-    """Arguments that all tokens share, separated by blanks. What is in neither is refused if it is given: a newer
-    version of the model may index it by tokens. None: not checked."""
+    """Arguments that all tokens share, separated by blanks. An argument in neither `cut` nor `whole` is refused if it
+    is passed: a newer version of the model may index it by tokens. None: not checked."""
     positional: str = ""
-    """Names for what the module takes as `*args`, in order, separated by blanks."""
+    """Names of the arguments that the module takes as `*args`, in order, separated by blanks."""
     attention: Mapping[str, Pairs | None] = field(default_factory=dict)
-    """Submodule ("": all of it) → streams of its queries and of its keys, or LOCAL. A list of such pairs where it
-    attends in several ways, which are told apart by their numbers of tokens; with LOCAL, which stands last and is any
-    other, all streams of keys but the last are whole."""
+    """Maps submodules ("": the module itself) to the streams of their queries and of their keys, or to LOCAL. A list of
+    such pairs where a submodule attends in several ways, which are distinguished by their numbers of tokens. LOCAL, if
+    it is in the list, is the last entry and matches any other attention; then all streams of keys but the last are
+    whole."""
     by_name: bool = False
-    """Its attention takes other `transformer_options` than the module's: while the module runs, the function that
-    attention calls is another."""
+    """True if the module's attention does not receive the module's `transformer_options`: while the module runs, its
+    attention function is then replaced by name in its Python module."""
     join: Rule = None
-    """For what leaves the module; of a list: its last module."""
+    """Rule for the module's result; for a list, for the result of its last module."""
     join_each: Rule = None
-    """For what leaves each module of a list: where the model takes whole tokens between the blocks."""
+    """Rule for the result of each module of a list, for models that use whole tokens between the blocks."""
 
 
 Plan: TypeAlias = Mapping[str, Site]
-"""Path of a module or list of modules ("" is the model) → what happens there. "list.*.name" is that submodule of each
+"""Maps the path of a module or list of modules ("" is the model) to its site. "list.*.name" is that submodule of each
 module of a list."""
 
 
 def by_value_alone(rule: Rule) -> bool:
-    """Whether equal values are cut alike within a forward pass, and nothing else happens: the rule looks at no other
-    argument, and keeps nothing for a join."""
+    """Returns True if equal values are cut alike within a forward pass, and cutting has no other effect: the rule
+    depends on no other argument, and keeps nothing for a join."""
     if isinstance(rule, tuple):
         return all(each is None or by_value_alone(each) for each in rule)
     return getattr(rule, "BY_VALUE_ALONE", False)
 
 
 def by_size_alone(rule: Rule) -> int | None:
-    """The dimension whose size alone decides what the rule does while the streams keep their lengths: if it has
-    returned one value unchanged, it does so with every value of that size. Such a rule has a field `dim`, looks at no
-    other argument, and keeps nothing for a join. None: it is asked about each value. A subclass has to say so
-    itself."""
+    """Returns the dimension whose size alone decides what the rule does while the streams keep their lengths: once it
+    has returned a value unchanged, it returns every value of that size unchanged. Such a rule has a field `dim`,
+    depends on no other argument, and keeps nothing for a join. None: the rule must be applied to each value. The class
+    attribute `BY_SIZE_ALONE` is not inherited: a subclass has to declare it itself."""
     return rule.dim if vars(type(rule)).get("BY_SIZE_ALONE", False) else None
 
 
 def prepared(what: str, rule: Rule) -> Callable[[Any, Streams], Any]:
-    """`rule.cut` or `rule.join`, as a function of a value; of each item where the rule is a tuple."""
+    """Returns `rule.cut` or `rule.join` as a function of a value; where the rule is a tuple, it applies to each
+    item."""
     if rule is None:
         return lambda value, streams: value
     if not isinstance(rule, tuple):

@@ -1,4 +1,4 @@
-"""Who owns which tokens of which stream, during one forward pass."""
+"""Ownership of the tokens of each stream during one forward pass."""
 
 from __future__ import annotations
 
@@ -17,76 +17,77 @@ from ..plan import AttentionPlan, shares
 from .ranks import SequenceRanks
 
 Names = tuple[str, ...]
-"""Streams, laid end to end."""
+"""Streams, concatenated in this order."""
 
 
 @dataclass(frozen=True, slots=True)
 class Stream:
     """A sequence of tokens, split over the ranks in proportion to their weights.
 
-    Each stream is split on its own, not the joint sequence: so each phase of a network with dual- and single-stream
-    blocks is balanced, and shapes on equal ranks are nearly equal.
+    Each stream is split separately, instead of the joint sequence: so each phase of a network with dual- and
+    single-stream blocks is balanced, and shapes on equal ranks are nearly equal.
     """
 
     total: int
-    """Tokens as the model counts them."""
+    """Number of tokens as the model counts them."""
     kept: Tensor | None
     """Positions of the tokens that take part, int64; None: all. Padding is left out."""
     starts: tuple[int, ...]
-    """Rank r owns the kept tokens starts[r] … starts[r + 1] − 1."""
+    """Bounds of the ranks' shares: rank r owns the kept tokens starts[r] … starts[r + 1] − 1."""
 
     def count(self, rank: int) -> int:
-        """How many tokens the rank owns."""
+        """Returns the number of tokens that the rank owns."""
         return self.starts[rank + 1] - self.starts[rank]
 
     def span(self, rank: int, *, phantom: bool) -> tuple[int, int]:
-        """Half-open range of the kept tokens that the rank works on.
+        """Returns the half-open range of the kept tokens that the rank works on.
 
         Args:
             phantom: a rank without a token gets the first one: blocks of several models cannot run without a token of
-                each stream. It is dropped before every exchange and in every join, so that nobody sees its result.
+                each stream. This phantom is dropped before every exchange and in every join, so its result is never
+                used.
         """
         first, last = self.starts[rank], self.starts[rank + 1]
         return (0, 1) if phantom and first == last else (first, last)
 
     def positions(self, rank: int, *, phantom: bool) -> Tensor:
-        """Positions of the rank's tokens; see `span`."""
+        """Returns the positions of the rank's tokens; see `span`."""
         first, last = self.span(rank, phantom=phantom)
         return torch.arange(first, last) if self.kept is None else self.kept[first:last]
 
 
 @dataclass(frozen=True, slots=True)
 class Lengths:
-    """Numbers of tokens of some streams together. Every block asks for them several times."""
+    """Numbers of tokens of some streams together. Every block needs them several times."""
 
     total: int
-    """Of the whole streams, padding included."""
+    """Number of tokens of the whole streams, padding included."""
     counts: tuple[int, ...]
-    """That each rank owns."""
+    """Number of tokens that each rank owns."""
     local: int
-    """That this rank works on: its own, and phantoms."""
+    """Number of tokens that this rank works on: its own, and phantoms."""
     phantoms: bool
-    """Whether it has any."""
+    """True if this rank works on phantoms."""
 
 
 @dataclass(frozen=True, slots=True)
 class Way:
-    """How one kind of attention is exchanged, with as many heads and tokens. Every block asks."""
+    """Exchange of one kind of attention, for fixed numbers of heads and tokens. Every block needs it."""
 
     queries: Names
     keys: Names
     exchange: StreamAttention
     as_it_is: bool
-    """Whether q, k and v are exchanged as the model has made them."""
+    """True if q, k and v are exchanged as the model has computed them."""
 
 
 class SeenBefore:
-    """What a site's blocks were given earlier in this forward pass, so that the rules need not be asked again: blocks
-    share tables, and hidden states keep their length.
+    """Values that a site's blocks received earlier in this forward pass, so that the rules need not be applied again:
+    blocks share tables, and hidden states keep their length.
 
     Attributes:
-        parts: argument → the whole, for as long as it lives, and its part.
-        own: argument → size at which its rule returned it unchanged, so that it is this rank's part already; forgotten
+        parts: argument → the whole value, for as long as it lives, and its part.
+        own: argument → size at which its rule returned it unchanged, so that it already is this rank's part; cleared
             when a stream is defined.
     """
 
@@ -95,34 +96,35 @@ class SeenBefore:
         self.own: dict[str, int] = {}
 
     def keep(self, name: str, value: Any, part: Any) -> None:
-        """Remembers the part of `value`; nothing where gradients flow, for the reason in `Streams.once`. That makes a
-        part once for all sites; this spares even asking the rule."""
+        """Remembers the part of `value`, but not where gradients flow, for the reason in `Streams.once`. `Streams.once`
+        makes a part once for all sites; this also saves calling the rule."""
         if isinstance(value, Tensor):
             if not value.requires_grad:
                 self.parts[name] = weakref.ref(value, lambda _: self.parts.pop(name, None)), part
         elif isinstance(value, tuple) and not torch.is_grad_enabled():
-            self.parts[name] = (lambda: value), part  # it knows no weak reference
+            self.parts[name] = (lambda: value), part  # a tuple supports no weak reference
 
 
 @lru_cache(maxsize=64)
 def _starts(count: int, weights: tuple[float, ...]) -> tuple[int, ...]:
-    """`Stream.starts` of `count` tokens; at least one for each rank if there are enough. Cached: exact fractions are
-    slow, and every step asks for the same."""
+    """Returns `Stream.starts` of `count` tokens; at least one for each rank if there are enough. Cached: exact
+    fractions are slow, and every step needs the same ones."""
     return tuple(accumulate(shares(count, weights, minimum=1 if count >= len(weights) else 0), initial=0))
 
 
 class Streams:
-    """The streams of one forward pass, as they become known.
+    """Streams of one forward pass, as they become known.
 
     Args:
-        ranks: those that share the sequence.
+        ranks: the ranks that share the sequence.
 
     Attributes:
-        notes: what a rule keeps from cut to join.
-        given: arguments of the module whose arguments are being cut, as they came: for rules that depend on another.
-        routed: kind of attention → whether one of this kind has been exchanged.
-        ways: kind of attention and shapes of q and k → how it is exchanged; None: not at all.
-        skipping: whether a cache skips the blocks that come next: their hooks run, and they do not.
+        notes: values that rules keep from cut to join.
+        given: arguments of the module whose arguments are being cut, before the cut: for rules that depend on another
+            argument.
+        routed: kind of attention → True once an attention of this kind has been exchanged.
+        ways: kind of attention and shapes of q and k → its exchange; None: nothing is exchanged.
+        skipping: True while the next blocks are skipped (by a cache, for instance): their hooks run, the blocks do not.
     """
 
     def __init__(self, ranks: SequenceRanks):
@@ -142,7 +144,7 @@ class Streams:
         return name in self._streams
 
     def expect_nothing(self) -> None:
-        """The block whose hooks have run is skipped: what it has announced to attend will not."""
+        """Cancels the expectation of attention that the hooks of a block have announced, since the block is skipped."""
         self.routed = {kind: done for kind, done in self.routed.items() if done}
 
     def define(self, name: str, total: int, kept: Tensor | None = None) -> None:
@@ -156,23 +158,23 @@ class Streams:
             seen.own.clear()
 
     def seen_before(self, site: object) -> SeenBefore:
-        """Of the blocks of this site, which outlives the pass."""
+        """Returns the `SeenBefore` of this site's blocks; the site outlives the pass."""
         if (known := self._seen_before.get(id(site))) is None:
             known = self._seen_before[id(site)] = SeenBefore()
         return known
 
     def forget_parts(self) -> None:
-        """At the end of a pass: what waits for its whole to go refers to itself, and would stay until Python looks for
-        such garbage."""
+        """Clears what the pass has cached, at its end: entries that wait for their whole value to be freed are in
+        reference cycles, and would stay until Python's garbage collector finds them."""
         self._made.clear()
         self._seen_before.clear()
 
     def described(self) -> Hashable:
-        """Tokens of each stream known so far, and who owns how many; the same on all ranks."""
+        """Returns the number of tokens and the ownership of each stream known so far; the same on all ranks."""
         return tuple((name, stream.total, stream.starts) for name, stream in self._streams.items())
 
     def lengths(self, names: Names) -> Lengths | None:
-        """Of these streams together; None while one of them is not known."""
+        """Returns the lengths of these streams together; None while one of them is not known."""
         if (known := self._lengths.get(names)) is None:
             streams = [self._streams[name] for name in names if name in self._streams]
             if len(streams) < len(names):
@@ -187,19 +189,19 @@ class Streams:
         return known
 
     def total(self, names: Names) -> int:
-        """Tokens of the whole streams, padding included."""
+        """Returns the number of tokens of the whole streams, padding included."""
         return self._known(names).total
 
     def counts(self, names: Names) -> tuple[int, ...]:
-        """Tokens that each rank owns."""
+        """Returns the number of tokens that each rank owns."""
         return self._known(names).counts
 
     def local(self, names: Names) -> int:
-        """Tokens that this rank works on: its own, and phantoms."""
+        """Returns the number of tokens that this rank works on: its own, and phantoms."""
         return self._known(names).local
 
     def phantoms(self, names: Names) -> bool:
-        """Whether any of these that this rank works on is one."""
+        """Returns True if this rank works on a phantom of one of these streams."""
         return self._known(names).phantoms
 
     def _known(self, names: Names) -> Lengths:
@@ -208,20 +210,21 @@ class Streams:
         return lengths
 
     def exchange(self, queries: Names, keys: Names, heads: int, groups: int) -> StreamAttention:
-        """The attention of queries with keys of these streams, over the ranks.
+        """Returns the attention of queries with keys of these streams, over the ranks.
 
         Args:
-            heads: of the queries.
-            groups: heads of the keys, which divide them.
+            heads: number of heads of the queries.
+            groups: number of heads of the keys, which divides `heads`.
         """
         tokens, ranks = (self.counts(queries), self.counts(keys)), self.ranks
         return ranks.attention(AttentionPlan(*tokens, heads, groups, ranks.weights, ranks.ring_degree))
 
     def index(self, names: Names, device: torch.device, rank: int | None = None) -> Tensor:
-        """Positions in the whole streams, int64.
+        """Returns positions in the whole streams, int64.
 
         Args:
-            rank: of this rank's tokens and phantoms; None: of all tokens, in the order in which an exchange lays them.
+            rank: selects this rank's tokens and phantoms; None: all tokens, in the order in which an exchange arranges
+                them.
         """
         key = names, rank, device
         if key not in self._indices:
@@ -236,11 +239,12 @@ class Streams:
         return self._indices[key]
 
     def mine(self, names: Names, device: torch.device | None = None) -> Tensor:
-        """Positions of this rank's tokens and phantoms."""
+        """Returns the positions of this rank's tokens and phantoms."""
         return self.index(names, device or torch.device("cpu"), self.ranks.rank)
 
     def take(self, value: Tensor, names: Names, dim: int) -> Tensor:
-        """This rank's part of a whole tensor, as a copy: blocks may work in place, and the whole can be freed."""
+        """Returns this rank's part of a whole tensor, as a copy: blocks may work in place, and the whole can be
+        freed."""
         streams = [self._streams[name] for name in names]
         if any(stream.kept is not None for stream in streams):
             return value.index_select(dim, self.mine(names, value.device))
@@ -256,13 +260,14 @@ class Streams:
         )
 
     def take_before(self, value: Tensor, names: Names, dim: int) -> Tensor:
-        """This rank's part of a tensor of which it has all tokens but of the last stream, where it has its own."""
+        """Returns this rank's part of a tensor that holds all tokens of the streams but the last, and of the last
+        stream only this rank's tokens."""
         total = self.total(names[:-1])
         before, own = value.split([total, value.shape[dim] - total], dim)
         return torch.cat([self.take(before, names[:-1], dim), own], dim)
 
     def without_phantoms(self, value: Tensor, names: Names, dim: int) -> Tensor:
-        """Only the tokens that this rank owns."""
+        """Returns only the tokens that this rank owns."""
         if not self.phantoms(names):
             return value
         rank = self.ranks.rank
@@ -271,7 +276,7 @@ class Streams:
         return torch.cat(owned, dim) if owned else value.narrow(dim, 0, 0)
 
     def with_phantoms(self, value: Tensor, names: Names, dim: int) -> Tensor:
-        """The reverse: zeros where the phantoms are."""
+        """Reverses `without_phantoms`, with zeros for the phantoms."""
         if not self.phantoms(names):
             return value
         counts = [self._streams[name].count(self.ranks.rank) for name in names]
@@ -281,7 +286,7 @@ class Streams:
         )
 
     def join(self, value: Tensor, names: Names, dim: int) -> Tensor:
-        """The whole tensor of this rank's part; zeros where padding was. All ranks call."""
+        """Gathers the whole tensor from all ranks' parts, with zeros for padding. Collective: all ranks call it."""
         gathered = self.ranks.gather(self.without_phantoms(value, names, dim), dim, self.counts(names))
         streams = [self._streams[name] for name in names]
         if len(streams) == 1 and streams[0].kept is None:
@@ -290,16 +295,18 @@ class Streams:
         return whole.index_copy(dim, self.index(names, value.device), gathered)
 
     def once(self, key: Any, value: Any, make: Callable[[], Any]) -> Any:
-        """`make()`, once in this forward pass for as long as `value` lives: all blocks share position tables.
+        """Returns `make()`, called once in this forward pass for as long as `value` lives: all blocks share position
+        tables.
 
-        Not of what gradients flow through: under activation checkpointing a block that runs again must do what it did.
+        Where gradients flow, nothing is cached: under activation checkpointing a block that runs again must repeat the
+        same operations.
         """
         with_gradients = value.requires_grad if isinstance(value, Tensor) else torch.is_grad_enabled()
         if with_gradients:
             return make()
         key = key, id(value)
         if key not in self._made:
-            # A list knows no weak reference; it is kept, so that no other one gets its id.
+            # A list supports no weak reference; it is kept, so that no other one gets its id.
             of = weakref.ref(value, lambda _: self._made.pop(key, None)) if isinstance(value, Tensor) else value
             self._made[key] = make(), of
         return self._made[key][0]

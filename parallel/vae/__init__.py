@@ -1,1 +1,1 @@
-"""Tiles of a VAE on all ranks: who computes which tile, and the way of a tile to a worker and back."""
+"""Tiles of a VAE on all ranks: their assignment to ranks, and the data that lets a worker rebuild the host's VAE."""

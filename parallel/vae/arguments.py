@@ -1,4 +1,4 @@
-"""ComfyUI's parsed command line as plain data: a worker's ComfyUI has to decide as the host's did."""
+"""ComfyUI's parsed command line as plain data, so that a worker's ComfyUI makes the same decisions as the host's."""
 
 from __future__ import annotations
 
@@ -8,7 +8,10 @@ from typing import Any
 
 
 def as_plain(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments that are plain data, enumerations, or lists and sets of those; no VAE depends on others."""
+    """Encodes the arguments that are plain data, enumerations, or lists and sets of those.
+
+    Other arguments are left out; no VAE depends on them.
+    """
     found = {}
     for name, value in arguments.items():
         try:
@@ -19,10 +22,10 @@ def as_plain(arguments: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def restore(arguments: Mapping[str, Any], module: Any) -> dict[str, Any]:
-    """The opposite of `as_plain`.
+    """Decodes the result of `as_plain`.
 
     Args:
-        module: where the classes of the enumerations are.
+        module: module that defines the classes of the enumerations.
     """
     return {name: _decode(value, module) for name, value in arguments.items()}
 

@@ -1,4 +1,4 @@
-"""What the devices of a decode say of its bits."""
+"""Remark on whether the devices of a decode give the same bits as one device."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ from collections.abc import Sequence
 
 
 def unequal(titles: Sequence[str]) -> str:
-    """A remark where devices are of several models, empty where they are of one: each rounds a tile in its own way.
+    """Returns a remark if the devices are of different models, which round a tile differently; otherwise an empty text.
 
     Args:
-        titles: the model of each worker's device, e.g. `NVIDIA GeForce RTX 4090`.
+        titles: model name of each worker's device, e.g. `NVIDIA GeForce RTX 4090`.
     """
     models = sorted(set(titles))
     if len(models) < 2:

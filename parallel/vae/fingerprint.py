@@ -1,4 +1,4 @@
-"""What a network is made of, as plain data, so that two processes can tell whether theirs are the same."""
+"""Structure of a network as plain data, so that two processes can check that they have built the same network."""
 
 from __future__ import annotations
 
@@ -8,25 +8,25 @@ from typing import Any
 from torch import nn
 
 Fingerprint = dict[str, str]
-"""Name of a module or tensor → what it is."""
+"""Maps the name of a module or tensor to its description."""
 
 _PATCHERS = {
     "bias_function", "current_weight_patches_uuid", "device", "lowvram_patch_counter", "model_loaded_weight_memory",
     "model_lowvram", "model_offload_buffer_memory", "prev_comfy_cast_weights", "training", "weight_function",
 }  # fmt: skip
-"""Attributes that ComfyUI's ModelPatcher and torch keep on a network: its state, not its settings."""
+"""Attributes that ComfyUI's ModelPatcher and torch set on a network: its state, not its settings."""
 _PLAIN = (bool, int, float, str, type(None))
 
 
 def fingerprint(network: nn.Module) -> Fingerprint:
-    """Classes and settings of all modules, shapes and dtypes of all tensors. Values of tensors are not in it."""
+    """Returns the class and settings of each module, and the shape and dtype, but not the values, of each tensor."""
     modules = {name: f"{type(module).__name__}({_settings(module)})" for name, module in network.named_modules()}
     tensors = {name: f"{list(tensor.shape)} {tensor.dtype}" for name, tensor in network.state_dict().items()}
     return modules | tensors
 
 
 def first_difference(expected: Mapping[str, str], actual: Mapping[str, str]) -> str | None:
-    """The first entry that differs, in words; None if none does."""
+    """Describes the first entry that differs; returns None if there is none."""
     for name in [*expected, *(name for name in actual if name not in expected)]:
         if expected.get(name) != actual.get(name):
             here, there = (entries.get(name, "missing") for entries in (actual, expected))
@@ -35,7 +35,7 @@ def first_difference(expected: Mapping[str, str], actual: Mapping[str, str]) -> 
 
 
 def _settings(module: nn.Module) -> str:
-    """Public attributes of plain data."""
+    """Formats the module's public attributes that are plain data."""
     found = {
         name: value
         for name, value in vars(module).items()

@@ -1,25 +1,25 @@
-"""Which rank computes which tile next."""
+"""Assignment of tiles to ranks while a VAE runs."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 _AHEAD = 2
-"""Tiles that a rank is given at once: one to compute, and the next one, so that it never waits for the host."""
+"""Number of tiles assigned to a rank at once: the current one and the next, so that it never waits for the host."""
 
 
 class Schedule:
-    """Tiles that do not depend on each other, handed out while they are computed.
+    """Dynamic assignment of independent tiles to ranks while they are computed.
 
-    A tile goes to the rank that will have finished it first, as far as costs and speeds tell: cheap tiles at the edges
-    and unequal devices even out, and near the end a slow rank does not take what a fast one would finish sooner. Tiles
-    start in their order, because they are blended in it, and a rank that has run out of memory gets no tile of that
-    cost again.
+    Each tile is assigned to the rank that is expected to finish it first, from costs and speeds. This balances cheap
+    tiles at the edges and unequal devices, and near the end a slow rank does not take a tile that a fast rank would
+    finish sooner. Tiles start in order, because they are blended in order, and a rank that has run out of memory gets
+    no tile of that cost or above again.
 
     Args:
-        costs: of each tile, in any unit.
-        speeds: of each rank, relative to the others; measured ones take their place as tiles are finished.
-        window: how many tiles may be handed out beyond the first that has not been blended.
+        costs: cost of each tile, in any unit.
+        speeds: speed of each rank, relative to the others; replaced by measured speeds as tiles are finished.
+        window: number of tiles that may be assigned, counted from the first tile that has not been blended.
     """
 
     def __init__(self, costs: Sequence[float], speeds: Sequence[float], window: int):
@@ -32,10 +32,10 @@ class Schedule:
         self._limit = [float("inf")] * len(speeds)
 
     def next(self, blended: int) -> tuple[int, int] | None:
-        """The next tile to hand out and its rank; None for now.
+        """Assigns the next tile; returns the tile and its rank, or None if no tile can be assigned now.
 
         Args:
-            blended: tiles, the first ones, that have been taken out.
+            blended: number of tiles that have been blended, in order from the first.
         """
         speeds = self._speeds()
         for tile in self._waiting:
@@ -52,7 +52,7 @@ class Schedule:
                 self._backlog[rank].append(tile)
                 return tile, rank
             if len(able) == len(speeds):
-                return None  # its rank is busy; a tile after it would only be finished sooner to wait for it
+                return None  # its rank is busy; a later tile would only finish early and wait for this one
         return None
 
     def finished(self, tile: int, rank: int, seconds: float) -> None:
@@ -61,14 +61,14 @@ class Schedule:
         self._done[rank] = (cost + self._costs[tile], time + seconds)
 
     def out_of_memory(self, tile: int, rank: int) -> bool:
-        """Takes the tile back. Returns whether another rank may still compute it."""
+        """Puts a tile back after `rank` ran out of memory on it. Returns whether another rank may still compute it."""
         self._backlog[rank].remove(tile)
         self._limit[rank] = min(self._limit[rank], self._costs[tile])
         self._waiting = sorted([*self._waiting, tile])
         return any(self._costs[tile] < limit for limit in self._limit)
 
     def _speeds(self) -> list[float]:
-        """Cost per second where a rank has finished tiles; others in proportion to what was given."""
+        """Returns each rank's measured cost per second, estimated from `speeds` for a rank without a finished tile."""
         measured = {rank: cost / time for rank, (cost, time) in enumerate(self._done) if time > 0}
         if not measured:
             return self._given

@@ -1,1 +1,1 @@
-"""What travels between the host and its workers: JSON messages, shared memory, one page of control words."""
+"""Communication between the host and its workers: JSON messages, shared memory, one page of control words."""

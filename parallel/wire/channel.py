@@ -1,8 +1,8 @@
 """Messages between the host and one worker, over an inherited socket pair.
 
-A message is a JSON object; its frame is a 4-byte length, then UTF-8 text. File descriptors (shared memory) ride along
-by SCM_RIGHTS. Nothing is unpickled, so a message can never run code. Whatever else arrives is refused, and takes no
-more memory than has been sent.
+A message is a JSON object. Its frame is a 4-byte length, one byte with the number of file descriptors, and UTF-8 text.
+The descriptors (shared memory) are passed with it by SCM_RIGHTS. Nothing is unpickled, so a message can never run code.
+All other data is refused, and occupies no more memory than was actually sent.
 """
 
 from __future__ import annotations
@@ -21,38 +21,38 @@ from typing import Any
 Message = dict[str, Any]
 
 LONGEST = 256 << 20
-"""Bytes of a text. A step has a few KB; a sampling of ComfyUI's most steps, 10,000 with cond and uncond, has 29 MB."""
+"""Maximum bytes of a text. A step has a few KB, ComfyUI's longest sampling (10,000 steps, cond and uncond) 29 MB."""
 _HEADER = struct.Struct("!IB")  # length of the text, number of descriptors
 _MAX_FDS = 16
 _PIECE = 1 << 20
 
 
 class ChannelClosed(ConnectionError):
-    """The other end is gone."""
+    """The other end has closed the connection."""
 
 
 class ChannelGarbled(ChannelClosed):
-    """The other end sent what is no message; nothing after it can be understood."""
+    """The other end sent data that is not a message; nothing after it can be parsed."""
 
 
 class ChannelBlocked(ChannelClosed):
-    """The other end takes nothing; a part of the message may be under way, so nothing can be sent any more."""
+    """The other end does not read. Part of the message may have been sent, so nothing more can be sent."""
 
 
 class Channel:
     """One end of the socket. `send` may be called from several threads, `receive` from one.
 
     Args:
-        sock: of a socket pair.
-        send_timeout_s: how long `send` may wait for room in the socket's buffer; by default for ever.
-        receive_timeout_s: how long the rest of a message may take after its first byte; by default for ever.
+        sock: one socket of a pair.
+        send_timeout_s: timeout of `send` for space in the socket's buffer; None: no timeout.
+        receive_timeout_s: timeout for the rest of a message after its first byte; None: no timeout.
     """
 
     def __init__(
         self, sock: socket.socket, send_timeout_s: float | None = None, receive_timeout_s: float | None = None
     ):
         self._sock = sock
-        if send_timeout_s is not None:  # Python's own time-out would be one of `receive`, too
+        if send_timeout_s is not None:  # Python's own timeout would apply to `receive`, too
             limit = struct.pack("@ll", int(send_timeout_s), int(send_timeout_s % 1 * 1e6))
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, limit)
         self._receive_timeout_s = receive_timeout_s
@@ -67,8 +67,8 @@ class Channel:
 
         Raises:
             ValueError: the message is longer than `LONGEST`, or has numbers that are not finite.
-            ChannelClosed: nobody is at the other end.
-            ChannelBlocked: there is no room in its buffer for longer than `send_timeout_s`.
+            ChannelClosed: the other end has closed the connection.
+            ChannelBlocked: the socket's buffer had no space for longer than `send_timeout_s`.
         """
         assert len(fds) <= _MAX_FDS
         text = json.dumps(message, separators=(",", ":"), allow_nan=False).encode()
@@ -91,8 +91,8 @@ class Channel:
 
         Raises:
             ChannelClosed: the other end closed, or its process ended.
-            ChannelGarbled: it sent what is no message, or only a part of one within `receive_timeout_s`. So does every
-                further call. Descriptors that came along are closed.
+            ChannelGarbled: the other end sent data that is not a message, or only part of one within
+                `receive_timeout_s`. Every further call raises it again. Descriptors that were received are closed.
         """
         if self._garbled:
             raise ChannelGarbled(self._garbled)
@@ -110,8 +110,8 @@ class Channel:
         self._sock.close()
 
     def _read_message(self, fds: list[int]) -> Message:
-        # The descriptors arrive with the first byte of the frame they were sent with; reading no further than its
-        # end keeps them with their message.
+        # Descriptors arrive with the first byte of their frame; reading no further than the frame's end keeps them
+        # with their message.
         header = self._piece(_HEADER.size, fds)
         end = math.inf if self._receive_timeout_s is None else time.monotonic() + self._receive_timeout_s
         header += self._rest(_HEADER.size - len(header), fds, end)
@@ -124,7 +124,7 @@ class Channel:
         return _parsed(text)
 
     def _rest(self, size: int, fds: list[int], end: float) -> bytearray:
-        """The next `size` bytes; memory is allocated as they arrive. After `end` only what is there is read."""
+        """Reads `size` bytes; allocates memory as they arrive. After `end`, reads only bytes that have arrived."""
         found = bytearray()
         while len(found) < size:
             if end < math.inf:
@@ -136,7 +136,7 @@ class Channel:
         return found
 
     def _piece(self, size: int, fds: list[int]) -> bytes:
-        """Reads what is there, up to `size` bytes; waits for the first one."""
+        """Reads the available bytes, up to `size`; waits for the first one."""
         room = socket.CMSG_LEN(_MAX_FDS * array.array("i").itemsize)
         try:
             piece, ancillary, flags, _ = self._sock.recvmsg(size, room, socket.MSG_CMSG_CLOEXEC)
@@ -158,7 +158,7 @@ def _parsed(text: bytearray) -> Message:
     """Parses the text of a message.
 
     Raises:
-        ChannelGarbled: it is not one.
+        ChannelGarbled: it is not a JSON object.
     """
     try:
         message = json.loads(text.decode(), parse_constant=_finite, parse_float=_finite)
@@ -170,7 +170,7 @@ def _parsed(text: bytearray) -> Message:
 
 
 def _finite(text: str) -> float:
-    """Parses a number; refuses NaN, Infinity and what overflows, such as `1e999`."""
+    """Parses a number; refuses NaN, Infinity and numbers that overflow, such as `1e999`."""
     number = float(text)
     if not math.isfinite(number):
         raise ValueError(f"{text} is not finite")

@@ -1,6 +1,6 @@
-"""What the host asks of its workers, a class for each operation, and what a worker replies.
+"""Messages between the host and its workers: a class for each operation, and the reply of a worker.
 
-Every rank gets the same, but for `Tile`, which one rank gets.
+Every rank receives the same operation, except `Tile`, which is sent to a single rank.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ from .trees import Tree
 from .typed import from_plain, to_plain
 
 OPERATIONS: dict[str, type[Operation]] = {}
-"""Name → class."""
+"""Maps names of operations to their classes."""
 Plain = dict[str, Any]
-"""JSON that another module knows: its docstring says which."""
+"""JSON object whose format another module defines; each attribute names its source."""
 
 
 class Operation:
-    """Of one message. Subclasses are frozen dataclasses.
+    """Base class of all operations; an instance is sent as one message. Subclasses are frozen dataclasses.
 
     Attributes:
-        name: in messages, and in errors for people.
+        name: name of the operation in messages and in error texts.
     """
 
     __slots__ = ()
@@ -36,21 +36,21 @@ class Operation:
         OPERATIONS[cls.name] = cls
 
     def to_json(self, number: int = 0, segments: Sequence[Plain] = ()) -> Plain:
-        """The message.
+        """Returns the message as JSON.
 
         Args:
-            number: of the reply (`Reply.id`); 0 where nobody waits for one.
-            segments: name and size of those whose descriptors come along.
+            number: number that the reply repeats (`Reply.id`); 0 if no reply is awaited.
+            segments: name and size of each segment whose descriptor is sent with the message.
         """
         return {"op": self.name, "arguments": to_plain(self), "id": number, "segments": segments}
 
 
 def read(message: Plain) -> Operation:
-    """Reads what `Operation.to_json` has made. `message` may be any JSON object.
+    """Restores an operation from the result of `Operation.to_json`. `message` may be any JSON object.
 
     Raises:
-        TypeError: it names no operation, or lacks fields of it, or has others.
-        ValueError: a field has a value that its class refuses.
+        TypeError: it names no operation, has missing or additional fields, or a field has the wrong type.
+        ValueError: a class rejects the value of a field.
     """
     name = message.get("op")
     if not isinstance(name, str) or name not in OPERATIONS:
@@ -69,36 +69,36 @@ class Failure:
     message: str
     traceback: str
     expected: bool
-    """The engine raised it on purpose."""
+    """True if the engine raised it on purpose."""
     out_of_memory: bool
     resumable: bool
-    """What this rank shares with others is as before, as far as it can tell."""
+    """True if, as far as this rank can tell, the state that it shares with other ranks is unchanged."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MemoryUse:
-    """Of a rank, in bytes."""
+    """Memory use of a rank, in bytes."""
 
     used: int
-    """By its process: of the GPU by PyTorch's allocator, in use or cached; on a CPU what is resident."""
+    """Used by its process: on a GPU, reserved by PyTorch's allocator (in use or cached); on a CPU, resident."""
     free: int | None
-    """What its GPU has left, whoever uses the others; None on a CPU: the host looks at the system's memory itself."""
+    """Free on its GPU, whichever processes use the rest; None on a CPU: the host reads the system's memory itself."""
     cached: int
-    """Of its GPU, what it has taken and does not use: free for its next step, and only for it."""
+    """Reserved on its GPU but unused: available to its next step, and to no other process."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Reply:
-    """To an operation."""
+    """Reply of one rank to an operation."""
 
     id: int
-    """The message's."""
+    """Number of the message that it answers."""
     launched: dict[str, int]
-    """Group of ranks → how many collectives this rank has launched there (`worker.ranks.Ranks.launched`)."""
+    """Maps groups of ranks to the number of operations this rank has launched there (`worker.ranks.Ranks.launched`)."""
     memory: MemoryUse | None
-    """None of a device that has failed and answers no more."""
+    """Memory use after the operation; None if the device has failed and does not report it."""
     result: Any = None
-    """JSON; None if it failed or was cancelled."""
+    """Result as JSON; None if the operation failed or was cancelled."""
     error: Failure | None = None
 
 
@@ -107,27 +107,27 @@ class Reply:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WeightsHome:
-    """Where a model's weights go."""
+    """Placement of a model's weights."""
 
     mode: str
-    """One of `placement.MODES` but `auto`."""
+    """One of `placement.MODES` except `auto`."""
     sharing: int
-    """Ranks of a sequence, which share sharded ones."""
+    """Number of ranks of a sequence, over which sharded weights are distributed."""
     segment: str = ""
-    """An empty memory file for offloaded ones, which belongs to the workers from then on."""
+    """Name of an empty segment for offloaded weights; the workers take ownership of it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Load(Operation):
-    """Builds a network and makes its weights resident."""
+    """Builds a network and loads its weights."""
 
     name = "load"
     model: str
     recipe: Plain
-    """`host.recipe.Recipe.to_json`."""
+    """Result of `host.recipe.Recipe.to_json`."""
     home: WeightsHome
     fp8: Plain | None
-    """`quantise.settings.FP8Choice.to_json`."""
+    """Result of `quantise.settings.FP8Choice.to_json`; None to load without quantising."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -140,22 +140,22 @@ class Unload(Operation):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Weights(Operation):
-    """Puts weights in the place of the file's, and the file's back in theirs."""
+    """Replaces weights of the file, and restores the file's weights."""
 
     name = "weights"
     model: str
     put: dict[str, list[TensorRef]] = field(default_factory=dict)
-    """Weight → what it consists of (`plain.plain_tensors`)."""
+    """Maps names of weights to the plain tensors of their replacements (`plain.plain_tensors`)."""
     patches: dict[str, Tree] = field(default_factory=dict)
-    """Weight of a GGUF file → what its layer adds to it (`comfyui.gguf.plain_patches`)."""
+    """Maps names of weights of a GGUF file to the patches that their layers apply (`comfyui.gguf.plain_patches`)."""
     tensors: dict[str, TensorRef] = field(default_factory=dict)
-    """Of the patches, by their names there."""
+    """Tensors of the patches, by their names in `patches`."""
     restore: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ForgetCache(Operation):
-    """Frees what a sampling that is over has remembered. Nobody waits for it, and the model may be gone."""
+    """Frees the cache of a finished sampling. No reply is awaited, and the model may have been unloaded."""
 
     name = "forget cache"
     model: str
@@ -167,24 +167,24 @@ class ForgetCache(Operation):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Conditioning:
-    """What stays the same from step to step: each tensor travels once."""
+    """Changes to the conditioning tensors that workers keep from step to step, so that each is sent only once."""
 
     put: dict[str, TensorRef]
-    """Key → tensor to keep a copy of."""
+    """Maps keys to tensors of which the worker keeps a copy."""
     drop: list[str]
-    """Keys to forget."""
+    """Keys of tensors to drop."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CacheRule:
-    """A cache between steps, in this sampling."""
+    """Cache between the steps of one sampling."""
 
     sampling: int
-    """A number that is never used again."""
+    """Number that is unique to the sampling and never reused."""
     rule: Plain
-    """`cache.settings.CacheSettings.rule`."""
+    """Result of `cache.settings.CacheSettings.rule`."""
     active: bool
-    """Whether this step may skip blocks; a sampling says so for each pass."""
+    """True if this step may skip blocks; a sampling uses `RunNetwork.active` instead."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -195,16 +195,16 @@ class Request:
     timestep: TensorRef
     out: TensorRef
     conditioning: dict[str, str]
-    """Name → key of what is kept."""
+    """Maps names of tensors to keys of kept conditioning."""
     label: str
-    """See `sampling.step_request.StepRequest`, as for the following."""
+    """Label, arguments and parts: see `sampling.step_request.StepRequest`."""
     arguments: Tree
     parts: list[list[int]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Step(Operation):
-    """Runs this rank's part of requests; which samples are its group's follows from the degrees."""
+    """Runs this rank's part of requests; the degrees determine the samples of its group."""
 
     name = "step"
     model: str
@@ -214,25 +214,26 @@ class Step(Operation):
     cache: CacheRule | None
     compile: CompileSettings | None
     watch: bool = False
-    """Only to find where values stop being finite."""
+    """True if the step runs again only to find the first values that are not finite; the result is a `NotFinite`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NotFinite:
-    """Where a rank has met the first values that are NaN or infinite in a second run, see `worker.finite`."""
+    """Location of the first NaN or infinite values on a rank in a second run, see `worker.finite`."""
 
     place: int
-    """Blocks that had run before that one; −1: in the input `name`; as many as `blocks` or more: in none of them."""
+    """Index of the block whose output has them; −1: in the input `name`; `blocks` or more: in no block."""
     name: str
+    """Name of the block or the input; empty if neither has them."""
     blocks: int
-    """How many have run."""
+    """Number of blocks that have run."""
     finite: bool
-    """Whether this rank's part of the prediction was finite this time."""
+    """True if this rank's part of the prediction was finite in the second run."""
 
 
 Terms = list[Any]
-"""A sum of products: factor × the product of the latents with these numbers, [factor, [number, …]] each; without
-latents the factor itself."""
+"""Sum of products, each [factor, [number, …]]: factor × the product of the latents with these numbers; without numbers
+the factor itself."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -240,7 +241,7 @@ class Evaluate:
     """Computes a latent, in fp32."""
 
     evaluate: int
-    """Its number."""
+    """Number of the latent."""
     terms: Terms
 
 
@@ -250,28 +251,28 @@ class Pass:
 
     request: Request
     latents: list[int]
-    """Those that x is made of."""
+    """Numbers of the latents that make up x, along the batch."""
     results: list[int]
-    """Those that the prediction is."""
+    """Numbers of the latents into which the prediction is split."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunNetwork:
-    """Passes side by side."""
+    """Runs passes side by side."""
 
     passes: list[Pass]
     degrees: int
-    """Which of the sampling's."""
+    """Index into `Sample.degrees`."""
     active: bool
-    """Whether a cache may skip blocks."""
+    """True if a cache may skip blocks."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Report:
-    """A step is done."""
+    """Reports that a step is done."""
 
     step: int
-    """From 0."""
+    """Number of the step, from 0."""
     steps: int
     denoised: Terms
     x: Terms
@@ -279,27 +280,27 @@ class Report:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Previews:
-    """Where latents are shown while a sampling runs."""
+    """Shared memory for latents that are sent back while a sampling runs."""
 
     wanted: TensorRef
-    """[1]: how many may be shown."""
+    """[1]: number of previews that the ranks may write so far; set by the host."""
     shown: TensorRef
-    """[ranks, 2]: how many a rank has shown, and of which step the last one was."""
+    """[ranks, 2]: number of previews that each rank has written, and the step of the last one."""
     latents: list[list[TensorRef]]
-    """Two pairs, denoised and x, which take turns."""
+    """Two pairs (denoised, x), written alternately."""
     interval_s: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KeptState:
-    """Where a sampling leaves what it needs to go on behind a step, in case its workers are lost."""
+    """Shared memory for the state from which a sampling can resume after a step if its workers are lost."""
 
     places: dict[str, list[int]]
-    """Place of a `Report` in the program → the latents that later instructions need, but constants."""
+    """Maps the index of a `Report` in the program to the latents, except constants, that later instructions need."""
     latents: list[list[TensorRef]]
-    """Room for as many, twice: they take turns."""
+    """Two rows of latents, each long enough for any state; written alternately."""
     done: TensorRef
-    """[ranks]: the last place whose latents a rank has left there; −1 at first."""
+    """[ranks]: index of the last `Report` whose state each rank has written; −1 at first."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -310,12 +311,12 @@ class Sample(Operation):
     model: str
     degrees: list[Degrees]
     size: int
-    """Elements of a latent."""
+    """Number of elements of a latent."""
     constants: dict[str, TensorRef]
-    """Number → latent that is given."""
+    """Maps numbers of latents to latents that the host supplies."""
     program: list[Evaluate | RunNetwork | Report]
     free: list[list[int]]
-    """Latents that nobody needs after each instruction."""
+    """For each instruction, the numbers of the latents that are not needed after it."""
     result: Terms
     out: TensorRef
     previews: Previews | None
@@ -327,7 +328,7 @@ class Sample(Operation):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Room:
-    """Space in a segment."""
+    """Space reserved in a segment, in bytes."""
 
     segment: str
     size: int
@@ -344,14 +345,14 @@ class Call(Operation):
     degrees: Degrees
     arguments: Tree
     held: dict[str, str]
-    """Name of a tensor in the arguments → key of what is kept."""
+    """Maps names of tensors in the arguments to keys of kept conditioning."""
     conditioning: Conditioning
     room: Room
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Collect(Operation):
-    """Writes the result of the last call, which did not fit."""
+    """Writes the result of the last call, which did not fit into its room."""
 
     name = "collect"
     model: str
@@ -363,7 +364,7 @@ class Collect(Operation):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoadVAE(Operation):
-    """Rebuilds ComfyUI's VAE around weights that the host shares."""
+    """Rebuilds ComfyUI's VAE from weights in shared memory."""
 
     name = "load vae"
     vae: str
@@ -374,7 +375,7 @@ class LoadVAE(Operation):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class UnloadVAE(Operation):
-    """Frees it."""
+    """Frees a VAE."""
 
     name = "unload vae"
     vae: str
@@ -382,7 +383,7 @@ class UnloadVAE(Operation):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BeginTiles(Operation):
-    """All ranks hear of the segments that tiles will travel in."""
+    """Announces the segments for tiles to all ranks."""
 
     name = "begin tiles"
     vae: str
@@ -396,7 +397,7 @@ class Tile(Operation):
     vae: str
     direction: str
     x: TensorRef
-    """Its elements; shape and strides follow, since another memory format gives other bits."""
+    """Elements of the input, flat; `shape` and `stride` restore its memory format, which affects bits of the result."""
     shape: list[int]
     stride: list[int]
     out: Room
@@ -407,28 +408,28 @@ class Tile(Operation):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FP8Support(Operation):
-    """Which FP8 products each rank's device has."""
+    """Queries the FP8 matrix products that each rank's device supports."""
 
     name = "fp8 support"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FreeMemory(Operation):
-    """How much memory each rank's device has, and the machine."""
+    """Queries the free and total memory of each rank's device and of the machine."""
 
     name = "free memory"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Recover(Operation):
-    """After an operation for which no rank had the memory: frees what it has left, and tries the device."""
+    """Frees the remains of an operation for which every rank ran out of memory, and tests the device."""
 
     name = "recover"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rest(Operation):
-    """After a sampling: other processes can have what its activations took."""
+    """Releases the memory of a finished sampling's activations to other processes."""
 
     name = "rest"
 
@@ -438,7 +439,7 @@ class Rest(Operation):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Echo(Operation):
-    """Each rank writes its share of x to out."""
+    """Copies x to out; each rank copies its share."""
 
     name = "echo"
     x: TensorRef
@@ -447,7 +448,7 @@ class Echo(Operation):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Attention(Operation):
-    """One joint attention on random data, see `worker.measurement`."""
+    """Measures one joint attention on random data, see `worker.measurement`."""
 
     name = "attention"
     degrees: Degrees
@@ -462,7 +463,7 @@ class Attention(Operation):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Slow(Operation):
-    """From here on each rank is so many times slower."""
+    """Slows each rank down by its factor in `times` from now on."""
 
     name = "slow"
     times: list[int]

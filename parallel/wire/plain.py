@@ -1,4 +1,4 @@
-"""Weights of any kind as plain tensors."""
+"""Decomposition of weights, quantised or not, into plain tensors."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 
 def plain_tensors(value: Tensor) -> list[Tensor]:
-    """What a weight consists of: itself, or the values and the scales of a quantised one."""
-    wrapper: Any = value  # mypy knows no tensor that is such a subclass
+    """Returns the plain tensors of a weight: itself, or the values and scales of a quantised one."""
+    wrapper: Any = value  # for mypy, no Tensor is such a subclass
     if not is_traceable_wrapper_subclass(wrapper):
         return [value]
     names, _ = wrapper.__tensor_flatten__()

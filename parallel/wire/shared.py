@@ -1,7 +1,7 @@
-"""Shared memory that cannot be left behind, and the tensors in it.
+"""Shared memory that cannot leak, and the tensors in it.
 
 A segment is an anonymous memory file (memfd): it has no name, so there is nothing to unlink; the kernel frees it when
-the last process that holds it ends, however it ends. It does not count against the size of /dev/shm either, which is
+the last process that holds it ends, in whatever way. It does not count against the size of /dev/shm either, which is
 64 MB in a default container.
 """
 
@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 ALIGNMENT = 64
-"""Bytes; tensors start on a cache line."""
+"""Alignment of tensors in bytes: one cache line."""
 
 _DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in (
     torch.float64, torch.float32, torch.float16, torch.bfloat16,
@@ -38,10 +38,10 @@ _MOST_BYTES = 2**63 - 1
 
 @dataclass(frozen=True, slots=True)
 class TensorRef:
-    """Where a tensor lies in a segment: plain data, so that it can be put in a message.
+    """Location of a tensor in a segment, as plain data that can be part of a message.
 
     Raises:
-        ValueError: no tensor has such a dtype, shape or offset.
+        ValueError: the dtype is not supported, or the shape or offset is out of range.
     """
 
     segment: str
@@ -61,25 +61,25 @@ class TensorRef:
                 f"offset {reprlib.repr(self.offset)}, shape {reprlib.repr(self.shape)}: they are at least 0, in at most"
                 f" {_MOST_DIMS} dims"
             )
-        # Strides count elements, also of a tensor without any.
+        # Strides count elements even if a tensor has none, so dims of 0 count as 1.
         if self.offset + prod(max(1, dim) for dim in self.shape) * _DTYPES[self.dtype].itemsize > _MOST_BYTES:
             raise ValueError(f"offset {reprlib.repr(self.offset)}, shape {reprlib.repr(self.shape)}: too large")
 
 
 class Segment:
-    """A piece of shared memory, mapped in this process."""
+    """Region of shared memory, mapped in this process."""
 
     def __init__(self, name: str, fd: int, size: int):
-        """Maps `size` bytes of `fd`, which the segment owns from here on.
+        """Maps `size` bytes of `fd`, and takes ownership of it.
 
         Raises:
-            ValueError: the file has fewer bytes, or cannot be mapped; `fd` is closed then.
+            ValueError: the file has fewer bytes, `size` is not positive, or mapping fails; `fd` is closed.
         """
         self.name = name
         self.size = size
         self._fd = fd
         try:
-            # Pages behind the end of a file can be mapped, and kill the process that touches them.
+            # Pages behind the end of a file can be mapped, but accessing them kills the process (SIGBUS).
             if not 0 < size <= os.fstat(fd).st_size:
                 raise ValueError(f"it has {os.fstat(fd).st_size} bytes")
             self._map = mmap.mmap(fd, size)
@@ -90,7 +90,7 @@ class Segment:
 
     @classmethod
     def create(cls, name: str, size: int) -> Segment:
-        """A new, zeroed segment of at least `size` bytes."""
+        """Creates a zeroed segment of at least `size` bytes."""
         size = max(ALIGNMENT, size)
         fd = os.memfd_create(f"sequence-parallel:{name}", os.MFD_CLOEXEC)
         os.ftruncate(fd, size)
@@ -100,11 +100,11 @@ class Segment:
         return self._fd
 
     def words(self) -> memoryview:
-        """The segment as 64-bit integers."""
+        """Returns a view of the segment as signed 64-bit integers."""
         return memoryview(self._map).cast("q")
 
     def tensor(self, ref: TensorRef) -> Tensor:
-        """The tensor at `ref`: it aliases the shared memory and keeps the mapping alive.
+        """Returns the tensor at `ref`, which aliases the shared memory and keeps the mapping alive.
 
         Raises:
             ValueError: `ref` reaches outside the segment.
@@ -112,12 +112,12 @@ class Segment:
         return self._on(self._map, ref)
 
     def lend(self, ref: TensorRef) -> Tensor:
-        """As `tensor`, and the segment counts as `lent` until the tensor and every view of it have gone.
+        """Returns the tensor at `ref`; the segment counts as `lent` until the tensor and all views of it are freed.
 
         Raises:
             ValueError: `ref` reaches outside the segment.
         """
-        owner = (ctypes.c_byte * self.size).from_buffer(self._map)  # unlike an mmap it can be watched
+        owner = (ctypes.c_byte * self.size).from_buffer(self._map)  # each loan has its own owner; the mmap outlives it
         self._loans.append(weakref.ref(owner))
         return self._on(owner, ref)
 
@@ -135,21 +135,21 @@ class Segment:
         return torch.frombuffer(buffer, dtype=dtype, count=prod(ref.shape), offset=ref.offset).view(ref.shape)
 
     def clear(self) -> None:
-        """Gives the memory of all of it back to the system; what lies in it is lost."""
+        """Returns all of its memory to the system; its contents are lost."""
         self._map.madvise(mmap.MADV_REMOVE)
 
     def close(self) -> None:
-        """Drops this process's descriptor; the mapping goes when the last tensor on it goes."""
+        """Closes this process's descriptor; the mapping is removed with the last tensor on it."""
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
 
 
 def dtype_name(dtype: torch.dtype) -> str:
-    """`torch.float32` → `float32`.
+    """Returns the name of a dtype, e.g. `float32` for `torch.float32`.
 
     Raises:
-        ValueError: the dtype cannot travel through shared memory.
+        ValueError: tensors of this dtype cannot be shared.
     """
     name = str(dtype).removeprefix("torch.")
     if name not in _DTYPES:
@@ -158,7 +158,7 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 
 def lay_out(segment: str, tensors: Sequence[tuple[Sequence[int], torch.dtype]]) -> tuple[list[TensorRef], int]:
-    """Places tensors of the given shapes and dtypes one after the other; returns their places and the bytes needed."""
+    """Places tensors of these shapes and dtypes one after another; returns their locations and the bytes needed."""
     refs, offset = [], 0
     for shape, dtype in tensors:
         ref = TensorRef(segment, offset, tuple(shape), dtype_name(dtype))

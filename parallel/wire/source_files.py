@@ -1,4 +1,4 @@
-"""Whether a worker starts from the same files as its host. They differ when the pack is updated while ComfyUI runs."""
+"""Detects workers started from other source files than their host: the pack may be updated while ComfyUI runs."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ _ENGINE = Path(__file__).resolve().parent.parent
 
 
 def digest() -> str:
-    """Of all modules of the engine, as they are on disk now."""
+    """Returns a SHA-256 digest of all modules of the engine as they are on disk now."""
     found = hashlib.sha256()
     for path in sorted(_ENGINE.rglob("*.py")):
         found.update(path.relative_to(_ENGINE).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
@@ -17,4 +17,4 @@ def digest() -> str:
 
 
 AT_IMPORT = digest()
-"""Of the files that this process runs, if it imports this module early."""
+"""Digest of the files that this process runs, provided that it imported this module early."""

@@ -1,4 +1,4 @@
-"""Arguments and results of a network, nests of lists, dictionaries, numbers and text, as plain data beside tensors."""
+"""Splits nested arguments and results of a network into tensors and plain data, and reassembles them."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from typing import Any
 from torch import Tensor
 
 Tree = Any
-"""JSON: a tensor is {"tensor": its name}, a list or tuple {"list" or "tuple": […]}, a dictionary {"dict": {…}}, a set
-{"set": […]}; what is left are numbers, text, true, false and null."""
+"""JSON of a nest: a tensor is {"tensor": its name}, a list or tuple {"list" or "tuple": […]}, a dictionary
+{"dict": {…}}, a set {"set": […]}; numbers, text, true, false and null stay as they are."""
 
 
 class NotPlain(TypeError):
-    """A value that cannot travel.
+    """A value that is neither a tensor nor plain data, and so cannot be sent.
 
     Attributes:
-        path: where it is, such as `minimax_payload.keyframes.0`.
-        value: it.
+        path: its position in the nest, such as `minimax_payload.keyframes.0`.
+        value: the value itself.
     """
 
     def __init__(self, path: str, value: Any):
@@ -27,10 +27,10 @@ class NotPlain(TypeError):
 
 
 def flatten(value: Any, path: str, tensors: dict[str, Tensor]) -> Tree:
-    """Puts the tensors of a nest into `tensors`, named by where they are; returns the rest.
+    """Puts the tensors of a nest into `tensors`, named by their positions below `path`; returns the rest as a tree.
 
     Raises:
-        NotPlain: there is something else in it, code for example.
+        NotPlain: the nest has other values, code for example.
     """
     if isinstance(value, Tensor):
         tensors[path] = value
@@ -48,10 +48,10 @@ def flatten(value: Any, path: str, tensors: dict[str, Tensor]) -> Tree:
 
 
 def restore(tree: Tree, tensor: Callable[[str], Tensor]) -> Any:
-    """Restores the nest, with `tensor(name)` for each tensor. `tree` may be any JSON.
+    """Restores the nest, calling `tensor(name)` for each tensor. `tree` may be any JSON.
 
     Raises:
-        ValueError: it is not what `flatten` returns, or names a tensor that `tensor` does not have (KeyError).
+        ValueError: `tree` is not a result of `flatten`, or `tensor` raises KeyError for a name in it.
     """
     try:
         return _restored(tree, tensor)

@@ -1,4 +1,4 @@
-"""Dataclasses as JSON, and back by their annotations."""
+"""Converts dataclasses to JSON, and restores them by their annotations."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ T = TypeVar("T")
 
 
 def to_plain(value: Any) -> Any:
-    """A dataclass, list, tuple or dictionary of such and of plain data as JSON has it."""
+    """Converts dataclasses, lists, tuples and dictionaries, nested at will, and plain data to JSON types."""
     if dataclasses.is_dataclass(value):
         fields = dataclasses.fields(value)
         return {field.name: to_plain(getattr(value, field.name)) for field in fields}
@@ -25,11 +25,11 @@ def to_plain(value: Any) -> Any:
 
 
 def from_plain(kind: type[T], value: Any) -> T:
-    """Restores what `to_plain` was given, an instance of a dataclass. `value` may be any JSON.
+    """Restores an instance of the dataclass `kind` from the result of `to_plain`. `value` may be any JSON.
 
     Raises:
-        TypeError: `value` has other fields than `kind`, or a field is of another type.
-        ValueError: a dataclass refuses the values of its fields.
+        TypeError: `value` does not have exactly the fields of `kind`, or a field has the wrong type.
+        ValueError: a dataclass rejects the values of its fields.
     """
     made: T = _restored(kind, value, kind.__name__)
     return made
@@ -57,7 +57,7 @@ def _restored(kind: Any, value: Any, where: str) -> Any:
 
 
 def _one_of(kinds: tuple[Any, ...], value: Any, where: str) -> Any:
-    """Of several dataclasses, the one with these fields."""
+    """Restores a value of a union; among dataclasses, chooses the one with exactly the fields of `value`."""
     if value is None and type(None) in kinds:
         return None
     for kind in kinds:
@@ -69,7 +69,7 @@ def _one_of(kinds: tuple[Any, ...], value: Any, where: str) -> Any:
 
 @cache
 def _fields(kind: Any) -> dict[str, Any] | None:
-    """Name → annotation; None if this is no dataclass."""
+    """Returns the annotations of a dataclass by field name; None if `kind` is not one."""
     if not dataclasses.is_dataclass(kind):
         return None
     hints = typing.get_type_hints(kind)

@@ -1,1 +1,1 @@
-"""The process that owns one device: boot, loop over the host's messages, resident models, one step."""
+"""The worker process that owns one device: its boot, message loop, resident models and steps."""

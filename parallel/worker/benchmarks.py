@@ -1,4 +1,4 @@
-"""What a worker does for the benchmarks: calls without a model, and being slow on purpose."""
+"""Benchmark operations of a worker: calls without a model, and an artificial slowdown."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Benchmarks:
         self.operations: Operations = {Echo: self._echo, Attention: self._attention, Slow: self._slow}
 
     def pace(self) -> contextlib.AbstractContextManager[Any]:
-        """Inside, this rank is as slow as it was made."""
+        """Returns a context in which this rank is slowed down by the factor of the last `Slow` message."""
         return Slowed(self._times) if self._times > 1 else contextlib.nullcontext()
 
     def _echo(self, message: Echo) -> dict[str, Any]:
@@ -37,7 +37,7 @@ class Benchmarks:
         return {"seconds": time.perf_counter() - began}
 
     def _attention(self, message: Attention) -> dict[str, Any]:
-        """One attention on random data."""
+        """Measures one attention on random data."""
         mesh = self._ranks.mesh(message.degrees)
         weights = mesh.members(self._ranks.weights)
         plan = AttentionPlan.of_sequence(message.tokens, message.heads, weights, mesh.degrees.ring)
@@ -57,6 +57,6 @@ class Benchmarks:
         )
 
     def _slow(self, message: Slow) -> dict[str, Any]:
-        """From here on this rank is so many times slower."""
+        """Sets the factor by which this rank is slowed down from now on."""
         self._times = message.times[self._ranks.rank]
         return {}

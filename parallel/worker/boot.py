@@ -1,8 +1,8 @@
-"""First file of a worker process, started by its path: `python boot.py '{"fd": 3, "rank": 0, …}'`.
+"""Entry script of a worker process, started by its path: `python boot.py '{"fd": 3, "rank": 0, …}'`.
 
-Started by path because `multiprocessing` would run the host's main script again, and because a custom node pack has
-no importable name. The engine is imported under a private name, so nothing of this pack lands on `sys.path`, where its
-`nodes` folder would hide ComfyUI's `nodes.py`.
+It is started by path because `multiprocessing` would run the host's main script again, and because a custom node pack
+has no importable name. The engine is imported under a private name, so nothing of this pack lands on `sys.path`, where
+its `nodes` folder would hide ComfyUI's `nodes.py`.
 """
 
 import time
@@ -11,7 +11,7 @@ ENTERED = time.monotonic()
 
 import gc  # noqa: E402 (after the clock is read)
 
-gc.disable()  # until all is imported: nearly nothing of that is garbage, and looking for some takes a tenth of the time
+gc.disable()  # until all imports are done: they leave almost no garbage, and collecting takes a tenth of their time
 
 import importlib.util  # noqa: E402 (after the clock is read)
 import json  # noqa: E402

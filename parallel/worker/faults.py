@@ -1,4 +1,4 @@
-"""What a worker says of an exception, what it frees after one, and how it shows that its device still computes."""
+"""Exceptions in a worker: their description for the host, release of their memory, and a test of the device."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ _OUT_OF_MEMORY = (
     ("cublas_status_alloc_failed",),
     ("cublas_status_not_initialized", "cublascreate"),
 )
-"""Words of errors of CUDA's, cuBLAS's, PyTorch's and the system's allocators, whatever their class."""
+"""Words that together identify an out-of-memory error of CUDA, cuBLAS, PyTorch or the system, whatever its class."""
 
 
 def describe(error: BaseException, attached: bool) -> Failure:
-    """The exception as plain data.
+    """Describes an exception as plain data.
 
     Args:
-        attached: whether this rank has mapped the shared memory that came with the operation.
+        attached: whether this rank has mapped the shared memory that was sent with the operation.
 
     Returns:
-        `resumable` is false where a collective itself failed, which may have begun on some ranks only, or where shared
-        memory is missing.
+        The failure. `resumable` is False if a collective itself failed, which may have begun on some ranks only, or if
+        shared memory is missing.
     """
     text = str(error).lower()
     out_of_memory = isinstance(error, torch.OutOfMemoryError | MemoryError)
@@ -44,7 +44,7 @@ def describe(error: BaseException, attached: bool) -> Failure:
 
 
 def let_go(error: BaseException) -> None:
-    """Clears the frames through which the exception and its causes came, which keep their tensors alive."""
+    """Clears the traceback frames of the exception and of its causes, which would keep tensors alive."""
     seen: set[int] = set()
     pending: list[BaseException | None] = [error]
     while pending:
@@ -56,12 +56,12 @@ def let_go(error: BaseException) -> None:
 
 
 def probe(device: torch.device) -> None:
-    """Waits for what the device has been given, allocates a little and runs two kernels there.
+    """Waits for the device's queued work, then allocates a little memory and runs two kernels there.
 
-    A CUDA context that an illegal access has broken fails every call from then on. The host limits how long it waits.
+    After an illegal access every call in the CUDA context fails. The host limits how long it waits for this probe.
 
     Raises:
-        RuntimeError: the device does not compute any more, or wrongly.
+        RuntimeError: the device no longer computes, or computes wrong results.
     """
     if device.type == "cuda":
         torch.cuda.synchronize(device)

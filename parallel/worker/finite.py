@@ -14,17 +14,17 @@ from ..wire.messages import NotFinite
 
 
 def all_finite(x: Tensor) -> Tensor:
-    """A boolean on x's device: nothing waits for it."""
+    """Returns a boolean tensor on x's device, without synchronising."""
     return torch.isfinite(x).all()
 
 
 class FirstNotFinite:
-    """The first place in a run of a network with values that are not finite.
+    """Finds the first input or block output with values that are not finite in a run of a network.
 
-    Waits for the device behind each block: for a step that has failed already.
+    It synchronises with the device after each block, and so is meant for a step that has already failed.
 
     Args:
-        plan: of the network, which names its blocks; an empty one leaves it to guess.
+        plan: the network's split plan, which names its blocks; if it is empty, the blocks are guessed.
     """
 
     def __init__(self, network: nn.Module, plan: Iterable[str]):
@@ -36,7 +36,7 @@ class FirstNotFinite:
 
     @contextmanager
     def watching(self) -> Iterator[None]:
-        """Looks at the output of every block that runs inside."""
+        """Checks the output of every block that runs inside the context."""
         handles = [block.register_forward_hook(self._after) for block in self._blocks]
         try:
             yield
@@ -45,16 +45,16 @@ class FirstNotFinite:
                 handle.remove()
 
     def given(self, inputs: Mapping[str, Tensor]) -> None:
-        """Looks at what the network is called with. Masks may be infinite."""
+        """Checks the network's inputs for NaN. Infinite values are allowed, since masks contain them."""
         for name, tensor in inputs.items():
             if tensor.is_floating_point() and bool(torch.isnan(tensor).any()):
                 self._first = self._first or (-1, name)
 
     def found(self, finite: bool) -> NotFinite:
-        """The first place.
+        """Returns the first place found.
 
         Args:
-            finite: whether this rank's part of the prediction is.
+            finite: whether this rank's part of the prediction is finite.
         """
         place, name = self._first or (self._ran, "")
         return NotFinite(place=place, name=name, blocks=self._ran, finite=finite)
@@ -66,7 +66,7 @@ class FirstNotFinite:
 
 
 def _tensors(value: Any) -> list[Tensor]:
-    """Floating-point tensors in a nest."""
+    """Returns the floating-point tensors in a nested structure."""
     if isinstance(value, Tensor):
         return [value] if value.is_floating_point() else []
     parts = value.values() if isinstance(value, Mapping) else value if isinstance(value, list | tuple) else ()

@@ -1,9 +1,9 @@
-"""Linear layers that multiply in FP8, or keep their weights in it, and how weights get there.
+"""Linear layers that multiply in FP8, or only store their weights in it, and the quantisation of their weights.
 
-torchao does the same with tensor subclasses, and `tests/golden/torchao` holds its results to compare with. Here it is
-done with what torch has itself. Users keep the torch of their ComfyUI, which a torchao may not fit. And torchao 0.18
-makes NaN of rows that are all zero, quantises from bf16 only (Wan runs in fp16, and fp8 files would be rounded twice),
-and takes some eight passes over the activations unless compiled; here it is two.
+torchao does the same with tensor subclasses; `tests/golden/torchao` holds its results for comparison. This module uses
+only torch: users keep the torch version of their ComfyUI, which may not fit a torchao release. Also, torchao 0.18
+returns NaN for rows that are all zero, quantises from bf16 only (Wan runs in fp16, and fp8 files would be rounded
+twice), and makes about eight passes over the activations unless compiled; here it is two.
 """
 
 from __future__ import annotations
@@ -17,33 +17,33 @@ from ..quantise.settings import DYNAMIC, TENSORWISE
 E4M3 = torch.float8_e4m3fn
 LARGEST = torch.finfo(E4M3).max
 _SMALLEST_SCALE = torch.finfo(torch.float32).tiny
-"""Of rows that are all zero: 0 / 0 would be NaN."""
+"""Scale of rows that are all zero: 0 / 0 would be NaN."""
 _PRODUCT = torch.bfloat16
-"""What row-wise products give in every version of PyTorch; other dtypes are cast to and from it."""
+"""Output dtype that row-wise products support in every version of PyTorch; other dtypes are cast to and from it."""
 _ALLOWED = 0.1
-"""Relative L2 error of a layer in FP8 with random weights; 0.04 is what rounding alone makes."""
+"""Maximum relative L2 error of an FP8 layer with random weights; rounding alone causes 0.04."""
 
 
 def to_fp8(x: Tensor, *, rowwise: bool) -> tuple[Tensor, Tensor]:
-    """Rounds to e4m3, so that the largest magnitude of each row, or of all, becomes the largest e4m3 has.
+    """Rounds x to e4m3, scaled so that the largest magnitude of each row, or of the tensor, becomes e4m3's maximum.
 
     Returns:
-        x [M, K] in fp8, contiguous; scales in fp32, [M, 1] or [1, 1]: their product is about the given x.
+        x [M, K] in fp8, contiguous; scales in fp32, [M, 1] or [1, 1]. Their product approximates the argument.
     """
     largest = torch.linalg.vector_norm(x, torch.inf, dim=1 if rowwise else (0, 1), keepdim=True, dtype=torch.float32)
     scale = (largest / LARGEST).clamp_(min=_SMALLEST_SCALE)
     if torch.compiler.is_compiling():
         return (x / scale).to(E4M3), scale
-    # One pass over x, where `(x / scale).to(…)` takes two, with fp32 in between.
+    # One pass over x; `(x / scale).to(…)` makes two, with an fp32 intermediate.
     return torch.div(x, scale, out=torch.empty(x.shape, dtype=E4M3, device=x.device)), scale
 
 
 class FP8Linear(nn.Linear):
-    """y = x·Wᵀ + b with both factors in e4m3, and sums in fp32; activations are rounded at each call.
+    """y = x·Wᵀ + b with both factors in e4m3 and fp32 accumulation; activations are rounded at each call.
 
     `weight` is [N, K] e4m3. `scale` is fp32, [N, 1] (row-wise: one for each output channel, and for each token) or
-    [1, 1] (tensor-wise). A token's own scale does not depend on other tokens, so the result does not depend on how
-    these are split over ranks; a tensor-wise one is of the tokens of this rank.
+    [1, 1] (tensor-wise). A row-wise scale of a token does not depend on other tokens, so the result does not depend on
+    how tokens are split over ranks; a tensor-wise scale is computed over this rank's tokens.
     """
 
     scale: Tensor
@@ -65,10 +65,10 @@ class FP8Linear(nn.Linear):
 
 
 class ScaledLinear(nn.Linear):
-    """The true weight is `weight` (fp8) × `scale`, and is made in the input's dtype for the time of each call."""
+    """Linear layer with fp8 weights; each call temporarily restores `weight` × `scale` in the input's dtype."""
 
     scale: Tensor
-    """Of each row, a parameter [N, 1]."""
+    """Scale of each row, a parameter [N, 1]."""
 
     def forward(self, input: Tensor) -> Tensor:
         bias = None if self.bias is None else self.bias.to(input.dtype)
@@ -76,11 +76,11 @@ class ScaledLinear(nn.Linear):
 
 
 def quantised(scheme: str, weight: Tensor, scale: float | None = None) -> tuple[Tensor, Tensor]:
-    """A linear layer's weight and scale under a scheme; of row-wise ones each row is for itself.
+    """Quantises a linear layer's weight under a scheme; row-wise schemes quantise each row independently.
 
     Args:
-        weight: [N, K]. e4m3 is taken over as it is, so that fp8 is not rounded twice.
-        scale: of a weight in fp8 (1 where it has none).
+        weight: [N, K]. A weight in e4m3 is kept unchanged, so that fp8 is not rounded twice.
+        scale: scale of a weight in fp8 (1 if it has none).
 
     Returns:
         [N, K] e4m3; [N, 1] or [1, 1] fp32.
@@ -92,7 +92,7 @@ def quantised(scheme: str, weight: Tensor, scale: float | None = None) -> tuple[
 
 
 def become_fp8(layer: nn.Linear, scheme: str) -> None:
-    """Makes a linear layer one of the scheme, with the parameters that it needs, still without data."""
+    """Converts a linear layer in place to the scheme's class, with the parameters that it needs, as meta tensors."""
     rows = layer.out_features if scheme != TENSORWISE else 1
     layer.__class__ = FP8Linear if scheme in DYNAMIC else ScaledLinear
     layer._parameters["weight"] = nn.Parameter(torch.empty_like(layer.weight, dtype=E4M3, device="meta"), False)
@@ -100,7 +100,7 @@ def become_fp8(layer: nn.Linear, scheme: str) -> None:
 
 
 def fp8_layer(layer: nn.Linear, scheme: str) -> nn.Linear:
-    """A layer under a scheme, with the same bias."""
+    """Returns a copy of a layer, quantised under a scheme, with the same bias."""
     new = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None, device="meta")
     new.bias = layer.bias
     become_fp8(new, scheme)
@@ -110,10 +110,10 @@ def fp8_layer(layer: nn.Linear, scheme: str) -> nn.Linear:
 
 
 def support(device: torch.device) -> dict[str, str]:
-    """Tries the products of each dynamic scheme on this device: PyTorch does not have all of them for every GPU.
+    """Tests the products of each dynamic scheme on this device: PyTorch does not have all of them for every GPU.
 
     Returns:
-        Scheme → why it does not work; empty where it does.
+        The reason why each scheme does not work; an empty string for a scheme that works.
     """
     if device.type != "cuda":
         return dict.fromkeys(DYNAMIC, "CPUs do not compute in FP8")
@@ -127,7 +127,7 @@ def _problem(scheme: str, device: torch.device) -> str:
     layer.weight, layer.bias = (nn.Parameter(p.to(device, _PRODUCT), False) for p in (weight, bias))
     try:
         found = fp8_layer(layer, scheme)(x.to(device, _PRODUCT)).float().cpu()
-    except (RuntimeError, ValueError, NotImplementedError) as error:  # what PyTorch says of missing kernels
+    except (RuntimeError, ValueError, NotImplementedError) as error:  # PyTorch's errors for missing kernels
         return (str(error).strip() or type(error).__name__).splitlines()[0]
     expected = F.linear(x, weight, bias)
     error_of_it = ((found - expected).norm() / expected.norm()).item()

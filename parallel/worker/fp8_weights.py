@@ -1,4 +1,4 @@
-"""Weights of a network that are quantised on their way into the workers."""
+"""Weights of a network that are quantised while the workers load them."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from .packed import QuantisedWeight, Weight
 
 
 class FP8Weight(Weight):
-    """The weight of a linear layer of `fp8_linear`, and its scale. Takes values of the network's own dtype.
+    """The weight of a linear layer of `fp8_linear`, and its scale. Accepts values of the network's own dtype.
 
     Args:
-        weight: the layer's, with the file's values; the layer becomes one of the scheme.
+        weight: the layer's weight, with the file's values; the layer is converted to the scheme.
         device: computes the scales.
     """
 
@@ -43,16 +43,16 @@ class FP8Weight(Weight):
 
 
 class KitchenWeight(QuantisedWeight):
-    """The weight of a linear layer that becomes ComfyUI's own of a format. Takes values of the network's own dtype.
+    """The weight of a linear layer that becomes ComfyUI's quantised layer. Accepts values of the network's own dtype.
 
     Args:
-        weight: the layer's, with the file's values.
+        weight: the layer's weight, with the file's values.
         scheme: one of `quantise.settings.KITCHEN`.
-        device: that the network runs on, which quantises.
+        device: device that the network runs on, and that quantises.
     """
 
     def __init__(self, weight: Weight, scheme: str, device: torch.device):
-        from ..comfyui.quantise import become, quantised  # needs ComfyUI, which FP8's own schemes do not
+        from ..comfyui.quantise import become, quantised  # requires ComfyUI, which the FP8 schemes do not
 
         form, group = KITCHEN[scheme], convrot_group(weight.shape[1])
         self._device, self._quantised = device, partial(quantised, form=form, group=group)
@@ -73,15 +73,15 @@ def quantise(
     """Quantises linear layers of the blocks.
 
     Args:
-        plan: of the network.
-        weights: all of it; none is quantised.
+        plan: the network's split plan.
+        weights: all weights of the network; none is quantised.
         fp8: `scheme` and `skip` of `quantise.settings.FP8Choice`.
 
     Returns:
-        The weights as they are kept now; what has been selected.
+        The weights, of which the selected ones are quantised; the selection.
 
     Raises:
-        ConfigError: `skip` has a pattern that means no layer.
+        ConfigError: `skip` has a pattern that matches no layer.
     """
     layers = linear_layers(network, plan, {weight.name: weight.dtype for weight in weights})
     selection = select_layers(layers, scheme=fp8["scheme"], skip=fp8["skip"])

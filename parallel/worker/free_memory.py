@@ -1,4 +1,4 @@
-"""How much memory is free: of a device, and of the machine or container."""
+"""Free memory of a device and of the machine or container."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _CGROUP = Path("/sys/fs/cgroup")
 
 
 def device_memory(device: torch.device) -> Memory:
-    """What this process could still allocate on the device, PyTorch's own unused blocks included."""
+    """Returns the memory that this process can still allocate on the device, including PyTorch's cached blocks."""
     if device.type != "cuda":
         return host_memory()
     free, total = torch.cuda.mem_get_info(device)
@@ -21,7 +21,7 @@ def device_memory(device: torch.device) -> Memory:
 
 
 def host_memory(meminfo: Path = Path("/proc/meminfo"), cgroup: Path = _CGROUP) -> Memory:
-    """What can be had without swapping, within the container's limit, if there is one.
+    """Returns the host memory available without swapping, within the container's limit, if there is one.
 
     Args:
         cgroup: folder of the control group (v2: `memory.max`; v1: `memory/memory.limit_in_bytes`).
@@ -37,6 +37,6 @@ def host_memory(meminfo: Path = Path("/proc/meminfo"), cgroup: Path = _CGROUP) -
             stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
         except (OSError, ValueError):  # there is none, or it is "max"
             continue
-        files = int(stat.get("inactive_file", 0)) + int(stat.get("active_file", 0))  # given up when memory is needed
+        files = int(stat.get("inactive_file", 0)) + int(stat.get("active_file", 0))  # reclaimed when memory is needed
         free, total = min(free, most - used + files), min(total, most)
     return Memory(free=max(0, free), total=total)

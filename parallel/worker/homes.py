@@ -1,8 +1,7 @@
-"""Where the weights of a network under a split plan are: in whole, in parts (`sharded`), or in host memory
-(`offloaded`).
+"""Storage of a network's weights under a split plan: replicated, sharded (`sharded`), or in host memory (`offloaded`).
 
-Its blocks are run by code that is not ours: hooks bring a block's weights just before it runs, and everything is
-handled as bytes (`packed`), so that dtypes may differ inside a block, and quantised weights stay as the file has them.
+The network's own code runs its blocks, so hooks provide a block's weights just before it runs. Weights are handled as
+bytes (`packed`), so that dtypes may differ inside a block, and quantised weights keep the file's format.
 """
 
 from __future__ import annotations
@@ -22,9 +21,9 @@ from ..wire.plain import plain_tensors
 from .packed import Packed, QuantisedWeight, Weight
 
 Progress = Callable[[int, int], None]
-"""Called with bytes done and bytes in total; may raise StepCancelled."""
+"""Callback that takes the bytes done and the total bytes; may raise StepCancelled."""
 Blocks = Mapping[nn.Module, Sequence[Weight]]
-"""Each block with its weights."""
+"""Maps each block to its weights."""
 
 
 class Home(ABC):
@@ -32,12 +31,12 @@ class Home(ABC):
 
     Args:
         rest: the weights that belong to no block.
-        blocks: the others.
-        device: this rank's.
+        blocks: the blocks and their weights.
+        device: this rank's device.
 
     Attributes:
-        skipping: whether a cache skips the block whose turn it is: nobody needs its weights; the same answer on all
-            ranks of a sequence.
+        skipping: returns whether a cache skips the current block, so that its weights are not needed; the same result
+            on all ranks of a sequence.
     """
 
     skipping: Callable[[], bool] = staticmethod(lambda: False)
@@ -45,21 +44,23 @@ class Home(ABC):
     def __init__(self, rest: Sequence[Weight], blocks: Blocks, device: torch.device):
         self._device = device
         self._units = [*map(Packed, blocks.values()), Packed(rest)]
-        """What travels together: each block, then what belongs to none."""
+        """Units of transfer: one for each block, then one for the weights outside the blocks."""
         self._at = {weight.name: (number, weight) for number, unit in enumerate(self._units) for weight in unit.weights}
 
     def put(self, name: str, pieces: Sequence[Tensor]) -> None:
-        """Replaces a weight by what another one of its kind consists of, which may be kept as it is; all ranks do.
+        """Replaces a weight by `pieces`, the plain tensors of a compatible weight. Called on all ranks.
+
+        The pieces may be kept without a copy.
 
         Raises:
-            CheckpointError: there is no such weight, or it does not consist of such tensors.
+            CheckpointError: there is no such weight, or the pieces do not fit it.
         """
         if name not in self._at:
             raise CheckpointError(f"the network has no weight {name!r}")
         self._put(*self._at[name], pieces)
 
     def patch(self, name: str, patches: list[Any]) -> None:
-        """Has a weight's layer add patches to it (`QuantisedWeight.patches`); its bytes stay.
+        """Sets the patches that a weight's layer adds to it (`QuantisedWeight.patches`); its bytes do not change.
 
         Raises:
             CheckpointError: there is no such weight, or it is not quantised.
@@ -72,10 +73,10 @@ class Home(ABC):
 
     @abstractmethod
     def _put(self, number: int, weight: Weight, pieces: Sequence[Tensor]) -> None:
-        """Replaces a weight of the unit of this number."""
+        """Replaces a weight of unit `number`."""
 
     def _put_all(self, progress: Progress) -> Iterator[Weight]:
-        """Puts the file's values; each weight has been dealt with when the next one is asked for."""
+        """Puts the file's values, and yields each weight after its `put` for the caller to finish before the next."""
         weights = [weight for _, weight in self._at.values()]
         total, done = sum(weight.nbytes for weight in weights), 0
         for weight in weights:
@@ -85,26 +86,26 @@ class Home(ABC):
             progress(done, total)
 
     def in_use(self, traffic: Traffic | None = None) -> AbstractContextManager[None]:
-        """Inside, the network can run: on all ranks of a sequence together. `traffic` times the waits for weights that
-        other ranks have."""
+        """Returns a context in which the network can run; all ranks of a sequence enter it together. `traffic` records
+        the time spent waiting for weights of other ranks."""
         return nullcontext()
 
     @property
     @abstractmethod
     def nbytes(self) -> int:
-        """Of weights on this rank's device, between calls; on a CPU what is shared with other ranks counts."""
+        """Bytes of weights on this rank's device between calls; on a CPU including memory shared with other ranks."""
 
     def close(self) -> None:  # noqa: B027 (most have nothing to do)
-        """Before the network goes."""
+        """Releases resources before the network is dropped."""
 
 
 MakeHome = Callable[[Sequence[Weight], Blocks, torch.device, Progress], Home]
-"""Takes the first arguments of `Home`, and whom to tell."""
+"""Factory of a `Home`; takes the arguments of `Home` and a progress callback."""
 
 
 class Replicated(Home):
     """A whole copy on this rank's device. CPU ranks compute with the mapped file, which is in memory once for all of
-    them; only what is kept in another dtype than the file's is copied."""
+    them; only weights kept in a dtype other than the file's are copied."""
 
     def __init__(self, rest: Sequence[Weight], blocks: Blocks, device: torch.device, progress: Progress):
         super().__init__(rest, blocks, device)
@@ -120,7 +121,7 @@ class Replicated(Home):
 
 
 class Brought(Home):
-    """Blocks whose weights are brought just before they run, from bytes of which this rank writes a part."""
+    """Base of homes that provide a block's weights just before it runs, from bytes of which each rank writes a part."""
 
     def __init__(self, rest: Sequence[Weight], blocks: Blocks, device: torch.device):
         super().__init__(rest, blocks, device)
@@ -130,10 +131,10 @@ class Brought(Home):
         ]
 
     def _write_all(self, parts: Sequence[tuple[Tensor, int]], progress: Progress) -> None:
-        """Takes the file's values.
+        """Writes the file's values.
 
         Args:
-            parts: of each unit, the bytes that this rank writes, and at which of the unit's they begin.
+            parts: for each unit, the bytes that this rank writes, and their offset in the unit.
         """
         self._parts = parts
         for weight in self._put_all(progress):
@@ -149,7 +150,7 @@ class Brought(Home):
 
     @abstractmethod
     def _bring(self, number: int, following: int | None) -> None:
-        """Has the weights of a block there; `following`, if any, will probably run next."""
+        """Provides the weights of block `number`; `following`, if any, will probably run next."""
 
     def close(self) -> None:
         for handle in self._handles:
@@ -157,7 +158,7 @@ class Brought(Home):
 
 
 class Order:
-    """Which block runs after which, as seen: lists may take turns. Before the first time, by number."""
+    """Predicts the next block from the order of earlier calls, since block lists may alternate; at first by number."""
 
     def __init__(self, blocks: int):
         self._count = blocks
@@ -165,11 +166,11 @@ class Order:
         self._last: int | None = None
 
     def begin(self) -> None:
-        """Before a call."""
+        """Starts a new call of the network."""
         self._last = None
 
     def after(self, number: int) -> int | None:
-        """Block `number` runs now; the one that will probably follow, or None behind the last."""
+        """Records that block `number` runs now; returns the block that will probably follow, or None after the last."""
         if self._last is not None:
             self._next[self._last] = number
         self._last = number
@@ -180,7 +181,7 @@ class Order:
 def by_block(
     weights: Sequence[Weight], blocks: Sequence[nn.Module]
 ) -> tuple[list[Weight], dict[nn.Module, list[Weight]]]:
-    """The weights that belong to no block, and those of each block."""
+    """Returns the weights that belong to no block, and the weights of each block."""
     block_of = {module: block for block in blocks for module in block.modules()}
     found: dict[nn.Module, list[Weight]] = {block: [] for block in blocks}
     rest: list[Weight] = []

@@ -1,4 +1,4 @@
-"""What the host shares with a worker, and how the worker tells it of its progress: memory, the control page, events."""
+"""A worker's connection to the host: shared memory segments, the control page, progress events."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class HostLink:
 
     @property
     def control(self) -> ControlPage:
-        """By which the host stops an operation, and sees that this rank is alive."""
+        """The page by which the host stops an operation and sees that this rank is alive."""
         assert self._control is not None, "the host attaches it first"
         return self._control
 
@@ -41,37 +41,37 @@ class HostLink:
             self._segments[segment.name] = segment
 
     def tensor(self, place: TensorRef) -> Tensor:
-        """What lies at a place in shared memory."""
+        """Returns the tensor at a place in shared memory."""
         return self._segments[place.segment].tensor(place)
 
     def take(self, name: str) -> Segment:
-        """A segment, which belongs to the caller from here on."""
+        """Removes a segment and returns it; the caller owns it from then on."""
         return self._segments.pop(name)
 
     def drop(self, name: str) -> None:
-        """Closes a segment, if there is one of this name."""
+        """Closes the segment of this name, if there is one."""
         if segment := self._segments.pop(name, None):
             segment.close()
 
     def beat(self) -> None:
-        """A sign of life."""
+        """Sends a heartbeat to the host."""
         self.control.beat(self._rank)
 
     def stop_if_cancelled(self, what: str) -> None:
-        """Where this rank can stop by itself.
+        """Stops if the host has requested it. Only for operations that this rank can stop without the others.
 
         Raises:
-            StepCancelled: the host asked to stop; `what` says where that was.
+            StepCancelled: the host has requested a stop; `what` names the operation in the message.
         """
         if self.control.cancel_requested:
             raise StepCancelled(f"stopped {what}")
 
     def tell_progress(self, done: int, total: int) -> None:
-        """Shown to the user."""
+        """Sends progress to the host, which shows it to the user."""
         self._channel.send({"event": "progress", "done": done, "total": total})
 
     def loading(self) -> Callable[[int, int], None]:
-        """What is told how far loading has come, in bytes; it stops it on Cancel."""
+        """Returns a callback (bytes loaded, bytes in total) that reports progress and stops loading on Cancel."""
         told = time.monotonic()
 
         def progress(done: int, total: int) -> None:

@@ -1,4 +1,4 @@
-"""The library that a network's class is of, in a worker: imported while the ranks meet, where the host knows which."""
+"""Import of the library that provides a network's class; runs while the ranks meet if the host names the model."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from ..split.sites import Plan
 
 
 class NetworkFile(Protocol):
-    """A network's file, mapped; see `comfyui.network.NetworkFile` and `diffusers.folder.NetworkFile`."""
+    """A network's memory-mapped file; see `comfyui.network.NetworkFile` and `diffusers.folder.NetworkFile`."""
 
     routes: MakeRoutes
-    """How attention is reached in the library's networks."""
+    """Factory of the routes that hook the attention of the library's networks."""
     attention: str
-    """What it computes with there, by the names of `attention.kernels`."""
+    """Name of the attention kernel that the library uses, as in `attention.kernels`."""
 
     def tensors(self) -> dict[str, Tensor]: ...
 
@@ -35,7 +35,9 @@ class NetworkFile(Protocol):
 
 
 def library_of(recipe: Mapping[str, Any]) -> Callable[[str, torch.dtype | None, torch.device], NetworkFile]:
-    """Imports what builds a recipe's network, and returns what opens its file: by path, dtype and device.
+    """Imports the library that builds a recipe's network; returns the function that opens its file.
+
+    That function takes a path, a dtype and a device.
 
     Args:
         recipe: see `host.recipe.Recipe.to_json`.
@@ -53,18 +55,18 @@ def library_of(recipe: Mapping[str, Any]) -> Callable[[str, torch.dtype | None, 
 
 
 class Libraries:
-    """Imports a library in a thread, beside what the main thread waits for: its GPU's peers.
+    """Imports a library in a thread while the main thread waits for the other ranks.
 
-    Both take 2 to 5 s of processor time, with transformers, peft and others where they are installed. Nothing is kept
-    from them: what such a package finds missing is its own to decide.
+    Importing either library takes 2 to 5 s of processor time, including transformers, peft and other packages where
+    they are installed. No package is hidden from the libraries: each handles its missing dependencies itself.
 
-    Two threads that import modules which import each other may see them half initialized, so the main thread imports
-    nothing until `wait` has returned.
+    Two threads that import mutually dependent modules may see them half initialized, so the main thread imports nothing
+    until `wait` has returned.
 
     Args:
         first: recipe of the model that will be loaded first; None imports nothing ahead.
-        device: made current in the thread, too: CUDA's current device is one of each thread, and a package that looks
-            at "the" GPU while it is imported would take memory of the first one.
+        device: made current in the thread, too: CUDA's current device is set per thread, and a package that uses the
+            current GPU during its import would otherwise allocate memory on the first one.
     """
 
     def __init__(self, first: Mapping[str, Any] | None, device: torch.device):
@@ -75,18 +77,18 @@ class Libraries:
             self._thread.start()
 
     def wait(self) -> None:
-        """Returns when the thread has ended. From then on Python collects garbage."""
+        """Waits until the thread has ended, then enables garbage collection."""
         if self._thread is not None:
             began = time.perf_counter()
             self._thread.join()
             self._thread = None
             self._waited += time.perf_counter() - began
         if not gc.isenabled():  # since `boot`
-            gc.freeze()  # what is imported stays: no collection between two steps goes through it again
+            gc.freeze()  # imported objects stay: no collection between two steps scans them again
             gc.enable()
 
     def take_waited(self) -> float:
-        """Seconds that `wait` took since this was last asked."""
+        """Returns the seconds spent in `wait` since the last call of this method."""
         waited, self._waited = self._waited, 0.0
         return waited
 
@@ -94,5 +96,5 @@ class Libraries:
 def _import_ahead(first: Mapping[str, Any], device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    with contextlib.suppress(Exception):  # loading the model imports it again, and says what is wrong
+    with contextlib.suppress(Exception):  # loading the model imports it again, and reports the error
         library_of(first)

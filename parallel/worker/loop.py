@@ -1,6 +1,6 @@
-"""A worker's life: join the group, then answer the host's messages one after the other until it says stop or dies.
+"""Main loop of a worker: joins the group, then handles the host's messages in order until `stop` or the host's end.
 
-What it does with a message is in `models`, `steps`, `tiles` and `benchmarks`.
+The operations are implemented in `models`, `steps`, `tiles` and `benchmarks`.
 """
 
 from __future__ import annotations
@@ -51,9 +51,9 @@ class Worker:
     """The state of one rank.
 
     Args:
-        channel: to the host.
+        channel: connection to the host.
         settings: see `host.process`. The library of its `first` model is imported while the ranks meet.
-        device: this rank's.
+        device: this rank's device.
     """
 
     def __init__(self, channel: Channel, settings: Mapping[str, Any], device: torch.device):
@@ -125,7 +125,7 @@ class Worker:
         return {}
 
     def _rest(self, message: Rest) -> dict[str, Any]:
-        """On a CPU keeping memory is quicker, and the system can reclaim it."""
+        """Frees cached CUDA memory. A CPU worker keeps its memory, which is faster and which the system can reclaim."""
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
         return {}
@@ -145,7 +145,7 @@ class Worker:
         if self._device.type != "cuda":
             resident = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
             return MemoryUse(used=resident, free=None, cached=0)
-        with contextlib.suppress(RuntimeError):  # a device that has failed
+        with contextlib.suppress(RuntimeError):  # the device has failed
             used, allocated = torch.cuda.memory_reserved(self._device), torch.cuda.memory_allocated(self._device)
             free = int(torch.cuda.mem_get_info(self._device)[0])
             return MemoryUse(used=used, free=free, cached=used - allocated)
@@ -153,7 +153,7 @@ class Worker:
 
 
 class _ToHost(logging.Handler):
-    """Sends this worker's own log records to the host, which logs them with the rank."""
+    """Log handler that sends this worker's own records to the host, which logs them with the rank."""
 
     def __init__(self, channel: Channel):
         super().__init__()
@@ -164,14 +164,15 @@ class _ToHost(logging.Handler):
 
 
 def main(settings: dict[str, Any], entered: float) -> None:
-    """Entry point of the process.
+    """Runs the worker process.
 
     Args:
         settings: see `host.process`.
-        entered: when Python ran the process's first line, by `time.monotonic`: on Linux one clock for all processes.
+        entered: time at which Python ran the process's first line, by `time.monotonic`: on Linux one clock for all
+            processes.
     """
     phases: dict[str, float] = {}
-    """Seconds of each part of the start, one behind the other."""
+    """Seconds of each phase of the start, in order."""
 
     def ended(name: str, at: float) -> None:
         phases[name] = at - settings["started"] - sum(phases.values())
@@ -179,8 +180,8 @@ def main(settings: dict[str, Any], entered: float) -> None:
     ended("python", entered)
     ended("torch", time.monotonic())
     faulthandler.enable()
-    # Ended with the host, also by SIGKILL. The host's end of the socket closing says the same (see _listen);
-    # this one works even while the interpreter is busy.
+    # Kills this process when the host ends, also by SIGKILL. _listen detects the same by the closed socket, but this
+    # works even while the interpreter is busy.
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != settings["host_pid"]:
         sys.exit("the host is gone")
@@ -190,7 +191,7 @@ def main(settings: dict[str, Any], entered: float) -> None:
     device = torch.device(settings["device"])
     if device.type == "cuda":
         torch.cuda.set_device(device)
-        torch.cuda.synchronize(device)  # makes the context here, where it is timed
+        torch.cuda.synchronize(device)  # creates the context here, where it is timed
     ended("device", time.monotonic())
 
     channel = Channel(socket.socket(fileno=settings["fd"]))
@@ -209,7 +210,7 @@ def main(settings: dict[str, Any], entered: float) -> None:
 
 
 def _describe_device(device: torch.device) -> dict[str, Any]:
-    """A name for people, and bytes of memory."""
+    """Returns the device's display name and its memory in bytes."""
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
         return {"title": properties.name, "total": int(properties.total_memory)}
@@ -217,7 +218,7 @@ def _describe_device(device: torch.device) -> dict[str, Any]:
 
 
 def _listen(channel: Channel, inbox: queue.Queue[tuple[Message, list[int]]]) -> None:
-    """Reads the host's messages while the main thread computes, and leaves at once when the host is gone."""
+    """Reads the host's messages while the main thread computes, and ends the process at once when the host is gone."""
     while True:
         try:
             inbox.put(channel.receive())

@@ -1,4 +1,4 @@
-"""What a worker measures for the benchmarks: the exchange and the kernel without a model around them."""
+"""Benchmark measurements in a worker: attention's exchange and kernel without a model around them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,10 @@ from ..plan import AttentionPlan
 
 
 class Slowed(TorchDispatchMode):
-    """Does everything `times` times that leaves no trace: a device that much slower. Communication keeps its speed."""
+    """Simulates a device that is `times` times slower by repeating every operation without side effects.
+
+    Communication keeps its speed.
+    """
 
     def __init__(self, times: int):
         super().__init__()
@@ -47,16 +50,16 @@ def measure_attention(
     device: torch.device,
     check: bool,
 ) -> dict[str, Any]:
-    """One joint attention on random data, as one rank of `plan` runs it.
+    """Measures one joint attention on random data, as one rank of `plan` runs it.
 
     Args:
-        attend: what is measured, with `kernel` inside.
-        traffic: where it counts, from nothing.
+        attend: the attention to measure, which uses `kernel`.
+        traffic: counters of `attend`, all zero at the start.
         check: also compare this rank's rows with attention over the whole sequence.
 
     Returns:
-        `ms`; `kernel_ms`, the same arithmetic without any exchange; what `traffic` has counted; with `check`,
-        `max_abs_err`.
+        `ms`; `kernel_ms`, the time of the same arithmetic without any exchange; the counters of `traffic`; with
+        `check`, `max_abs_err`.
     """
     generator = torch.Generator().manual_seed(0)
     shape = (3, batch, sum(plan.tokens), plan.heads, head_dim)

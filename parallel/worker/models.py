@@ -1,4 +1,4 @@
-"""What a worker does with its models, beside steps and samplings: loads them, changes their weights, calls methods."""
+"""A worker's operations on its models other than steps and samplings: loading, changing weights, calling methods."""
 
 from __future__ import annotations
 
@@ -43,22 +43,22 @@ class Models:
         }
 
     def forget_caches(self) -> None:
-        """Frees what all samplings remember."""
+        """Frees the caches of all samplings."""
         for model in self._models.values():
             model.forget_cache()
 
     def of(self, name: str) -> SplitNetwork:
-        """A model.
+        """Returns a model by name.
 
         Raises:
-            EngineError: it has gone.
+            EngineError: the model has been unloaded.
         """
         if name not in self._models:
             raise EngineError(f"the workers do not have {name} any more: queue the prompt again")
         return self._models[name]
 
     def conditioned(self, name: str, conditioning: Conditioning) -> SplitNetwork:
-        """The same, with the conditioning that comes along."""
+        """Returns a model by name, after applying the message's conditioning to it."""
         model = self.of(name)
         model.drop_conditioning(conditioning.drop)
         for key, ref in conditioning.put.items():
@@ -101,7 +101,7 @@ class Models:
             model.close()
 
     def _weights(self, message: Weights) -> dict[str, Any]:
-        """Puts weights in the place of the file's, and the file's back in theirs."""
+        """Replaces or patches weights of the model, and restores the file's weights."""
         model = self.of(message.model)
         model.forget_cache()
         with torch.no_grad():
@@ -118,7 +118,7 @@ class Models:
         return {}
 
     def _call(self, message: Call) -> dict[str, Any]:
-        """Runs this rank's part of a method. All ranks have the whole result, and each writes its share of it."""
+        """Runs this rank's part of a method. All ranks get the whole result, and each writes its share of it."""
         model, device = self.conditioned(message.model, message.conditioning), self._ranks.device
         mesh = self._ranks.mesh(message.degrees)
         context = ParallelContext(self._ranks, mesh, self._link.control)
@@ -150,7 +150,7 @@ class Models:
         return {"needed": needed, "out": out}
 
     def _write(self, tensors: list[Tensor], room: Room) -> tuple[int, list[dict[str, Any]]]:
-        """Writes this rank's share of each tensor, if all fit: bytes needed, and where they lie."""
+        """Writes this rank's share of each tensor if all fit; returns the bytes needed and the tensors' places."""
         refs, needed = lay_out(room.segment, [(tensor.shape, tensor.dtype) for tensor in tensors])
         if needed <= room.size:
             rank, size = self._ranks.rank, self._ranks.world_size
@@ -162,7 +162,7 @@ class Models:
 
 
 def _numbered(tree: Any, numbers: dict[str, str]) -> Any:
-    """A result's structure with numbers for names."""
+    """Returns a result's structure with the tensor names replaced by numbers."""
     if not isinstance(tree, dict):
         return tree
     ((kind, content),) = tree.items()

@@ -19,13 +19,13 @@ class NativeVAE:
 
     Args:
         source: `comfyui`, the folder of the host's ComfyUI; `arguments`, its parsed command line (see
-            `vae.arguments`); `dtype` of the VAE; `fingerprint` of the host's network; `metadata`, as of a file, that
-            settings of a network are read from.
+            `vae.arguments`); `dtype` of the VAE; `fingerprint` of the host's network; `metadata`, in the form of a
+            file's metadata, from which ComfyUI reads network settings.
         state: the host's state dict. On a CPU the network computes with these tensors; elsewhere it copies them.
-        device: where it computes.
+        device: device that computes.
 
     Raises:
-        UnsupportedError: ComfyUI makes another network of it here.
+        UnsupportedError: ComfyUI cannot build the network in the worker, or builds a different one.
     """
 
     def __init__(self, source: Mapping[str, Any], state: Mapping[str, Tensor], device: torch.device):
@@ -49,7 +49,7 @@ class NativeVAE:
         self.nbytes = sum(tensor.nbytes for tensor in state.values())
 
     def run(self, direction: str, x: Tensor) -> Tensor:
-        """One tile as ComfyUI's tiled functions call the network.
+        """Decodes or encodes one tile, with the same call as ComfyUI's tiled functions.
 
         Args:
             direction: `decode` or `encode`.

@@ -1,8 +1,8 @@
 """A network's weights in host memory, in one copy for all workers.
 
-The copy is an anonymous memory file that every worker maps. Each writes an equal part of every block, so the checkpoint
-is read once, by all of them together. CPU workers compute with it where it is. A CUDA worker keeps what belongs to no
-block on its device, and the blocks pass through (`passing`); for it the copy is page-locked.
+The copy is an anonymous memory file that every worker maps. Each worker writes an equal part of every block, so the
+checkpoint is read once, by all workers together. CPU workers compute with the copy in place. A CUDA worker keeps the
+weights outside the blocks on its device and streams the blocks through it (`passing`), from the page-locked copy.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ log = logging.getLogger("sequence_parallel.worker")
 
 
 class Offloaded(Brought):
-    """One copy for all ranks of the world. CPU ranks compute with it where it is; through a CUDA device blocks pass.
+    """One copy for all ranks of the world. CPU ranks compute with it in place; CUDA ranks stream blocks from it.
 
     Args:
         file: an empty memory file that all ranks have; it is grown, and its descriptor closed. The memory lives as long
             as its mappings.
-        rank, ranks: place among those that share the copy: each writes an equal part of it.
+        rank, ranks: this rank and the number of ranks that share the copy; each writes an equal part of it.
     """
 
     def __init__(
@@ -78,7 +78,7 @@ class Offloaded(Brought):
     def close(self) -> None:
         super().close()
         if self._locked:
-            cuda.synchronize(self._device)  # it may still fetch
+            cuda.synchronize(self._device)  # copies may still be in flight
             cuda.cudart().cudaHostUnregister(self._copy.data_ptr())
             self._locked = False
 
@@ -88,7 +88,7 @@ class Offloaded(Brought):
 
 
 def _grown(file: Segment, size: int) -> Tensor:
-    """All bytes of the file, [size] uint8."""
+    """Grows the file to `size` bytes and returns them as one tensor, [size] uint8."""
     os.ftruncate(file.fileno(), size)
     whole = Segment(file.name, os.dup(file.fileno()), size)
     file.close()
@@ -97,7 +97,7 @@ def _grown(file: Segment, size: int) -> Tensor:
 
 
 def _lock(copy: Tensor, device: torch.device) -> bool:
-    """Locks the pages, so that a CUDA device can fetch from them while it computes. Whether it could."""
+    """Page-locks the copy, so that a CUDA device can copy from it while it computes. Returns whether that succeeded."""
     error = int(cuda.cudart().cudaHostRegister(copy.data_ptr(), len(copy), 0))
     if error:
         with contextlib.suppress(RuntimeError):  # CUDA keeps the error; PyTorch would raise it at its next kernel

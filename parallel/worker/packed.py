@@ -1,7 +1,7 @@
-"""Weights of any dtype, quantised or not, one after the other in a run of bytes.
+"""Weights of any dtype, quantised or not, packed into one contiguous byte buffer.
 
-So they can be cut at any byte, gathered, and copied as one, whatever is in them. A quantised tensor is a wrapper around
-plain ones (`torch.utils._python_dispatch.is_traceable_wrapper_subclass`): its values and its scales.
+The buffer can be cut at any byte, gathered and copied as a whole, whatever it contains. A quantised tensor wraps plain
+tensors, its values and scales (`torch.utils._python_dispatch.is_traceable_wrapper_subclass`).
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ from ..wire.plain import plain_tensors
 from ..wire.shared import ALIGNMENT
 
 Form = list[tuple[torch.Size, torch.dtype]]
-"""Of the plain tensors that a weight is stored as."""
+"""Shapes and dtypes of the plain tensors that a weight is stored as."""
 
 
 class Weight:
-    """A parameter in its module, now with the file's values.
+    """A parameter in its module, initially with the file's values.
 
     Args:
-        name: that the network has for it.
-        module, leaf: where it is.
-        dtype: in which it is kept; by default its own.
+        name: name of the parameter in the network.
+        module, leaf: the module that owns it, and its name there.
+        dtype: dtype in which it is kept; by default its own.
     """
 
     def __init__(self, name: str, module: nn.Module, leaf: str, dtype: torch.dtype | None = None):
@@ -44,7 +44,7 @@ class Weight:
 
     @property
     def value(self) -> Tensor:
-        """The file's, until something is installed."""
+        """The file's value; available until another value is installed."""
         assert self._value is not None, self.name
         return self._value
 
@@ -53,13 +53,13 @@ class Weight:
         return sum(prod(shape) * dtype.itemsize for shape, dtype in self.form)
 
     def stored(self, pieces: Sequence[Tensor]) -> list[Tensor]:
-        """What is stored of a value, one for each of `form`; parts of the value itself where nothing changes.
+        """Converts a value to its stored tensors, one for each of `form`; pieces that need no change are not copied.
 
         Args:
-            pieces: what the value consists of (`wire.plain.plain_tensors`).
+            pieces: the value's plain tensors (`wire.plain.plain_tensors`).
 
         Raises:
-            CheckpointError: it is of another kind.
+            CheckpointError: the value does not fit this weight.
         """
         if [piece.shape for piece in pieces] != [self.shape]:
             raise CheckpointError(
@@ -69,7 +69,7 @@ class Weight:
         return [pieces[0].to(self.dtype)]
 
     def install(self, pieces: Sequence[Tensor]) -> None:
-        """Makes the parameter of these, which it then shares memory with."""
+        """Builds the parameter from stored tensors, whose memory it shares."""
         self._value = None
         self._install(pieces)
 
@@ -77,19 +77,20 @@ class Weight:
         self.module._parameters[self.leaf] = nn.Parameter(pieces[0], requires_grad=False)
 
     def clear(self) -> None:
-        """Lets go of the values: to compute with them is an error from here on, not a wrong result."""
+        """Replaces the values by meta tensors, so that computing with them is an error and not a wrong result."""
         self.install([torch.empty(shape, dtype=dtype, device="meta") for shape, dtype in self.form])
 
 
 class QuantisedWeight(Weight):
-    """A parameter that the file has quantised. Only what is quantised likewise fits it.
+    """A quantised parameter. Accepts only values with the same quantisation.
 
     Args:
         name, module, leaf: see `Weight`.
-        like: what is quantised as it is to be; by default the parameter.
+        like: a tensor with the required quantisation; by default the parameter.
 
     Attributes:
-        patches: what its layer adds whenever it restores the values, in the layer's own form; of GGUF files only.
+        patches: patches that its layer adds whenever it restores the values, in the layer's own form; for GGUF files
+            only.
     """
 
     def __init__(self, name: str, module: nn.Module, leaf: str, like: Tensor | None = None):
@@ -110,13 +111,13 @@ class QuantisedWeight(Weight):
         tensor = self._class.__tensor_unflatten__(inner, self._rest, self.shape, self._stride)
         if self.patches:
             tensor.patches = self.patches
-        tensor._is_param = True  # what nn.Parameter does with a tensor of another class, after copying its scales
+        tensor._is_param = True  # as nn.Parameter does with a tensor of another class, after copying its scales
         self.module._parameters[self.leaf] = tensor
 
 
 @dataclass(frozen=True, slots=True)
 class _Place:
-    """Of a plain tensor among the bytes."""
+    """Location of a plain tensor in the byte buffer."""
 
     offset: int
     shape: torch.Size
@@ -131,12 +132,12 @@ class _Place:
 
 
 class Packed:
-    """Weights that travel together."""
+    """Weights that are packed into one byte buffer and moved together."""
 
     def __init__(self, weights: Sequence[Weight]):
         self.weights = tuple(weights)
         self.size = 0
-        """In bytes."""
+        """Size of the buffer in bytes."""
         self._places: dict[str, list[_Place]] = {}
         for weight in weights:
             self._places[weight.name] = places = []
@@ -145,7 +146,7 @@ class Packed:
                 self.size += -(-places[-1].nbytes // ALIGNMENT) * ALIGNMENT
 
     def write(self, weight: Weight, pieces: Sequence[Tensor], data: Tensor, first: int = 0) -> None:
-        """Copies what of a weight lies in `data`, [n] uint8: the bytes from `first` on."""
+        """Writes the part of a weight that lies in `data`, [n] uint8: the buffer's bytes from `first` on."""
         for piece, place in zip(weight.stored(pieces), self._places[weight.name], strict=True):
             start, stop = max(place.offset, first), min(place.offset + place.nbytes, first + len(data))
             if start < stop:
@@ -153,21 +154,21 @@ class Packed:
                 data[start - first : stop - first].copy_(flat[start - place.offset : stop - place.offset])
 
     def land(self, data: Tensor) -> None:
-        """The parameters are these bytes, [≥ size] uint8, from here on."""
+        """Makes the parameters views of `data`, [≥ size] uint8."""
         for weight in self.weights:
             weight.install([place.of(data) for place in self._places[weight.name]])
 
     def leave(self) -> None:
-        """The parameters have no data until they land again."""
+        """Removes the parameters' data until the next `land`."""
         for weight in self.weights:
             weight.clear()
 
 
 def weights_of(network: nn.Module, dtypes: Mapping[str, torch.dtype]) -> list[Weight]:
-    """All parameters of a network.
+    """Returns all parameters of a network.
 
     Args:
-        dtypes: name → dtype to keep it in, of those that are to be cast.
+        dtypes: maps the names of parameters that are to be cast to the dtype in which they are kept.
     """
     found: list[Weight] = []
     for path, module in network.named_modules():

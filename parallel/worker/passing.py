@@ -1,6 +1,6 @@
-"""Blocks that pass through a CUDA device: while one runs, the next one arrives from host memory.
+"""Streaming of offloaded blocks through a CUDA device: while one block runs, the next is copied from host memory.
 
-The order of copies and blocks is tested with streams that are simulated (`tests/unit/test_passing.py`).
+The order of copies and blocks is tested with simulated streams (`tests/unit/test_passing.py`).
 """
 
 from __future__ import annotations
@@ -13,19 +13,20 @@ from torch import Tensor, cuda
 from .packed import Packed
 
 _SLOTS = 2
-"""Blocks that have room on the device: one runs, one arrives."""
+"""Number of block buffers on the device: one block runs while another is copied."""
 
 
 class Passing:
-    """The device's side of weights in host memory.
+    """Device buffers for weights that are kept in host memory.
 
-    All copies are made on one stream of their own. It waits for what the compute stream has been given before the copy
-    was asked for, and the compute stream waits for the copy before it is given the block.
+    All copies run on a stream of their own. It first waits for the work queued on the compute stream when the copy is
+    requested, and the compute stream waits for the copy before the block is launched.
 
     Args:
-        units: the blocks, in the order in which they usually run, and what is needed at any time of a step, and stays.
-            What leaves goes to meta, not to host memory, from where ComfyUI's layers would fetch it at each use.
-        hosts: of each, its bytes in host memory, [n] uint8.
+        units: the blocks in their usual order of execution; the last unit holds the weights outside the blocks, which
+            stay on the device. Evicted weights become meta tensors rather than host tensors, which ComfyUI's layers
+            would copy at each use.
+        hosts: each unit's bytes in host memory, [n] uint8.
     """
 
     def __init__(self, units: Sequence[Packed], hosts: Sequence[Tensor], device: torch.device):
@@ -36,10 +37,10 @@ class Passing:
         self._stay = torch.empty(len(self._rest_host), dtype=torch.uint8, device=device)
         self._copies = cuda.Stream(device)
         self._arrived: dict[int, cuda.Event] = {}
-        """Block → event, of those that have a slot."""
+        """Maps each block that has a slot to the event of its copy."""
         self._slot_of: dict[int, int] = {}
         self._used = 0
-        """The slot of the block that runs."""
+        """Slot of the running block."""
         self._current = False
 
     @property
@@ -47,11 +48,11 @@ class Passing:
         return sum(slot.nbytes for slot in self._slots) + self._stay.nbytes
 
     def forget(self) -> None:
-        """The weights in host memory change: what is on the device is not to be used again."""
+        """Invalidates the copies on the device, because weights in host memory change."""
         self._current = False
 
     def begin(self) -> None:
-        """Before a step, when all ranks have written what they had to write."""
+        """Prepares a step. Called when all ranks have written their parts of the weights."""
         if self._current:
             return
         for block in self._slot_of:
@@ -63,10 +64,11 @@ class Passing:
         self._current = True
 
     def bring(self, index: int, following: int | None = None) -> None:
-        """Block `index` is about to be launched, behind those before it.
+        """Provides the weights of block `index`, which is about to be launched, and prefetches the following block.
 
         Args:
-            following: that will probably be launched next; by default the one behind it in the list.
+            following: block that will probably be launched next; by default the next in the list (after the last, the
+                first).
         """
         if index not in self._slot_of:
             self._fetch(index, 1 - self._used)
@@ -82,7 +84,7 @@ class Passing:
             self._blocks[replaced].leave()
             del self._slot_of[replaced], self._arrived[replaced]
         host = self._hosts[index]
-        self._copies.wait_stream(cuda.current_stream(self._device))  # whatever used the slot is behind us there
+        self._copies.wait_stream(cuda.current_stream(self._device))  # the slot's last use is queued there already
         with cuda.stream(self._copies):
             _copy(self._slots[slot][: len(host)], host)
             self._arrived[index] = self._copies.record_event()

@@ -30,8 +30,8 @@ from HunyuanVideo's shapes)."""
 
 
 def join(rank: int, world_size: int, device: torch.device, store: int) -> None:
-    """Meets the other ranks through a file that has no name, inherited as the descriptor `store`: no listening socket,
-    and nothing to be left behind."""
+    """Joins the process group through an unnamed file, inherited as the descriptor `store`, which needs no listening
+    socket and leaves no file behind."""
     backend = "nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(
         backend,
@@ -45,17 +45,17 @@ def join(rank: int, world_size: int, device: torch.device, store: int) -> None:
 
 
 class Ranks:
-    """This rank among the others: meshes of any degrees, made when first needed and kept.
+    """The meshes and process groups of this rank, for any degrees, created on first use and kept.
 
     Args:
         weights: relative speed of each rank of the world.
         memory: common memory of CPU ranks, if they have it.
-        chosen: whether the user has named the kernel; else a model's own attention computes, but in a ring.
-        alone: no peer is there, as in a benchmark of one rank's share: what comes from them is anything, so attention
-            is not compared.
+        chosen: whether the user has chosen the kernel; otherwise the model's own attention runs, except in a ring.
+        alone: whether this rank runs without peers, as in a benchmark of one rank's share. Data received from peers is
+            then arbitrary, so attention is not checked.
 
     Attributes:
-        chosen: the kernel that the user has named, if any.
+        chosen: the kernel that the user has chosen, if any.
     """
 
     def __init__(
@@ -87,7 +87,7 @@ class Ranks:
         return len(self.weights)
 
     def mesh(self, degrees: Degrees) -> Mesh:
-        """All ranks must ask for the same meshes in the same order."""
+        """Returns the mesh of `degrees`. All ranks must request the same meshes in the same order."""
         if degrees not in self._meshes:
             self._meshes[degrees] = mesh = Mesh.build(degrees)
             if self.memory is not None:
@@ -95,7 +95,10 @@ class Ranks:
         return self._meshes[degrees]
 
     def total(self, mesh: Mesh, traffic: Traffic) -> Total:
-        """Adds up over the ranks that share a sequence. All ranks of the world must ask, in the same order."""
+        """Returns a function that sums a tensor over the ranks that share a sequence.
+
+        All ranks of the world must call this method, in the same order.
+        """
         if mesh.degrees not in self._sequences:
             self._sequences[mesh.degrees] = mesh.sequence()
         group = self._sequences[mesh.degrees]
@@ -109,10 +112,10 @@ class Ranks:
         return total
 
     def weights_group(self, sharing: int) -> dist.ProcessGroup:
-        """The ranks that share a sequence, `sharing` of them, and its weights. All ranks of the world must ask.
+        """Returns the process group of the `sharing` ranks that share a sequence and shard its weights.
 
-        On CUDA it is a group of its own: its collectives are launched a block ahead, and those of one group run in the
-        order of their launches.
+        All ranks of the world must call it. On CUDA it is a group of its own, because its collectives are launched a
+        block ahead, and the collectives of one group run in launch order.
         """
         if sharing not in self._weights_groups:
             parts = [range(start, start + sharing) for start in range(0, self.world_size, sharing)]
@@ -124,15 +127,15 @@ class Ranks:
         return self._weights_groups[sharing]
 
     def sequence(self, mesh: Mesh, context: ParallelContext, attention: str, work: Hashable) -> SequenceRanks:
-        """This rank among those that share a sequence under `mesh`, for a network under a split plan.
+        """Returns the ranks that share a sequence with this rank under `mesh`, for a network under a split plan.
 
         Args:
-            context: of the call.
-            attention: name of what computes where there is no ring.
-            work: tells calls of the same duration from others.
+            context: context of the call.
+            attention: name of the attention that the model uses outside of a ring.
+            work: identifies calls of the same duration.
         """
         weights = mesh.members(self.weights)
-        # The fastest rank leads: it owns tokens and a head, whatever the plans of the single attentions.
+        # The fastest rank leads: it owns tokens and a head under the plan of every attention.
         leader = weights.index(max(weights))
         return SequenceRanks(
             weights,
@@ -156,20 +159,21 @@ class Ranks:
         return dist.get_rank()
 
     def joint_attention(self, plan: AttentionPlan, mesh: Mesh, pipeline: int, traffic: Traffic) -> JointAttention:
-        """This rank's part of the joint attention of `plan` under `mesh`."""
+        """Returns this rank's part of the joint attention of `plan` under `mesh`."""
         common = self.common(mesh)
         return joint_attention(
             plan, mesh.sp_rank, mesh.ulysses, mesh.ring, self.kernel, pipeline, traffic, common, self._ring_exchanges
         )
 
     def launched(self) -> dict[str, int]:
-        """How many operations this rank has launched in each group of ranks, by a name that the group's ranks share.
+        """Returns how many operations this rank has launched in each group, by a name that the group's ranks share.
 
-        Where two ranks of a group differ, one waits, or will wait, for an operation that the other has not begun.
+        If the counts of two ranks of a group differ, one rank waits, or will wait, for an operation that the other has
+        not begun.
 
         PyTorch counts the collectives of a process group (`ProcessGroupNCCL::getSequenceNumberForGroup`; NCCL's before
-        they are launched) and gives a group one name on all its ranks, which find each other under it. NCCL's count
-        leaves point-to-point operations out, and common memory belongs to no process group: attention counts these.
+        they are launched) and gives a group the same name on all its ranks, which use it to find each other. NCCL's
+        count excludes point-to-point operations, and common memory belongs to no process group: attention counts both.
         """
         meshes = self._meshes.values()
         of_meshes = itertools.chain.from_iterable((mesh.ring, mesh.ulysses) for mesh in meshes)
@@ -185,11 +189,11 @@ class Ranks:
         return counts | {"meshes and groups made by the world": made}
 
     def common(self, mesh: Mesh) -> CommonMemoryExchange | None:
-        """The exchange of the mesh's Ulysses group through common memory, if it has one."""
+        """Returns the common-memory exchange of the mesh's Ulysses group, if it has one."""
         return self._common.get(mesh.degrees)
 
     def run_ahead(self, mesh: Mesh) -> RunAhead | None:
-        """Of one pass under `mesh`; None on a CPU, where nothing is queued."""
+        """Returns the run-ahead control of one pass under `mesh`; None on a CPU, where nothing is queued."""
         if self.device.type != "cuda":
             return None
 
@@ -198,21 +202,21 @@ class Ranks:
             mesh.reduce(paces, dist.ReduceOp.MAX)
             return float(paces)
 
-        # blocking: a worker that waits for its GPU leaves its core to others
+        # blocking: a worker that waits for its GPU leaves its core to other work
         return RunAhead(self._paces, slowest, partial(torch.cuda.Event, enable_timing=True, blocking=True))
 
     def row_check(self, mesh: Mesh, kernel: str) -> RowCheck | None:
-        """Compares attention with exact attention the first time that it meets tensors of a kind."""
+        """Returns the check that compares the first attention of each kind with exact attention; None without peers."""
         if self._alone:
             return None
         return RowCheck(mesh, kernel, self._passed.__contains__, self._passed.add)
 
 
 class ParallelContext:
-    """A step under a mesh: this rank's sequence-parallel group shares a sequence.
+    """A step under a mesh, in which this rank's sequence-parallel group shares a sequence.
 
     Args:
-        first_block: the first one's number; it grows through all steps of one call of the host.
+        first_block: number of the first block; block numbers increase through all steps of one call of the host.
     """
 
     def __init__(self, ranks: Ranks, mesh: Mesh, control: ControlPage, first_block: int = 0):
@@ -224,8 +228,16 @@ class ParallelContext:
         self._run_ahead = ranks.run_ahead(mesh)
 
     def enter_block(self, leader: int, work: Hashable) -> None:
-        """Beats, and stops where all ranks agree to; see `Ranks.sequence` for the arguments."""
-        # Two requests of a pass may be of unequal length; the first one's pace is taken for both.
+        """Sends a heartbeat before a block, and stops at the block on which all ranks agree.
+
+        Args:
+            leader: rank of the sequence that publishes the block at which to stop.
+            work: see `Ranks.sequence`.
+
+        Raises:
+            StepCancelled: the ranks stop before this block.
+        """
+        # Two requests of a pass may differ in length; the pace of the first is used for both.
         run_ahead = self._run_ahead.enter((work, self._mesh.degrees)) if self._run_ahead is not None else 0
         self._control.beat(self._mesh.rank)
         block, self._block = self._block, self._block + 1
@@ -234,7 +246,7 @@ class ParallelContext:
             raise StepCancelled(f"stopped before block {block}")
 
     def finish(self) -> None:
-        """After the pass, when the device has done all of it: reads what its events have timed."""
+        """Reads the times that CUDA events have recorded. Called when the device has finished the pass."""
         self.traffic.read_events()
         if self._run_ahead is not None:
             self._run_ahead.finish()

@@ -1,9 +1,9 @@
 """Runs a recorded sampling (`sampling.program`) on this rank.
 
-Between two passes through the network each rank holds, and calculates, an equal share of every latent's elements,
-whichever tokens it owns in the network: those change with the length of the prompt, and differ between batch groups.
-The latents of a pass go through shared memory, where every rank finds what its tokens need, and so do the predictions.
-Both are written and read by shares, and nothing is gathered.
+Between two passes through the network each rank holds and computes an equal share of every latent's elements. The share
+is independent of the tokens that the rank owns in the network, since those depend on the prompt length and differ
+between batch groups. Ranks exchange the latents and predictions of a pass through shared memory: each rank writes and
+reads its shares, the network reads the latents that its tokens need, and nothing is gathered.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ from .host_link import HostLink
 from .ranks import Ranks
 
 RunPasses = Callable[[RunNetwork], bool]
-"""Runs this rank's part of the passes; False where its part of the predictions is not finite."""
+"""Runs this rank's part of the passes; returns False if its part of the predictions is not finite."""
 
 
 class PredictionNotFinite(Exception):
-    """Raised on all ranks alike.
+    """A prediction with NaN or infinite values; raised on all ranks together.
 
     Args:
-        instruction: whose passes it was.
-        steps: of this program that had been reported by then.
+        instruction: the instruction whose passes gave the prediction.
+        steps: number of steps of this program that had been reported by then.
     """
 
     def __init__(self, instruction: RunNetwork, steps: int):
@@ -42,13 +42,13 @@ class PredictionNotFinite(Exception):
 
 
 class Sampling:
-    """The latents of one sampling: this rank's share of each.
+    """One sampling on this rank, which holds its share of each latent.
 
     Args:
-        message: what the host sent.
-        link: to the host.
-        ranks: this rank among the others.
-        traffic: times the waits for them, by the clock: no device computes meanwhile.
+        message: the host's request.
+        link: connection to the host.
+        ranks: the process groups of this rank.
+        traffic: records the wall time of waits for other ranks; no device computes meanwhile.
     """
 
     def __init__(self, message: Sample, link: HostLink, ranks: Ranks, traffic: Traffic):
@@ -56,7 +56,7 @@ class Sampling:
         self._tensor_at, self._control = link.tensor, link.control
         result = self._tensor_at(message.out)
         self._sample = result[0].numel()
-        """Elements of one sample of a latent."""
+        """Number of elements in one sample of a latent."""
         self._share = ranges(shares(result.numel(), [1.0] * ranks.world_size))[ranks.rank]
         self._latents = {int(n): self._mine(self._tensor_at(ref)) for n, ref in message.constants.items()}
         self._times_kept = 0
@@ -66,15 +66,15 @@ class Sampling:
         self._last_report = max((i for i, each in enumerate(message.program) if isinstance(each, Report)), default=-1)
 
     def run(self, passes: RunPasses, on_report: Callable[[int, int], None]) -> None:
-        """Every instruction, then this rank's share of the result.
+        """Runs every instruction, then writes this rank's share of the result.
 
         Args:
             passes: runs the network.
-            on_report: called with the number of steps done and of all.
+            on_report: called with the number of steps done and the total number of steps.
 
         Raises:
             StepCancelled: on all ranks, after the same pass.
-            PredictionNotFinite: likewise.
+            PredictionNotFinite: on all ranks, after the same pass.
         """
         steps = zip(self._message.program, self._message.free, strict=True)
         for place, (instruction, done_with) in enumerate(steps):
@@ -95,7 +95,7 @@ class Sampling:
     # --- instructions -------------------------------------------------------------------------------------------
 
     def _network(self, instruction: RunNetwork, passes: RunPasses) -> bool:
-        """False where a prediction is not finite; the same answer on all ranks."""
+        """Runs the passes; returns False if a prediction is not finite, with the same result on all ranks."""
         for each in instruction.passes:
             x = self._tensor_at(each.request.x)
             for place, number in enumerate(each.latents):
@@ -121,7 +121,7 @@ class Sampling:
         return True
 
     def _any(self, *seen: bool) -> list[bool]:
-        """For each, whether some rank has seen it. All ranks of the world ask, and wait for each other."""
+        """Returns, for each flag, whether it is set on any rank. Collective over all ranks of the world."""
         if self._ranks.world_size == 1:
             return list(seen)
         flags = torch.tensor([float(each) for each in seen], device=self._ranks.device)
@@ -131,14 +131,14 @@ class Sampling:
         return [count > 0 for count in counts]
 
     def _preview_is_due(self) -> bool:
-        """Whether the host has looked at the latents before, and its interval has passed since they were shown."""
+        """Returns whether the host has read the last preview and the preview interval has passed since it was shown."""
         preview = self._message.previews
         if preview is None or int(self._tensor_at(preview.wanted)) <= self._shown:
             return False
         return time.monotonic() >= self._shown_at + preview.interval_s
 
     def _report(self, instruction: Report, is_last: bool) -> None:
-        """Shows the latent if a preview is due, and the last one in any case; else it stays here."""
+        """Writes this rank's share of the preview to shared memory if one is due, and always for the last report."""
         preview = self._message.previews
         if preview is None or not (self._show or is_last):
             return
@@ -151,10 +151,10 @@ class Sampling:
         self._tensor_at(preview.shown)[self._ranks.rank] = torch.tensor([self._shown, instruction.step])
 
     def _keep(self, place: int) -> None:
-        """Leaves this rank's share of the state behind a step where the host finds it.
+        """Saves this rank's share of the state after a step in shared memory, for the host to resume from.
 
-        A rank overwrites the state of the step before the last one only after another pass, which every rank has begun:
-        all have left that of the last step by then.
+        Two slots take turns. A rank overwrites the older state only after a further pass, which every rank has begun;
+        by then all ranks have written the newer state.
         """
         kept = self._message.kept
         if kept is None or (numbers := kept.places.get(str(place))) is None:
@@ -165,7 +165,7 @@ class Sampling:
         self._times_kept += 1
 
     def _value(self, terms: list[Any]) -> Tensor:
-        """This rank's share of a sum of products."""
+        """Computes this rank's share of a sum of products."""
         total = torch.zeros(self._share[1] - self._share[0])
         for factor, numbers in terms:
             if not numbers:
@@ -180,11 +180,11 @@ class Sampling:
     # --- shares -------------------------------------------------------------------------------------------------
 
     def _mine(self, whole: Tensor) -> Tensor:
-        """A view of this rank's share of a latent."""
+        """Returns a view of this rank's share of a latent."""
         return whole.view(-1)[slice(*self._share)]
 
     def _write(self, x: Tensor, place: int, mine: Tensor) -> None:
-        """Puts a share of a latent into x [samples, channels, …], where further channels may follow the latent's."""
+        """Copies a share of a latent into x [samples, channels, …], which may have more channels after the latent's."""
         samples = self._message.size // self._sample
         first, last = self._share
         for sample in range(samples):

@@ -1,8 +1,8 @@
-"""A network's weights, shared out among the ranks of a sequence: each has an equal part of each block's bytes.
+"""A network's weights, sharded over the ranks of a sequence: each holds an equal part of each block's bytes.
 
-FSDP2 takes one dtype in a block, and restores quantised tensors to floats before it cuts them. Here bytes are cut and
-gathered, by one all-gather for each block. The ranks run the same blocks in the same order, whatever that is, and
-wherever Cancel stops them.
+FSDP2 requires one dtype in a block, and dequantises tensors to floats before it shards them. Here bytes are sharded,
+and gathered by one all-gather for each block. All ranks run the same blocks in the same order, whatever the order is
+and wherever Cancel stops them.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from .packed import Packed, Weight
 
 
 class Sharded(Brought):
-    """A part of the bytes of each block, and of those that belong to none.
+    """A shard of the bytes of each block, and of the weights outside the blocks.
 
     Args:
         group: the ranks that share a sequence.
-        ahead: gather the next block while one runs. By default on CUDA: a CPU has nothing to do it with.
+        ahead: whether to gather the next block while one runs. By default only on CUDA: a CPU has nothing spare for it.
     """
 
     def __init__(
@@ -42,9 +42,9 @@ class Sharded(Brought):
         self._group = group
         self._ahead = device.type == "cuda" if ahead is None else ahead
         self._rest = len(blocks)
-        """The unit that belongs to no block."""
+        """Index of the unit that holds the weights outside the blocks."""
         self._gathered: dict[int, dist.Work | None] = {}
-        """Units whose weights this rank has, or will have when the work, if any, is done."""
+        """Maps each unit that is gathered, or being gathered, to its pending all-gather; None if it is complete."""
         self._traffic = Traffic()
         sizes = [_part(unit, group.size()) for unit in self._units]
         self._write_all(
@@ -65,7 +65,7 @@ class Sharded(Brought):
         finally:
             for number in list(self._gathered):
                 self._put_away(number)
-            if self._device.type == "cpu":  # else the allocator keeps what was gathered for the next time
+            if self._device.type == "cpu":  # else the allocator keeps the gathered bytes for the next time
                 ctypes.CDLL(None).malloc_trim(0)
 
     def _bring(self, number: int, following: int | None) -> None:
@@ -98,6 +98,6 @@ class Sharded(Brought):
 
 
 def _part(unit: Packed, ranks: int) -> int:
-    """Bytes of each rank's part; what a unit lacks for equal ones is padding behind it."""
+    """Returns the bytes of each rank's shard; padding at the end of the unit makes all shards equal."""
     lines = -(-unit.size // ALIGNMENT)
     return -(-lines // ranks) * ALIGNMENT

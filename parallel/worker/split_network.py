@@ -1,4 +1,4 @@
-"""A network of ComfyUI's or diffusers' own class that this rank runs its part of, by a split plan."""
+"""A network of ComfyUI's or diffusers' own class, of which this rank runs its part under a split plan."""
 
 from __future__ import annotations
 
@@ -41,31 +41,31 @@ if TYPE_CHECKING:
     from ..compilation.modules import CompiledModules
 
 _ANY = torch.empty(0)
-"""In the place of every tensor, where only names count."""
+"""Placeholder for every tensor when only argument names are checked."""
 
 TensorAt = Callable[[TensorRef], Tensor]
-"""Place in shared memory → tensor."""
+"""Maps a place in shared memory to its tensor."""
 
 
 class SplitNetwork:
-    """A network, its weights, and the conditioning that its prompts have sent.
+    """A network, its weights, and the conditioning that the host has sent.
 
     Args:
         recipe: see `host.recipe.Recipe.to_json`.
-        device: where it runs.
-        progress: called as weights arrive there.
-        home: where they go there.
+        device: device that the network runs on.
+        progress: called as weights are loaded.
+        home: factory of the storage of the weights.
         fp8: `scheme` and `skip` of `quantise.settings.FP8Choice`, if linear layers of the blocks are to be quantised.
 
     Attributes:
         libraries_s: seconds that importing the library took.
-        attention: what its attention computes with, by the names of `attention.kernels`.
+        attention: name of the network's attention kernel, as in `attention.kernels`.
 
     Raises:
-        UnsupportedError: the library makes another network of it here.
-        PlanError: its class has changed.
+        UnsupportedError: the library builds a different network in the worker.
+        PlanError: the network's class has changed.
         CheckpointError: the file is damaged.
-        ConfigError: `skip` has a pattern that means no layer.
+        ConfigError: `skip` has a pattern that matches no layer.
     """
 
     def __init__(
@@ -100,9 +100,9 @@ class SplitNetwork:
             weights, self._selection = quantise(self._network, list(plan), weights, fp8, device)
         self._scales = TokenScales(self._network)
         self._quantised = {w.name: plain_tensors(w.value) for w in weights if isinstance(w, QuantisedWeight)}
-        """The file's, where they are mapped."""
+        """The file's quantised weights as mapped tensors, by name."""
         self._patched: set[str] = set()
-        """Those whose layers add patches."""
+        """Names of the weights whose layers add patches."""
         rest, blocks = by_block(weights, planned_blocks(self._network, plan))
         self.home: Home = home(rest, blocks, device, progress)
         self.home.skipping = lambda: self._split.streams.skipping
@@ -111,8 +111,8 @@ class SplitNetwork:
         self._compilers: dict[CompileSettings, CompiledModules] = {}
 
     def evaluating(self) -> AbstractContextManager[None]:
-        """Without gradients; with quantised weights in inference mode, as ComfyUI runs prompts. Outside of it PyTorch
-        takes a linear layer apart before comfy-kitchen sees it, whose products then have other bits."""
+        """Returns a context without gradients; inference mode, as in ComfyUI, if weights are quantised. Outside of it
+        PyTorch decomposes a linear layer before comfy-kitchen sees it, so that products are not bit-identical."""
         return torch.inference_mode() if self._quantised else torch.no_grad()
 
     @property
@@ -122,7 +122,7 @@ class SplitNetwork:
 
     @property
     def fp8_report(self) -> dict[str, int] | None:
-        """What has been quantised: the counts of `quantise.settings.FP8Report`, and what a copy saves in bytes."""
+        """Counts of `quantise.settings.FP8Report`, and the bytes that each copy saves; None without quantisation."""
         if self._selection is None:
             return None
         names = (name.removesuffix(".weight") for name in self._selection.weights)
@@ -130,77 +130,77 @@ class SplitNetwork:
         return self._selection.counts | {"restored": restored}
 
     def close(self) -> None:
-        """Before it goes."""
+        """Removes the split plan's hooks and releases the weights."""
         self._split.remove()
         self.home.close()
 
     def cache(self, sampling: int, rule: Mapping[str, Any]) -> BlockCache:
-        """What the sampling of this number remembers, with the rule of its first step."""
+        """Returns the cache of sampling number `sampling`, created at its first step with that step's rule."""
         if sampling not in self._caches:
             self._caches[sampling] = block_cache(rule, self._device)
         return self._caches[sampling]
 
     def forget_cache(self, sampling: int | None = None) -> None:
-        """Frees what a sampling remembers, or what all of them do."""
+        """Frees the cache of one sampling, or of all samplings if `sampling` is None."""
         if sampling is None:
             self._caches.clear()
         else:
             self._caches.pop(sampling, None)
 
     def compiled(self, settings: CompileSettings | None, sign_of_life: Callable[[], None]) -> CompiledModules | None:
-        """The compiler of this network's blocks, kept as long as the network: MODELs that share it can want different
-        ones, or none.
+        """Returns the compiler of this network's blocks for these settings; None without settings.
 
-        See `CompiledModules` for the arguments.
+        Compilers are kept as long as the network, because MODELs that share the network may use different settings, or
+        none. See `CompiledModules` for the arguments.
         """
         if settings is None:
             return None
         if settings not in self._compilers:
-            from ..compilation.modules import CompiledModules  # takes a second, and is rarely wanted
+            from ..compilation.modules import CompiledModules  # takes a second, and is rarely needed
 
             self._compilers[settings] = CompiledModules(settings, sign_of_life, self._device)
         return self._compilers[settings]
 
     def put_conditioning(self, key: str, tensor: Tensor) -> None:
-        """Keeps a copy of what stays the same from step to step."""
+        """Keeps a copy of a tensor that stays the same from step to step."""
         self._held[key] = tensor.to(self._device, copy=True)
 
     def drop_conditioning(self, keys: Iterable[str]) -> None:
-        """Forgets what has been kept under these keys."""
+        """Drops the tensors that are kept under these keys."""
         for key in keys:
             self._held.pop(key, None)
 
     def put_weight(self, name: str, pieces: Sequence[Tensor]) -> None:
-        """Replaces a weight by a copy of another one of its shape.
+        """Replaces a weight by a copy of another weight of the same shape.
 
         Args:
-            name: the network's.
-            pieces: what it consists of (`wire.plain.plain_tensors`).
+            name: name of the weight in the network.
+            pieces: the new weight's plain tensors (`wire.plain.plain_tensors`).
 
         Raises:
-            CheckpointError: there is no such weight, or it does not consist of such tensors.
+            CheckpointError: there is no such weight, or the pieces do not fit it.
         """
         self.home.put(name, [piece.clone() for piece in pieces])
 
     def patch_weight(self, name: str, patches: Tree, tensor_at: Callable[[str], Tensor]) -> None:
-        """Has the layer of a GGUF file's weight add patches to it, instead of those that it had.
+        """Replaces the patches that the layer of a GGUF file's weight adds to it.
 
         Args:
-            name: the network's.
-            patches: `comfyui.gguf.plain_patches`.
-            tensor_at: finds their tensors in shared memory; they are copied.
+            name: name of the weight in the network.
+            patches: result of `comfyui.gguf.plain_patches`.
+            tensor_at: finds the patches' tensors in shared memory; they are copied.
 
         Raises:
             CheckpointError: there is no such weight, or it is not quantised.
         """
-        from ..comfyui import gguf  # imports ComfyUI, which this network is of
+        from ..comfyui import gguf  # imports ComfyUI, which provides this network
 
         nest = restore(patches, lambda path: tensor_at(path).to(self._device, copy=True))
         self.home.patch(name, gguf.patches_of(nest, name))
         self._patched.add(name)
 
     def restore_weights(self, names: Sequence[str]) -> None:
-        """Undoes `put_weight` and `patch_weight`: reads the file's again. Other names have been refused there."""
+        """Undoes `put_weight` and `patch_weight` from the file's weights; those methods have refused other names."""
         tensors = self._file.tensors() if any(name not in self._quantised for name in names) else {}
         for name in names:
             if name in self._patched:
@@ -212,13 +212,15 @@ class SplitNetwork:
                 self.home.put(name, [tensors[name]])
 
     def check_arguments(self, arguments: Tree, method: str = "forward") -> dict[str, Any]:
-        """Refuses a call that the method would not take. The ranks refuse alike, before any exchange, and stay usable.
+        """Refuses a call that does not fit the method's signature.
+
+        All ranks refuse it before any exchange, so they stay usable.
 
         Returns:
-            The arguments, `args` and `named`, with an empty tensor in the place of every one.
+            The arguments, `args` and `named`, with every tensor replaced by an empty one.
 
         Raises:
-            UnsupportedError: naming the argument, and those that there are.
+            UnsupportedError: the arguments do not fit; the message names the argument and the method's parameters.
         """
         given: dict[str, Any] = restore(arguments, lambda name: _ANY)
         signature = _signature(getattr(type(self._network), method))
@@ -235,19 +237,20 @@ class SplitNetwork:
         """Refuses a call that cannot be honoured under these degrees, as `check_arguments` does.
 
         Args:
-            kernel: that SP Config has chosen, if any.
+            kernel: attention kernel chosen in SP Config, if any.
 
         Returns:
-            What its attention computes with, by the names of `attention.kernels`.
+            The name of the attention kernel that the call uses, as in `attention.kernels`.
 
         Raises:
-            UnsupportedError: two have chosen the attention, or a ring needs what it does not give.
+            UnsupportedError: SP Config and a node have chosen different attentions, or the ring requires a log-sum-exp
+                that the chosen attention does not return.
         """
         given = self.check_arguments(request.arguments)
         name = given["named"].get(OPTIONS, {}).get(OVERRIDE)
         if name is None:
             return self.attention
-        sdpa = name == "pytorch"  # what a ring merges, too
+        sdpa = name == "pytorch"  # its results can also be merged in a ring
         if ring_degree > 1 and not sdpa:
             raise UnsupportedError(
                 f"the attention {name!r}, which a node chooses (ModelAttentionBackend), gives no log-sum-exp, by which"
@@ -258,13 +261,13 @@ class SplitNetwork:
                 f"SP Config chooses the attention {kernel!r}, a node (ModelAttentionBackend) {name!r}: set attention to"
                 " auto in SP Config, or remove the node"
             )
-        from ..comfyui.attention import computes, registered  # imports ComfyUI, which this network is of
+        from ..comfyui.attention import computes, registered  # imports ComfyUI, which provides this network
 
         registered(name)
         return computes(name)
 
     def watch(self) -> FirstNotFinite:
-        """Finds the block behind which values stop being finite."""
+        """Returns a watcher that finds the block after which values stop being finite."""
         return FirstNotFinite(self._network, self._plan)
 
     def step(
@@ -281,18 +284,18 @@ class SplitNetwork:
 
         Args:
             request: the call.
-            rows: the samples, of those of x, out, and whatever else has as many.
+            rows: the samples to run, as a slice of x, out and every other tensor with as many samples.
             tensor_at: finds tensors in shared memory.
-            ranks: that share the sequence.
-            passes: of this request, if a cache may skip blocks.
-            compiler: of the blocks, if they are to run compiled; each rank's own affair.
-            watch: looks at the inputs.
+            ranks: the ranks that share the sequence.
+            passes: passes of this request, if a cache may skip blocks.
+            compiler: compiler of the blocks, if they are to run compiled; ranks need not agree on it.
+            watch: checks the inputs.
 
         Returns:
-            A boolean on the device: whether this rank's share is finite.
+            A boolean tensor on the device: whether this rank's share is finite.
 
         Raises:
-            UnsupportedError: the prediction has another shape than the latent.
+            UnsupportedError: the shape of the prediction differs from that of `out`.
         """
         x, timestep, out = (tensor_at(place) for place in (request.x, request.timestep, request.out))
         latent = dict(_unpacked(x[rows].to(self._device, copy=True), request.parts))
@@ -323,13 +326,13 @@ class SplitNetwork:
         return all_finite(share)
 
     def call(self, method: str, arguments: Tree, held: Mapping[str, str], ranks: SequenceRanks) -> Any:
-        """Calls one of the network's methods; all ranks of the sequence call alike.
+        """Calls one of the network's methods; all ranks of the sequence make the same call.
 
         Args:
-            method: one of those that the plans' module lists.
-            arguments: of the call, in order and by name.
-            held: tensor's name there → key under which it is held.
-            ranks: that share the sequence.
+            method: one of the methods that the plans' module lists.
+            arguments: positional and named arguments of the call.
+            held: maps the name of each tensor in `arguments` to the key under which it is kept.
+            ranks: the ranks that share the sequence.
 
         Returns:
             The whole result, on every rank.
@@ -351,7 +354,7 @@ class SplitNetwork:
         with ExitStack() as during:
             during.enter_context(self.home.in_use(ranks.traffic))
             during.enter_context(self._scales.over(ranks))
-            if compiler is not None:  # a graph cannot ask other ranks for their largest value
+            if compiler is not None:  # a graph cannot exchange the largest value with other ranks
                 shared = ranks.size > 1 and self._scales.layers
                 during.enter_context(compiler.on([] if shared else self._split.blocks))
             if (name := options.get(OVERRIDE)) is not None:
@@ -363,14 +366,14 @@ class SplitNetwork:
                 returned = handed_on(type(self._network).__name__)
                 skip = during.enter_context(skippable(self._network, self._plan, returned, self._split))
                 options[REPLACED] = {"dit": {(kind, number): skip for kind in layers for number in layers[kind]}}
-            if passes is not None:  # outside: what is skipped need not be compiled
+            if passes is not None:  # wraps the compiled blocks: skipped blocks need not be compiled
                 assert self._chain is not None, "the host has refused"
                 during.enter_context(cached_blocks(self._network, self._plan, self._chain, self._split, passes))
             return function(*given["args"], **given["named"])
 
 
 def _unpacked(x: Tensor, parts: Sequence[Sequence[int]]) -> Iterator[tuple[str, Tensor]]:
-    """The latent by name, or its parts, as ComfyUI's `unpack_latents` cuts them."""
+    """Yields the latent by name, or its parts, as ComfyUI's `unpack_latents` splits them."""
     if not parts:
         yield "x", x
         return
@@ -383,5 +386,5 @@ def _unpacked(x: Tensor, parts: Sequence[Sequence[int]]) -> Iterator[tuple[str, 
 
 @cache
 def _signature(function: Callable[..., Any]) -> inspect.Signature:
-    """Each step asks for it."""
+    """Returns the function's signature, cached because each step needs it."""
     return inspect.signature(function)

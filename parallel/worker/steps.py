@@ -1,4 +1,4 @@
-"""A worker's part of steps and of whole samplings."""
+"""Single steps and whole samplings on a worker."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from ..compilation.modules import CompiledModules
 
 _BLOCKS_OF_A_PASS = 2**20
-"""More than any step of a sampling enters."""
+"""Upper bound of the number of blocks that one step of a sampling runs."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,9 +34,9 @@ class Ran:
     """Result of running this rank's part of requests."""
 
     tally: Tally
-    """What the cache has counted."""
+    """Counters of the cache."""
     finite: bool
-    """Whether this rank's part of the predictions is."""
+    """True if this rank's part of the predictions is finite."""
 
 
 class Steps:
@@ -62,7 +62,7 @@ class Steps:
         return {"seconds": time.perf_counter() - began, **context.traffic.to_json(), **counted}
 
     def _sample(self, message: Sample) -> dict[str, Any]:
-        """What it returns, and counts of a cache, is kept apart by the degrees of its passes."""
+        """Runs a whole sampling; reports its passes' seconds and cache counters for each item of `message.degrees`."""
         model = self._models.conditioned(message.model, message.conditioning)
         meshes = [self._mesh(degrees, cached=message.cache is not None) for degrees in message.degrees]
         contexts: list[ParallelContext] = []
@@ -110,8 +110,8 @@ class Steps:
         }
 
     def _mesh(self, degrees: Degrees, *, cached: bool) -> Mesh:
-        """The mesh, and all groups that it needs: they are made by all ranks of the world together, and later a batch
-        group may stop before another one."""
+        """Returns the mesh after creating all process groups that it needs. Creating them is collective over the world,
+        and must not happen later, when one batch group may stop before another."""
         mesh = self._ranks.mesh(degrees)
         if cached:
             self._ranks.total(mesh, Traffic())
@@ -127,12 +127,12 @@ class Steps:
         compiler: CompiledModules | None = None,
         watch: FirstNotFinite | None = None,
     ) -> Ran:
-        """This rank's part of requests that run side by side; the results lie in shared memory when it returns.
+        """Runs this rank's part of requests that run side by side; on return the results are in shared memory.
 
         Args:
-            rule: of the sampling's cache.
-            compiler: of the model's blocks, which are compared with uncompiled ones where they run.
-            watch: looks at what the network is given.
+            rule: cache rule of the sampling.
+            compiler: compiler of the model's blocks; each is compared with the uncompiled block when it runs.
+            watch: checks the network's inputs.
         """
         kernel = self._ranks.chosen
         attentions = [
@@ -161,7 +161,7 @@ class Steps:
         return Ran(Tally() if cache is None else cache.tally, all(map(bool, finite)))
 
     def _watched(self, model: SplitNetwork, requests: list[Request], mesh: Mesh, context: ParallelContext) -> NotFinite:
-        """Runs requests again, all of their blocks, to find where values stop being finite here."""
+        """Runs the requests again, without skipping blocks, and finds where values on this rank stop being finite."""
         watch = model.watch()
         with watch.watching():
             ran = self._run(model, requests, mesh, context, watch=watch)

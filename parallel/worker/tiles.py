@@ -1,4 +1,4 @@
-"""What a worker does for the parallel VAE: one tile after the other."""
+"""A worker's operations for the parallel VAE, which runs one tile after the other."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .host_link import HostLink
 from .native_vae import NativeVAE
 
 Operations = dict[type[Operation], Callable[[Any], dict[str, Any]]]
-"""What is done with each kind of message; it returns JSON."""
+"""Maps each message class to its handler, which returns JSON."""
 
 
 class Tiles:
@@ -33,10 +33,10 @@ class Tiles:
         }
 
     def _load(self, message: LoadVAE) -> dict[str, Any]:
-        """Rebuilds ComfyUI's VAE around the weights that the host shares; a CPU rank computes with them where they are.
+        """Rebuilds ComfyUI's VAE with the weights that the host shares; a CPU rank computes with them in place.
 
         Raises:
-            UnsupportedError: it would not be the same VAE.
+            UnsupportedError: the result would not be the same VAE.
         """
         state = {name: self._link.tensor(ref) for name, ref in message.state.items()}
         vae = NativeVAE(message.source, state, self._device)
@@ -52,7 +52,7 @@ class Tiles:
         return {}
 
     def _begin(self, message: BeginTiles) -> dict[str, Any]:
-        """All ranks hear of the segments that tiles will travel in."""
+        """Checks that the VAE is loaded. The message, sent to all ranks, also announces the tiles' segments to them."""
         if message.vae not in self._vaes:
             raise EngineError(f"the workers do not have {message.vae} any more: queue the prompt again")
         return {}

@@ -1,4 +1,4 @@
-"""Layers that divide their input by the largest value of all tokens, of which a rank has only some."""
+"""Layers that divide their input by its largest value over all tokens, while each rank holds only some tokens."""
 
 from __future__ import annotations
 
@@ -14,17 +14,18 @@ from ..split import SequenceRanks
 
 _SCALE, _PRE_SCALE = "input_scale", "pre_quant_scale"
 _NVFP4_MAX = torch.finfo(torch.float8_e4m3fn).max * 6.0
-"""Of a block's scale times that of a value."""
+"""Product of the largest scale of a block and the largest FP4 value."""
 
 
 class TokenScales:
-    """Gives such layers the largest value of all ranks' tokens; every rank asks for it at the same layers.
+    """Sets the input scale of such layers from all ranks' tokens; every rank runs the exchange at the same layers.
 
-    Of ComfyUI's formats this is nvfp4 without a calibrated `input_scale`, where the device computes in it; elsewhere
-    the weight is restored. fp8 then takes 1, int8 and mxfp8 one scale for each token or block.
+    Among ComfyUI's formats only nvfp4 needs this, if it has no calibrated `input_scale` and the device computes in it;
+    on other devices the weight is restored. Without a calibrated scale fp8 uses 1, and int8 and mxfp8 use one scale for
+    each token or block.
 
     Args:
-        network: with its weights.
+        network: the network with its weights.
     """
 
     def __init__(self, network: nn.Module):
@@ -32,7 +33,7 @@ class TokenScales:
 
     @contextmanager
     def over(self, ranks: SequenceRanks) -> Iterator[None]:
-        """Inside, the scales are those of all tokens of these ranks."""
+        """Within the context, the layers use scales over all tokens of these ranks."""
         with ExitStack() as during:
             for layer in self.layers if ranks.size > 1 else ():
                 during.callback(vars(layer).pop, _SCALE, None)
