@@ -270,6 +270,7 @@ class RemoteModel:
             WorkerError: a worker failed; the weights are lost unless `weights.loaded` is still True.
         """
         options = _SampleOptions(cache, compiled, poll, on_step, interval_s, on_progress)
+        self._rule(program, cache)  # refuses before noise and constants are copied
         keep = restore is not None and self.retry.wanted
         left, resumed, began = program, 0, time.monotonic()
         while True:
@@ -303,13 +304,21 @@ class RemoteModel:
             keep=keep,
         )
 
+    def _rule(self, program: Program, cache: CachedSampling | None) -> messages.CacheRule | None:
+        """Returns the cache rule for a sampling; None without a cache or without a call of the network.
+
+        Raises:
+            UnsupportedError: the cache does not support this model.
+        """
+        requests = [each.request for network in program.networks for each in network.passes]
+        if cache is None or not requests:
+            return None
+        return cache.message(0.0, self.recipe, requests[0].shapes)
+
     def _sampled(self, program: Program, sent: Sent, options: _SampleOptions) -> tuple[Tensor, SampleReport]:
         cache, compiled, poll = options.cache, options.compiled, options.poll
         networks, group = program.networks, self.weights.settled(poll)
         passes = [each.request for network in networks for each in network.passes]
-        told = None
-        if cache is not None and passes:
-            told = cache.message(0.0, self.recipe, passes[0].shapes)
         kinds = [tuple((name, id(tensor)) for name, tensor in each.conditioning.items()) for each in passes]
         different = {kind: each.conditioning for kind, each in zip(kinds, passes, strict=True)}
         keys, conditioning = self._conditioning.update(list(different.values()), group)
@@ -319,7 +328,7 @@ class RemoteModel:
             [keys_of[kind] for kind in kinds],
             conditioning,
             is_active=lambda sigma: cache is not None and cache.is_active(sigma),
-            cache=told,
+            cache=self._rule(program, cache),
             compiled=None if compiled is None else compiled.settings,
         )
         before, began = group.messages, time.monotonic()

@@ -91,7 +91,7 @@ class FP8Report:
     def __str__(self) -> str:
         counts = {
             "in FP8 already": self.already,
-            "left as they are by the skip list": self.skipped,
+            "left as they are (never quantised, or matched by skip)": self.skipped,
             f"left as they are because {self.scheme} needs sizes in multiples of 16 or 32": self.unfit,
             "restored at each call because this device does not compute in their format": self.restored,
         }
