@@ -18,8 +18,8 @@ export const settings = [
     category: category("Workers", "KeepAlive"),
     name: "Keep-alive (minutes)",
     tooltip:
-      "Idle workers leave after so many minutes and give all their memory back; the next prompt starts them again." +
-      " 0: they stay. Not used when ComfyUI runs with --multi-user.",
+      "Idle workers exit after this many minutes and free all their memory; the next prompt starts them again." +
+      " 0: they keep running. Not used when ComfyUI runs with --multi-user.",
     type: "number",
     defaultValue: 0,
     attrs: { min: 0, max: 10080, showButtons: true, maxFractionDigits: 1 },

@@ -81,5 +81,6 @@ def _sample(executor: Any, *args: Any, **kwargs: Any) -> Any:
 
 def _stacked(second: str, first: str) -> UnsupportedError:
     return UnsupportedError(
-        f"{second} cannot be used together with {first}: each would skip steps by what the other has left; remove one"
+        f"{second} cannot be used together with {first}: each would look only at the steps that the other has not"
+        " skipped; remove one of the two nodes"
     )

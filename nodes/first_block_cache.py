@@ -18,8 +18,8 @@ class SPFirstBlockCache(io.ComfyNode):
             display_name="First Block Cache (SP)",
             category="sequence parallel",
             description=(
-                "Faster, slightly different results: at a step whose first block does nearly what it did before, the"
-                " other blocks are skipped and their last effect is added again. For Load Diffusion Model (SP)."
+                "Faster, slightly different results: if the effect of the first block has hardly changed, a step skips"
+                " the other blocks and adds their last effect again. For Load Diffusion Model (SP)."
             ),
             inputs=[
                 io.Model.Input("model", tooltip="From Load Diffusion Model (SP), LoRAs and ModelSampling included."),
@@ -38,7 +38,8 @@ class SPFirstBlockCache(io.ComfyNode):
                     min=0.0,
                     max=1.0,
                     step=0.01,
-                    tooltip="Part of the sampling (0 to 1) before which every step is computed. 0: none.",
+                    tooltip="Part of the sampling (0 to 1) before which no step skips blocks. 0: steps may skip from"
+                    " the start.",
                     advanced=True,
                 ),
                 io.Float.Input(
@@ -47,7 +48,8 @@ class SPFirstBlockCache(io.ComfyNode):
                     min=0.0,
                     max=1.0,
                     step=0.01,
-                    tooltip="Part of the sampling (0 to 1) after which every step is computed. 1: none.",
+                    tooltip="Part of the sampling (0 to 1) after which no step skips blocks. 1: steps may skip until"
+                    " the end.",
                     advanced=True,
                 ),
                 io.Int.Input(

@@ -202,14 +202,14 @@ def _refuse_other_code(guider: Any, options: dict[str, Any]) -> None:
     for name in _FUNCTIONS:
         if value := options.get(name):
             names = {node_of(function) for function in (value if isinstance(value, list) else [value])}
-            raise NotRecordable(f"{', '.join(sorted(names))} takes part in every step ({name})")
+            raise NotRecordable(f"code of {', '.join(sorted(names))} runs at every step ({name})")
     if options.get("context_handler") is not None:
         raise NotRecordable("context windows cut the latent into parts")
     if "multigpu_clones" in options:
         raise NotRecordable("MultiGPU CFG Split shares out the conditions")
     for kind in _WRAPPERS:
         if keys := _keys(options, kind):
-            raise NotRecordable(f"{', '.join(keys)} takes part in every step (a {kind} wrapper)")
+            raise NotRecordable(f"code of {', '.join(keys)} runs at every step (a {kind} wrapper)")
     for conditions in guider.conds.values():
         for condition in conditions:
             for name, what in _CONDITIONS.items():

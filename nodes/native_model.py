@@ -101,9 +101,9 @@ def _detected(
         contract.require("gguf")
     elif not is_folder and not path.endswith(_SAFETENSORS):
         raise UnsupportedError(
-            f"{path}: only {' and '.join(_SAFETENSORS)} files are read, whose parts all workers can map, and"
-            f" {gguf.SUFFIX} files where {gguf.PACK} is installed; other formats can run code. Use the model's"
-            " safetensors file"
+            f"{path}: workers read {' and '.join(_SAFETENSORS)} files only, and {gguf.SUFFIX} files if {gguf.PACK} is"
+            " installed; they cannot map files of other formats, which can also run code. Use the model's safetensors"
+            " file"
         )
     device = torch.device(resolve(config).devices[0].name)
     try:

@@ -177,7 +177,7 @@ def _used_config(config: SequenceParallelConfig | None) -> SequenceParallelConfi
                 raise UnsupportedError(str(error)) from error
     layout = resolve(config)
     if layout.world_size == 1:
-        raise UnsupportedError(f"there is only {layout.describe()} to compute on")
+        raise UnsupportedError(f"there is only one device, {layout.describe()}")
     return config
 
 

@@ -24,8 +24,8 @@ class SPSampler(io.ComfyNode):
             category="sequence parallel",
             description=(
                 "KSampler, with the same result, for Load Diffusion Model (SP): all steps run in the workers after one"
-                " message, instead of one message for every step. What it cannot run there it samples as KSampler does,"
-                " and says why."
+                " message, instead of one message for every step. If the workers cannot run a sampling, this node"
+                " samples as KSampler does, and shows why."
             ),
             inputs=[
                 io.Model.Input("model", tooltip="From Load Diffusion Model (SP); any other is sampled as by KSampler."),

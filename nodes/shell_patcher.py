@@ -109,7 +109,7 @@ class SequenceParallelPatcher(WorkersPatcher):
         def patched(name: str) -> torch.Tensor | Patches:
             key = f"diffusion_model.{name}"
             if name not in tensors:
-                raise refuse(f"a patch of {key}, which {recipe.path} does not have", "remove that node")
+                raise refuse(f"a patch of {key} (a weight that {recipe.path} does not have)", "remove its node")
             layer, _, leaf = name.rpartition(".")
             if f"{layer}." in quantised and leaf == "weight":
                 return patched_layer(self.patches, key, self._quantised_layer(layer, tensors), self.load_device)

@@ -58,18 +58,18 @@ class SPConfigNode(io.ComfyNode):
                     "attention",
                     options=list(ATTENTION_KERNELS),
                     default="auto",
-                    tooltip="Attention kernel in the workers. auto: ComfyUI's own choice, in a ring PyTorch's. sdpa:"
-                    " PyTorch's. cudnn and flash need a CUDA device, sage also the package sageattention (8-bit:"
-                    " results differ slightly).",
+                    tooltip="Attention kernel in the workers. auto: ComfyUI's own choice, but PyTorch's in a ring."
+                    " sdpa: PyTorch's. cudnn, flash and sage need a CUDA device; sage also needs the package"
+                    " sageattention (8-bit: results differ slightly).",
                 ),
                 io.Combo.Input(
                     "on_failure",
                     options=list(ON_FAILURE),
                     default="error",
                     optional=True,
-                    tooltip="When a worker dies. error: the prompt ends, the next one starts fresh workers. retry:"
-                    " fresh workers load the model and redo the failed step, once; the result is the same. Not where a"
-                    " GPU is out of memory: it would be so again.",
+                    tooltip="What happens when a worker dies. error: the prompt fails, and the next prompt starts fresh"
+                    " workers. retry: fresh workers load the model and repeat the failed step once; the result is the"
+                    " same. If a GPU is out of memory, the prompt always fails, as it would run out again.",
                 ),
             ],
             outputs=[SPConfig.Output(display_name="sp_config")],

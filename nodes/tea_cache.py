@@ -18,9 +18,9 @@ class SPTeaCache(io.ComfyNode):
             display_name="TeaCache (SP)",
             category="sequence parallel",
             description=(
-                "Faster, slightly different results: all blocks are skipped at steps until the estimated change of the"
-                " output adds up to the threshold. For models with published coefficients (see help), loaded by Load"
-                " Diffusion Model (SP)."
+                "Faster, slightly different results: steps skip all blocks until the estimated changes of the output"
+                " add up to the threshold. For models with published coefficients (see help), loaded by Load Diffusion"
+                " Model (SP)."
             ),
             inputs=[
                 io.Model.Input("model", tooltip="From Load Diffusion Model (SP), LoRAs and ModelSampling included."),
@@ -41,7 +41,8 @@ class SPTeaCache(io.ComfyNode):
                     min=0.0,
                     max=1.0,
                     step=0.01,
-                    tooltip="Part of the sampling (0 to 1) before which every step is computed. 0: none.",
+                    tooltip="Part of the sampling (0 to 1) before which no step skips blocks. 0: steps may skip from"
+                    " the start.",
                     advanced=True,
                 ),
                 io.Float.Input(
@@ -50,7 +51,8 @@ class SPTeaCache(io.ComfyNode):
                     min=0.0,
                     max=1.0,
                     step=0.01,
-                    tooltip="Part of the sampling (0 to 1) after which every step is computed. 1: none.",
+                    tooltip="Part of the sampling (0 to 1) after which no step skips blocks. 1: steps may skip until"
+                    " the end.",
                     advanced=True,
                 ),
             ],

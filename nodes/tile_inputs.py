@@ -62,4 +62,4 @@ def check_overlap(vae: Any, tile_size: int, overlap: int) -> None:
     # Pictures are cut three times, also into tiles of half the height or width.
     limit = tile_size // 2 if vae.latent_dim == 2 else tile_size
     if overlap >= limit:
-        raise ConfigError(f"overlap is {overlap}; allowed with tile_size {tile_size} are less than {limit}")
+        raise ConfigError(f"overlap is {overlap}; with tile_size {tile_size} it must be less than {limit}")

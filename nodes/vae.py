@@ -19,9 +19,10 @@ class SPVAE(io.ComfyNode):
             display_name="VAE (Parallel)",
             category="sequence parallel",
             description=(
-                "For nodes that encode or decode by themselves, such as image to video: whatever they give this VAE is"
-                " cut into tiles, which all devices compute at once, as VAE Encode (Tiled) and VAE Decode (Tiled) with"
-                " the same settings. What fits into one tile is computed as without this node."
+                "For nodes that encode or decode by themselves, such as image to video: this VAE cuts their images or"
+                " latents into tiles, and all devices compute the tiles at once. The result is that of VAE Encode"
+                " (Tiled) and VAE Decode (Tiled) with the same settings. An input that fits into one tile is computed"
+                " as without this node."
             ),
             inputs=[
                 io.Vae.Input("vae", tooltip="From Load VAE; the workers are sent its weights once."),

@@ -56,11 +56,13 @@ def check(mode: str, degrees: RequestedDegrees) -> None:
     """
     if mode == "shard" and degrees.sharing < 2:
         if degrees.world_size == 1:
-            raise ConfigError("weights is 'shard', and devices names one; allowed are auto, replicate and offload")
+            raise ConfigError(
+                "weights is 'shard', but devices names one device; allowed are auto, replicate and offload"
+            )
         raise ConfigError(
-            f"weights is 'shard' with cfg_degree {degrees.cfg or 'auto'} and dp_degree {degrees.dp or 'auto'}: of"
-            f" {degrees.world_size} devices that leaves 1 for each sequence, and weights are sharded over the devices"
-            " that share one (ulysses_degree × ring_degree); set both to 1, or choose auto, replicate or offload"
+            "weights is 'shard', which divides the weights among the devices that share a sequence (ulysses_degree ×"
+            f" ring_degree); with cfg_degree {degrees.cfg or 'auto'} and dp_degree {degrees.dp or 'auto'} each sequence"
+            f" has only 1 of the {degrees.world_size} devices. Set both to 1, or choose auto, replicate or offload"
         )
 
 

@@ -101,7 +101,7 @@ async function restart() {
   const question = t("A prompt is running; it will fail. Restart the workers?");
   if (running && !(await confirmed(t("Restart workers"), question))) return;
   const { groups: started } = await request("/sequence_parallel/restart", {});
-  if (!started) toast("info", t("Restart workers"), t("There were none; the next prompt starts them."), 4);
+  if (!started) toast("info", t("Restart workers"), t("No workers were running; the next prompt starts them."), 4);
 }
 
 async function copyReport() {

@@ -7,7 +7,7 @@ export const TAB_ID = "sequence-parallel";
 
 const TOASTS = {
   started: ["success", "Workers started", 4],
-  left: ["info", "Workers have left", 6],
+  left: ["info", "Workers have exited", 6],
   crashed: ["error", "Workers failed", 20],
   out_of_memory: ["error", "Out of memory in a worker", 20],
   not_finite: ["warn", "Values that are not finite", 20],

@@ -219,7 +219,7 @@ PARTS = {
         """,
     ),
     "refusals": Part(
-        "refusals by name of what cannot run in the workers: it may be without effect instead",
+        "errors that name nodes which cannot run in the workers: such a node may have no effect instead",
         """
         comfy.model_patcher
             ModelPatcher.set_injections <- key, injections

@@ -29,8 +29,8 @@ def check_cache(settings: CacheSettings, recipe: Recipe, shapes: Shapes | None =
     chains = CHAINS[recipe.library]
     if recipe.network not in chains:
         raise UnsupportedError(
-            f"{settings.name} cannot skip blocks of {recipe.network}: its split plan does not say which; it can for"
-            f" {', '.join(chains)}. Use EasyCache"
+            f"{settings.name} cannot skip blocks of {recipe.network}: its split plan does not name the blocks that may"
+            f" be skipped. The plans of these classes do: {', '.join(chains)}. Use EasyCache"
         )
     return settings.rule(*known_as(recipe.network, recipe.arguments), shapes)
 

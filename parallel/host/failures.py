@@ -148,7 +148,7 @@ def raised(worker: WorkerProcess, operation: str, failure: Failure, *, kept: boo
     if failure.out_of_memory:
         text += f". {advice}"
     elif not failure.expected and "cuda error" in failure.message.lower():
-        text += ". The GPU takes no more work from this process; if it comes back, look for 'Xid' in dmesg"
+        text += ". This process can no longer use the GPU; if the error returns, look for 'Xid' in dmesg"
     kind = WorkerOutOfMemoryError if failure.out_of_memory else WorkerError
     return kind(
         text if kept else text + _FRESH,
@@ -177,6 +177,6 @@ def _advice_on_silence(layout: Layout) -> str:
     if layout.device_type != "cuda" or layout.world_size == 1:
         return ""
     return (
-        "; often such GPUs cannot reach each other directly: start ComfyUI with the environment variable"
-        " NCCL_P2P_DISABLE=1 (NCCL_DEBUG=INFO tells more)"
+        "; often the cause is that these GPUs cannot reach each other directly: start ComfyUI with the environment"
+        " variable NCCL_P2P_DISABLE=1 (NCCL_DEBUG=INFO prints more)"
     )

@@ -13,7 +13,7 @@ from .process import WorkerProcess
 
 _OVERFLOW = (
     "Most often a value was too large for float16 (above 65504): choose another weight_dtype, or start ComfyUI with"
-    " --bf16-unet or --fp32-unet; a LoRA of another model, or of a large strength, and a damaged file do it, too"
+    " --bf16-unet or --fp32-unet. Other causes: a LoRA of another model, a LoRA with a large strength, a damaged file"
 )
 
 
@@ -37,12 +37,12 @@ def not_finite(workers: Sequence[WorkerProcess], found: Sequence[Mapping[str, An
         text += f", already in the model's input {first.name!r}. Look at the node that makes it, e.g. the text encoder"
     elif all(place.finite for place in places):
         text += (
-            ". A second run, without a cache between steps and compiled blocks, gave finite ones: remove Torch Compile"
-            " (SP) or the cache"
+            ". A second run, without a cache between steps and without compiled blocks, gave finite values: remove"
+            " Torch Compile (SP) or the node of the cache"
         )
     elif first.place < first.blocks:
         text += f", first in the output of block {first.name} ({first.place + 1} of {first.blocks}) {who}. {_OVERFLOW}"
     else:
-        text += f", behind the last of {first.blocks} blocks {who}. {_OVERFLOW}"
+        text += f", after the last of {first.blocks} blocks {who}. {_OVERFLOW}"
     status.tell(status.NOT_FINITE, text)
     return NotFiniteError(text, rank=rank, lost=False)

@@ -109,8 +109,8 @@ class RemoteWeights(Resident):
             )
         if not recipe.planned:
             raise UnsupportedError(
-                f"{NODE} does not know which layers of {recipe.network} it may quantise, a class without a split plan;"
-                " remove the node, or choose weight_dtype fp8_e4m3fn in the loader"
+                f"{NODE} cannot quantise {recipe.network}: a split plan names the layers that may be quantised, and"
+                " this class has none; remove the node, or choose weight_dtype fp8_e4m3fn in the loader"
             )
         if fp8.scheme in KITCHEN and recipe.library != "comfyui":
             raise UnsupportedError(f"{NODE}: scheme {fp8.scheme} is ComfyUI's, and {recipe.path} is read without it")

@@ -58,6 +58,6 @@ class Retry:
 
 def announce(error: WorkerError, what: str) -> None:
     """Reports that another attempt follows a failure."""
-    text = f"fresh workers repeat {what} (SP Config, on_failure: retry). The failure: {error}"
+    text = f"fresh workers repeat {what}, because on_failure in SP Config is retry. The failure was: {error}"
     log.warning("%s", text)
     status.tell(status.RETRIED, text)

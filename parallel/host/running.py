@@ -137,11 +137,11 @@ def end_idle(seconds: float) -> None:
         for group in list(_groups):
             idle = time.monotonic() - group.last_used
             if group.alive and not group.busy and idle >= seconds:
-                group.stop("the workers had left after their time without work")
+                group.stop("the workers had exited because they were idle (setting Keep-alive); queue the prompt again")
                 _groups.remove(group)
                 workers = group.layout.describe()
                 status.tell(
-                    status.LEFT, f"the workers on {workers} have left after {idle / 60:.0f} minutes without work"
+                    status.LEFT, f"the workers on {workers} have exited after {idle / 60:.0f} minutes without work"
                 )
     finally:
         _lock.release()

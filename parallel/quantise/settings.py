@@ -161,7 +161,7 @@ def _lack(device: str) -> str:
     if torch.version.hip is not None:
         return "FP8 products are for NVIDIA GPUs here"
     if (capability := torch.cuda.get_device_capability(device)) < CAPABILITY:
-        return "compute capability {}.{}, FP8 products need {}.{}".format(*capability, *CAPABILITY)
+        return "compute capability {}.{}, but FP8 multiplication needs {}.{}".format(*capability, *CAPABILITY)
     return ""
 
 

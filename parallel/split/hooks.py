@@ -102,8 +102,8 @@ class Split:
         self._streams.forget_parts()
         if around := [kind for kind, done in self._streams.routed.items() if not done]:
             raise PlanError(
-                f"the attention of {', '.join(around)} did not go the way that its plan routes: this version of the"
-                " model computes it otherwise, or another attention backend is set"
+                f"the attention of {', '.join(around)} was not split as its plan says: this version of the model"
+                " computes it in another way, or another attention backend is set"
             )
 
     def _install(self, model: nn.Module, path: str, site: Site) -> None:

@@ -253,13 +253,14 @@ class SplitNetwork:
         sdpa = name == "pytorch"  # its results can also be merged in a ring
         if ring_degree > 1 and not sdpa:
             raise UnsupportedError(
-                f"the attention {name!r}, which a node chooses (ModelAttentionBackend), gives no log-sum-exp, by which"
-                f" a ring merges its parts: set ring_degree, now {ring_degree}, to 1 in SP Config, or remove the node"
+                f"the attention {name!r}, which a node chooses (ModelAttentionBackend), cannot be used in a ring,"
+                " which merges its parts by their log-sum-exp: this attention gives none. Set ring_degree, now"
+                f" {ring_degree}, to 1 in SP Config, or remove the node"
             )
         if kernel is not None and not (sdpa and kernel == "sdpa"):
             raise UnsupportedError(
-                f"SP Config chooses the attention {kernel!r}, a node (ModelAttentionBackend) {name!r}: set attention to"
-                " auto in SP Config, or remove the node"
+                f"SP Config chooses the attention {kernel!r}, but a node (ModelAttentionBackend) chooses {name!r}: set"
+                " attention to auto in SP Config, or remove the node"
             )
         from ..comfyui.attention import computes, registered  # imports ComfyUI, which provides this network
 

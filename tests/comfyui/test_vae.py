@@ -172,9 +172,7 @@ def check(cases: list[dict], results: list[dict]) -> None:
             assert found["equal"], f"{given['kind']} {given['node']} {given['shape']} differs on {devices}"
             if given["inputs"] == APART:
                 assert found["bytes_back"] == result["nbytes"], "each pixel is to come back once"
-            expected = (
-                "there is only cpu to compute on" if devices == "cpu" else rf"\d+ tiles? on {re.escape(devices)} "
-            )
+            expected = "there is only one device, cpu" if devices == "cpu" else rf"\d+ tiles? on {re.escape(devices)} "
             if given["through"] == ONE_TILE:
                 expected = "^$"  # as without the pack
             assert re.search(expected, found["told"]), found["told"]
@@ -323,7 +321,7 @@ def test_overlap_as_large_as_the_tile_is_refused(server: ComfyServer) -> None:
     builder.add("SaveLatent", OUTPUT, samples=latent, filename_prefix="vae")
     result = server.run(builder.graph)
     assert result.status == "error"
-    assert "overlap is 32; allowed with tile_size 64 are less than 32" in result.message
+    assert "overlap is 32; with tile_size 64 it must be less than 32" in result.message
 
 
 # --- for any node -----------------------------------------------------------------------------------------------------

@@ -180,7 +180,7 @@ def test_a_module_that_does_not_attend_is_noticed_in_a_graph_too(network: Model)
     split = Split(network, PLAN, Deaf((1.0, 1.0)))
     blocks = compiler()
     for _ in range(2):  # compared with the uncompiled block; compiled
-        told = pytest.raises(PlanError, match=r"the attention of Model\.blocks\.attn did not go the way")
+        told = pytest.raises(PlanError, match=r"the attention of Model\.blocks\.attn was not split as its plan says")
         with told, blocks.on(split.blocks):
             run(network, skip_attention=True)
         assert not blocks.failure

@@ -184,10 +184,14 @@ def test_a_kernel_whose_package_is_missing_is_refused(gpus, monkeypatch: pytest.
 @pytest.mark.parametrize(
     ("devices", "degrees", "complaint"),
     [
-        ("cpu", {}, "devices names one; allowed are auto, replicate and offload"),
-        ("cpu,cpu", {"cfg_degree": 2}, "with cfg_degree 2 and dp_degree auto: of 2 devices that leaves 1"),
-        ("cpu,cpu,cpu,cpu", {"cfg_degree": 2, "dp_degree": 2}, "of 4 devices that leaves 1"),
-        ("cpu,cpu", {"ulysses_degree": 1, "ring_degree": 1}, "cfg_degree auto and dp_degree auto: of 2 devices"),
+        ("cpu", {}, "devices names one device; allowed are auto, replicate and offload"),
+        ("cpu,cpu", {"cfg_degree": 2}, "with cfg_degree 2 and dp_degree auto each sequence has only 1 of"),
+        ("cpu,cpu,cpu,cpu", {"cfg_degree": 2, "dp_degree": 2}, "each sequence has only 1 of the 4 devices"),
+        (
+            "cpu,cpu",
+            {"ulysses_degree": 1, "ring_degree": 1},
+            "cfg_degree auto and dp_degree auto each sequence has only 1",
+        ),
     ],
 )
 def test_shard_needs_devices_that_share_a_sequence(devices: str, degrees: dict[str, int], complaint: str):

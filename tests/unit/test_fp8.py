@@ -273,7 +273,7 @@ def test_old_gpus_are_refused_by_their_capability(
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: {"cuda:0": (9, 0)}.get(device, capability))
     weights = RemoteWeights(replace(tiny(tmp_path), config=SequenceParallelConfig(devices="cuda:0,cuda:1")))
     if capability < (8, 9):
-        with pytest.raises(ConfigError, match=r"cuda:1: compute capability 8\.6, FP8 products need 8\.9"):
+        with pytest.raises(ConfigError, match=r"cuda:1: compute capability 8\.6, but FP8 multiplication needs 8\.9"):
             weights.select_fp8(FP8Settings(scheme="dynamic_rowwise"))
     else:
         assert weights.select_fp8(FP8Settings(scheme="dynamic_rowwise")).weights

@@ -372,7 +372,7 @@ def test_a_value_that_does_not_fit_is_named_with_its_shape():
 def test_attention_that_goes_another_way_is_refused():
     model = Model()
     Split(model, {"blocks": Site(cut={"img": Tokens(I)}, attention={"attn": (I, I)})}, TWO, ThroughTorch)
-    with pytest.raises(PlanError, match=r"the attention of Model\.blocks\.attn did not go the way"):
+    with pytest.raises(PlanError, match=r"the attention of Model\.blocks\.attn was not split as its plan says"):
         model(IMG, TXT)
 
 
