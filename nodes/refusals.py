@@ -14,7 +14,7 @@ from .options import as_data, hands_on
 
 log = logging.getLogger("sequence_parallel")
 
-_WHO = "Load Diffusion Model (SP)"
+_WHO = "Load Diffusion Model (SP) or Load Checkpoint (SP)"
 
 _OPTIONS = {
     "patches": "a block patch",
@@ -27,7 +27,7 @@ _REPLACES = "set_model_options_patch_replace"
 """Function that ComfyUI's guidance nodes call, e.g. SkipLayerGuidanceDiT and PerturbedAttentionGuidance."""
 
 
-def refuse(what: str, instead: str = "use Load Diffusion Model for this graph, or remove the node") -> UnsupportedError:
+def refuse(what: str, instead: str = "use ComfyUI's own loader for this graph, or remove the node") -> UnsupportedError:
     """Returns the error for a feature that cannot reach the workers."""
     return UnsupportedError(f"{what} cannot be used with {_WHO}; {instead}")
 
@@ -40,7 +40,7 @@ def refuse_loader(who: str, model: Any, instead: str) -> UnsupportedError:
         instead: advice for a MODEL from ComfyUI's own loader.
     """
     if type(model).__name__ == "GGUFModelPatcher":
-        instead = f"Choose the .gguf file in {_WHO}, instead of Unet Loader (GGUF)"
+        instead = "Choose the .gguf file in Load Diffusion Model (SP), instead of Unet Loader (GGUF)"
     return UnsupportedError(f"{who} works on the MODEL of {_WHO} only; this one comes from another loader. {instead}")
 
 

@@ -99,7 +99,7 @@ class SPSampler(io.ComfyNode):
         )
         if not isinstance(model, SequenceParallelPatcher):
             seconds = time.monotonic() - began  # with the time that ComfyUI takes to load it
-            in_workers.told = step_by_step(seconds, "this MODEL is not from Load Diffusion Model (SP)")
+            in_workers.told = step_by_step(seconds, "this MODEL comes from another loader")
         text, node_id = f"Sampler (SP): {in_workers.told}", cls.hidden.unique_id
         if in_workers.stepwise:
             tell_fallback(node_id, text, f"Sampler (SP): {in_workers.stepwise}")

@@ -62,7 +62,8 @@ def check(mode: str, degrees: RequestedDegrees) -> None:
         raise ConfigError(
             "weights is 'shard', which divides the weights among the devices that share a sequence (ulysses_degree ×"
             f" ring_degree); with cfg_degree {degrees.cfg or 'auto'} and dp_degree {degrees.dp or 'auto'} each sequence"
-            f" has only 1 of the {degrees.world_size} devices. Set both to 1, or choose auto, replicate or offload"
+            f" has only 1 of the {degrees.world_size} devices. Choose 1 for both and"
+            " leave ulysses_degree and ring_degree 0, or choose auto, replicate or offload"
         )
 
 

@@ -58,7 +58,11 @@ def test_compiled_and_uncompiled_models_of_one_loader_agree_with_the_native_one(
 @pytest.mark.parametrize(
     ("nodes", "swapped", "message"),
     [
-        ((COMPILE,), None, "Torch Compile (SP) works on the MODEL of Load Diffusion Model (SP) only"),
+        (
+            (COMPILE,),
+            None,
+            "Torch Compile (SP) works on the MODEL of Load Diffusion Model (SP) or Load Checkpoint (SP) only",
+        ),
         ((COMPILE, COMPILE), TWO, "this MODEL has gone through Torch Compile (SP) already"),
     ],
 )
@@ -74,6 +78,6 @@ def test_the_native_node_runs_and_the_log_names_this_one(server: ComfyServer) ->
     native = model_node("TorchCompileModel", backend="inductor")
     sample(server, fresh(Setting(model_nodes=(native,))), TWO)
     assert (
-        "TorchCompileModel changes nothing with Load Diffusion Model (SP); use Torch Compile (SP)"
+        "TorchCompileModel changes nothing with Load Diffusion Model (SP) or Load Checkpoint (SP); use Torch"
         in (server.log()[logged:])
     )

@@ -71,7 +71,7 @@ def test_comfyui_counts_the_smaller_size(server: ComfyServer) -> None:
 @pytest.mark.parametrize(
     ("nodes", "swapped", "said"),
     [
-        ((fp8(),), None, "works on the MODEL of Load Diffusion Model (SP) only"),
+        ((fp8(),), None, "works on the MODEL of Load Diffusion Model (SP) or Load Checkpoint (SP) only"),
         ((fp8(), fp8()), TWO, "chain twice"),
         ((fp8("dynamic_rowwise"),), TWO, "scheme is 'dynamic_rowwise', which does not work on cpu"),
         ((fp8(skip="img_mpl"),), TWO, "skip has the pattern 'img_mpl', which fits no linear layer"),

@@ -125,7 +125,7 @@ def test_shift_and_guidance_nodes_work_in_it(server: ComfyServer) -> None:
 def test_a_model_of_another_loader_is_sampled_natively(server: ComfyServer) -> None:
     setting = fresh(Setting(chain="sp_sampler"))
     latent, log = log_of(server, setting, None)
-    assert STEPWISE.findall(log) == ["this MODEL is not from Load Diffusion Model (SP)"]
+    assert STEPWISE.findall(log) == ["this MODEL comes from another loader"]
     assert torch.equal(latent, sample(server, replace(setting, chain="ksampler")))
 
 
