@@ -19,10 +19,13 @@ class SPFirstBlockCache(io.ComfyNode):
             category="sequence parallel",
             description=(
                 "Faster, slightly different results: if the effect of the first block has hardly changed, a step skips"
-                " the other blocks and adds their last effect again. For Load Diffusion Model (SP)."
+                " the other blocks and adds their last effect again. For this pack's loaders."
             ),
             inputs=[
-                io.Model.Input("model", tooltip="From Load Diffusion Model (SP), LoRAs and ModelSampling included."),
+                io.Model.Input(
+                    "model",
+                    tooltip="From Load Diffusion Model (SP) or Load Checkpoint (SP), LoRAs and ModelSampling included.",
+                ),
                 io.Float.Input(
                     "residual_diff_threshold",
                     default=0.08,

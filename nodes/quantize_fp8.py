@@ -25,10 +25,10 @@ class SPQuantizeFP8(io.ComfyNode):
             description=(
                 "Keeps the weights of the blocks' linear layers in FP8, in half the memory, and multiplies in FP8 on"
                 " GPUs that can (RTX 40 series and newer); or in ComfyUI's int8, mxfp8 or nvfp4. Slightly different"
-                " results. LoRAs are applied first, wherever they stand in the graph. For Load Diffusion Model (SP)."
+                " results. LoRAs are applied first, wherever they stand in the graph. For this pack's loaders."
             ),
             inputs=[
-                io.Model.Input("model", tooltip="From Load Diffusion Model (SP)."),
+                io.Model.Input("model", tooltip="From Load Diffusion Model (SP) or Load Checkpoint (SP)."),
                 io.Combo.Input(
                     "scheme",
                     options=list(SCHEMES),

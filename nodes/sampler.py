@@ -23,12 +23,16 @@ class SPSampler(io.ComfyNode):
             display_name="Sampler (SP)",
             category="sequence parallel",
             description=(
-                "KSampler, with the same result, for Load Diffusion Model (SP): all steps run in the workers after one"
+                "KSampler, with the same result, for this pack's loaders: all steps run in the workers after one"
                 " message, instead of one message for every step. If the workers cannot run a sampling, this node"
                 " samples as KSampler does, and shows why."
             ),
             inputs=[
-                io.Model.Input("model", tooltip="From Load Diffusion Model (SP); any other is sampled as by KSampler."),
+                io.Model.Input(
+                    "model",
+                    tooltip="From Load Diffusion Model (SP) or Load Checkpoint (SP); any other is sampled as by"
+                    " KSampler.",
+                ),
                 io.Int.Input(
                     "seed",
                     default=0,

@@ -19,11 +19,13 @@ class SPTeaCache(io.ComfyNode):
             category="sequence parallel",
             description=(
                 "Faster, slightly different results: steps skip all blocks until the estimated changes of the output"
-                " add up to the threshold. For models with published coefficients (see help), loaded by Load Diffusion"
-                " Model (SP)."
+                " add up to the threshold. For models with published coefficients (see help), from this pack's loaders."
             ),
             inputs=[
-                io.Model.Input("model", tooltip="From Load Diffusion Model (SP), LoRAs and ModelSampling included."),
+                io.Model.Input(
+                    "model",
+                    tooltip="From Load Diffusion Model (SP) or Load Checkpoint (SP), LoRAs and ModelSampling included.",
+                ),
                 io.Float.Input(
                     "rel_l1_thresh",
                     default=0.15,

@@ -19,11 +19,14 @@ class SPTorchCompile(io.ComfyNode):
             category="sequence parallel",
             description=(
                 "Faster steps after a slow first one: each kind of block is compiled once per worker, and kept for the"
-                " next start. Where compiling fails, the blocks run as without this node, and it says why. For Load"
-                " Diffusion Model (SP)."
+                " next start. Where compiling fails, the blocks run as without this node, and it says why. For this"
+                " pack's loaders."
             ),
             inputs=[
-                io.Model.Input("model", tooltip="From Load Diffusion Model (SP), LoRAs and ModelSampling included."),
+                io.Model.Input(
+                    "model",
+                    tooltip="From Load Diffusion Model (SP) or Load Checkpoint (SP), LoRAs and ModelSampling included.",
+                ),
                 io.Combo.Input(
                     "mode",
                     options=list(MODES),
