@@ -34,6 +34,7 @@ def test_gpu_hunyuan_video_runs_at_toy_size(tmp_path: Path):
     assert all(result["tflops"][name] > 0 for name in ("product", "attention, auto", "attention, sdpa"))
 
 
+@pytest.mark.extended
 def test_cpu_flux_context_parallel_runs_at_toy_size():
     script = [sys.executable, "-m", "tests.benchmarks.cpu_flux_context_parallel"]
     toy = ["--rounds", "1", "--image", "16", "--text", "2", "--layers", "1"]
@@ -55,6 +56,7 @@ def test_gpu_offload_runs_at_toy_size():
     assert result["time"] > 0
 
 
+@pytest.mark.extended
 def test_bench_start_tells_where_the_time_goes():
     script = [sys.executable, "-m", "parallel", "bench", "start", "--devices", "cpu", "--rounds", "1", "--json"]
     done = subprocess.run(script, cwd=ROOT, check=True, capture_output=True, text=True)

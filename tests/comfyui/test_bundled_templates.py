@@ -37,7 +37,7 @@ FAMILIES = {
     "z_image_turbo_t2i": "Z-Image",
 }
 """Template → key of `tests.templates.tiny.TINY`."""
-PLAIN = ("minimax_h3_t2v", "z_image_turbo_t2i")
+PLAIN = ("z_image_turbo_t2i",)
 """Those that CI samples; the others are extended."""
 NATIVE = {
     "SPLoadDiffusionModel": "UNETLoader",

@@ -118,21 +118,20 @@ def test_files_that_are_quantised_are_not_quantised_again(results: Told) -> None
             assert re.search(r"FP8 Quantize .* quantised already \((int8|float8|nvfp4|mxfp8)", str(told["fp8"])), name
 
 
-ALL_NETWORKS = pytest.param(("MiniMax H3", "Z-Image"), marks=pytest.mark.extended, id="all networks")
+SCHEME_NETWORKS = ("MiniMax H3", "Z-Image")
 
 
-@pytest.fixture(scope="module", params=[pytest.param(("Z-Image",), id="z_image"), ALL_NETWORKS])
-def schemes(
-    request: pytest.FixtureRequest, installation: Installation, tmp_path_factory: pytest.TempPathFactory
-) -> Told:
+@pytest.fixture(scope="module")
+def schemes(installation: Installation, tmp_path_factory: pytest.TempPathFactory) -> Told:
     """Of comfy-kitchen's schemes in FP8 Quantize (SP)."""
     knobs = {title: KNOBS[title] for title in ("one", "two", "shard", "offload")}
     folder = tmp_path_factory.mktemp("schemes")
-    found = run_script(installation, SCHEMES_SCRIPT, folder, json.dumps(knobs), *request.param)
-    assert len(found) == 3 * len(request.param)
+    found = run_script(installation, SCHEMES_SCRIPT, folder, json.dumps(knobs), *SCHEME_NETWORKS)
+    assert len(found) == 3 * len(SCHEME_NETWORKS)
     return found
 
 
+@pytest.mark.extended
 @pytest.mark.timeout(1200)
 def test_a_scheme_gives_comfyuis_bits_for_a_file_that_is_quantised_so(schemes: Told) -> None:
     """Also of weights that a LoRA has changed; and the memory is as said. In nvfp4's files single numbers move what
@@ -144,6 +143,8 @@ def test_a_scheme_gives_comfyuis_bits_for_a_file_that_is_quantised_so(schemes: T
         assert told["saved"] == 0, f"{name}: {told}"
 
 
+@pytest.mark.extended
+@pytest.mark.timeout(1200)
 def test_a_scheme_is_as_near_on_several_workers_as_it_allows(schemes: Told) -> None:
     for name, told in schemes.items():
         for title in ("two", "shard", "offload"):

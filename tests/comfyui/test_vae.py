@@ -265,6 +265,7 @@ def test_cancel_stops_between_tiles(server: ComfyServer) -> None:
     assert server.workers() == workers, "Cancel cost the workers"
 
 
+@pytest.mark.extended
 def test_a_killed_worker_is_named_and_the_next_prompt_works(server: ComfyServer) -> None:
     decode(server, "SPVAEDecode", TWO)
     prompt_id = start_long_decode(server)

@@ -195,9 +195,11 @@ def test_out_of_memory_on_all_at_an_exchange_keeps_the_workers(case: Case, patie
 @pytest.mark.cpu_ranks("what leaves more memory after what is another order on GPUs")
 @pytest.mark.parametrize("kept", [True, False], ids=["all ranks", "one rank"])
 def test_auto_takes_a_smaller_mode_after_out_of_memory(
-    tiny_models: TinyModels, faults: Faults, patient: None, events: list[status.Event], kept: bool
+    request: pytest.FixtureRequest, tiny_models: TinyModels, faults: Faults, events: list[status.Event], kept: bool
 ) -> None:
     """Of weights whose dtype changes, so that each worker has a copy."""
+    if kept:
+        request.getfixturevalue("patient")
     faults.clear()
     inputs = replace(SMALL, dtype=torch.bfloat16)
     recipe = recipe_of(tiny_models.path(heads=3), TWO, torch.bfloat16)
