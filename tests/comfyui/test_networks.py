@@ -263,8 +263,8 @@ _PIXART = Setting(
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "swapped",
-    [TWO, *(pytest.param(each, marks=pytest.mark.extended) for each in (DP, Swapped("cpu,cpu,cpu,cpu")))],
-    ids=["auto", "dp", "four"],
+    [DP, *(pytest.param(each, marks=pytest.mark.extended) for each in (TWO, Swapped("cpu,cpu,cpu,cpu")))],
+    ids=["dp", "auto", "four"],
 )
 def test_a_class_without_a_plan_runs_its_prompts_and_samples_side_by_side(
     server: ComfyServer, reference: Reference, swapped: Swapped

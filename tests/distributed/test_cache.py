@@ -199,7 +199,7 @@ SKIPPED = [
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "kind", "devices", "degrees"), one_in(4, SKIPPED))
+@pytest.mark.parametrize(("name", "kind", "devices", "degrees"), one_in(8, SKIPPED))
 def test_skipped_steps_match_one_process_that_decides_alike(
     start_group: StartGroup, tiny_models: TinyModels, name: str, kind: str, devices: str, degrees: dict[str, int]
 ):

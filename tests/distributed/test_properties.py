@@ -190,14 +190,14 @@ def check_model(worlds: Worlds, case: ModelCase) -> None:
 
 
 @pytest.mark.slow
-@example_count(400)
+@example_count(200)
 @given(case=cases())
 def test_any_plan_in_fp32(worlds: Worlds, case: Case):
     check(worlds, case)
 
 
 @pytest.mark.slow
-@example_count(200)
+@example_count(100)
 @given(case=cases("bfloat16"))
 def test_any_plan_in_bf16(worlds: Worlds, case: Case):
     check(worlds, case)

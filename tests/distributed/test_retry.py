@@ -91,7 +91,9 @@ def test_a_step_is_run_again_with_the_same_bits(case: Case, faults: Faults, retr
     )
 
 
-@pytest.mark.parametrize("name", ["euler", "guided", "together"])
+@pytest.mark.parametrize(
+    "name", ["euler", *(pytest.param(each, marks=pytest.mark.extended) for each in ("guided", "together"))]
+)
 def test_a_sampling_goes_on_behind_the_last_finished_step_with_the_same_bits(
     name: str, tiny_models: TinyModels, faults: Faults, retried: list[status.Event]
 ) -> None:
