@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .routes import OVERRIDE, OverrideInGraph, Route, chosen_by_the_file, heads_apart, options_of
+from .routes import OVERRIDE, OverrideInGraph, Route, options_of
 
 How = tuple[Callable[..., Tensor], tuple[tuple[str, Any], ...]]
 """The model's attention function, and its keyword arguments other than tensors: scale, precision."""
@@ -144,26 +144,16 @@ class InGraph(OverrideInGraph):
             expect(self._order, self._site)
         self._site = 0
 
-    def __call__(
+    def attend_by(
         self,
         function: Callable[..., Tensor],
         q: Tensor,
         k: Tensor,
         v: Tensor,
-        heads: int,
-        mask: Tensor | None = None,
-        attn_precision: Any = None,
-        skip_reshape: bool = False,
-        skip_output_reshape: bool = False,
-        **named: Any,
+        mask: Tensor | None,
+        named: dict[str, Any],
     ) -> Tensor:
-        if attn_precision is not None:  # None is its default
-            named["attn_precision"] = attn_precision
-        if not skip_reshape:
-            q, k, v = heads_apart(q, k, v, heads)
         named.pop("transformer_options", None)
-        function = chosen_by_the_file(function, named)
         how = _number(function, tuple(sorted(named.items())))
         self._attended = True
-        out = attend(self._order, q, k, v, mask, self._site, how)
-        return out.transpose(1, 2) if skip_output_reshape else out.flatten(2)
+        return attend(self._order, q, k, v, mask, self._site, how).transpose(1, 2)

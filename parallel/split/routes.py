@@ -155,9 +155,8 @@ def _by_kernel(kernel: Kernel, own: Compute) -> Compute:
     return compute
 
 
-class ComfyRoute(Route):
-    """Route through ComfyUI's attention override; computes with ComfyUI's own attention function or the user's
-    override.
+class ComfyOverride:
+    """Called by ComfyUI's models in place of their attention function.
 
     The parameters are those of ComfyUI's attention functions, in their order, which `comfyui.contract` checks.
     """
@@ -175,20 +174,51 @@ class ComfyRoute(Route):
         skip_output_reshape: bool = False,
         **named: Any,
     ) -> Tensor:
-        users = named[OPTIONS].get(_USERS) if OPTIONS in named else None
-        function = chosen_by_the_file(function, named)
-        if users is not None:
-            function = partial(users, function)
         if attn_precision is not None:  # None is its default
             named["attn_precision"] = attn_precision
         if not skip_reshape:
             q, k, v = heads_apart(q, k, v, heads)
+        out = self.attend_by(chosen_by_the_file(function, named), q, k, v, mask, named)
+        return out if skip_output_reshape else out.transpose(1, 2).flatten(2)
+
+    def attend_by(
+        self,
+        function: Callable[..., Tensor],
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        mask: Tensor | None,
+        named: dict[str, Any],
+    ) -> Tensor:
+        """Computes attention with `function`: q [B, H, Q_r, D], k and v [B, G, K_r, D] → [B, H, Q_r, D].
+
+        Args:
+            named: arguments that `function` takes by name besides, `transformer_options` among them.
+        """
+        raise NotImplementedError
+
+
+class ComfyRoute(ComfyOverride, Route):
+    """Route through ComfyUI's attention override; computes with ComfyUI's own attention function or the user's
+    override."""
+
+    def attend_by(
+        self,
+        function: Callable[..., Tensor],
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        mask: Tensor | None,
+        named: dict[str, Any],
+    ) -> Tensor:
+        users = named[OPTIONS].get(_USERS) if OPTIONS in named else None
+        if users is not None:
+            function = partial(users, function)
 
         def compute(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
             return function(q, k, v, q.shape[1], mask=mask, skip_reshape=True, skip_output_reshape=True, **named)
 
-        out = self.attend(q, k, v, mask, compute)
-        return out if skip_output_reshape else out.transpose(1, 2).flatten(2)
+        return self.attend(q, k, v, mask, compute)
 
 
 def heads_apart(q: Tensor, k: Tensor, v: Tensor, heads: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -207,7 +237,7 @@ def chosen_by_the_file(function: Callable[..., Tensor], named: dict[str, Any]) -
     return function if chosen is None else chosen
 
 
-class OverrideInGraph:
+class OverrideInGraph(ComfyOverride):
     """Override that attention finds inside a compiled block. Hooks announce which site's attention is next."""
 
     def enter(self, site: int) -> None:
